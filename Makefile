@@ -1,0 +1,65 @@
+# Every target does all the set-up it needs: on a machine where nothing is missing that takes a second.
+# Run as root or as a user who may use sudo.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+VENV := .venv
+PYTHON_IN := $(VENV)/bin/python
+# Network namespaces need root. A root-owned cache would be in the way of the user's next run.
+AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=CI) env PYTHONDONTWRITEBYTECODE=1
+PYTEST := $(AS_ROOT) $(PYTHON_IN) -m pytest -p no:cacheprovider
+DEMO ?= syn-flood slowloris idle-hoard
+PYTHONS ?= $(wildcard $(foreach v,11 12 13 14,/usr/bin/python3.$(v) /usr/local/bin/python3.$(v) \
+             $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.$(v).*/bin/python3))
+
+.PHONY: help setup demo test lint test-pure test-all-pythons bench soak fuzz clean
+
+help:
+	@echo "make demo              watch attackers being contained (about two minutes)"
+	@echo "make test              lint and every test, also those that need the kernel"
+	@echo "make lint              ruff and mypy"
+	@echo "make test-pure         the tests that need no root"
+	@echo "make test-all-pythons  those, on each Python 3.11 or later found here"
+	@echo "make bench             the figures, as ratios measured in one run"
+	@echo "make soak, make fuzz   the long tests"
+	@echo "make clean             remove what these made in this directory"
+
+setup:
+	@./.ci/setup
+
+demo: setup
+	@$(AS_ROOT) $(PYTHON_IN) -m rstguard lab run $(DEMO)
+
+lint: setup
+	$(PYTHON_IN) -m ruff check .
+	$(PYTHON_IN) -m ruff format --check .
+	$(PYTHON_IN) -m mypy
+
+test: lint
+	$(PYTEST)
+
+test-pure: setup
+	$(PYTHON_IN) -m pytest -m "not netns and not soak and not fuzz_long and not bench"
+
+test-all-pythons:
+	@./.ci/setup --packages
+	@set -eu; for python in $(PYTHONS); do \
+	  version=$$("$$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])') || continue; \
+	  PYTHON="$$python" ./.ci/setup --venv ".venv-$$version"; \
+	  echo "== $$python"; \
+	  ".venv-$$version/bin/python" -m pytest -q -p no:cacheprovider \
+	    -m "not netns and not soak and not fuzz_long and not bench"; \
+	done
+
+bench: setup
+	$(PYTEST) -m bench -s --timeout=0
+
+soak: setup
+	$(PYTEST) -m soak -s --timeout=0
+
+fuzz: setup
+	$(PYTEST) -m fuzz_long --timeout=0
+
+clean:
+	$(AS_ROOT) rm -rf .venv .venv-* build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	$(AS_ROOT) find rstguard tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""The processes of the guard: supervisor, worker, sweeper, and the control socket."""

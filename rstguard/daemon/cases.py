@@ -1,0 +1,172 @@
+"""What is known of each connection that is being killed, and what follows from it.  Pure.
+
+What is provable, and how:
+
+- An end has been sent its RST once its TOLD bit is on the connection; the rule in front of the one
+  that sends the RST sets it.  The packet counters would tell it less surely: between setting the
+  mark and reading the counters a busy end may already have died, and dead ends count no more.
+- State CLOSE proves no more than that one RST passed.  The tracker enters it with the first RST of
+  the kernel's own (nf_reject, nf_ct_set_closing) as with a RST of an end that passed its checks.
+  With no TOLD bit it was the latter: an end closed the connection itself and its RST went on to the
+  other, so there is nothing left to kill.
+- An entry in CLOSE vanishes after 10 s, so absence must not be waited for; and absence by itself
+  proves nothing (the table may have been flushed).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final, NamedTuple
+
+from rstguard.engine.flow import Flow, TcpState, Tuple
+from rstguard.engine.verdict import Ends, Reason
+from rstguard.kernel import marks
+
+MILLISECOND: Final = 1_000_000
+
+PROBE_AT: Final = (0, *(ms * MILLISECOND for ms in (100, *range(520, 5000, 520))))
+"""When to probe, after condemning.  Linux answers one such probe in 500 ms per socket, and one that
+it does not answer does not put off the next."""
+
+OVER: Final = frozenset({TcpState.TIME_WAIT, TcpState.CLOSE})
+"""States in which no end will send data any more."""
+
+
+class Target(NamedTuple):
+    """A connection to kill, which of its ends are to be told, by which rule and why."""
+
+    flow: Flow
+    ends: Ends
+    rule: str
+    reason: Reason
+
+
+class Outcome(Enum):
+    """What became of a target."""
+
+    RESET = "every end that was to be told was sent a RST"
+    OVER = "the connection had ended by itself"
+    SILENT = "an end answered no probe, so that nothing proves that it was reset"
+    LOST = "the kernel forgot the connection before its ends answered"
+    REFUSED = "the connection could not be condemned"
+
+
+class Result(NamedTuple):
+    """The end of one case: outcome, which ends stayed silent, and the time it took in ns."""
+
+    target: Target
+    outcome: Outcome
+    silent: Ends | None
+    took: int
+    text: str
+
+    @property
+    def confirmed(self) -> bool:
+        """Whether the kernel's table proves that the connection is dead."""
+        return self.outcome in (Outcome.RESET, Outcome.OVER)
+
+
+@dataclass(slots=True)
+class Case:
+    """What is known of one target.  Pure: it is told what the table says, and says what to do."""
+
+    target: Target
+    since: int
+    deadline: int
+    condemned: bool = False
+    condemned_at: int = 0
+    probes: int = 0
+    closed_before: bool = False
+    told: int = 0
+
+    @property
+    def wanted(self) -> int:
+        """The TOLD bits that prove the case."""
+        ends = self.target.ends
+        source = marks.TOLD_SOURCE if ends is not Ends.DESTINATION else 0
+        destination = marks.TOLD_DESTINATION if ends is not Ends.SOURCE else 0
+        return source | destination
+
+    @property
+    def bits(self) -> int:
+        """The bits that condemn the ends."""
+        return marks.CONDEMNED_FOR[self.target.ends]
+
+    def judge(self, seen: Flow | None, now: int) -> Result | None:
+        """Return the end of the case if what the table shows ends it; `seen` None is absence."""
+        if seen is None or seen.ident != self.target.flow.ident:
+            return self.absent(now)
+        self.told = seen.mark & self.wanted
+        if self.told == self.wanted:
+            return self.result(Outcome.RESET, now)
+        if seen.state in OVER and not seen.mark & marks.TOLD:
+            # The kernel reports the mark before the state, and a RST may pass in between: only the
+            # second such reading is proof.
+            if self.closed_before or not seen.mark & marks.CONDEMNED:
+                return self.result(Outcome.OVER, now)
+            self.closed_before = True
+        if now >= self.deadline:
+            return self.result(Outcome.SILENT, now)
+        return None
+
+    def absent(self, now: int) -> Result:
+        """Return the end of a case whose connection has left the table."""
+        if not self.condemned or self.closed_before:
+            return self.result(Outcome.OVER, now)
+        return self.result(Outcome.LOST, now)
+
+    def due(self, now: int) -> bool:
+        """Tell whether the next probe is due."""
+        return self.probes < len(PROBE_AT) and now >= self.condemned_at + PROBE_AT[self.probes]
+
+    def probe_paths(self) -> list[Tuple]:
+        """Return, for each end not yet told, who the probe must seem to be from, and to whom.
+
+        With NAT each end knows the connection by another tuple; conntrack gives both.
+        """
+        flow, missing = self.target.flow, self.wanted & ~self.told
+        paths = []
+        if missing & marks.TOLD_SOURCE:
+            paths.append(_turned(flow.original))
+        if missing & marks.TOLD_DESTINATION:
+            paths.append(_turned(flow.reply))
+        return paths
+
+    def result(self, outcome: Outcome, now: int, detail: str = "") -> Result:
+        """Return the end of the case."""
+        silent = None
+        if outcome is Outcome.SILENT:
+            silent = _ENDS[self.wanted & ~self.told]
+        text = f"{self.target.flow.original}: {detail or self._sentence(outcome, silent)}."
+        return Result(self.target, outcome, silent, now - self.since, text)
+
+    def _sentence(self, outcome: Outcome, silent: Ends | None) -> str:
+        if outcome is Outcome.RESET:
+            return _WERE_RESET[self.target.ends]
+        if silent is None:
+            return str(outcome.value)
+        other = {Ends.SOURCE: "the server was reset", Ends.DESTINATION: "the client was reset"}
+        rest = f"; {other[silent]}" if self.told else ""
+        return f"{_STAYED_SILENT[silent]} to {self.probes} probes{rest}"
+
+
+_ENDS: Final = {
+    marks.TOLD: Ends.BOTH,
+    marks.TOLD_SOURCE: Ends.SOURCE,
+    marks.TOLD_DESTINATION: Ends.DESTINATION,
+}
+_WERE_RESET: Final[dict[Ends, str]] = {
+    Ends.BOTH: "client and server were reset",
+    Ends.SOURCE: "the client was reset",
+    Ends.DESTINATION: "the server was reset",
+}
+_STAYED_SILENT: Final[dict[Ends, str]] = {
+    Ends.BOTH: "client and server stayed silent",
+    Ends.SOURCE: "the client stayed silent",
+    Ends.DESTINATION: "the server stayed silent",
+}
+
+
+def _turned(path: Tuple) -> Tuple:
+    return Tuple(path.destination, path.source, path.destination_port, path.source_port)

@@ -1,0 +1,128 @@
+"""The control socket: one JSON request a line, one JSON answer a line.
+
+A request is ``{"command": NAME, ...}``; the answer is ``{"ok": true, "data": ...}`` or
+``{"ok": false, "error": "one sentence"}``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import grp
+import json
+import logging
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+SOCKET_NAME = "control.sock"
+GROUP = "rstguard"
+_LARGEST = 8 << 20  # a policy of 1 MiB, as JSON
+_IDLE_SECONDS = 60
+
+Request = dict[str, Any]
+Answer = Callable[[Request], Awaitable[object]]
+
+
+class ControlError(Exception):
+    """A request that cannot be met; the text is one sentence for the user."""
+
+
+class NoDaemon(ControlError):
+    """No guard answers at the socket."""
+
+
+async def serve(directory: Path, answer: Answer) -> asyncio.Server:
+    """Listen in `directory`; the socket is for root, and for the group rstguard if there is one."""
+    path = directory / SOCKET_NAME
+    path.unlink(missing_ok=True)
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, asyncio.TimeoutError):
+            await _talk(reader, writer, answer)
+        writer.close()
+
+    old = os.umask(0o177)
+    try:
+        server = await asyncio.start_unix_server(talk, path, limit=_LARGEST)
+    finally:
+        os.umask(old)
+    with contextlib.suppress(KeyError, PermissionError):
+        os.chown(path, -1, grp.getgrnam(GROUP).gr_gid)
+        path.chmod(0o660)
+    return server
+
+
+async def _talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, answer: Answer) -> None:
+    while True:
+        try:
+            line = await asyncio.wait_for(reader.readline(), _IDLE_SECONDS)
+        except ValueError:
+            writer.write(_line({"ok": False, "error": "the request is too long (over 8 MiB)"}))
+            await writer.drain()
+            return
+        if not line:
+            return
+        writer.write(_line(await _answered(line, answer)))
+        await writer.drain()
+
+
+async def _answered(line: bytes, answer: Answer) -> dict[str, object]:
+    try:
+        request = json.loads(line)
+    except (ValueError, RecursionError):
+        return {"ok": False, "error": "the request is no JSON"}
+    if not isinstance(request, dict) or not isinstance(request.get("command"), str):
+        return {"ok": False, "error": 'a request is a JSON object with a "command"'}
+    try:
+        return {"ok": True, "data": await answer(request)}
+    except ControlError as error:
+        return {"ok": False, "error": str(error)}
+    except Exception:
+        log.exception("the request %s failed", request["command"])
+        return {"ok": False, "error": "the guard failed on this request; its log says more"}
+
+
+def _line(value: object) -> bytes:
+    return json.dumps(value).encode() + b"\n"
+
+
+def ask(directory: Path, request: Request, timeout: float = 30.0) -> Any:
+    """Send one request to the guard of a runtime directory and return the data it answers.
+
+    Raises:
+        NoDaemon: nobody listens there.
+        ControlError: the guard refused; the text is its sentence.
+    """
+    path = directory / SOCKET_NAME
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        client.settimeout(timeout)
+        try:
+            client.connect(str(path))
+        except (FileNotFoundError, ConnectionRefusedError):
+            raise NoDaemon(
+                f"no guard is running with the runtime directory {directory}; "
+                "start it with `rstguard run --policy FILE`, or name another with --runtime-dir"
+            ) from None
+        except PermissionError:
+            raise ControlError(
+                f"you may not talk to the guard at {path}; run this as root or join group {GROUP}"
+            ) from None
+        try:
+            client.sendall(_line(request))
+            with client.makefile("rb") as stream:
+                line = stream.readline()
+        except TimeoutError:
+            raise ControlError(f"the guard did not answer within {timeout:.0f} s") from None
+        except OSError as error:
+            raise ControlError(f"the connection to the guard broke ({error.strerror})") from None
+    if not line:
+        raise NoDaemon("the guard stopped before it answered")
+    answer = json.loads(line)
+    if not answer["ok"]:
+        raise ControlError(answer["error"])
+    return answer["data"]

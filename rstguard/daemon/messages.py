@@ -1,0 +1,132 @@
+"""What the processes of the guard say to each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from rstguard.engine.address import Prefix
+from rstguard.engine.flow import Tuple
+from rstguard.engine.ruleset import RuleSet
+from rstguard.engine.verdict import Ends, Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Supervisor to worker or sweeper: begin with this policy."""
+
+    ruleset: RuleSet
+    queue: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """Worker or sweeper: the policy numbered `generation` is in force here."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Worker or sweeper: cannot go on, and why."""
+
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True)
+class NewPolicy:
+    """Supervisor to worker and sweeper: replace the policy, keep the counts."""
+
+    ruleset: RuleSet
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Blocked:
+    """A source was banned or shunned in the kernel (or would have been: `enforced` False).
+
+    `by_worker` False tells that the sweeper knows of it already.
+    """
+
+    kind: str
+    source: Prefix
+    seconds: int
+    rule: str
+    reason: Reason
+    keep_existing: bool
+    enforced: bool = True
+    by_worker: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Reset:
+    """A connection was condemned (or would have been); `ends` says who is told.
+
+    `known` is False for a SYN that was refused: there is no other end to be told.
+    """
+
+    flow: Tuple
+    ends: Ends
+    rule: str
+    reason: Reason
+    enforced: bool = True
+    known: bool = True
+    by_worker: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """A rule that only observes was crossed."""
+
+    flow: Tuple
+    rule: str
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Worker or sweeper: what was counted since it started (totals, by name)."""
+
+    totals: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """Supervisor to sweeper: end the connections that all given conditions fit."""
+
+    number: int
+    source: Prefix | None = None
+    source_port: int | None = None
+    destination: Prefix | None = None
+    port: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Unconfirmed:
+    """A connection that was condemned but not seen to die, and what is known of it."""
+
+    flow: Tuple
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True)
+class Killed:
+    """Sweeper: the outcome of `Kill`."""
+
+    number: int
+    matched: int
+    confirmed: int
+    unconfirmed: tuple[Unconfirmed, ...] = field(default=())
+
+
+@dataclass(frozen=True, slots=True)
+class NotKilled:
+    """Sweeper: how many condemned connections were not seen to die, and the first of them."""
+
+    count: int
+    unconfirmed: tuple[Unconfirmed, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Supervisor: finish what is in hand and leave."""

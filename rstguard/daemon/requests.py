@@ -1,0 +1,206 @@
+"""What the guard answers on its control socket: one function per command."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+from rstguard import __version__
+from rstguard.daemon.control import ControlError, Request
+from rstguard.daemon.messages import Blocked
+from rstguard.engine.address import Prefix, parse_prefix
+from rstguard.engine.verdict import Reason
+from rstguard.kernel import KernelError
+from rstguard.kernel.elements import MAX_SECONDS, Element
+from rstguard.kernel.nfqueue import states
+from rstguard.kernel.sets import Sets
+from rstguard.observe.events import Event
+from rstguard.policy.load import PolicyError, parse
+
+if TYPE_CHECKING:
+    from rstguard.daemon.supervisor import Supervisor
+
+MANUAL = "manual"
+"""The rule name of a ban that an administrator asked for."""
+_RECENT = 50
+
+
+class Requests:
+    """Answers requests on behalf of a supervisor."""
+
+    def __init__(self, supervisor: Supervisor) -> None:
+        """Answer for this supervisor."""
+        self._guard = supervisor
+        self._commands: dict[str, Callable[[Request], Awaitable[object]]] = {
+            "status": self._status,
+            "policy-apply": self._policy_apply,
+            "policy-show": self._policy_show,
+            "ban-list": self._ban_list,
+            "ban-add": self._ban_add,
+            "ban-remove": self._ban_remove,
+            "kill": self._kill,
+        }
+
+    async def answer(self, request: Request) -> object:
+        """Carry out one request.
+
+        Raises:
+            ControlError: it cannot be met, and why.
+        """
+        command = self._commands.get(request["command"])
+        if command is None:
+            known = ", ".join(self._commands)
+            raise ControlError(f"unknown command {request['command']!r}; there are {known}")
+        try:
+            return await command(request)
+        except KernelError as error:
+            raise ControlError(str(error)) from None
+
+    async def _status(self, _request: Request) -> object:
+        guard = self._guard
+        missing = await asyncio.to_thread(guard.footprint.missing, guard.ruleset)
+        queue = states().get(guard.options.queue)
+        counts = guard.counts
+        listed = await asyncio.to_thread(self._listed)
+        return {
+            "filtering": bool(guard.worker.ready.is_set() and guard.worker.pid and not missing),
+            "missing": missing,
+            "version": __version__,
+            "uptime_s": round(time.monotonic() - guard.started, 1),
+            "policy": {
+                "name": guard.ruleset.name,
+                "file": guard.file,
+                "mode": "enforce" if guard.ruleset.enforce else "observe",
+                "on_failure": "open" if guard.ruleset.fail_open else "closed",
+                "rules": [rule.name for rule in guard.ruleset.rules],
+            },
+            "supervisor": {"pid": os.getpid()},
+            "workers": [
+                {
+                    "pid": guard.worker.pid,
+                    "ready": guard.worker.ready.is_set(),
+                    "restarts": guard.worker.restarts,
+                    "queue": guard.options.queue,
+                    "waiting": queue.waiting if queue else None,
+                    "overrun": queue.dropped_full + queue.dropped_reader if queue else None,
+                }
+            ],
+            "sweeper": {
+                "pid": guard.sweeper.pid,
+                "ready": guard.sweeper.ready.is_set(),
+                "restarts": guard.sweeper.restarts,
+            },
+            "blocked": {
+                "ban": sum(1 for element in listed if element.kind == "ban"),
+                "shun": sum(1 for element in listed if element.kind == "shun"),
+            },
+            "counts": {
+                **{kind: dict(by_rule) for kind, by_rule in guard.events.counts.items()},
+                **dict(counts),
+            },
+            "recent": guard.events.recent(_RECENT),
+        }
+
+    async def _policy_apply(self, request: Request) -> object:
+        name = _text(request, "name")
+        try:
+            loaded = parse(_text(request, "text"), name)
+        except PolicyError as error:
+            raise ControlError(str(error)) from None
+        began = time.monotonic()
+        await self._guard.change_policy(loaded, name)
+        return {
+            "name": self._guard.ruleset.name,
+            "took_ms": round((time.monotonic() - began) * 1000, 1),
+        }
+
+    async def _policy_show(self, _request: Request) -> object:
+        return {"file": self._guard.file, "text": self._guard.loaded.text}
+
+    async def _ban_list(self, _request: Request) -> object:
+        return [
+            {
+                "source": str(element.source),
+                "kind": element.kind,
+                "rule": element.rule,
+                "remaining_s": element.remaining,
+            }
+            for element in await asyncio.to_thread(self._listed)
+        ]
+
+    def _listed(self) -> list[Element]:
+        with Sets() as sets:
+            return sets.list()
+
+    async def _ban_add(self, request: Request) -> object:
+        source = _prefix(request)
+        seconds = request.get("seconds")
+        if not isinstance(seconds, int) or not 1 <= seconds <= MAX_SECONDS:
+            raise ControlError(f"a ban lasts 1 to {MAX_SECONDS} seconds (under 25 days)")
+        for trusted in self._guard.ruleset.scope.trusted:
+            if trusted.covers(source.network) or source.covers(trusted.network):
+                raise ControlError(
+                    f"{source} meets the trusted network {trusted} of the policy; "
+                    "take it off that list first"
+                )
+        keep = request.get("keep_existing") is True
+        element = Element(source, "ban", MANUAL, seconds, keep)
+        with Sets() as sets:
+            sets.add([element], shorten=True)
+        self._guard.blocked(Blocked("ban", source, seconds, MANUAL, Reason.KILLED, keep))
+        return {"source": str(source), "seconds": seconds}
+
+    async def _ban_remove(self, request: Request) -> object:
+        source = _prefix(request)
+        with Sets() as sets:
+            removed = sets.remove(source)
+        if removed:
+            self._guard.events.add(Event("unban", str(source), MANUAL))
+        return {"source": str(source), "removed": removed}
+
+    async def _kill(self, request: Request) -> object:
+        conditions: dict[str, Any] = {}
+        for key in ("source", "destination"):
+            if request.get(key) is not None:
+                conditions[key] = _prefix(request, key)
+        for key in ("source_port", "port"):
+            port = request.get(key)
+            if port is None:
+                continue
+            if not isinstance(port, int) or not 1 <= port <= 65535:
+                raise ControlError("a port is a number from 1 to 65535")
+            conditions[key] = port
+        if not conditions:
+            raise ControlError(
+                "say which connections: --source, --source-port, --destination or --port"
+            )
+        killed = await self._guard.kill(**conditions)
+        subject = ", ".join(f"{key} {value}" for key, value in conditions.items())
+        self._guard.events.add(
+            Event("kill", subject, MANUAL, Reason.KILLED, f"{killed.confirmed} confirmed")
+        )
+        return {
+            "killed": killed.matched,
+            "confirmed": killed.confirmed,
+            "unconfirmed": [
+                {"connection": str(one.flow), "why": one.sentence} for one in killed.unconfirmed
+            ],
+        }
+
+
+def _text(request: Request, key: str) -> str:
+    value = request.get(key)
+    if not isinstance(value, str):
+        raise ControlError(f"the request lacks {key!r}")
+    return value
+
+
+def _prefix(request: Request, key: str = "source") -> Prefix:
+    text = _text(request, key)
+    try:
+        return parse_prefix(text)
+    except ValueError as error:
+        raise ControlError(f"{text!r} is no address or network ({error})") from None

@@ -1,0 +1,252 @@
+"""The supervisor: brings the guard up, keeps it up, changes its policy, and takes it down whole."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rstguard.daemon.children import Child, StartFailed
+from rstguard.daemon.control import ControlError, serve
+from rstguard.daemon.messages import (
+    Blocked,
+    Kill,
+    Killed,
+    NewPolicy,
+    NotKilled,
+    Observed,
+    Reset,
+    Start,
+)
+from rstguard.daemon.requests import Requests
+from rstguard.engine.ruleset import RuleSet
+from rstguard.kernel import KernelError
+from rstguard.kernel.footprint import Footprint
+from rstguard.observe.events import Event, EventLog
+from rstguard.policy.compile import compile_policy
+from rstguard.policy.load import Loaded
+
+log = logging.getLogger(__name__)
+
+_READY_SECONDS = 15.0
+_KILL_SECONDS = 12.0
+_PICKUP_SECONDS = 120.0
+"""How long connections that an idle tracker could not know may still be taken up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What `rstguard run` was told."""
+
+    policy: Loaded
+    file: str
+    directory: Path
+    queue: int
+    keep_bans: bool
+
+
+class Supervisor:
+    """One guard in one network namespace."""
+
+    def __init__(self, options: Options) -> None:
+        """Compile the policy; nothing is changed on the machine before `run`."""
+        self.options = options
+        self.loaded = options.policy
+        self.file = options.file
+        self.ruleset: RuleSet = compile_policy(options.policy.policy)
+        self.generation = 0
+        self.events = EventLog()
+        self.started = time.monotonic()
+        self.footprint = Footprint(options.directory, range(options.queue, options.queue + 1))
+        self.worker = Child(
+            "worker", "rstguard.daemon.worker", self._start_message, self._heard, self._restarted
+        )
+        self.sweeper = Child(
+            "sweeper", "rstguard.daemon.sweeper", self._start_message, self._heard, self._restarted
+        )
+        self._changing = asyncio.Lock()
+        self._kills: dict[int, asyncio.Future[Killed]] = {}
+        self._stop = asyncio.Event()
+
+    async def run(self) -> None:
+        """Guard until SIGTERM or SIGINT, then undo everything.
+
+        Raises:
+            KernelError: the guard could not be brought up, or not be taken down whole.
+        """
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        lock = claim_namespace()
+        server: asyncio.Server | None = None
+        try:
+            await self._bring_up()
+            server = await serve(self.options.directory, Requests(self).answer)
+            self.events.add(Event("start", self.ruleset.name, detail=_mode(self.ruleset)))
+            await self._stop.wait()
+        finally:
+            if server is not None:
+                server.close()
+            await self._take_down()
+            lock.close()
+
+    async def _bring_up(self) -> None:
+        tracking = self.footprint.prepare(self.ruleset)
+        if tracking:
+            self.footprint.forbid_pickup()
+        else:
+            asyncio.get_running_loop().call_later(_PICKUP_SECONDS, self._forbid_pickup)
+        # Readers first: from the moment packets are diverted, somebody answers for them.
+        self.worker.launch()
+        self.sweeper.launch()
+        try:
+            await self.worker.wait_ready(_READY_SECONDS)
+            await self.sweeper.wait_ready(_READY_SECONDS)
+        except StartFailed as error:
+            raise KernelError(str(error)) from None
+        self.footprint.divert(self.ruleset)
+
+    def _forbid_pickup(self) -> None:
+        try:
+            self.footprint.forbid_pickup()
+        except KernelError as error:
+            log.error("%s", error)
+
+    async def _take_down(self) -> None:
+        self.events.add(Event("stop", self.ruleset.name))
+        (self.options.directory / "control.sock").unlink(missing_ok=True)
+        try:
+            # Chains go first: the worker then answers what is still queued, and no more comes.
+            self.footprint.withdraw()
+            await self.worker.stop()
+            await self.sweeper.stop()
+        finally:
+            self.footprint.remove(self.options.keep_bans)
+
+    def _start_message(self) -> Start:
+        return Start(self.ruleset, self.options.queue)
+
+    def _restarted(self, sentence: str) -> None:
+        self.events.add(Event("restart", "process", detail=sentence))
+
+    async def change_policy(self, loaded: Loaded, file: str) -> None:
+        """Replace the policy everywhere; unchanged rules keep their counts, no packet is lost.
+
+        Raises:
+            ControlError: something refused; the old policy is in force.
+        """
+        async with self._changing:
+            old, new = self.ruleset, compile_policy(loaded.policy)
+            self.ruleset = new
+            try:
+                await self._adopt(new)
+                self.footprint.replace(old, new)
+            except (KernelError, TimeoutError) as error:
+                self.ruleset = old
+                with contextlib.suppress(TimeoutError):
+                    await self._adopt(old)
+                said = str(error) or "a process of the guard did not answer in time"
+                sentence = f"the policy was not applied, the old one stays: {said}"
+                raise ControlError(sentence) from None
+            self.loaded, self.file = loaded, file
+            self.events.add(Event("policy", new.name, detail=_mode(new)))
+
+    async def _adopt(self, ruleset: RuleSet) -> None:
+        self.generation += 1
+        message = NewPolicy(ruleset, self.generation)
+        await asyncio.gather(
+            self.worker.adopt(message, _READY_SECONDS), self.sweeper.adopt(message, _READY_SECONDS)
+        )
+
+    async def kill(self, **conditions: Any) -> Killed:
+        """End the connections that fit all conditions (see `Kill`), and wait for the outcome.
+
+        Raises:
+            ControlError: the sweeper gave no answer in time.
+        """
+        number = max(self._kills, default=0) + 1
+        answer: asyncio.Future[Killed] = asyncio.get_running_loop().create_future()
+        self._kills[number] = answer
+        self.sweeper.send(Kill(number, **conditions))
+        try:
+            return await asyncio.wait_for(answer, _KILL_SECONDS)
+        except TimeoutError:
+            raise ControlError("the sweeper gave no answer; `rstguard status` says more") from None
+        finally:
+            del self._kills[number]
+
+    @property
+    def counts(self) -> Counter[str]:
+        """What all processes counted since the guard started."""
+        return self.worker.totals + self.sweeper.totals
+
+    def _heard(self, message: Any) -> None:
+        """Note what a worker or the sweeper did, and pass on what concerns connections."""
+        match message:
+            case Blocked():
+                self.blocked(message)
+            case Reset():
+                self.events.add(
+                    Event(
+                        "reset",
+                        str(message.flow),
+                        message.rule,
+                        message.reason,
+                        enforced=message.enforced,
+                    )
+                )
+                if message.enforced and message.known and message.by_worker:
+                    self.sweeper.send(message)
+            case Observed():
+                self.events.add(Event("observed", str(message.flow), message.rule, message.reason))
+            case Killed():
+                if future := self._kills.get(message.number):
+                    future.set_result(message)
+            case NotKilled():
+                for one in message.unconfirmed:
+                    self.events.add(Event("not_killed", str(one.flow), detail=one.sentence))
+
+    def blocked(self, message: Blocked) -> None:
+        """Note a ban or shun; a ban also ends the source's connections."""
+        event = Event(
+            message.kind,
+            str(message.source),
+            message.rule,
+            message.reason,
+            detail=f"for {message.seconds} s",
+            enforced=message.enforced,
+        )
+        self.events.add(event)
+        if message.kind == "ban" and message.enforced and message.by_worker:
+            self.sweeper.send(message)
+
+
+def claim_namespace() -> socket.socket:
+    """Make sure that this is the only guard of its network namespace.
+
+    An abstract socket name belongs to one namespace and goes with its process, however it ends.
+
+    Raises:
+        KernelError: another guard runs here.
+    """
+    claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        claim.bind("\0rstguard")
+    except OSError:
+        claim.close()
+        raise KernelError(
+            "another rstguard guards this network namespace already; stop it first, "
+            "or change its policy with `rstguard policy apply FILE`"
+        ) from None
+    return claim
+
+
+def _mode(ruleset: RuleSet) -> str:
+    return "enforce" if ruleset.enforce else "observe: nothing is blocked"

@@ -1,0 +1,262 @@
+"""The sweeper: judges the kernel's connection table, and kills what is to be killed.
+
+Every couple of seconds the guarded connections are read and judged by the engine's sweep rules.
+Whatever asks for a connection's death, a sweep rule, a worker's verdict, a ban or an administrator,
+ends here, with one `Condemner` that condemns, provokes and confirms.
+"""
+
+from __future__ import annotations
+
+import logging
+import select
+import time
+from collections import Counter
+from collections.abc import Iterable
+
+from rstguard.daemon import condemn
+from rstguard.daemon.adopt import adopt_existing
+from rstguard.daemon.channel import Channel
+from rstguard.daemon.child import run_child
+from rstguard.daemon.condemn import Condemner, Result, Target
+from rstguard.daemon.messages import (
+    Blocked,
+    Counts,
+    Kill,
+    Killed,
+    NewPolicy,
+    NotKilled,
+    Observed,
+    Ready,
+    Reset,
+    Start,
+    Stop,
+    Unconfirmed,
+)
+from rstguard.daemon.worker import blocked_message
+from rstguard.engine.flow import Flow, Tuple
+from rstguard.engine.rules import REASONS
+from rstguard.engine.ruleset import SECOND, RuleSet
+from rstguard.engine.sweep import Judgement, Objection, Sweep
+from rstguard.engine.verdict import Ends, Reason
+from rstguard.kernel import KernelError
+from rstguard.kernel.conntrack import Conntrack
+from rstguard.kernel.elements import element_of
+from rstguard.kernel.inject import Injector
+from rstguard.kernel.marks import CONDEMNED, GUARDED
+from rstguard.kernel.sets import Sets
+
+log = logging.getLogger(__name__)
+
+_REPORT_EVERY = SECOND
+_MOST_WAIT = SECOND // 2
+_MOST_TOLD = 50
+"""Unconfirmed kills that are named one by one in a report."""
+
+
+class Sweeper:
+    """Sweeps at the policy's pace, and serves requests to kill at any time."""
+
+    def __init__(self, channel: Channel, start: Start) -> None:
+        """Open the kernel's interfaces and take in connections older than the guard.
+
+        Raises:
+            KernelError: the connection table or raw sockets cannot be had.
+        """
+        self._channel = channel
+        self._table = Conntrack()
+        self._sets = Sets()
+        self._condemner = Condemner(self._table, Injector())
+        self._sweep = Sweep(start.ruleset)
+        self._ruleset: RuleSet = start.ruleset
+        self._counts: Counter[str] = Counter()
+        self._kills: dict[int, Killed] = {}
+        self._kill_of: dict[Tuple, set[int]] = {}
+        self._sweep_at = self._report_at = 0
+        self._running = True
+        self._counts["adopted"] = adopt_existing(self._table, start.ruleset.scope)
+
+    def run(self) -> None:
+        """Serve until told to stop or until the supervisor is gone."""
+        poll = select.poll()
+        poll.register(self._channel.fileno(), select.POLLIN)
+        while self._running:
+            poll.poll(self._milliseconds_to_wait())
+            self._obey(self._channel.receive())
+            now = time.monotonic_ns()
+            try:
+                if now >= self._sweep_at:
+                    self._sweep_at = now + self._ruleset.sweep_every
+                    self._judge(now)
+                if self._condemner.next_step_at is not None:
+                    self._step()
+            except KernelError as error:
+                self._counts["failed"] += 1
+                log.error("%s", error)
+                poll.poll(100)
+            self._report(now)
+
+    def _milliseconds_to_wait(self) -> int:
+        now = time.monotonic_ns()
+        at = min(self._sweep_at, now + _MOST_WAIT, self._condemner.next_step_at or now + _MOST_WAIT)
+        return max(0, (at - now + 999_999) // 1_000_000)
+
+    def _judge(self, now: int) -> None:
+        """One sweep: read, judge, carry out."""
+        if not self._ruleset.sweeps:
+            return
+        began = time.process_time_ns()
+        flows = list(self._table.dump(GUARDED, GUARDED | CONDEMNED))
+        judgement = self._sweep.judge(flows, now)
+        self._carry_out(judgement, now)
+        self._counts["sweeps"] += 1
+        self._counts["sweep_cpu_us"] += (time.process_time_ns() - began) // 1000
+        self._counts["flows"] = len(flows)
+
+    def _carry_out(self, judgement: Judgement, now: int) -> None:
+        enforce = self._ruleset.enforce
+        for objection in judgement.observed:
+            rule = objection.rule
+            self._count(objection)
+            self._send(Observed(objection.flow.original, rule.name, REASONS[rule.measure]))
+        targets = []
+        for objection in judgement.condemned:
+            flow, rule = objection
+            self._count(objection)
+            reason = REASONS[rule.measure]
+            targets.append(Target(flow, rule.ends, rule.name, reason))
+            self._send(Reset(flow.original, rule.ends, rule.name, reason, enforce, by_worker=False))
+        if enforce:
+            self._sets.add(map(element_of, judgement.blocks))
+            self._condemner.start(targets, now)
+        for effect in judgement.blocks:
+            self._counts[f"rule.{effect.rule}"] += 1
+            message = blocked_message(effect, enforce, by_worker=False)
+            self._send(message)
+            if enforce:
+                self._condemn_sources([message], now)
+
+    def _count(self, objection: Objection) -> None:
+        self._counts[f"rule.{objection.rule.name}"] += 1
+
+    def _obey(self, messages: Iterable[object]) -> None:
+        now = time.monotonic_ns()
+        banned: list[Blocked] = []
+        reset: list[Reset] = []
+        for message in messages:
+            if isinstance(message, Blocked):
+                banned.append(message)
+            elif isinstance(message, Reset):
+                reset.append(message)
+            elif isinstance(message, Kill):
+                self._kill(message, now)
+            elif isinstance(message, NewPolicy):
+                self._ruleset = message.ruleset
+                self._sweep = Sweep(message.ruleset, self._sweep)
+                self._sweep_at = min(self._sweep_at, now + message.ruleset.sweep_every)
+                self._send(Ready(message.generation))
+            elif isinstance(message, Stop):
+                self._running = False
+        try:
+            self._condemn_sources(banned, now)
+            self._condemn_known(reset, now)
+        except KernelError as error:
+            self._counts["failed"] += 1
+            log.error("%s", error)
+
+    def _condemn_sources(self, banned: list[Blocked], now: int) -> None:
+        """A source that is banned is gone with all its connections."""
+        banned = [message for message in banned if not message.keep_existing]
+        if not banned:
+            return
+        rules = {message.source: message.rule for message in banned}
+        shifts = {source.shift for source in rules}
+        keys = {(source.shift, source.network >> source.shift): rules[source] for source in rules}
+        targets = []
+        for flow in self._table.dump(0, CONDEMNED):
+            address = flow.original.source
+            for shift in shifts:
+                rule = keys.get((shift, address >> shift))
+                if rule is not None:
+                    targets.append(Target(flow, Ends.BOTH, rule, Reason.BANNED))
+                    break
+        self._counts["ended_by_ban"] += len(targets)
+        self._condemner.start(targets, now)
+
+    def _condemn_known(self, reset: list[Reset], now: int) -> None:
+        """A worker condemned a connection by its verdict; the other end is to hear of it too."""
+        if not reset:
+            return
+        flows = self._table.read([_named(message.flow) for message in reset])
+        self._condemner.start(
+            [
+                Target(flow, message.ends, message.rule, message.reason)
+                for flow, message in zip(flows, reset, strict=True)
+                if flow is not None
+            ],
+            now,
+        )
+
+    def _kill(self, kill: Kill, now: int) -> None:
+        flows = condemn.select(
+            self._table.dump(), kill.source, kill.source_port, kill.destination, kill.port
+        )
+        self._kills[kill.number] = Killed(kill.number, len(flows), 0)
+        for flow in flows:
+            self._kill_of.setdefault(flow.original, set()).add(kill.number)
+        self._condemner.start([Target(flow, Ends.BOTH, "", Reason.KILLED) for flow in flows], now)
+        self._finish_kills({kill.number})
+
+    def _step(self) -> None:
+        progress = self._condemner.step(time.monotonic_ns())
+        unconfirmed = []
+        touched: set[int] = set()
+        for result in progress.results:
+            self._counts["confirmed" if result.confirmed else "unconfirmed"] += 1
+            numbers = self._kill_of.pop(result.target.flow.original, set())
+            for number in numbers:
+                self._kills[number] = _with(self._kills[number], result)
+            touched |= numbers
+            if not numbers and not result.confirmed:
+                unconfirmed.append(Unconfirmed(result.target.flow.original, result.text))
+        if unconfirmed:
+            self._send(NotKilled(len(unconfirmed), tuple(unconfirmed[:_MOST_TOLD])))
+        self._finish_kills(touched)
+
+    def _finish_kills(self, numbers: set[int]) -> None:
+        open_ones = set().union(*self._kill_of.values())
+        for number in numbers - open_ones:
+            self._send(self._kills.pop(number))
+
+    def _report(self, now: int) -> None:
+        if now >= self._report_at:
+            self._report_at = now + _REPORT_EVERY
+            extra = {"pending": self._condemner.pending, "lost_reports": self._channel.lost}
+            self._send(Counts(self._counts | extra))
+        self._channel.flush()
+
+    def _send(self, message: object) -> None:
+        self._channel.send(message)
+
+
+def _with(killed: Killed, result: Result) -> Killed:
+    if result.confirmed:
+        return Killed(killed.number, killed.matched, killed.confirmed + 1, killed.unconfirmed)
+    unconfirmed = killed.unconfirmed
+    if len(unconfirmed) < _MOST_TOLD:
+        unconfirmed = (*unconfirmed, Unconfirmed(result.target.flow.original, result.text))
+    return Killed(killed.number, killed.matched, killed.confirmed, unconfirmed)
+
+
+def _named(original: Tuple) -> Flow:
+    """Return a flow that bears nothing but its name, to ask the table for the rest."""
+    return Flow(0, original, original, 0, 0, False, 0, 0, 0, 0, -1, 0, 0)
+
+
+def _serve(channel: Channel, start: Start) -> None:
+    sweeper = Sweeper(channel, start)
+    channel.send(Ready(0))
+    sweeper.run()
+
+
+if __name__ == "__main__":
+    run_child("sweeper", _serve)

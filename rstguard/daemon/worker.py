@@ -1,0 +1,209 @@
+"""The worker: one process, one queue.
+
+For every packet: parse, decide, give the verdict, in this order and with exactly one verdict
+whatever happens.  What a decision asks for besides (a ban, a report) is carried out right after
+the verdict, outside the queue's callback, and batched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import select
+import time
+from collections import Counter
+
+from rstguard.daemon.channel import Channel
+from rstguard.daemon.child import run_child
+from rstguard.daemon.messages import (
+    Blocked,
+    Counts,
+    NewPolicy,
+    Observed,
+    Ready,
+    Reset,
+    Start,
+    Stop,
+)
+from rstguard.engine.engine import Engine
+from rstguard.engine.flow import Tuple
+from rstguard.engine.ruleset import SECOND, Measure, RuleSet
+from rstguard.engine.verdict import PASS, Ban, Condemn, Decision, Shun, Verdict
+from rstguard.engine.wire import Malformed, Packet, parse
+from rstguard.kernel import KernelError
+from rstguard.kernel.elements import element_of
+from rstguard.kernel.marks import BASE, CONDEMNED_FOR, MASK, STATES, TRUSTED
+from rstguard.kernel.nfqueue import Queue, QueuedPacket
+from rstguard.kernel.sets import Sets
+
+log = logging.getLogger(__name__)
+
+_MOST_IN_A_ROW = 512
+"""Packets after which the worker looks for messages even if more are waiting."""
+_REPORT_EVERY = SECOND // 2
+_OTHER_BITS = 0xFFFFFFFF ^ MASK
+
+
+class _Pause(Exception):
+    """Leave the queue for a moment; raised only after the packet has its verdict."""
+
+
+class Worker:
+    """Reads one queue and carries out what the engine decides."""
+
+    def __init__(self, channel: Channel, start: Start) -> None:
+        """Bind the queue and take up the policy.
+
+        Raises:
+            KernelError: the queue cannot be had.
+        """
+        self._channel = channel
+        self._sets = Sets()
+        self._take_up(start.ruleset, None)
+        self._pending: list[tuple[Packet, Decision]] = []
+        self._packets = 0
+        self._counts: Counter[str] = Counter()
+        self._left_in_row = _MOST_IN_A_ROW
+        self._report_at = 0
+        self._running = True
+        self._queue = Queue(start.queue, self._on_packet, start.ruleset.fail_open)
+
+    def _take_up(self, ruleset: RuleSet, previous: Engine | None) -> None:
+        self._engine = Engine(ruleset, previous)
+        self._decide = self._engine.decide
+        self._enforce = ruleset.enforce
+        self._fail_open = ruleset.fail_open
+        self._want_scale = any(rule.measure is Measure.STALLED for rule in ruleset.rules)
+
+    def run(self) -> None:
+        """Serve until told to stop or until the supervisor is gone."""
+        poll = select.poll()
+        poll.register(self._queue.fileno(), select.POLLIN)
+        poll.register(self._channel.fileno(), select.POLLIN)
+        while self._running:
+            poll.poll(500)
+            self._left_in_row = _MOST_IN_A_ROW
+            with contextlib.suppress(_Pause):
+                self._queue.drain()
+            self._perform()
+            self._report()
+            for message in self._channel.receive():
+                self._obey(message)
+        self._queue.close()
+
+    def _on_packet(self, queued: QueuedPacket) -> None:
+        """Judge one packet and give its verdict.  This runs for every diverted packet."""
+        mark = queued.get_mark()
+        try:
+            packet = parse(queued.get_payload(), STATES[mark >> BASE & 63], self._want_scale)
+            decision = self._decide(packet, time.monotonic_ns())
+        except Exception as error:  # noqa: BLE001 - every packet gets a verdict, come what may
+            self._fail(queued, mark, error)
+            raise _Pause from None
+        self._packets += 1
+        if decision is not PASS:
+            self._give(queued, mark & _OTHER_BITS, decision)
+        else:
+            if mark & MASK:
+                queued.set_mark(mark & _OTHER_BITS)
+            queued.accept()
+        if decision.rule:
+            self._note(packet, decision)
+        self._left_in_row -= 1
+        if self._left_in_row <= 0 or self._pending:
+            raise _Pause
+
+    def _give(self, queued: QueuedPacket, mark: int, decision: Decision) -> None:
+        # A policy that only observes still spares trusted connections the way through the queue.
+        verdict = decision.verdict if self._enforce else Verdict.ACCEPT
+        if verdict is Verdict.DROP:
+            queued.drop()
+            return
+        if verdict is Verdict.RESET:
+            mark |= CONDEMNED_FOR[decision.ends]
+        elif decision.trust:
+            mark |= TRUSTED
+        queued.set_mark(mark)
+        queued.accept()
+
+    def _fail(self, queued: QueuedPacket, mark: int, error: Exception) -> None:
+        """The engine failed on a packet: it passes or not as the policy's on_failure says."""
+        queued.set_mark(mark & _OTHER_BITS)
+        if self._fail_open:
+            queued.accept()
+        else:
+            queued.drop()
+        self._counts["failed"] += 1
+        if self._counts["failed"] == 1:
+            text = "a packet could not be judged; on_failure applies (reported once)"
+            log.error(text, exc_info=error)
+
+    def _note(self, packet: Packet | Malformed, decision: Decision) -> None:
+        self._counts[f"verdict.{decision.verdict.name.lower()}"] += 1
+        self._counts[f"rule.{decision.rule}"] += 1
+        if decision.effects or decision.verdict is not Verdict.DROP:
+            assert isinstance(packet, Packet)
+            self._pending.append((packet, decision))
+
+    def _perform(self) -> None:
+        """Carry out what the decisions of the last moments ask for, bans first."""
+        pending, self._pending = self._pending, []
+        blocks = [e for _, d in pending for e in d.effects if isinstance(e, Ban | Shun)]
+        if blocks and self._enforce:
+            try:
+                self._sets.add(map(element_of, blocks))
+            except KernelError as error:
+                self._counts["block_failed"] += len(blocks)
+                log.error("%s", error)
+                blocks = []
+        for effect in blocks:
+            self._channel.send(blocked_message(effect, self._enforce))
+        for packet, decision in pending:
+            flow = Tuple(*packet[:4])
+            if decision.verdict is Verdict.RESET:
+                known = any(isinstance(effect, Condemn) for effect in decision.effects)
+                rule, reason = decision.rule, decision.reason
+                self._channel.send(Reset(flow, decision.ends, rule, reason, self._enforce, known))
+            elif not decision.effects:
+                self._channel.send(Observed(flow, decision.rule, decision.reason))
+
+    def _report(self) -> None:
+        now = time.monotonic_ns()
+        if now >= self._report_at:
+            self._report_at = now + _REPORT_EVERY
+            extra = {"packets": self._packets, "lost_reports": self._channel.lost}
+            self._channel.send(Counts(self._counts | extra))
+        self._channel.flush()
+
+    def _obey(self, message: object) -> None:
+        if isinstance(message, NewPolicy):
+            self._take_up(message.ruleset, self._engine)
+            self._queue.set_fail_open(message.ruleset.fail_open)
+            self._channel.send(Ready(message.generation))
+        elif isinstance(message, Stop):
+            self._running = False
+
+
+def blocked_message(effect: Ban | Shun, enforced: bool, by_worker: bool = True) -> Blocked:
+    """Return the report of a ban or shun that was carried out (or would have been)."""
+    element = element_of(effect)
+    return Blocked(
+        element.kind,
+        effect.source,
+        element.remaining or 0,
+        effect.rule,
+        effect.reason,
+        element.keep_existing,
+        enforced,
+        by_worker,
+    )
+
+
+def _serve(channel: Channel, start: Start) -> None:
+    worker = Worker(channel, start)
+    channel.send(Ready(0))
+    worker.run()
+
+
+if __name__ == "__main__":
+    run_child("worker", _serve)

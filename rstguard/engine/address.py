@@ -1,0 +1,80 @@
+"""Addresses and prefixes as plain integers, so that one code path serves IPv4 and IPv6.
+
+An IPv4 address is its 32-bit value.  An IPv6 address is its 128-bit value plus the tag bit
+``V6`` (2**128).  The tag survives a right shift, so a key made by ``address >> shift`` can never
+be the same for an IPv4 and an IPv6 source, whatever an attacker puts into the header.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import NamedTuple
+
+V6 = 1 << 128
+
+
+def is_v6(address: int) -> bool:
+    """Tell whether a tagged address is IPv6."""
+    return address >= V6
+
+
+def parse_address(text: str) -> int:
+    """Return the tagged integer of an address.
+
+    Raises:
+        ValueError: `text` is no IPv4 or IPv6 address.
+    """
+    address = ipaddress.ip_address(text)
+    return int(address) if address.version == 4 else int(address) | V6
+
+
+def address_text(address: int) -> str:
+    """Return the usual text form of a tagged address."""
+    if address >= V6:
+        return str(ipaddress.IPv6Address(address ^ V6))
+    return str(ipaddress.IPv4Address(address))
+
+
+def packed(address: int) -> bytes:
+    """Return the address as it stands in a header: 4 or 16 bytes, network order."""
+    return (address ^ V6).to_bytes(16, "big") if address >= V6 else address.to_bytes(4, "big")
+
+
+class Prefix(NamedTuple):
+    """A network: tagged address with the host bits zero, and its length (0-32 or 0-128)."""
+
+    network: int
+    length: int
+
+    @property
+    def shift(self) -> int:
+        """How many host bits the prefix leaves open."""
+        return (128 if self.network >= V6 else 32) - self.length
+
+    def covers(self, address: int) -> bool:
+        """Tell whether a tagged address lies in the prefix (never across families)."""
+        return address >> self.shift == self.network >> self.shift
+
+    def __str__(self) -> str:
+        """Return ``192.0.2.1`` for a whole address, ``192.0.2.0/24`` for a wider network."""
+        text = address_text(self.network)
+        return text if self.shift == 0 else f"{text}/{self.length}"
+
+
+def parse_prefix(text: str) -> Prefix:
+    """Return the prefix of ``address`` or ``address/length``.
+
+    Raises:
+        ValueError: no address, a length out of range, or host bits set beyond the length.
+    """
+    network = ipaddress.ip_network(text)
+    value = int(network.network_address)
+    return Prefix(value if network.version == 4 else value | V6, network.prefixlen)
+
+
+def prefix_of(address: int, ipv4_length: int, ipv6_length: int) -> Prefix:
+    """Return the prefix of the given width that an address lies in."""
+    v6 = address >= V6
+    length = ipv6_length if v6 else ipv4_length
+    shift = (128 if v6 else 32) - length
+    return Prefix(address >> shift << shift, length)

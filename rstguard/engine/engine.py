@@ -1,0 +1,142 @@
+"""The decision: `decide(packet, now)`.
+
+The order of checks, on one screen:
+
+1. A SYN, a closing segment, a first ACK, …: the packet's kind picks the rules that look at it.
+2. Every one of them counts it; the sternest action of those that are crossed wins.
+3. Only then, off the usual path, is the trusted list asked: it has the last word.
+4. `ban` needs proof of address and becomes a shun without it.
+"""
+
+from __future__ import annotations
+
+from rstguard.engine.address import Prefix, prefix_of
+from rstguard.engine.flow import Tuple
+from rstguard.engine.rules import REASONS, Check, Kind, Meter, make_meter
+from rstguard.engine.ruleset import Per, Rule, RuleSet
+from rstguard.engine.sources import Sources
+from rstguard.engine.verdict import (
+    PASS,
+    PASS_AND_TRUST,
+    Action,
+    Condemn,
+    Decision,
+    Reason,
+    Verdict,
+)
+from rstguard.engine.wire import (
+    ACK,
+    BAD_FLAGS,
+    FIN,
+    KNOWN,
+    OUTBOUND,
+    PROVEN,
+    RST,
+    STRAY,
+    SYN,
+    Malformed,
+    Packet,
+)
+
+_HANDSHAKE_FLAGS = FIN | SYN | RST | ACK
+_UNREADABLE = Decision(Verdict.ACCEPT, Reason.UNREADABLE)
+_TRUSTED = Decision(Verdict.ACCEPT, Reason.TRUSTED)
+
+Checks = tuple[tuple[Check, Rule], ...]
+
+
+class Engine:
+    """Judges packets by a compiled policy.  Pure: time comes in, decisions go out."""
+
+    def __init__(self, ruleset: RuleSet, previous: Engine | None = None) -> None:
+        """Take up a policy; rules that `previous` has unchanged keep their counts."""
+        self.ruleset = ruleset
+        kept = {meter.rule: meter for meter in previous.meters} if previous else {}
+        meters = (kept.get(rule) or make_meter(rule) for rule in ruleset.rules)
+        self.meters: tuple[Meter, ...] = tuple(meter for meter in meters if meter)
+        self._sources: Sources = previous._sources if previous else Sources(ruleset)
+        self._sources.ruleset = ruleset
+        self._by_port = {kind: self._checks_by_port(kind) for kind in Kind}
+        self._elsewhere = {kind: self._checks(kind, None) for kind in Kind}
+        self._syn_by_port, self._syn_elsewhere = self._by_port[Kind.SYN], self._elsewhere[Kind.SYN]
+        self._dropping = {
+            rule: Decision(Verdict.DROP, REASONS[rule.measure], rule.name) for rule in ruleset.rules
+        }
+
+    def decide(self, packet: Packet | Malformed, now: int) -> Decision:
+        """Return what is to be done about a packet that arrives at `now` (nanoseconds)."""
+        if type(packet) is Malformed:
+            return _UNREADABLE
+        assert type(packet) is Packet
+        if packet[6] & _HANDSHAKE_FLAGS == SYN and not packet[9] & OUTBOUND:
+            checks = self._syn_by_port.get(packet[3], self._syn_elsewhere)
+            calm = PASS
+        else:
+            kind = kind_of(packet)
+            if packet.state & OUTBOUND:
+                packet = packet.turned()
+            checks = self._by_port[kind].get(packet.destination_port, self._elsewhere[kind])
+            calm = PASS_AND_TRUST if kind is Kind.HANDSHAKE else PASS
+        crossed: Rule | None = None
+        for check, rule in checks:
+            if check(packet, now) and (crossed is None or rule.action > crossed.action):
+                crossed = rule
+        return calm if crossed is None else self._object(packet, crossed, calm, now)
+
+    def _object(self, packet: Packet, rule: Rule, calm: Decision, now: int) -> Decision:
+        """Turn the sternest crossed rule into a decision."""
+        if self.ruleset.scope.trusts(packet.source):
+            return _TRUSTED
+        reason = REASONS[rule.measure]
+        outbound = bool(packet.state & OUTBOUND)
+        if rule.action is Action.DROP and not outbound:
+            return self._dropping[rule]
+        if rule.action is Action.BAN:
+            proven = bool(packet.state & PROVEN)
+            effects = self._sources.block(self.blocked(packet, rule), proven, rule, now)
+            # The server's own RST to a source now banned still frees the other end.
+            return Decision(
+                Verdict.ACCEPT if outbound else Verdict.DROP, reason, rule.name, effects=effects
+            )
+        if rule.action is Action.RESET and not outbound:
+            connection = packet.state & KNOWN
+            effect = Condemn(Tuple(*packet[:4]), rule.ends, rule.name, reason)
+            return Decision(
+                Verdict.RESET,
+                reason,
+                rule.name,
+                ends=rule.ends,
+                effects=(effect,) if connection else (),
+            )
+        return Decision(Verdict.ACCEPT, reason, rule.name, trust=calm.trust)
+
+    def blocked(self, packet: Packet, rule: Rule) -> Prefix:
+        """Return whom a block by `rule` is laid on: the prefix it counts, else the one source."""
+        if rule.per is Per.SERVICE:
+            return prefix_of(packet.source, self.ruleset.source_ipv4, self.ruleset.source_ipv6)
+        return prefix_of(packet.source, rule.ipv4_length, rule.ipv6_length)
+
+    def _checks_by_port(self, kind: Kind) -> dict[int, Checks]:
+        named = {port for meter in self.meters for port in meter.rule.ports or ()}
+        return {port: self._checks(kind, port) for port in named}
+
+    def _checks(self, kind: Kind, port: int | None) -> Checks:
+        return tuple(
+            (meter.checks[kind], meter.rule)
+            for meter in self.meters
+            if kind in meter.checks and (meter.rule.ports is None or port in meter.rule.ports)
+        )
+
+
+def kind_of(packet: Packet) -> Kind:
+    """Return the kind of any packet; rules are looked up by it."""
+    flags, state = packet.flags, packet.state
+    if BAD_FLAGS[flags]:
+        return Kind.BAD
+    if flags & _HANDSHAKE_FLAGS == SYN:
+        return Kind.SYN
+    if state & STRAY:
+        return Kind.STRAY
+    if flags & (FIN | RST):
+        return Kind.CLOSE
+    return Kind.HANDSHAKE if state & KNOWN else Kind.OTHER

@@ -1,0 +1,68 @@
+"""One connection as the kernel's table shows it, and how it is named."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple
+
+from rstguard.engine.address import address_text, is_v6
+
+
+class TcpState(IntEnum):
+    """Connection states of the tracker (linux/netfilter/nf_conntrack_tcp.h)."""
+
+    NONE = 0
+    SYN_SENT = 1
+    SYN_RECV = 2
+    ESTABLISHED = 3
+    FIN_WAIT = 4
+    CLOSE_WAIT = 5
+    LAST_ACK = 6
+    TIME_WAIT = 7
+    CLOSE = 8
+    SYN_SENT2 = 9
+
+
+class Tuple(NamedTuple):
+    """Addresses (tagged integers) and ports of one direction of a connection."""
+
+    source: int
+    destination: int
+    source_port: int
+    destination_port: int
+
+    def __str__(self) -> str:
+        return (
+            f"{endpoint(self.source, self.source_port)} > "
+            f"{endpoint(self.destination, self.destination_port)}"
+        )
+
+
+class Flow(NamedTuple):
+    """One TCP entry of the connection table.
+
+    `original` is what the client sent, `reply` what the server sends; with NAT they are not each
+    other's mirror.  Bytes and packets are counted by the kernel since the connection began
+    (IP headers included), and are 0 while accounting is off.  `age` is in nanoseconds, or -1 while
+    the kernel does not stamp connections.  `timeout` is what the entry has left, in seconds.
+    """
+
+    ident: int
+    original: Tuple
+    reply: Tuple
+    state: int
+    mark: int
+    seen_reply: bool
+    client_packets: int
+    client_bytes: int
+    server_packets: int
+    server_bytes: int
+    age: int
+    timeout: int
+    zone: int
+
+
+def endpoint(address: int, port: int) -> str:
+    """Return ``192.0.2.1:80`` or ``[2001:db8::1]:80``."""
+    text = address_text(address)
+    return f"[{text}]:{port}" if is_v6(address) else f"{text}:{port}"

@@ -1,0 +1,189 @@
+"""The packet measures: for each rule of a policy, what it counts on which packets.
+
+A compiled rule becomes a `Meter`: for every kind of packet it needs, a function
+`(packet, now) -> bool` that counts the packet and tells whether the rule is crossed by it.  The
+tables live in these functions' closures, so a meter that is kept over a policy change keeps its
+counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+from rstguard.engine.address import V6
+from rstguard.engine.limiter import Distinct, Limiter, Memory
+from rstguard.engine.ruleset import Measure, Per, Rule
+from rstguard.engine.verdict import Reason
+from rstguard.engine.wire import Packet
+
+Check = Callable[[Packet, int], bool]
+"""Count a packet at a time (nanoseconds); True if the rule is crossed by it."""
+
+
+class Kind(Enum):
+    """The kinds of packets that rules tell apart; each packet is of exactly one."""
+
+    SYN = "new SYN"
+    HANDSHAKE = "first ACK"
+    CLOSE = "FIN or RST"
+    BAD = "impossible flags"
+    STRAY = "no known connection"
+    OTHER = "small window, or nothing of note"
+
+
+@dataclass(frozen=True, slots=True)
+class Meter:
+    """A rule with its tables: what to do with which kind of packet."""
+
+    rule: Rule
+    checks: dict[Kind, Check]
+
+
+REASONS = {measure: Reason[measure.name] for measure in Measure}
+"""The reason that goes with each measure: they bear the same names."""
+
+
+def key_function(rule: Rule) -> Callable[[Packet], int]:
+    """Return the function that says whom a rule counts a packet against."""
+    if rule.per is Per.SERVICE:
+        return lambda packet: packet.destination << 16 | packet.destination_port
+    shift4, shift6 = 32 - rule.ipv4_length, 128 - rule.ipv6_length
+
+    def key(packet: Packet) -> int:
+        source = packet.source
+        return source >> (shift6 if source >= V6 else shift4)
+
+    return key
+
+
+def make_meter(rule: Rule) -> Meter | None:
+    """Return the meter of a rule that looks at packets, or None for a sweep measure."""
+    maker = _MAKERS.get(rule.measure)
+    return Meter(rule, maker(rule)) if maker else None
+
+
+def _limiter(rule: Rule) -> Limiter:
+    return Limiter(rule.limit, rule.period, rule.burst)
+
+
+def _rate(rule: Rule) -> Check:
+    """Every packet of the kind counts."""
+    over = _limiter(rule).over
+    if rule.per is Per.SERVICE:
+        key = key_function(rule)
+        return lambda packet, now: over(key(packet), now)
+    shift4, shift6 = 32 - rule.ipv4_length, 128 - rule.ipv6_length
+
+    def check(packet: Packet, now: int) -> bool:
+        source = packet[0]  # by index, and the key made here: this runs for every SYN
+        return over(source >> (shift6 if source >= V6 else shift4), now)
+
+    return check
+
+
+def _syn_rate(rule: Rule) -> dict[Kind, Check]:
+    return {Kind.SYN: _rate(rule)}
+
+
+def _connection_rate(rule: Rule) -> dict[Kind, Check]:
+    return {Kind.HANDSHAKE: _rate(rule)}
+
+
+def _bad_flags(rule: Rule) -> dict[Kind, Check]:
+    return {Kind.BAD: _rate(rule)}
+
+
+def _out_of_state(rule: Rule) -> dict[Kind, Check]:
+    return {Kind.STRAY: _rate(rule)}
+
+
+def _reset_rate(rule: Rule) -> dict[Kind, Check]:
+    rate = _rate(rule)
+    return {Kind.CLOSE: lambda packet, now: bool(packet.flags & 4) and rate(packet, now)}
+
+
+def _distinct_ports(rule: Rule) -> dict[Kind, Check]:
+    over, key = Distinct(rule.limit, rule.within).over, key_function(rule)
+    return {Kind.SYN: lambda packet, now: over(key(packet), packet.destination_port, now)}
+
+
+def _distinct_hosts(rule: Rule) -> dict[Kind, Check]:
+    over, key = Distinct(rule.limit, rule.within).over, key_function(rule)
+    return {Kind.SYN: lambda packet, now: over(key(packet), packet.destination, now)}
+
+
+def _half_open(rule: Rule) -> dict[Kind, Check]:
+    """A SYN opens, the first ACK the kernel accepts takes it back."""
+    pending, key = Distinct(rule.limit, rule.within), key_function(rule)
+
+    def opened(packet: Packet, now: int) -> bool:
+        return pending.over(key(packet), hash(packet[:4]), now)
+
+    def completed(packet: Packet, now: int) -> bool:
+        pending.forget(key(packet), hash(packet[:4]))
+        return False
+
+    return {Kind.SYN: opened, Kind.HANDSHAKE: completed}
+
+
+def _short_connections(rule: Rule) -> dict[Kind, Check]:
+    """A connection counts once, at the first FIN or RST of either end."""
+    over, key = _limiter(rule).over, key_function(rule)
+    opened: Memory[int] = Memory()
+
+    def opening(packet: Packet, now: int) -> bool:
+        opened.put(packet[:4], now)
+        return False
+
+    def closing(packet: Packet, now: int) -> bool:
+        began = opened.pop(packet[:4])
+        return began is not None and now - began < rule.shorter_than and over(key(packet), now)
+
+    return {Kind.SYN: opening, Kind.CLOSE: closing}
+
+
+def _stalled(rule: Rule) -> dict[Kind, Check]:
+    """The client advertises a small window, and nothing shows that it ever was larger.
+
+    Only small windows come by here.  Between two of them the server can have sent at most what
+    the first one allowed (RFC 9293, 3.8.6); if more was acknowledged, the window was open in
+    between, and the clock starts anew.
+    """
+    scales: Memory[int] = Memory()
+    stalls: Memory[tuple[int, int, int]] = Memory()
+
+    def opening(packet: Packet, now: int) -> bool:
+        scales.put(packet[:4], packet.window_scale)
+        return False
+
+    def small(packet: Packet, now: int) -> bool:
+        flow = packet[:4]
+        # Without the SYN the scale is not known: only a window of 0 is then surely small.
+        scale = scales.get(flow)
+        window = packet.window << (16 if scale is None else max(0, scale))
+        if window > rule.window:
+            stalls.pop(flow)
+            return False
+        began, acknowledged, allowed = stalls.get(flow) or (now, packet.acknowledgement, window)
+        if (packet.acknowledgement - acknowledged) & 0xFFFFFFFF > allowed + 1:
+            began = now
+        stalls.put(flow, (began, packet.acknowledgement, window))
+        return now - began >= rule.limit
+
+    return {Kind.SYN: opening, Kind.OTHER: small}
+
+
+_MAKERS: dict[Measure, Callable[[Rule], dict[Kind, Check]]] = {
+    Measure.SYN_RATE: _syn_rate,
+    Measure.CONNECTION_RATE: _connection_rate,
+    Measure.HALF_OPEN: _half_open,
+    Measure.DISTINCT_PORTS: _distinct_ports,
+    Measure.DISTINCT_HOSTS: _distinct_hosts,
+    Measure.BAD_FLAGS: _bad_flags,
+    Measure.OUT_OF_STATE: _out_of_state,
+    Measure.RESET_RATE: _reset_rate,
+    Measure.SHORT_CONNECTIONS: _short_connections,
+    Measure.STALLED: _stalled,
+}

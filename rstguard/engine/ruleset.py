@@ -1,0 +1,216 @@
+"""The compiled policy: plain values that the engine, the chains and the reports all read.
+
+Times are integer nanoseconds, ports are expanded, addresses are prefixes.  Nothing here has
+state; `rstguard.engine.rules` gives each `Rule` its tables.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from rstguard.engine.address import Prefix
+from rstguard.engine.verdict import Action, Ends
+
+SECOND = 1_000_000_000
+
+
+class Measure(Enum):
+    """What a rule measures; the value is its name in a policy file."""
+
+    SYN_RATE = "syn_rate"
+    CONNECTION_RATE = "connection_rate"
+    HALF_OPEN = "half_open"
+    DISTINCT_PORTS = "distinct_ports"
+    DISTINCT_HOSTS = "distinct_hosts"
+    BAD_FLAGS = "bad_flags"
+    OUT_OF_STATE = "out_of_state"
+    RESET_RATE = "reset_rate"
+    SHORT_CONNECTIONS = "short_connections"
+    CONNECTIONS = "connections"
+    BYTE_RATE = "byte_rate"
+    SLOW = "slow"
+    STALLED = "stalled"
+    IDLE = "idle"
+    AGE = "age"
+
+
+RATE_MEASURES = frozenset(
+    {
+        Measure.SYN_RATE,
+        Measure.CONNECTION_RATE,
+        Measure.BAD_FLAGS,
+        Measure.OUT_OF_STATE,
+        Measure.RESET_RATE,
+        Measure.SHORT_CONNECTIONS,
+        Measure.BYTE_RATE,
+    }
+)
+"""Measures whose `limit` is an amount per `period`."""
+
+SWEEP_MEASURES = frozenset(
+    {
+        Measure.CONNECTIONS,
+        Measure.BYTE_RATE,
+        Measure.SLOW,
+        Measure.IDLE,
+        Measure.AGE,
+    }
+)
+"""Measures judged from the kernel's connection table, not packet by packet."""
+
+
+class Divert(Enum):
+    """A class of packets that some rule needs to see in the queue."""
+
+    SYN = "new SYNs"
+    HANDSHAKE = "the first ACK of a connection"
+    CLOSE = "FINs and RSTs of a connection"
+    BAD_FLAGS = "segments with impossible flags"
+    STRAY = "segments of no known connection"
+    SMALL_WINDOW = "ACKs that advertise a small window"
+
+
+NEEDS: dict[Measure, frozenset[Divert]] = {
+    Measure.SYN_RATE: frozenset({Divert.SYN}),
+    Measure.CONNECTION_RATE: frozenset({Divert.HANDSHAKE}),
+    Measure.HALF_OPEN: frozenset({Divert.SYN, Divert.HANDSHAKE}),
+    Measure.DISTINCT_PORTS: frozenset({Divert.SYN}),
+    Measure.DISTINCT_HOSTS: frozenset({Divert.SYN}),
+    Measure.BAD_FLAGS: frozenset({Divert.BAD_FLAGS}),
+    Measure.OUT_OF_STATE: frozenset({Divert.STRAY}),
+    Measure.RESET_RATE: frozenset({Divert.CLOSE}),
+    Measure.SHORT_CONNECTIONS: frozenset({Divert.SYN, Divert.CLOSE}),
+    Measure.STALLED: frozenset({Divert.SYN, Divert.SMALL_WINDOW}),
+}
+"""Which packets a measure needs; sweep measures need none."""
+
+
+class Per(Enum):
+    """What a source measure counts by."""
+
+    SOURCE = "source"
+    PREFIX = "prefix"
+    SERVICE = "service"
+
+
+@dataclass(frozen=True, slots=True)
+class Escalate:
+    """Each new ban within `memory` lasts `factor` times the last, at most `up_to` (nanoseconds)."""
+
+    factor: int
+    up_to: int
+    memory: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One compiled rule.
+
+    `limit` is a count, an amount per `period` for rate measures (`RATE_MEASURES`), bytes/s for
+    SLOW (the `under`), or nanoseconds for IDLE, AGE and STALLED (the `over`).  `period` and
+    `within`, `after`, `shorter_than`, `duration` are nanoseconds.  `burst` is a count of at
+    least 1.  `ipv4_length`/`ipv6_length` say how wide one counted source is.  `ports` is None
+    for all protected ports.  `window` is in bytes, `of` is client, server or both.
+    """
+
+    name: str
+    measure: Measure
+    action: Action
+    limit: int
+    period: int = 0
+    burst: int = 1
+    within: int = 0
+    ports: frozenset[int] | None = None
+    per: Per = Per.SOURCE
+    ipv4_length: int = 32
+    ipv6_length: int = 64
+    duration: int = 0
+    escalate: Escalate | None = None
+    keep_existing: bool = False
+    shorter_than: int = 0
+    after: int = 0
+    of: str = "client"
+    window: int = 0
+    ends: Ends = Ends.BOTH
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """What is protected, and who is exempt.
+
+    Empty `destinations` mean any address, None `ports` any TCP port.  Interfaces are names or
+    globs as in the policy file ("wan*").
+    """
+
+    interfaces: tuple[str, ...]
+    destinations: tuple[Prefix, ...]
+    ports: frozenset[int] | None
+    trusted: tuple[Prefix, ...]
+
+    def trusts(self, source: int) -> bool:
+        """Tell whether a tagged address is on the trusted list."""
+        return any(prefix.covers(source) for prefix in self.trusted)
+
+    def protects(self, destination: int, port: int) -> bool:
+        """Tell whether a target is inside the policy's scope."""
+        if self.ports is not None and port not in self.ports:
+            return False
+        return not self.destinations or any(p.covers(destination) for p in self.destinations)
+
+
+@dataclass(frozen=True, slots=True)
+class SynBudget:
+    """SYNs a second, per service, that reach the engine; `ports` None means all protected."""
+
+    rate: int
+    ports: frozenset[int] | None
+
+
+@dataclass(frozen=True, slots=True)
+class RuleSet:
+    """A whole compiled policy.
+
+    `enforce` False means: decide, count and report, but change nothing.  `fail_open` is what
+    passes while the engine is down or overrun.  `blocking` is what a banned or shunned source
+    sees: "drop", "reset" or "unreachable".  `shun_duration` and `sweep_every` are nanoseconds.
+    `inspect_packets` caps how many early packets of a connection may pass through the queue.
+    """
+
+    name: str
+    enforce: bool
+    fail_open: bool
+    scope: Scope
+    rules: tuple[Rule, ...]
+    source_ipv4: int = 32
+    source_ipv6: int = 64
+    inspect_packets: int = 8
+    syn_budget: SynBudget | None = None
+    blocking: str = "drop"
+    shun_duration: int = 10 * SECOND
+    sweep_every: int = 2 * SECOND
+
+    @property
+    def diverts(self) -> frozenset[Divert]:
+        """The packet classes that this policy's rules need, and no others."""
+        return frozenset().union(*(NEEDS.get(rule.measure, frozenset()) for rule in self.rules))
+
+    @property
+    def sweeps(self) -> bool:
+        """Whether any rule is judged from the kernel's connection table."""
+        return any(rule.measure in SWEEP_MEASURES for rule in self.rules)
+
+    @property
+    def bans(self) -> bool:
+        """Whether any rule bans, so that proof of address matters."""
+        return any(rule.action is Action.BAN for rule in self.rules)
+
+    def ports_needing(self, divert: Divert) -> frozenset[int] | None:
+        """Return the ports for which some rule needs the packet class; None means all."""
+        found: set[int] = set()
+        for rule in self.rules:
+            if divert in NEEDS.get(rule.measure, frozenset()):
+                if rule.ports is None:
+                    return None
+                found |= rule.ports
+        return frozenset(found)

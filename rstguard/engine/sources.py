@@ -1,0 +1,60 @@
+"""What is known of sources beyond their counts: past offences, and blocks already ordered.
+
+Both tables are bounded (`rstguard.engine.limiter.Memory`); an entry that falls out favours the
+source: its next ban is a first one, or a block is ordered a second time.
+"""
+
+from __future__ import annotations
+
+from rstguard.engine.address import Prefix
+from rstguard.engine.limiter import Memory
+from rstguard.engine.rules import REASONS
+from rstguard.engine.ruleset import SECOND, Rule, RuleSet
+from rstguard.engine.verdict import Ban, Shun
+
+_LONGEST_PROGRESSION = 64
+
+
+class Sources:
+    """Turns a crossed rule into a ban or a shun of its source, once."""
+
+    def __init__(self, ruleset: RuleSet) -> None:
+        self.ruleset = ruleset
+        self._offences: Memory[tuple[int, int]] = Memory()
+        self._ordered: Memory[tuple[bool, int]] = Memory()
+
+    def block(self, source: Prefix, proven: bool, rule: Rule, now: int) -> tuple[Ban | Shun, ...]:
+        """Return the ban or shun to carry out now, or nothing if it was ordered a moment ago.
+
+        A source is banned only if it is `proven` to own its address; a forged SYN may bear
+        anybody's, so the rest is shunned.  A shun does not stand in the way of a later ban.  While
+        the policy is enforced an order is repeated after a second: a packet that still arrives
+        then shows that the kernel does not block its source.
+        """
+        ordered = self._ordered.get(source)
+        if ordered is not None and now < ordered[1] and (ordered[0] or not proven):
+            return ()
+        effect: Ban | Shun
+        if proven:
+            duration = self._duration(source, rule, now)
+            effect = Ban(source, duration, rule.name, REASONS[rule.measure], rule.keep_existing)
+        else:
+            duration = self.ruleset.shun_duration
+            effect = Shun(source, duration, rule.name, REASONS[rule.measure])
+        quiet = min(duration, SECOND) if self.ruleset.enforce else duration
+        self._ordered.put(source, (proven, now + quiet))
+        return (effect,)
+
+    def _duration(self, source: Prefix, rule: Rule, now: int) -> int:
+        """Return how long this ban lasts: longer for each one still remembered."""
+        if rule.escalate is None:
+            return rule.duration
+        key = (rule.name, source)
+        count, last = self._offences.get(key) or (0, now)
+        ordered = self._ordered.get(source)
+        if now - last > rule.escalate.memory:
+            count = 0
+        if ordered is not None and ordered[0] and count and now - last < 2 * SECOND:
+            count -= 1  # the same ban ordered again, not a new offence
+        self._offences.put(key, (min(count + 1, _LONGEST_PROGRESSION), now))
+        return int(min(rule.duration * rule.escalate.factor**count, rule.escalate.up_to))

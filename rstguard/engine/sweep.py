@@ -1,0 +1,205 @@
+"""The sweep: judge every connection of the kernel's table, some seconds apart.
+
+What a packet-by-packet view cannot tell, idle and slow connections and how many a source holds,
+is read from the connection table and compared with the last sweep.  The memory is rebuilt at each
+sweep from the connections present, so it is bounded by the table itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from rstguard.engine.address import is_v6, prefix_of
+from rstguard.engine.flow import Flow, TcpState, Tuple
+from rstguard.engine.ruleset import SECOND, SWEEP_MEASURES, Measure, Per, Rule, RuleSet
+from rstguard.engine.sources import Sources
+from rstguard.engine.verdict import Action, Ban, Shun
+
+_LIVE = frozenset({TcpState.ESTABLISHED, TcpState.FIN_WAIT, TcpState.CLOSE_WAIT})
+
+
+class Seen(NamedTuple):
+    """What the last sweep knew of a connection (times in monotonic nanoseconds)."""
+
+    began: int
+    changed: int
+    packets: int
+    bytes: int
+    news: int
+    """Bytes moved since the sweep before."""
+
+
+class Objection(NamedTuple):
+    """A rule crossed by a connection, or by its source through it."""
+
+    flow: Flow
+    rule: Rule
+
+
+class Judgement(NamedTuple):
+    """What a sweep decided: connections to reset, sources to block, and what is only observed."""
+
+    condemned: tuple[Objection, ...]
+    blocks: tuple[Ban | Shun, ...]
+    observed: tuple[Objection, ...]
+
+
+class Sweep:
+    """Judges connections by the sweep rules of a policy.  Pure, like the engine."""
+
+    def __init__(self, ruleset: RuleSet, previous: Sweep | None = None) -> None:
+        """Take up a policy; what `previous` remembers of connections is kept."""
+        self.ruleset = ruleset
+        self._rules = tuple(rule for rule in ruleset.rules if rule.measure in SWEEP_MEASURES)
+        self._seen: dict[Tuple, Seen] = previous._seen if previous else {}
+        self._swept: int = previous._swept if previous else 0
+        self._levels: dict[tuple[str, int], int] = previous._levels if previous else {}
+        self._reported: set[tuple[str, Tuple]] = previous._reported if previous else set()
+        self._sources: Sources = previous._sources if previous else Sources(ruleset)
+        self._sources.ruleset = ruleset
+
+    def judge(self, flows: Iterable[Flow], now: int) -> Judgement:
+        """Judge the guarded connections as they are at `now` (monotonic nanoseconds)."""
+        flows = [flow for flow in flows if flow.state in _LIVE]
+        seen = {flow.original: self._note(flow, now) for flow in flows}
+        objections: dict[Tuple, Objection] = {}
+        observed = []
+        self._reported = {item for item in self._reported if item[1] in seen}
+        elapsed = now - self._swept
+        for rule in self._rules:
+            within = flows if rule.ports is None else _on_ports(flows, rule.ports)
+            for flow in _CROSSED[rule.measure](self, rule, within, seen, now, elapsed):
+                if self.ruleset.scope.trusts(flow.original.source):
+                    continue
+                if rule.action is Action.OBSERVE or not self.ruleset.enforce:
+                    if (rule.name, flow.original) in self._reported:
+                        continue
+                    self._reported.add((rule.name, flow.original))
+                if rule.action is Action.OBSERVE:
+                    observed.append(Objection(flow, rule))
+                    continue
+                sternest = objections.get(flow.original)
+                if sternest is None or rule.action > sternest.rule.action:
+                    objections[flow.original] = Objection(flow, rule)
+        self._seen, self._swept = seen, now
+        return self._sentence(objections.values(), observed, now)
+
+    def _sentence(
+        self, objections: Iterable[Objection], observed: list[Objection], now: int
+    ) -> Judgement:
+        condemned: list[Objection] = []
+        blocks: list[Ban | Shun] = []
+        for objection in objections:
+            flow, rule = objection
+            if rule.action is not Action.BAN:
+                condemned.append(objection)
+                continue
+            source = prefix_of(flow.original.source, *_widths(rule, self.ruleset))
+            blocks += self._sources.block(source, flow.seen_reply, rule, now)
+        return Judgement(tuple(condemned), tuple(blocks), tuple(observed))
+
+    def _note(self, flow: Flow, now: int) -> Seen:
+        packets = flow.client_packets + flow.server_packets
+        total = flow.client_bytes + flow.server_bytes
+        last = self._seen.get(flow.original)
+        if last is None or packets < last.packets:
+            began = now - flow.age if flow.age >= 0 else now
+            # An older connection moved most of its bytes before anybody looked.
+            news = total if flow.age >= 0 and began >= self._swept else 0
+            return Seen(began, now, packets, total, news)
+        changed = now if packets != last.packets else last.changed
+        return Seen(last.began, changed, packets, total, total - last.bytes)
+
+    def _connections(
+        self, rule: Rule, flows: list[Flow], seen: dict[Tuple, Seen], now: int, elapsed: int
+    ) -> list[Flow]:
+        """The newest of a source beyond the limit."""
+        held: dict[int, list[Flow]] = {}
+        key = _source_key(rule)
+        for flow in flows:
+            if flow.state == TcpState.ESTABLISHED:
+                held.setdefault(key(flow), []).append(flow)
+        beyond = []
+        for of_source in held.values():
+            if len(of_source) > rule.limit:
+                of_source.sort(key=lambda flow: seen[flow.original].began)
+                beyond += of_source[rule.limit :]
+        return beyond
+
+    def _byte_rate(
+        self, rule: Rule, flows: list[Flow], seen: dict[Tuple, Seen], now: int, elapsed: int
+    ) -> list[Flow]:
+        """Every moving connection of a source whose bucket of bytes overflows."""
+        key = _source_key(rule)
+        moved: dict[int, int] = {}
+        for flow in flows:
+            if news := seen[flow.original].news:
+                moved[key(flow)] = moved.get(key(flow), 0) + news
+        drained = rule.limit * elapsed // rule.period
+        over = set()
+        for source, amount in moved.items():
+            level = max(0, self._levels.get((rule.name, source), 0) + amount - drained)
+            if level > rule.burst:
+                over.add(source)
+            moved[source] = level
+        others = {place: level for place, level in self._levels.items() if place[0] != rule.name}
+        self._levels = others | {(rule.name, source): level for source, level in moved.items()}
+        return [flow for flow in flows if key(flow) in over and seen[flow.original].news]
+
+    def _slow(
+        self, rule: Rule, flows: list[Flow], seen: dict[Tuple, Seen], now: int, elapsed: int
+    ) -> list[Flow]:
+        found = []
+        for flow in flows:
+            age = now - seen[flow.original].began
+            if flow.state != TcpState.ESTABLISHED or age < rule.after:
+                continue
+            if _counted_bytes(flow, rule.of) * SECOND < rule.limit * age:
+                found.append(flow)
+        return found
+
+    def _idle(
+        self, rule: Rule, flows: list[Flow], seen: dict[Tuple, Seen], now: int, elapsed: int
+    ) -> list[Flow]:
+        return [flow for flow in flows if now - seen[flow.original].changed >= rule.limit]
+
+    def _age(
+        self, rule: Rule, flows: list[Flow], seen: dict[Tuple, Seen], now: int, elapsed: int
+    ) -> list[Flow]:
+        return [flow for flow in flows if now - seen[flow.original].began >= rule.limit]
+
+
+Crossed = Callable[[Sweep, Rule, list[Flow], dict[Tuple, Seen], int, int], list[Flow]]
+
+_CROSSED: dict[Measure, Crossed] = {
+    Measure.CONNECTIONS: Sweep._connections,
+    Measure.BYTE_RATE: Sweep._byte_rate,
+    Measure.SLOW: Sweep._slow,
+    Measure.IDLE: Sweep._idle,
+    Measure.AGE: Sweep._age,
+}
+
+
+def _on_ports(flows: list[Flow], ports: frozenset[int]) -> list[Flow]:
+    return [flow for flow in flows if flow.original.destination_port in ports]
+
+
+def _widths(rule: Rule, ruleset: RuleSet) -> tuple[int, int]:
+    if rule.per is Per.SERVICE:
+        return ruleset.source_ipv4, ruleset.source_ipv6
+    return rule.ipv4_length, rule.ipv6_length
+
+
+def _source_key(rule: Rule) -> Callable[[Flow], int]:
+    """Return the function that says whom a rule counts a connection against."""
+    if rule.per is Per.SERVICE:
+        return lambda flow: flow.original.destination << 16 | flow.original.destination_port
+    shift4, shift6 = 32 - rule.ipv4_length, 128 - rule.ipv6_length
+    return lambda flow: flow.original.source >> (shift6 if is_v6(flow.original.source) else shift4)
+
+
+def _counted_bytes(flow: Flow, of: str) -> int:
+    if of == "client":
+        return flow.client_bytes
+    return flow.server_bytes if of == "server" else flow.client_bytes + flow.server_bytes

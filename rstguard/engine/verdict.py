@@ -1,0 +1,118 @@
+"""What the engine can decide, and the one table of reasons.
+
+Counters, events, command line and README all derive from `Reason`; there is no second list.
+"""
+
+from __future__ import annotations
+
+from enum import Enum, IntEnum
+from typing import NamedTuple
+
+from rstguard.engine.address import Prefix
+from rstguard.engine.flow import Tuple
+
+
+class Action(IntEnum):
+    """What a rule asks for; a larger value is sterner and wins."""
+
+    OBSERVE = 0
+    DROP = 1
+    RESET = 2
+    BAN = 3
+
+
+class Verdict(IntEnum):
+    """What happens to the packet itself."""
+
+    ACCEPT = 0
+    DROP = 1
+    RESET = 2
+
+
+class Ends(Enum):
+    """Which ends of a connection are told of a reset; the other sees silence."""
+
+    BOTH = "both"
+    SOURCE = "source"
+    DESTINATION = "destination"
+
+
+class Reason(Enum):
+    """Why a packet or a connection met its fate: one sentence each."""
+
+    PASSED = "no rule objects"
+    TRUSTED = "the source is on the policy's trusted list"
+    UNREADABLE = "the packet could not be parsed as TCP over IPv4 or IPv6"
+    SYN_RATE = "the source sent SYNs faster than the rule allows"
+    CONNECTION_RATE = "the source completed handshakes faster than the rule allows"
+    HALF_OPEN = "the source left more handshakes unfinished than the rule allows"
+    DISTINCT_PORTS = "the source tried more different ports than the rule allows"
+    DISTINCT_HOSTS = "the source tried more different hosts than the rule allows"
+    BAD_FLAGS = "the source sent impossible flag combinations faster than the rule allows"
+    OUT_OF_STATE = "the source sent segments of no known connection faster than the rule allows"
+    RESET_RATE = "the source sent RSTs faster than the rule allows"
+    SHORT_CONNECTIONS = "the source ended connections early more often than the rule allows"
+    CONNECTIONS = "the source holds more connections at once than the rule allows"
+    BYTE_RATE = "the source moved bytes faster than the rule allows"
+    SLOW = "the connection moved fewer bytes a second than the rule demands"
+    STALLED = "the client kept its receive window closed longer than the rule allows"
+    IDLE = "the connection was silent longer than the rule allows"
+    AGE = "the connection is older than the rule allows"
+    BANNED = "the source was banned, and its connections end with it"
+    KILLED = "an administrator asked for it"
+
+    @property
+    def code(self) -> str:
+        """The name used in counters, events and ``--json``."""
+        return self.name.lower()
+
+
+class Ban(NamedTuple):
+    """Drop everything from `source` for `duration` nanoseconds."""
+
+    source: Prefix
+    duration: int
+    rule: str
+    reason: Reason
+    keep_existing: bool
+
+
+class Shun(NamedTuple):
+    """Drop new SYNs from `source` for `duration` nanoseconds."""
+
+    source: Prefix
+    duration: int
+    rule: str
+    reason: Reason
+
+
+class Condemn(NamedTuple):
+    """End the connection whose original direction is `flow`."""
+
+    flow: Tuple
+    ends: Ends
+    rule: str
+    reason: Reason
+
+
+Effect = Ban | Shun | Condemn
+
+
+class Decision(NamedTuple):
+    """The outcome for one packet: exactly one verdict, and what else is to be done.
+
+    `trust` asks that the rest of the connection no longer passes through the queue.  `rule` is the
+    name of the sternest rule that objected, or "" if none did.  `observed` names rules that were
+    crossed but only observe.
+    """
+
+    verdict: Verdict
+    reason: Reason
+    rule: str = ""
+    trust: bool = False
+    ends: Ends = Ends.BOTH
+    effects: tuple[Effect, ...] = ()
+
+
+PASS = Decision(Verdict.ACCEPT, Reason.PASSED)
+PASS_AND_TRUST = Decision(Verdict.ACCEPT, Reason.PASSED, trust=True)

@@ -1,0 +1,168 @@
+"""The kernel's connection table: read it whole or by name, and mark connections in it.
+
+Own netlink code because it was measured: 100,000 entries take the general-purpose library 6.7 s.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+from rstguard.engine.flow import Flow
+from rstguard.kernel import KernelError, entry
+from rstguard.kernel.netlink import Answer, Netlink, Request, attribute
+
+_SUBSYSTEM: Final = 1 << 8
+_NEW: Final = _SUBSYSTEM | 0
+_GET: Final = _SUBSYSTEM | 1
+_DELETE: Final = _SUBSYSTEM | 2
+_GET_STATS: Final = _SUBSYSTEM | 5
+_STATS_ENTRIES: Final = 1
+
+GONE: Final = errno.ENOENT
+"""What `set_mark` and `delete` return for a connection that is no longer in the table."""
+
+
+class Conntrack:
+    """The connection table of the network namespace of the thread that makes this object.
+
+    Times: ages are in nanoseconds against `now_ns`, the wall clock (conntrack stamps with it).
+
+    Raises:
+        KernelError: no netfilter netlink here, or privileges are missing.
+    """
+
+    def __init__(self) -> None:
+        self._netlink = Netlink()
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._netlink.close()
+
+    def __enter__(self) -> Conntrack:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def dump(
+        self, mark: int = 0, mask: int = 0, family: int = 0, now_ns: int | None = None
+    ) -> Iterator[Flow]:
+        """Yield the TCP connections whose mark, under `mask`, equals `mark`.
+
+        `family` is AF_INET, AF_INET6, or 0 for both.  The kernel filters.  Connections that come or
+        go meanwhile may or may not be among them.
+
+        Raises:
+            KernelError: the reading failed or is incomplete; what was yielded is right.
+        """
+        now = time.time_ns() if now_ns is None else now_ns
+        reader = entry.Reader(now)
+        for wanted in (family,) if family else (entry.AF_INET, entry.AF_INET6):
+            yield from self._dump(reader, mark, mask, wanted)
+
+    def _dump(self, reader: entry.Reader, mark: int, mask: int, family: int) -> Iterator[Flow]:
+        attributes = entry.tcp_only()
+        if mask:
+            attributes += entry.mark_attributes(mark, mask)
+        # A socket of its own: the caller may mark connections while the dump goes on, or leave it.
+        netlink = Netlink()
+        read = reader.flow
+        try:
+            for chunk, spans in netlink.dump(Request(_GET, family, attributes)):
+                for start, end in spans:
+                    flow = read(chunk, start, end)
+                    if flow is not None:
+                        yield flow
+        except ValueError as error:
+            raise KernelError(
+                f"The kernel's connection table could not be understood ({error}): "
+                "please report this with the kernel's version."
+            ) from error
+        finally:
+            netlink.close()
+
+    def read(self, flows: Sequence[Flow], now_ns: int | None = None) -> list[Flow | None]:
+        """Return each connection as it is now, or None if it is no longer in the table.
+
+        A connection is found by tuple and zone: compare `ident` to know whether it is the same.
+
+        Raises:
+            KernelError: the kernel could not be asked, or refused for another reason than absence.
+        """
+        reader = entry.Reader(time.time_ns() if now_ns is None else now_ns)
+        answers = self._ask(_GET, flows, b"")
+        return [self._found(reader, answer) for answer in answers]
+
+    @staticmethod
+    def _found(reader: entry.Reader, answer: Answer) -> Flow | None:
+        if answer.error == GONE or (not answer.message and not answer.error):
+            return None
+        if answer.error:
+            raise KernelError(
+                f"The kernel refused to show a connection: {errno.errorcode[answer.error]}."
+            )
+        try:
+            return reader.flow(answer.message, 0, len(answer.message))
+        except ValueError as error:
+            raise KernelError(f"A connection could not be understood: {error}.") from error
+
+    def set_mark(self, flows: Sequence[Flow], bits: int, mask: int) -> list[int]:
+        """Give connections the mark (old & ~mask) | bits; return an errno for each, 0 for success.
+
+        The kernel computes the new mark itself (ctnetlink_change_mark), so the bits outside `mask`
+        stay whatever they are at that moment.  `GONE` means: no longer in the table.
+
+        Raises:
+            ValueError: `bits` has bits that `mask` lacks.
+            KernelError: the kernel could not be asked.
+        """
+        if bits & ~mask:
+            raise ValueError(f"bits 0x{bits:x} outside mask 0x{mask:x}")
+        return [a.error for a in self._ask(_NEW, flows, entry.mark_attributes(bits, mask))]
+
+    def delete(self, flows: Sequence[Flow]) -> list[int]:
+        """Take connections out of the table; return an errno for each, 0 for success.
+
+        The kernel compares `ident` too, so a newer connection of the same name stays (GONE).
+
+        Raises:
+            KernelError: the kernel could not be asked.
+        """
+        requests = [
+            Request(
+                _DELETE,
+                entry.family_of(flow.original),
+                entry.name_attributes(flow) + attribute(entry.ID, flow.ident.to_bytes(4, "big")),
+            )
+            for flow in flows
+        ]
+        return [answer.error for answer in self._netlink.transact(requests)]
+
+    def count(self) -> int:
+        """Return how many entries the table holds, of all protocols.
+
+        Raises:
+            KernelError: the kernel could not be asked or does not say.
+        """
+        (answer,) = self._netlink.transact([Request(_GET_STATS, 0, b"")])
+        if answer.message:
+            for path, start, end in entry.walk(answer.message, entry.HEADERS, len(answer.message)):
+                if path == (_STATS_ENTRIES,):
+                    return int.from_bytes(answer.message[start:end], "big")
+        raise KernelError(
+            "The kernel does not say how many connections it tracks: "
+            "load the module with `modprobe nf_conntrack_netlink`."
+        )
+
+    def _ask(self, kind: int, flows: Sequence[Flow], attributes: bytes) -> list[Answer]:
+        return self._netlink.transact(
+            [
+                Request(
+                    kind, entry.family_of(flow.original), entry.name_attributes(flow) + attributes
+                )
+                for flow in flows
+            ]
+        )

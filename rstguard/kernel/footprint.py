@@ -1,0 +1,116 @@
+"""All that the guard changes on a machine, made, checked and undone: sysctls, sets and chains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rstguard.engine.ruleset import RuleSet
+from rstguard.kernel import KernelError, chains, ipset, iptables, sysctl
+from rstguard.kernel.sysctl import Change
+
+RECORD_NAME = "sysctls.json"
+
+_LOOSE = "net.netfilter.nf_conntrack_tcp_loose"
+_COUNT = "net.netfilter.nf_conntrack_count"
+_WANTED = {
+    # The sweep compares bytes and packets, and wants to know when a connection began.
+    "net.netfilter.nf_conntrack_acct": "1",
+    "net.netfilter.nf_conntrack_timestamp": "1",
+    # Proof of address rests on the tracker's window checks.
+    "net.netfilter.nf_conntrack_tcp_be_liberal": "0",
+}
+
+
+class Footprint:
+    """What a guard with a given runtime directory and queues has changed in its namespace."""
+
+    def __init__(self, directory: Path, queues: range) -> None:
+        """`directory` keeps the record of old sysctl values; `queues` are the workers'."""
+        self._record = directory / RECORD_NAME
+        self._queues = queues
+
+    def prepare(self, ruleset: RuleSet) -> bool:
+        """Set sysctls and make the sets.  Nothing is diverted yet.
+
+        Returns False if the connection tracker had been idle: connections that are established
+        now are unknown to it, and `forbid_pickup` should wait until it has met them.
+
+        Raises:
+            KernelError: something was refused.
+        """
+        tracking = sysctl.read(_COUNT) != "0"
+        sysctl.apply(_WANTED, self._record)
+        ipset.apply(ruleset)
+        return tracking
+
+    def forbid_pickup(self) -> None:
+        """From now on a connection is known only from its SYN on; other segments are strays."""
+        sysctl.apply({**_WANTED, _LOOSE: "0"}, self._record)
+
+    def divert(self, ruleset: RuleSet) -> None:
+        """Put the chains in place, or exchange them for those of another policy.
+
+        Raises:
+            KernelError: iptables refused.
+        """
+        iptables.apply(self._plans(ruleset))
+
+    def replace(self, old: RuleSet, new: RuleSet) -> None:
+        """Exchange one policy's sets and chains for another's; on failure the old ones return.
+
+        Raises:
+            KernelError: the new ones were refused; the old ones are in force.
+        """
+        try:
+            ipset.apply(new)
+            self.divert(new)
+        except KernelError:
+            ipset.apply(old)
+            self.divert(old)
+            raise
+        ipset.prune(new)
+
+    def missing(self, ruleset: RuleSet) -> list[str]:
+        """Return what should be in the kernel and is not, in words."""
+        return iptables.missing(self._plans(ruleset))
+
+    def _plans(self, ruleset: RuleSet) -> dict[int, chains.Plan]:
+        return {family: chains.plan(ruleset, family, self._queues) for family in (4, 6)}
+
+    def withdraw(self) -> bool:
+        """Take the chains away, so that traffic passes as if there were no guard.
+
+        Raises:
+            KernelError: iptables refused.
+        """
+        return iptables.remove()
+
+    def remove(self, keep_bans: bool = False) -> list[str]:
+        """Undo everything, whoever left it in this namespace; return what was done, in words.
+
+        Every part is tried even if another fails.
+
+        Raises:
+            KernelError: something could not be undone.
+        """
+        done: list[str] = []
+        problems: list[str] = []
+        try:
+            if self.withdraw():
+                done.append("chains and jumps removed")
+        except KernelError as error:
+            problems.append(str(error))
+        try:
+            ipset.destroy(keep_bans)
+        except KernelError as error:
+            problems.append(str(error))
+        try:
+            done += [str(change) for change in self._restored()]
+        except KernelError as error:
+            problems.append(str(error))
+        if problems:
+            raise KernelError("; ".join(problems))
+        return done
+
+    def _restored(self) -> list[Change]:
+        return sysctl.restore(self._record)

@@ -1,0 +1,90 @@
+"""Send ready-made IP packets, with whatever source address they carry.
+
+Every packet gets the mark `marks.PROBE`, by which a rule in raw OUTPUT keeps it from the connection
+tracker.  Receivers may be other hosts or sockets of this host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+from collections.abc import Iterable
+from struct import pack
+
+from rstguard.kernel import KernelError, marks
+
+_SEND_BUFFER = 4 << 20
+
+
+class Injector:
+    """Two raw sockets in the network namespace of the thread that makes this object.
+
+    `sent` counts the packets that the kernel took, `failed` those that it did not, by reason
+    (``ENETUNREACH``, …): a packet for which there is no way must not keep the others from theirs.
+
+    Raises:
+        KernelError: privileges are missing.
+    """
+
+    def __init__(self) -> None:
+        self.sent = 0
+        self.failed: dict[str, int] = {}
+        try:
+            # IPPROTO_RAW implies that we write the IP header: raw(7), ipv6 rawv6_init_sk.
+            self._ipv4 = _open(socket.AF_INET)
+            self._ipv6: socket.socket | None = None
+            with contextlib.suppress(OSError):  # a host may have no IPv6 at all
+                self._ipv6 = _open(socket.AF_INET6)
+        except OSError as error:
+            raise KernelError(
+                f"No raw socket to be had ({error.strerror}): run as root or with CAP_NET_RAW."
+            ) from error
+
+    def close(self) -> None:
+        """Close the sockets."""
+        self._ipv4.close()
+        if self._ipv6 is not None:
+            self._ipv6.close()
+
+    def __enter__(self) -> Injector:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def send(self, packets: Iterable[bytes]) -> int:
+        """Send IPv4 and IPv6 packets; return how many the kernel took.
+
+        Never waits and never raises for a packet that cannot be sent; see `failed`.
+        """
+        before = self.sent
+        for packet in packets:
+            try:
+                self._send(packet)
+            except OSError as error:
+                reason = errno.errorcode.get(error.errno or 0, str(error.errno))
+                self.failed[reason] = self.failed.get(reason, 0) + 1
+            else:
+                self.sent += 1
+        return self.sent - before
+
+    def _send(self, packet: bytes) -> None:
+        if packet[0] >> 4 == 4:
+            self._ipv4.sendto(packet, (socket.inet_ntop(socket.AF_INET, packet[16:20]), 0))
+        elif self._ipv6 is None:
+            raise OSError(errno.EAFNOSUPPORT, "no IPv6")
+        else:
+            self._ipv6.sendto(packet, (socket.inet_ntop(socket.AF_INET6, packet[24:40]), 0))
+
+
+def _open(family: socket.AddressFamily) -> socket.socket:
+    kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
+    raw = socket.socket(family, kind, socket.IPPROTO_RAW)
+    try:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, pack("=I", marks.PROBE))
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+    except OSError:
+        raw.close()
+        raise
+    return raw

@@ -1,0 +1,298 @@
+"""The kernel sets that the chains match on: which a policy needs, and how they come and go.
+
+==========================  ==============  ==================================================
+set (4 and 6: per family)   type            holds
+==========================  ==============  ==================================================
+rstguard-ban4, -ban6        hash:net        banned sources, each with its time and its rule
+rstguard-shun4, -shun6      hash:net        sources whose new SYNs are dropped for a while
+rstguard-proven4, -proven6  hash:ip         sources that lately completed a handshake; filled
+                                            by the chains
+rstguard-trusted4, -6       hash:net        the policy's `trusted`
+rstguard-dst4, -dst6        hash:net        the policy's `protect.destinations`, or everything
+rstguard-ports              bitmap:port     the policy's `protect.ports`, unless it means all
+rstguard-close-ports        bitmap:port     ports whose FINs and RSTs a rule needs to see,
+                                            unless it needs all
+==========================  ==============  ==================================================
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+from rstguard.engine.address import V6, Prefix, is_v6, parse_prefix
+from rstguard.engine.ruleset import Divert, RuleSet
+from rstguard.kernel import KernelError
+from rstguard.kernel.elements import BAN_SETS, SHUN_SETS, Element, ipset
+from rstguard.kernel.sets import Sets
+
+__all__ = ["PREFIX", "PROOF_SECONDS", "Element", "SetSpec", "Sets", "apply", "destroy", "plan"]
+
+PREFIX = "rstguard-"
+
+PROOF_SECONDS = 600
+"""How long a completed handshake proves a source's address, in seconds."""
+
+_MAX_ELEMENTS = 1_048_576
+_GROWING = "hashsize 1024"
+# A set that rules fill cannot grow: only an addition from user space makes the kernel rehash
+# (mtype_add in ip_set_hash_gen.h; tried on 6.18: hashsize 64 stopped at 64 x 12 elements).  One
+# MiB of empty buckets holds a million sources with 12 places each.
+_FIXED = "hashsize 131072"
+_FRESH = "-new"
+_VALUED = ("family", "maxelem", "timeout", "netmask", "range")
+# iptables' nft back end gives up its references to a set a moment after it has answered.
+_RELEASE_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class SetSpec:
+    """One set as it should be.
+
+    `options` are those of `ipset create` in which a present set must agree, `sizing` those in
+    which it need not.  `members` are exactly what it should hold, as `ipset add` takes them;
+    None if what it holds now is to be kept.
+    """
+
+    name: str
+    type: str
+    options: str
+    sizing: str = ""
+    members: tuple[str, ...] | None = None
+
+
+def plan(ruleset: RuleSet) -> tuple[SetSpec, ...]:
+    """Return the sets that a policy needs.  Pure."""
+    scope = ruleset.scope
+    everything = (Prefix(0, 0), Prefix(V6, 0))
+    specs: list[SetSpec] = []
+    for digit, family, width, whole in (
+        ("4", "inet", ruleset.source_ipv4, 32),
+        ("6", "inet6", ruleset.source_ipv6, 128),
+    ):
+        timed = f"family {family} maxelem {_MAX_ELEMENTS} timeout 0 comment"
+        netmask = f" netmask {width}" if width < whole else ""
+        specs += [
+            SetSpec(f"{PREFIX}ban{digit}", "hash:net", timed, _GROWING),
+            SetSpec(f"{PREFIX}shun{digit}", "hash:net", timed, _GROWING),
+            # When a million sources have proved themselves, a new proof replaces an old one
+            # (forceadd): all that a full set can do is lose proof, so that a source is shunned
+            # where it might have been banned; never the other way round.  `ipset list` does not
+            # show forceadd in all versions, so it is no option to agree in.
+            SetSpec(
+                f"{PREFIX}proven{digit}",
+                "hash:ip",
+                f"family {family} maxelem {_MAX_ELEMENTS} timeout {PROOF_SECONDS}{netmask}",
+                f"{_FIXED} forceadd",
+            ),
+            _networks(f"{PREFIX}trusted{digit}", family, scope.trusted),
+            _networks(f"{PREFIX}dst{digit}", family, scope.destinations or everything),
+        ]
+    ports = (
+        (f"{PREFIX}ports", scope.ports),
+        (f"{PREFIX}close-ports", ruleset.ports_needing(Divert.CLOSE)),
+    )
+    specs += [_ports(name, members) for name, members in ports if members is not None]
+    return tuple(specs)
+
+
+def apply(ruleset: RuleSet) -> None:
+    """Bring the sets of this network namespace in line with a policy, and check the result.
+
+    Each set that the policy fills is built beside the old one and swapped with it, so a packet
+    meets the old members or the new ones, never a part.  Bans and shuns stay, and so do proofs
+    unless the width of a source changes.  Sets that the policy no longer needs stay too, as rules
+    may still match on them: call `prune` once the chains are replaced.
+
+    Raises:
+        KernelError: ipset is missing, or the kernel refused something.
+    """
+    specs = plan(ruleset)
+    present = _present()
+    clears = [f"destroy {name}" for name in present if _is_ours(name) and name.endswith(_FRESH)]
+    builds: list[str] = []
+    swaps: list[str] = []
+    for spec in specs:
+        held = present.get(spec.name)
+        if held is not None and held.kind != _wanted(spec).kind:
+            # Sets of different kinds cannot be swapped; such a one is of another version.
+            clears.append(f"destroy {spec.name}")
+            held = None
+        if held is None:
+            builds.append(_creation(spec, spec.name))
+        if spec.members is not None or held not in (None, _wanted(spec)):
+            fresh = spec.name + _FRESH
+            builds += [_creation(spec, fresh), *_contents(spec, fresh)]
+            swaps += [f"swap {fresh} {spec.name}", f"destroy {fresh}"]
+    _restore([*clears, *builds, *swaps])
+    _verify(specs)
+
+
+def prune(ruleset: RuleSet) -> None:
+    """Remove the rstguard sets that a policy does not need.
+
+    Raises:
+        KernelError: one of them is still matched on by a rule.
+    """
+    needed = {spec.name for spec in plan(ruleset)}
+    _destroy(needed)
+
+
+def destroy(keep_bans: bool = False) -> None:
+    """Remove all rstguard sets of this network namespace, whoever left them there.
+
+    With `keep_bans` those of the banned and the shunned stay, with their elements.
+
+    Raises:
+        KernelError: one is still matched on by a rule, or may not be removed.
+    """
+    _destroy({*BAN_SETS, *SHUN_SETS} if keep_bans else set())
+
+
+@dataclass(frozen=True, slots=True)
+class _Header:
+    """Type and parameters of a set, less those that the kernel changes by itself."""
+
+    type: str
+    options: frozenset[tuple[str, str]]
+
+    @property
+    def kind(self) -> tuple[str, str]:
+        """What must be equal for two sets to be swapped."""
+        return self.type, dict(self.options).get("family", "")
+
+
+def _networks(name: str, family: str, prefixes: Iterable[Prefix]) -> SetSpec:
+    v6 = family == "inet6"
+    halves = {half for prefix in prefixes if is_v6(prefix.network) is v6 for half in _split(prefix)}
+    members = tuple(str(half) for half in sorted(halves))
+    return SetSpec(name, "hash:net", f"family {family} maxelem 65536", _GROWING, members)
+
+
+def _split(prefix: Prefix) -> tuple[Prefix, ...]:
+    """A set cannot hold a prefix of length 0, only its two halves."""
+    if prefix.length > 0:
+        return (prefix,)
+    return Prefix(prefix.network, 1), Prefix(prefix.network | 1 << (prefix.shift - 1), 1)
+
+
+def _ports(name: str, ports: Iterable[int]) -> SetSpec:
+    members: list[str] = []
+    first = last = -2
+    for port in (*sorted(ports), -2):
+        if port == last + 1:
+            last = port
+            continue
+        if last >= 0:
+            members.append(str(first) if first == last else f"{first}-{last}")
+        first = last = port
+    return SetSpec(name, "bitmap:port", "range 0-65535", members=tuple(members))
+
+
+def _is_ours(name: str) -> bool:
+    return name.startswith(PREFIX)
+
+
+def _wanted(spec: SetSpec) -> _Header:
+    return _Header(spec.type, _options(spec.options))
+
+
+def _options(text: str) -> frozenset[tuple[str, str]]:
+    """Return the options that say what a set is for; versions of ipset differ in the others."""
+    words = text.split()
+    found = {word: words[at + 1] for at, word in enumerate(words[:-1]) if word in _VALUED}
+    if "comment" in words:
+        found["comment"] = ""
+    whole = "32" if found.get("family") == "inet" else "128"
+    return frozenset(pair for pair in found.items() if pair != ("netmask", whole))
+
+
+def _present() -> dict[str, _Header]:
+    """Return the sets of this namespace, without what they hold."""
+    found: dict[str, _Header] = {}
+    name = kind = ""
+    for line in ipset("list", "-terse").splitlines():
+        field, _, value = line.partition(": ")
+        if field == "Name":
+            name = value
+        elif field == "Type":
+            kind = value
+        elif field == "Header":
+            found[name] = _Header(kind, _options(value))
+    return found
+
+
+def _creation(spec: SetSpec, name: str) -> str:
+    return f"create {name} {spec.type} {spec.options} {spec.sizing}"
+
+
+def _contents(spec: SetSpec, into: str) -> list[str]:
+    if spec.members is not None:
+        return [f"add {into} {member}" for member in spec.members]
+    if spec.type == "hash:ip":
+        # Proofs by another width of source mean something else.  They are soon earned again.
+        return []
+    return [line.replace(spec.name, into, 1) for line in ipset("save", spec.name).splitlines()[1:]]
+
+
+def _verify(specs: tuple[SetSpec, ...]) -> None:
+    present = _present()
+    for spec in specs:
+        right = present.get(spec.name) == _wanted(spec)
+        if right and spec.members is not None:
+            held = (line.split()[2] for line in ipset("save", spec.name).splitlines()[1:])
+            right = _canonical(spec, held) == _canonical(spec, spec.members)
+        if not right:
+            raise KernelError(
+                f"the set {spec.name} is not as it was made: another program changes rstguard's "
+                "sets; stop it and start rstguard again"
+            )
+
+
+def _canonical(spec: SetSpec, members: Iterable[str]) -> set[Prefix] | set[int]:
+    if spec.type != "bitmap:port":
+        return {parse_prefix(member) for member in members}
+    ports: set[int] = set()
+    for member in members:
+        first, _, last = member.partition("-")
+        ports.update(range(int(first), int(last or first) + 1))
+    return ports
+
+
+def _destroy(kept: Collection[str]) -> None:
+    give_up = time.monotonic() + _RELEASE_SECONDS
+    while True:
+        ours = [name for name in _present() if _is_ours(name) and name not in kept]
+        try:
+            _restore([f"destroy {name}" for name in ours])
+            return
+        except KernelError:
+            if time.monotonic() >= give_up:
+                raise
+        time.sleep(0.02)
+
+
+def _restore(lines: list[str]) -> None:
+    if not lines:
+        return
+    try:
+        ipset("restore", text="\n".join(lines) + "\n")
+    except KernelError as problem:
+        raise KernelError(_sentence(str(problem), lines)) from problem
+
+
+def _sentence(said: str, lines: list[str]) -> str:
+    """Say which set it was: ipset itself names the line of its input."""
+    _, found, rest = said.partition("rror in line ")
+    number, _, what = rest.partition(":")
+    if not found or not number.isdigit() or int(number) > len(lines):
+        return said
+    name = lines[int(number) - 1].split()[1]
+    if "in use" in what:
+        return (
+            f"the set {name} is still matched on by an iptables rule that is not rstguard's: "
+            f"find it with `iptables-save | grep {name}` (or ip6tables-save), remove it, and run "
+            "`rstguard cleanup`"
+        )
+    return f"the set {name} could not be made or changed: ipset said:{what}"

@@ -1,0 +1,252 @@
+"""Raw netlink to the netfilter subsystems: requests in batches, and dumps.
+
+Only what the connection table needs: messages (linux/netlink.h), attributes, one socket per
+conversation.  Attribute headers are in host order, netfilter's values in network order.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from collections.abc import Iterator, Sequence
+from typing import Final, NamedTuple
+
+from rstguard.kernel import KernelError
+
+NETLINK_NETFILTER: Final = 12
+SOL_NETLINK: Final = 270
+NETLINK_CAP_ACK: Final = 10
+SO_RCVBUFFORCE: Final = 33
+
+NLM_F_REQUEST: Final = 0x01
+NLM_F_ACK: Final = 0x04
+NLM_F_DUMP_INTR: Final = 0x10
+NLM_F_DUMP: Final = 0x300
+
+NLMSG_ERROR: Final = 2
+NLMSG_DONE: Final = 3
+NLMSG_FIRST_OWN: Final = 0x10
+"""Types below belong to netlink itself."""
+
+NLA_F_NESTED: Final = 0x8000
+NLA_TYPE_MASK: Final = 0x3FFF
+
+HEADER: Final = struct.Struct("=IHHII")
+ATTRIBUTE: Final = struct.Struct("=HH")
+NFGEN: Final = struct.Struct("=BBH")
+_ERROR: Final = struct.Struct("=i")
+
+RECEIVE_BUFFER: Final = 4 << 20
+"""Bytes of answers the kernel may hold for us; far more than one batch can cause."""
+CHUNK: Final = 64 << 10
+"""Bytes read at once; the kernel fills at most 32 KiB per dump message buffer."""
+BATCH: Final = 64
+"""Requests per system call."""
+PATIENCE: Final = 5.0
+"""Seconds to wait for an answer, which the kernel gives at once unless something is wrong."""
+
+
+class Request(NamedTuple):
+    """One request: message type (subsystem in the high byte), address family, attributes."""
+
+    kind: int
+    family: int
+    attributes: bytes
+
+
+class Answer(NamedTuple):
+    """The outcome of one request: an errno (0 for success) and the message that came, if any."""
+
+    error: int
+    message: bytes
+
+
+def attribute(kind: int, value: bytes) -> bytes:
+    """Return one attribute, padded to four bytes."""
+    return ATTRIBUTE.pack(4 + len(value), kind) + value + b"\0" * (-len(value) % 4)
+
+
+def nest(kind: int, *inner: bytes) -> bytes:
+    """Return a nested attribute."""
+    return attribute(kind | NLA_F_NESTED, b"".join(inner))
+
+
+def encode(request: Request, flags: int, sequence: int) -> bytes:
+    """Return a request as it goes through the socket."""
+    length = HEADER.size + NFGEN.size + len(request.attributes)
+    head = HEADER.pack(length, request.kind, flags | NLM_F_REQUEST, sequence, 0)
+    return head + NFGEN.pack(request.family, 0, 0) + request.attributes
+
+
+class Netlink:
+    """One netfilter netlink socket, in the network namespace of the thread that makes it.
+
+    Raises:
+        KernelError: the kernel has no netfilter netlink, or privileges are missing.
+    """
+
+    def __init__(self) -> None:
+        try:
+            self._socket = socket.socket(
+                socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER
+            )
+        except OSError as error:
+            raise KernelError(
+                f"The kernel offers no netfilter netlink ({error.strerror}): "
+                "load it with `modprobe nfnetlink`."
+            ) from error
+        self._sequence = 0
+        self._socket.settimeout(PATIENCE)
+        self._socket.setsockopt(SOL_NETLINK, NETLINK_CAP_ACK, 1)
+        try:
+            self._socket.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, RECEIVE_BUFFER)
+        except PermissionError:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._socket.close()
+
+    def transact(self, requests: Sequence[Request]) -> list[Answer]:
+        """Send requests, many per system call, and return one answer for each, in order.
+
+        The kernel works through a batch before the send returns.  Only the last request of a batch
+        asks for an acknowledgement; of the others it is enough that errors are always reported.
+
+        Raises:
+            KernelError: the conversation itself failed (not: one request was refused).
+        """
+        answers: list[Answer] = []
+        for start in range(0, len(requests), BATCH):
+            answers += self._batch(requests[start : start + BATCH])
+        return answers
+
+    def _batch(self, requests: Sequence[Request]) -> list[Answer]:
+        first = self._next(len(requests))
+        last = first + len(requests) - 1
+        answers = [Answer(0, b"")] * len(requests)
+        self._send(
+            b"".join(
+                encode(request, NLM_F_ACK if number == last else 0, number)
+                for number, request in enumerate(requests, first)
+            )
+        )
+        while True:
+            chunk = self._receive()
+            for start, end, kind, _, number in messages(chunk):
+                if not first <= number <= last:
+                    continue  # left over from a conversation that was broken off
+                if kind == NLMSG_ERROR:
+                    code = -_ERROR.unpack_from(chunk, start + HEADER.size)[0]
+                    if code:
+                        answers[number - first] = Answer(code, b"")
+                    if number == last:
+                        return answers
+                elif kind >= NLMSG_FIRST_OWN:
+                    answers[number - first] = Answer(0, chunk[start:end])
+
+    def dump(self, request: Request) -> Iterator[tuple[bytes, list[tuple[int, int]]]]:
+        """Yield the answer to a dump request: buffers, each with (start, end) of its messages.
+
+        A dump that is broken off leaves the socket in the middle of a conversation: close it.
+
+        Raises:
+            KernelError: the dump failed, was interrupted (NLM_F_DUMP_INTR) or overran the socket;
+                what was yielded before then is valid but incomplete.
+        """
+        number = self._next(1)
+        self._send(encode(request, NLM_F_DUMP, number))
+        interrupted = False
+        while True:
+            chunk = self._receive()
+            spans: list[tuple[int, int]] = []
+            done = False
+            for start, end, kind, flags, sequence in messages(chunk):
+                if sequence != number:
+                    continue
+                interrupted = interrupted or bool(flags & NLM_F_DUMP_INTR)
+                if kind >= NLMSG_FIRST_OWN:
+                    spans.append((start, end))
+                elif kind in (NLMSG_ERROR, NLMSG_DONE):
+                    done = True
+                    _raise_failed(chunk, start, end)
+            yield chunk, spans
+            if done:
+                break
+        if interrupted:
+            raise KernelError(
+                "The connection table changed while it was read, so the reading is incomplete: "
+                "read it again."
+            )
+
+    def _next(self, count: int) -> int:
+        if self._sequence + count >= 1 << 32:
+            self._sequence = 0
+        first = self._sequence + 1
+        self._sequence += count
+        return first
+
+    def _send(self, data: bytes) -> None:
+        try:
+            self._socket.sendto(data, (0, 0))
+        except OSError as error:
+            raise KernelError(
+                f"Could not ask the kernel through netlink: {_say(error)}."
+            ) from error
+
+    def _receive(self) -> bytes:
+        try:
+            chunk, _, flags, _ = self._socket.recvmsg(CHUNK)
+        except TimeoutError as error:
+            raise KernelError(
+                f"The kernel gave no netlink answer within {PATIENCE:.0f} s: "
+                "see `dmesg` for what holds it up."
+            ) from error
+        except OSError as error:
+            if error.errno == errno.ENOBUFS:
+                raise KernelError(
+                    "Netlink answers were lost because the socket overran: ask again."
+                ) from error
+            raise KernelError(f"Could not read from netlink: {_say(error)}.") from error
+        if flags & socket.MSG_TRUNC:
+            raise KernelError(f"The kernel sent a netlink message of more than {CHUNK} bytes.")
+        return chunk
+
+
+def messages(chunk: bytes) -> Iterator[tuple[int, int, int, int, int]]:
+    """Yield (start, end, type, flags, sequence) of each netlink message of a buffer.
+
+    Raises:
+        KernelError: a length leads out of the buffer.
+    """
+    start = 0
+    size = len(chunk)
+    unpack = HEADER.unpack_from
+    while start + 16 <= size:
+        length, kind, flags, sequence, _ = unpack(chunk, start)
+        end = start + length
+        if length < 16 or end > size:
+            break
+        yield start, end, kind, flags, sequence
+        start = (end + 3) & ~3
+    if start < size:
+        raise KernelError(f"The kernel sent a netlink message that is cut off at byte {start}.")
+
+
+def _raise_failed(chunk: bytes, start: int, end: int) -> None:
+    """Raise what the end of a dump reports, if it is an error."""
+    if end - start < HEADER.size + _ERROR.size:
+        return
+    code = -_ERROR.unpack_from(chunk, start + HEADER.size)[0]
+    if code > 0:
+        raise KernelError(
+            f"The kernel broke off reading the table: {_say(OSError(code, os.strerror(code)))}."
+        )
+
+
+def _say(error: OSError) -> str:
+    if error.errno in (errno.EPERM, errno.EACCES):
+        return "not permitted; run as root or with CAP_NET_ADMIN"
+    return error.strerror or str(error)

@@ -1,0 +1,193 @@
+"""What this machine lacks to run the guard, and the command that mends each.
+
+Nothing is changed but what the kernel does by itself when something is first used: trying a rule
+makes it load the module.  Rules are tried in a network namespace made for it, never in this one
+(`rstguard.kernel.trial`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import re
+import sys
+import time
+from pathlib import Path
+
+from rstguard.kernel import KernelError
+from rstguard.kernel.check import Check, Host, Outcome
+from rstguard.kernel.queues import owner
+from rstguard.kernel.trial import feature_checks
+
+__all__ = ["Check", "Outcome", "checks"]
+
+_BUDGET = 2.5
+"""Seconds for all checks together."""
+
+_CAP_NET_ADMIN = 12
+_CAP_NET_RAW = 13
+_FILL_WARNING = 80
+"""Per cent of nf_conntrack_max in use from which on it is worth a warning."""
+
+
+def checks(queue: int, queues: int = 1) -> list[Check]:
+    """Return the state of everything the guard needs, the most basic first.
+
+    `queue` is the first NFQUEUE number to be used (0-65535), `queues` how many from there.  Takes
+    less than three seconds.  Raises nothing for a machine in a bad state, and works without
+    privileges: what could not be tried then says so.
+    """
+    host = Host.here()
+    deadline = time.monotonic() + _BUDGET
+    found = [_python(), _privileges(host)]
+    found += [_tool(host, tool) for tool in ("iptables", "ip6tables", "ipset")]
+    found += feature_checks(host, deadline)
+    found += [_binding(host), _tracking(host), _tracking_room(host), _queue_support(host)]
+    found += [_queue_free(number) for number in range(queue, queue + queues)]
+    found.append(_reset_trace(host))
+    return found
+
+
+def _python() -> Check:
+    """The package does not install on less than 3.11, so this is only for the report."""
+    return Check("python", Outcome.OK, f"Python {platform.python_version()} ({sys.executable})")
+
+
+def _privileges(host: Host) -> Check:
+    lacking = []
+    if not host.capable(_CAP_NET_ADMIN):
+        lacking.append("CAP_NET_ADMIN")
+    if not host.capable(_CAP_NET_RAW):
+        lacking.append("CAP_NET_RAW")
+    if not lacking:
+        return Check("privileges", Outcome.OK, "CAP_NET_ADMIN and CAP_NET_RAW")
+    names = " and ".join(lacking)
+    if os.geteuid() != 0:
+        return Check(
+            "privileges",
+            Outcome.MISSING,
+            f"this user may not change the firewall: {names} missing",
+            "sudo rstguard doctor",
+        )
+    options = " ".join(f"--cap-add {name.removeprefix('CAP_')}" for name in lacking)
+    return Check(
+        "privileges",
+        Outcome.MISSING,
+        f"root here, but without {names}, as in a container that was started without them",
+        f"docker run {options} --network host … (or the same in your container's settings)",
+    )
+
+
+def _tool(host: Host, tool: str) -> Check:
+    if host.find(tool) is None:
+        package = "iptables" if tool == "ip6tables" else tool
+        sentence = f"the command {tool} is not installed"
+        return Check(tool, Outcome.MISSING, sentence, host.install(package))
+    said = host.ask([tool, "--version"], 1.0)
+    version = re.search(r"v?(\d+(?:\.\d+)+)", said)
+    backend = re.search(r"\((nf_tables|legacy)\)", said)
+    text = f"{tool} {version[1] if version else 'of unknown version'}"
+    return Check(tool, Outcome.OK, f"{text} ({backend[1]} back end)" if backend else text)
+
+
+def _binding(host: Host) -> Check:
+    try:
+        importlib.import_module("netfilterqueue")
+    except ImportError as problem:
+        return Check(
+            "netfilterqueue",
+            Outcome.MISSING,
+            f"the Python package netfilterqueue does not load: {problem}",
+            f"{host.install('libnetfilter-queue-dev', 'gcc', 'python3-dev')} && "
+            f"{sys.executable} -m pip install netfilterqueue",
+        )
+    return Check("netfilterqueue", Outcome.OK, "the Python package netfilterqueue loads")
+
+
+def _tracking(host: Host) -> Check:
+    names = ("acct", "timestamp", "tcp_be_liberal", "tcp_loose")
+    base = Path("/proc/sys/net/netfilter")
+    missing = [name for name in names if not (base / f"nf_conntrack_{name}").exists()]
+    if missing:
+        return Check(
+            "connection tracking",
+            Outcome.MISSING,
+            f"no sysctl net.netfilter.nf_conntrack_{missing[0]}: the tracker is not loaded",
+            host.load_module("nf_conntrack"),
+        )
+    if host.capable(_CAP_NET_ADMIN) and not os.access(base / "nf_conntrack_acct", os.W_OK):
+        return Check(
+            "connection tracking",
+            Outcome.MISSING,
+            "/proc/sys is read-only here, as in a container that is not privileged",
+            "sysctl -w net.netfilter.nf_conntrack_acct=1 on the host, or a writable /proc/sys",
+        )
+    return Check("connection tracking", Outcome.OK, "the tracker and its sysctls are there")
+
+
+def _tracking_room(host: Host) -> Check:
+    base = Path("/proc/sys/net/netfilter")
+    count = host.number(base / "nf_conntrack_count")
+    most = host.number(base / "nf_conntrack_max")
+    if count is None or not most:
+        return Check("connection table", Outcome.WARNING, "its fill level cannot be read")
+    share = 100 * count // most
+    sentence = f"{count} of {most} entries in use ({share} %)"
+    if share < _FILL_WARNING:
+        return Check("connection table", Outcome.OK, sentence)
+    return Check(
+        "connection table",
+        Outcome.WARNING,
+        f"{sentence}: when it is full the kernel drops new connections",
+        f"sysctl -w net.netfilter.nf_conntrack_max={2 * most}",
+    )
+
+
+def _queue_support(host: Host) -> Check:
+    if Path("/proc/net/netfilter/nfnetlink_queue").exists():
+        return Check("queue support", Outcome.OK, "the kernel has nfnetlink_queue")
+    if host.has_module("nfnetlink_queue"):
+        return Check("queue support", Outcome.OK, "nfnetlink_queue will be loaded when needed")
+    return Check(
+        "queue support",
+        Outcome.MISSING,
+        "the kernel module nfnetlink_queue is not there, so no packet can reach rstguard",
+        host.load_module("nfnetlink_queue"),
+    )
+
+
+def _queue_free(number: int) -> Check:
+    name = f"queue {number}"
+    try:
+        holder = owner(number)
+    except KernelError as problem:
+        return Check(name, Outcome.WARNING, f"not known: {problem}", "sudo rstguard doctor")
+    if holder is None:
+        return Check(name, Outcome.OK, f"queue {number} is free")
+    if holder.is_guard:
+        sentence = f"queue {number} is read by {holder}: a guard runs here already"
+        return Check(name, Outcome.WARNING, sentence, "rstguard status")
+    return Check(
+        name,
+        Outcome.MISSING,
+        f"queue {number} is read by {holder}, and only one program can read a queue",
+        f"kill {holder.pid}" if holder.pid else "end the program that reads it",
+    )
+
+
+def _reset_trace(host: Host) -> Check:
+    for root in (Path("/sys/kernel/tracing"), Path("/sys/kernel/debug/tracing")):
+        try:
+            if (root / "events/tcp/tcp_send_reset").is_dir():
+                return Check("reset trace", Outcome.OK, f"{root}/events/tcp/tcp_send_reset")
+        except PermissionError:
+            return Check("reset trace", Outcome.WARNING, f"{root} needs root to be read")
+    mounted = any((Path("/sys/kernel/tracing")).glob("events"))
+    return Check(
+        "reset trace",
+        Outcome.WARNING,
+        "why this host's own stack sends a RST cannot be told: no tcp_send_reset trace point"
+        + ("" if mounted else ", tracefs is not mounted"),
+        "a kernel with CONFIG_FTRACE" if mounted else host.mount_tracefs,
+    )

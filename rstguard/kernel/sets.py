@@ -1,0 +1,210 @@
+"""The hot path from a decision to the kernel: add, remove and look up elements of sets.
+
+Three ways to add an element were measured on Linux 6.18, one core:
+
+==================  ============  ===============
+way                 one element   5,000 elements
+==================  ============  ===============
+pyroute2 ``IPSet``       0.19 ms          960 ms
+``ipset restore``         1.4 ms           25 ms
+this module             0.006 ms           11 ms
+==================  ============  ===============
+
+Hence a few lines of netlink here, for adding, removing and asking only; sets are made, filled and
+listed with the `ipset` command, in `rstguard.kernel.ipset`.  The message layout is that of
+include/uapi/linux/netfilter/ipset/ip_set.h: one message carries a list of elements
+(IPSET_ATTR_ADT), and the answer names the element that failed by its line number.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Self
+
+from rstguard.engine.address import Prefix, is_v6, packed
+from rstguard.kernel import KernelError
+from rstguard.kernel.elements import BAN_SETS, MAX_SECONDS, SHUN_SETS, Element, listing
+from rstguard.kernel.netlink import NETLINK_NETFILTER, NLM_F_ACK, Request, attribute, encode, nest
+
+_SUBSYSTEM = 6
+_ADD, _DELETE, _TEST = 9, 10, 11
+_EXCLUSIVE = 0x200
+"""NLM_F_EXCL: say so if an element to add is there already, or one to remove is not."""
+_NETWORK_ORDER = 0x4000
+_ATTR_PROTOCOL, _ATTR_SETNAME, _ATTR_DATA, _ATTR_ADT, _ATTR_LINE = 1, 2, 7, 8, 9
+_ATTR_IP, _ATTR_CIDR, _ATTR_TIMEOUT, _ATTR_COMMENT = 1, 3, 6, 26
+_PROTOCOL = 6
+"""Oldest ipset protocol version that every supported kernel still speaks."""
+_EXISTS = 4103
+"""IPSET_ERR_EXIST: on adding "is there already", on removing and asking "is not there"."""
+_ANSWER = struct.Struct("=IIi")
+_BATCH = 500
+"""Elements a message: an attribute holds 64 KiB at most, an IPv6 element takes 104 bytes."""
+
+_ERRORS: Mapping[int, str] = MappingProxyType(
+    {
+        errno.EPERM: "changing it needs root (CAP_NET_ADMIN): run the command with sudo",
+        errno.ENOENT: "it does not exist in this network namespace: start rstguard again",
+        errno.ENOMEM: "the kernel has no memory left for it: shorten the bans or add memory",
+        errno.EINVAL: "the kernel does not understand the request: run `rstguard doctor`",
+        4104: "a prefix of length 0 would ban everybody: name a narrower one",
+        4352: "it is full: shorten the bans, or ban by a wider prefix (`per` in the policy)",
+    }
+)
+
+
+class Sets:
+    """Adds, removes and looks up elements in the sets of the namespace it was made in.
+
+    The sets must exist (`rstguard.kernel.ipset.apply`).  Every method raises `KernelError` with a
+    sentence if the kernel refuses.
+    """
+
+    def __init__(self) -> None:
+        kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
+        self._socket = socket.socket(socket.AF_NETLINK, kind, NETLINK_NETFILTER)
+        self._socket.bind((0, 0))
+        self._sequence = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the socket back; the sets stay."""
+        self._socket.close()
+
+    def add(self, elements: Iterable[Element], shorten: bool = False) -> None:
+        """Put elements into their sets, or renew them there.
+
+        An element that would last longer as it stands keeps its time and its comment, unless
+        `shorten` is true.  Of several elements for one source the longest counts.
+
+        Raises:
+            ValueError: a rule's name or a time out of range.
+            KernelError: the kernel refused.
+        """
+        wanted: dict[str, dict[Prefix, Element]] = {}
+        for element in elements:
+            of_set = wanted.setdefault(element.set_name, {})
+            other = of_set.get(element.source)
+            if other is None or element.lasts > other.lasts:
+                of_set[element.source] = element
+        for name, of_set in wanted.items():
+            self._add_to(name, list(of_set.values()), shorten)
+
+    def remove(self, source: Prefix) -> bool:
+        """Take exactly this prefix out of the banned and the shunned; tell whether it was there."""
+        found = False
+        data = nest(_ATTR_DATA, _entry(source))
+        for name in _names(source.network):
+            error = self._ask(_DELETE, name, data, _EXCLUSIVE)
+            if error not in (0, _EXISTS):
+                raise _refused(name, error)
+            found = found or not error
+        return found
+
+    def list(self) -> list[Element]:
+        """Return all elements, bans first, as the kernel holds them now (5,000 in about 15 ms)."""
+        found: list[Element] = []
+        for name in BAN_SETS + SHUN_SETS:
+            found += listing(name)
+        return found
+
+    def contains(self, address: int) -> bool:
+        """Tell whether a tagged address is banned or shunned, itself or in a wider prefix."""
+        return any(self._holds(name, address) for name in _names(address))
+
+    def proven(self, address: int) -> bool:
+        """Tell whether the kernel has lately seen the source of a tagged address prove itself."""
+        return self._holds("rstguard-proven6" if is_v6(address) else "rstguard-proven4", address)
+
+    def _holds(self, name: str, address: int) -> bool:
+        whole = Prefix(address, 128 if is_v6(address) else 32)
+        error = self._ask(_TEST, name, nest(_ATTR_DATA, _entry(whole)))
+        if error not in (0, _EXISTS):
+            raise _refused(name, error)
+        return not error
+
+    def _add_to(self, name: str, elements: Sequence[Element], shorten: bool) -> None:
+        held: dict[Prefix, float] | None = {} if shorten else None
+        for start in range(0, len(elements), _BATCH):
+            batch = elements[start : start + _BATCH]
+            if held is None:
+                error = self._ask(_ADD, name, _list_of(batch), _EXCLUSIVE)
+                if error == _EXISTS:
+                    # Only now is it worth the listing: a source is seldom blocked twice at a
+                    # time, as the kernel drops what would make the engine ask again.
+                    sources = {element.source for element in elements}
+                    held = {element.source: element.lasts for element in listing(name, sources)}
+            if held is not None:
+                longer = [e for e in batch if e.lasts > held.get(e.source, 0)]
+                error = self._ask(_ADD, name, _list_of(longer)) if longer else 0
+            if error:
+                raise _refused(name, error)
+
+    def _ask(self, command: int, name: str, data: bytes, flags: int = 0) -> int:
+        """Send one request and return the kernel's error number, 0 for done."""
+        self._sequence = self._sequence + 1 & 0xFFFFFFFF
+        attributes = (
+            attribute(_ATTR_PROTOCOL, bytes((_PROTOCOL,)))
+            + attribute(_ATTR_SETNAME, name.encode() + b"\0")
+            + attribute(_ATTR_LINE | _NETWORK_ORDER, bytes(4))
+            + data
+        )
+        request = Request(_SUBSYSTEM << 8 | command, socket.AF_INET, attributes)
+        try:
+            self._socket.send(encode(request, NLM_F_ACK | flags, self._sequence))
+            while True:
+                # An error's answer repeats the whole request.
+                answer = self._socket.recv(len(attributes) + 256)
+                sequence, _, error = _ANSWER.unpack_from(answer, 8)
+                if sequence == self._sequence:
+                    return int(-error)
+        except OSError as problem:
+            raise _refused(name, problem.errno or 0) from problem
+
+
+def _names(address: int) -> tuple[str, str]:
+    """Return the ban and the shun set of the address's family."""
+    index = 1 if is_v6(address) else 0
+    return BAN_SETS[index], SHUN_SETS[index]
+
+
+def _list_of(elements: Sequence[Element]) -> bytes:
+    """Return the IPSET_ATTR_ADT attribute of elements to add."""
+    parts = []
+    for line, element in enumerate(elements, 1):
+        seconds = element.remaining or 0
+        if element.remaining is not None and not 1 <= seconds <= MAX_SECONDS:
+            raise ValueError(f"an element lasts 1 to {MAX_SECONDS} seconds, not {seconds}")
+        parts.append(
+            nest(
+                _ATTR_DATA,
+                _entry(element.source)
+                + attribute(_ATTR_TIMEOUT | _NETWORK_ORDER, seconds.to_bytes(4, "big"))
+                + attribute(_ATTR_COMMENT, element.comment.encode() + b"\0")
+                + attribute(_ATTR_LINE | _NETWORK_ORDER, line.to_bytes(4, "big")),
+            )
+        )
+    return nest(_ATTR_ADT, b"".join(parts))
+
+
+def _entry(source: Prefix) -> bytes:
+    family = 2 if is_v6(source.network) else 1
+    address = attribute(family | _NETWORK_ORDER, packed(source.network))
+    return nest(_ATTR_IP, address) + attribute(_ATTR_CIDR, bytes((source.length,)))
+
+
+def _refused(name: str, error: int) -> KernelError:
+    known = _ERRORS.get(error)
+    if known is None:
+        known = f"the kernel said: {os.strerror(error) if error < 4096 else f'ipset error {error}'}"
+    return KernelError(f"the set {name} could not be used: {known}")

@@ -1,0 +1,204 @@
+"""Change sysctls of this network namespace, and give the old values back, also after a crash.
+
+Before the first change the old values go into a record, a JSON file in the runtime directory.
+Whoever finds that record later, the daemon that ends or `rstguard cleanup` after a kill -9, can
+undo what was done.  A value that somebody else has changed in the meantime is left as it is.
+
+Accounting and time stamps count for connections that begin after they are switched on: older ones
+show no bytes and no age (net/netfilter/nf_conntrack_acct.c, nf_conntrack_timestamp.c).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+from rstguard.kernel import KernelError
+
+TRACKING: Mapping[str, str] = MappingProxyType(
+    {
+        "net.netfilter.nf_conntrack_acct": "1",
+        "net.netfilter.nf_conntrack_timestamp": "1",
+        "net.netfilter.nf_conntrack_tcp_be_liberal": "0",
+    }
+)
+"""What the guard needs of the connection tracker at any time: bytes, ages, and window checks."""
+
+STRICT_PICKUP: Mapping[str, str] = MappingProxyType({"net.netfilter.nf_conntrack_tcp_loose": "0"})
+"""Only a SYN begins a connection, so that a forged ACK proves nothing.
+
+Not without thought: connections that are older than tracking in this namespace become INVALID for
+good.  Set it where tracking is on already, or where nothing was forwarded before.
+"""
+
+_ROOT = Path("/proc/sys")
+
+
+class Outcome(Enum):
+    """What became of one value."""
+
+    SET = "set"
+    RESTORED = "restored"
+    UNCHANGED = "unchanged"
+    LEFT = "left: somebody else changed it meanwhile"
+    GONE = "gone: the kernel no longer has it"
+
+
+class Change(NamedTuple):
+    """One sysctl, the value it had, the value it has now, and what was done."""
+
+    name: str
+    before: str
+    now: str
+    outcome: Outcome
+
+    def __str__(self) -> str:
+        """Return a sentence for a report."""
+        if self.outcome in (Outcome.SET, Outcome.RESTORED):
+            return f"{self.name}: {self.outcome.value} to {self.now} (was {self.before})"
+        return f"{self.name} = {self.now}: {self.outcome.value}"
+
+
+class _Saved(NamedTuple):
+    before: str
+    ours: str
+
+
+def apply(wanted: Mapping[str, str], record: Path) -> list[Change]:
+    """Set sysctls to the wanted values, having recorded what they were.
+
+    May be called again, with other values too, and after a crash: a value that is still what an
+    earlier call made it is never taken for an old one.
+
+    Raises:
+        KernelError: a sysctl does not exist or may not be written, or the record cannot be kept.
+            Nothing has been changed then that the record does not tell.
+    """
+    saved = _load(record)
+    found = {name: read(name) for name in wanted}
+    for name, value in wanted.items():
+        earlier = saved.pop(name, None)
+        ours = earlier is not None and found[name] == earlier.ours
+        before = earlier.before if earlier is not None and ours else found[name]
+        if before != value:
+            saved[name] = _Saved(before, value)
+    _save(saved, record)
+    changes = []
+    for name, value in wanted.items():
+        outcome = Outcome.UNCHANGED
+        if found[name] != value:
+            _write(name, value)
+            outcome = Outcome.SET
+        changes.append(Change(name, found[name], value, outcome))
+    return changes
+
+
+def restore(record: Path) -> list[Change]:
+    """Give the recorded values back and remove the record; without a record, do nothing.
+
+    Raises:
+        KernelError: the record cannot be read, or a value cannot be written; the record stays.
+    """
+    changes = []
+    for name, saved in _load(record).items():
+        if not _path(name).exists():
+            changes.append(Change(name, saved.ours, saved.before, Outcome.GONE))
+            continue
+        now = read(name)
+        if now == saved.ours:
+            _write(name, saved.before)
+            changes.append(Change(name, now, saved.before, Outcome.RESTORED))
+        else:
+            outcome = Outcome.UNCHANGED if now == saved.before else Outcome.LEFT
+            changes.append(Change(name, saved.before, now, outcome))
+    record.unlink(missing_ok=True)
+    return changes
+
+
+def read(name: str) -> str:
+    """Return a sysctl's value in this network namespace.
+
+    Raises:
+        KernelError: there is no such sysctl, or it may not be read.
+    """
+    try:
+        return " ".join(_path(name).read_text().split())
+    except OSError as problem:
+        raise _refused(name, problem) from problem
+
+
+def _path(name: str) -> Path:
+    return _ROOT.joinpath(*name.split("."))
+
+
+def _write(name: str, value: str) -> None:
+    try:
+        _path(name).write_text(value)
+    except OSError as problem:
+        raise _refused(name, problem) from problem
+    if read(name) != value:
+        raise KernelError(f"the sysctl {name} did not take the value {value}: set it by hand")
+
+
+def _refused(name: str, problem: OSError) -> KernelError:
+    if isinstance(problem, FileNotFoundError):
+        mend = "the connection tracker is not loaded: run `modprobe nf_conntrack`"
+        if "nf_conntrack" not in name:
+            mend = "this kernel does not have it"
+        return KernelError(f"there is no sysctl {name}: {mend}")
+    if isinstance(problem, PermissionError):
+        return KernelError(f"changing the sysctl {name} needs root: run the command with sudo")
+    return KernelError(
+        f"the sysctl {name} cannot be used here ({problem.strerror}): in a container, start it "
+        "with a writable /proc/sys, or set the value on the host"
+    )
+
+
+def _load(record: Path) -> dict[str, _Saved]:
+    try:
+        text = record.read_text()
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as problem:
+        raise KernelError(f"the record of old sysctl values {record} cannot be read") from problem
+    try:
+        entries = json.loads(text)["sysctls"]
+        return {str(name): _Saved(str(e["before"]), str(e["ours"])) for name, e in entries.items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as problem:
+        raise KernelError(
+            f"the record of old sysctl values {record} is damaged: look at it, "
+            "set the values by hand, and remove it"
+        ) from problem
+
+
+def _save(saved: Mapping[str, _Saved], record: Path) -> None:
+    """Replace the record whole: written beside it, on the disk before it takes the name."""
+    document = {"version": 1, "sysctls": {name: s._asdict() for name, s in saved.items()}}
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", dir=record.parent, prefix=f"{record.name}.", delete=False
+        ) as fresh:
+            try:
+                fresh.write(json.dumps(document, indent=2) + "\n")
+                fresh.flush()
+                os.fsync(fresh.fileno())
+                Path(fresh.name).replace(record)
+            except OSError:
+                Path(fresh.name).unlink(missing_ok=True)
+                raise
+        directory = os.open(record.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except OSError as problem:
+        raise KernelError(
+            f"the record of old sysctl values {record} cannot be written ({problem.strerror}): "
+            "choose another --runtime-dir"
+        ) from problem

@@ -1,0 +1,129 @@
+"""``rstguard lab``: list and run the scenarios."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from rstguard.lab import LabError, run
+from rstguard.lab.report import Result, document, guard_lines, table
+from rstguard.lab.scenarios import DEMO, SCENARIOS, Scenario, find
+from rstguard.lab.topology import ended_by_signals, require_root
+
+app = typer.Typer(
+    help="Attack a server behind a guarded gateway, in network namespaces of its own.",
+    no_args_is_help=True,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+Seconds = Annotated[
+    int | None,
+    typer.Option("--seconds", min=1, max=600, help="Length of each half instead of the usual."),
+]
+
+
+@app.command("list")
+def list_scenarios(as_json: Json = False) -> None:
+    """List the scenarios."""
+    if as_json:
+        rows = [{"name": s.name, "summary": s.summary, "seconds": s.seconds} for s in SCENARIOS]
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    shown = Table()
+    for title in ("scenario", "attack", "seconds per half"):
+        shown.add_column(title)
+    for scenario in SCENARIOS:
+        shown.add_row(scenario.name, scenario.summary, str(scenario.seconds))
+    Console().print(shown)
+
+
+@app.command("run")
+def run_scenarios(
+    names: Annotated[list[str], typer.Argument(metavar="SCENARIO...", help="Names, or 'all'.")],
+    as_json: Json = False,
+    seconds: Seconds = None,
+) -> None:
+    """Run scenarios, each without and with the guard; exit 1 if the guard fell short."""
+    _run(names, as_json=as_json, seconds=seconds)
+
+
+@app.command()
+def demo(as_json: Json = False) -> None:
+    """Run a chosen few in under two minutes."""
+    _run(list(DEMO), as_json=as_json, seconds=None)
+
+
+def _run(names: list[str], *, as_json: bool, seconds: int | None) -> None:
+    try:
+        chosen = list(SCENARIOS) if names == ["all"] else [find(name) for name in names]
+        for scenario in chosen:
+            _require_length(scenario, seconds)
+            scenario.plan(scenario.seconds).require_tools()
+        require_root()
+        with ended_by_signals(), _progress() as tell:
+            results = []
+            for scenario in chosen:
+                results.append(run.run_scenario(scenario, seconds or scenario.seconds, tell))
+                if not as_json:
+                    _show(results[-1])
+    except LabError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt:
+        typer.echo("Interrupted; the lab has been removed.", err=True)
+        raise typer.Exit(130) from None
+    if as_json:
+        typer.echo(json.dumps(document(results), indent=2))
+    if any(result.problems for result in results):
+        raise typer.Exit(1)
+
+
+def _require_length(scenario: Scenario, seconds: int | None) -> None:
+    if seconds is not None and seconds < scenario.least_seconds:
+        raise LabError(
+            f"{scenario.name} shows nothing in {seconds} s: give it at least "
+            f"--seconds {scenario.least_seconds}."
+        )
+
+
+@contextmanager
+def _progress() -> Iterator[run.Progress]:
+    """Show progress on standard error: a bar on a terminal, otherwise a line for each step."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        told: list[str] = []
+
+        def line(text: str, _done: float) -> None:
+            if told[-1:] != [text]:
+                told.append(text)
+                typer.echo(text, err=True)
+
+        yield line
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bars:
+        task = bars.add_task("", total=1)
+
+        def bar(text: str, done: float) -> None:
+            bars.update(task, description=text, completed=done)
+
+        yield bar
+
+
+def _show(result: Result) -> None:
+    console = Console()
+    if result.without:
+        console.print(table(result))
+    if result.guarded and result.guarded.guard:
+        for line in guard_lines(result.guarded.guard):
+            console.print(f"  {line}", markup=False, highlight=False)
+    for problem in result.problems:
+        console.print(f"  {problem}", style="bold red", markup=False, highlight=False)
+    console.print()

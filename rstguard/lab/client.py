@@ -1,0 +1,103 @@
+"""Legitimate clients: one new connection and one GET per request, at a steady modest pace.
+
+A program of its own, to be run inside the clients' namespace as ``python -m rstguard.lab.client``.
+It writes the line ``ready`` after the first good answer, then works until its standard input is
+closed, and ends with one line of JSON: a list of `Request`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import os
+import sys
+import time
+from contextlib import suppress
+from typing import NamedTuple
+
+from rstguard.lab.server import BODY
+from rstguard.lab.topology import CLIENTS, CLIENTS6, SERVER, SERVER6
+
+PER_SECOND = 40
+"""Requests a second, all sources together."""
+TIMEOUT = 3.0
+"""Seconds after which a person would have given up."""
+
+_REQUEST = b"GET / HTTP/1.1\r\nHost: lab\r\nConnection: close\r\n\r\n"
+
+
+class Request(NamedTuple):
+    """One request: when it began (monotonic seconds), how long it took, "" or why it failed."""
+
+    start: float
+    seconds: float
+    source: str
+    failure: str
+
+
+async def fetch(source: str, *, timeout: float = TIMEOUT) -> Request:
+    """Make one request from a source address and tell how it went."""
+    start = time.monotonic()
+    try:
+        async with asyncio.timeout(timeout):
+            failure = await _exchange(source)
+    except TimeoutError:
+        failure = "timed out"
+    except ConnectionRefusedError:
+        failure = "refused"
+    except ConnectionResetError:
+        failure = "reset"
+    except OSError as error:
+        failure = os.strerror(error.errno) if error.errno else "failed"
+    return Request(start, time.monotonic() - start, source, failure)
+
+
+async def _exchange(source: str) -> str:
+    server = SERVER6 if ":" in source else SERVER
+    reader, writer = await asyncio.open_connection(server, 80, local_addr=(source, 0))
+    try:
+        writer.write(_REQUEST)
+        answer = await reader.read(-1)
+    finally:
+        writer.close()
+    if not answer:
+        return "closed without an answer"
+    whole = answer.startswith(b"HTTP/1.1 200 ") and answer.endswith(BODY.encode())
+    return "" if whole else "wrong answer"
+
+
+async def _first_answer(sources: tuple[str, ...]) -> None:
+    """Try until each source has had an answer once; neighbours are resolved after that."""
+    for source in sources:
+        while (await fetch(source, timeout=0.5)).failure:
+            await asyncio.sleep(0.02)
+
+
+async def _work() -> list[Request]:
+    sources = (*CLIENTS, *CLIENTS6)
+    await _first_answer(sources)
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
+    ended = asyncio.Event()
+    asyncio.get_running_loop().add_reader(sys.stdin.fileno(), ended.set)
+    running: list[asyncio.Task[Request]] = []
+    begin = time.monotonic()
+    for number in itertools.count():
+        running.append(asyncio.create_task(fetch(sources[number % len(sources)])))
+        wait = begin + (number + 1) / PER_SECOND - time.monotonic()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(ended.wait(), max(wait, 0.001))
+        if ended.is_set():
+            break
+    return list(await asyncio.gather(*running))
+
+
+def main() -> None:
+    """Run until standard input ends, then write the requests as JSON."""
+    json.dump(asyncio.run(_work()), sys.stdout)
+    sys.stdout.write("\n")
+
+
+if __name__ == "__main__":
+    main()

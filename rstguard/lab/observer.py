@@ -1,0 +1,135 @@
+"""What of the attack reaches the server, counted in the server's own namespace.
+
+A program of its own (``python -m rstguard.lab.observer``): it writes ``ready``, samples until its
+standard input is closed, and ends with one line of JSON.  Packets are counted by the kernel through
+a packet socket with a filter for the attacker's address (linux/filter.h, packet(7)), connections
+by reading /proc/net/tcp and tcp6.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import select
+import socket
+import struct
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from rstguard.lab.topology import ATTACKER
+
+INTERVAL = 0.02
+"""Seconds between two samples of the packet counts."""
+CONNECTIONS_EVERY = 5
+"""Connections are read at each so-manieth sample."""
+
+_SOL_PACKET = 263
+_PACKET_STATISTICS = 6
+_SO_ATTACH_FILTER = 26
+_ETH_P_IP = 0x0800
+
+# Operation codes of classic BPF, as in linux/bpf_common.h.
+_LOAD_WORD, _LOAD_BYTE_X, _LOAD_IP_HEADER_LENGTH = 0x20, 0x50, 0xB1
+_AND, _JUMP_IF_EQUAL, _RETURN = 0x54, 0x15, 0x06
+
+_ESTABLISHED = frozenset({"01", "04", "05", "08"})
+_SYN_RECEIVED = frozenset({"03", "0C"})
+
+
+class Sample(NamedTuple):
+    """Packets and SYNs of the attacker since the sample before; monotonic seconds."""
+
+    time: float
+    packets: int
+    syns: int
+
+
+class Held(NamedTuple):
+    """Connections of the attacker that the server holds now; monotonic seconds."""
+
+    time: float
+    established: int
+    half_open: int
+
+
+class Observation(NamedTuple):
+    """All that was seen from start to end."""
+
+    samples: list[Sample]
+    held: list[Held]
+
+    @classmethod
+    def from_json(cls, text: str) -> Observation:
+        """Read what the program wrote.
+
+        Raises:
+            ValueError: it is not that.
+        """
+        samples, held = json.loads(text)
+        return cls([Sample(*row) for row in samples], [Held(*row) for row in held])
+
+
+def counter(*, only_syns: bool) -> socket.socket:
+    """Return a packet socket that counts IPv4 packets of the attacker."""
+    address = int.from_bytes(socket.inet_aton(ATTACKER), "big")
+    program = [(_LOAD_WORD, 0, 0, 12), (_JUMP_IF_EQUAL, 0, 5 if only_syns else 1, address)]
+    if only_syns:
+        # Byte 13 of the TCP header: SYN set, ACK not set.
+        program += [(_LOAD_IP_HEADER_LENGTH, 0, 0, 0), (_LOAD_BYTE_X, 0, 0, 13)]
+        program += [(_AND, 0, 0, 0x12), (_JUMP_IF_EQUAL, 0, 1, 0x02)]
+    program += [(_RETURN, 0, 0, 1), (_RETURN, 0, 0, 0)]
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
+    # Bound to a protocol only after the filter is there: nothing unfiltered is ever counted.
+    sock = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0)
+    sock.setsockopt(
+        socket.SOL_SOCKET,
+        _SO_ATTACH_FILTER,
+        struct.pack("HL", len(program), ctypes.addressof(code)),
+    )
+    # What does not fit is counted all the same (packet(7), PACKET_STATISTICS).
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.bind(("eth0", _ETH_P_IP))
+    return sock
+
+
+def read_count(sock: socket.socket) -> int:
+    """Return the packets since the last call; reading resets the kernel's count."""
+    packets, _dropped = struct.unpack("II", sock.getsockopt(_SOL_PACKET, _PACKET_STATISTICS, 8))
+    return int(packets)
+
+
+def count_connections(tables: list[str], attacker: str) -> tuple[int, int]:
+    """Count established and half-open connections with an IPv4 address in /proc/net tables."""
+    # The tables show an address as one number in the machine's byte order.
+    number = int.from_bytes(socket.inet_aton(attacker), sys.byteorder)
+    suffix = f"{number:08X}"
+    established = half_open = 0
+    for table in tables:
+        for line in table.splitlines()[1:]:
+            fields = line.split(maxsplit=4)
+            if fields[2].partition(":")[0].endswith(suffix):
+                established += fields[3] in _ESTABLISHED
+                half_open += fields[3] in _SYN_RECEIVED
+    return established, half_open
+
+
+def _observe() -> Observation:
+    packets, syns = counter(only_syns=False), counter(only_syns=True)
+    tables = [Path("/proc/self/net/tcp"), Path("/proc/self/net/tcp6")]
+    seen = Observation([], [])
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
+    while not select.select([sys.stdin], [], [], INTERVAL)[0]:
+        now = time.monotonic()
+        seen.samples.append(Sample(now, read_count(packets), read_count(syns)))
+        if len(seen.samples) % CONNECTIONS_EVERY == 0:
+            texts = [path.read_text(encoding="ascii") for path in tables]
+            seen.held.append(Held(time.monotonic(), *count_connections(texts, ATTACKER)))
+    return seen
+
+
+if __name__ == "__main__":
+    json.dump(_observe(), sys.stdout)
+    sys.stdout.write("\n")

@@ -1,0 +1,248 @@
+"""Figures of a run, and how they are shown: pure, from measured values to table and JSON."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.table import Table
+
+from rstguard.lab.client import Request
+from rstguard.lab.observer import Held, Observation, Sample
+from rstguard.lab.scenarios import HELD, PACKETS, Scenario
+
+LEAST_SUCCESS = 99.0
+"""Percent of legitimate requests that must succeed with the guard."""
+
+
+@dataclass(frozen=True, slots=True)
+class Legitimate:
+    """How the legitimate clients fared; latencies in milliseconds, of successes only."""
+
+    requests: int
+    succeeded: int
+    success_percent: float
+    p50_ms: float | None
+    p99_ms: float | None
+    failures: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """What of the attack reached the server.
+
+    `seconds_to_contain` counts from the attack's first packet at the server; None: not contained.
+    """
+
+    packets: int
+    syns: int
+    most_held: int
+    most_half_open: int
+    held_at_end: int
+    seconds_to_contain: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """What the guard says that it did, and the processor time it used (% of one core)."""
+
+    cpu_percent: float
+    counts: dict[str, Any]
+    bans: list[dict[str, Any]]
+    leftovers: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Half:
+    """One half of a scenario: without the guard (`guard` is None) or with it."""
+
+    seconds: float
+    legitimate: Legitimate
+    reached: Reached
+    guard: Guard | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A scenario's two halves, or the sentence that says why it could not run."""
+
+    scenario: Scenario
+    without: Half | None = None
+    guarded: Half | None = None
+    error: str = ""
+    problems: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "problems", _problems(self))
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Return the smallest value that at least `percent` (0 < p <= 100) of the values do not exceed.
+
+    Raises:
+        ValueError: no values.
+    """
+    if not values:
+        raise ValueError("no values, no percentile")
+    return sorted(values)[math.ceil(len(values) * percent / 100) - 1]
+
+
+def legitimate(requests: Sequence[Request], begin: float, end: float) -> Legitimate:
+    """Sum up the requests that began while the attack went on."""
+    during = [request for request in requests if begin <= request.start < end]
+    good = [request.seconds * 1000 for request in during if not request.failure]
+    return Legitimate(
+        requests=len(during),
+        succeeded=len(good),
+        success_percent=round(100 * len(good) / len(during), 2) if during else 0.0,
+        p50_ms=round(percentile(good, 50), 2) if good else None,
+        p99_ms=round(percentile(good, 99), 2) if good else None,
+        failures=dict(Counter(request.failure for request in during if request.failure)),
+    )
+
+
+def reached(seen: Observation, scenario: Scenario, begin: float, end: float) -> Reached:
+    """Sum up what the server saw between begin and end of the attack."""
+    samples = [sample for sample in seen.samples if begin <= sample.time < end]
+    held = [row for row in seen.held if begin <= row.time < end]
+    first = next((sample.time for sample in samples if sample.packets), begin)
+    if scenario.measure == HELD:
+        contained = held_contained(held, first, scenario.limit)
+    else:
+        contained = rate_contained(samples, first, scenario)
+    return Reached(
+        packets=sum(sample.packets for sample in samples),
+        syns=sum(sample.syns for sample in samples),
+        most_held=max((row.established for row in held), default=0),
+        most_half_open=max((row.half_open for row in held), default=0),
+        held_at_end=held[-1].established if held else 0,
+        seconds_to_contain=None if contained is None else round(contained, 2),
+    )
+
+
+def held_contained(held: Sequence[Held], first: float, limit: int) -> float | None:
+    """Return the seconds from `first` to the last time that more than `limit` were held.
+
+    None if more were held to the end; 0 if never.
+    """
+    over = [index for index, row in enumerate(held) if row.established > limit]
+    if not over:
+        return 0.0
+    if over[-1] == len(held) - 1:
+        return None
+    return max(held[over[-1] + 1].time - first, 0.0)
+
+
+def rate_contained(samples: Sequence[Sample], first: float, scenario: Scenario) -> float | None:
+    """Return the seconds from `first` until no second that begins later sees more than the limit.
+
+    None if the last whole second was over the limit; 0 if none was.
+    """
+    counts = [sample.packets if scenario.measure == PACKETS else sample.syns for sample in samples]
+    last, total, after = -1, 0, 0
+    for index, sample in enumerate(samples):
+        while after < len(samples) and samples[after].time < sample.time + 1:
+            total += counts[after]
+            after += 1
+        if total > scenario.limit:
+            last = index
+        total -= counts[index]
+    if last < 0:
+        return 0.0
+    if samples[last].time > samples[-1].time - 1:
+        return None
+    return max(samples[last].time - first, 0.0)
+
+
+def document(results: Sequence[Result]) -> dict[str, Any]:
+    """Return the value that ``--json`` prints."""
+    return {
+        "passed": all(not result.problems for result in results),
+        "scenarios": [
+            {
+                "name": result.scenario.name,
+                "summary": result.scenario.summary,
+                "contained_when": contained_when(result.scenario),
+                "without": asdict(result.without) if result.without else None,
+                "with": asdict(result.guarded) if result.guarded else None,
+                "problems": result.problems,
+            }
+            for result in results
+        ],
+    }
+
+
+def contained_when(scenario: Scenario) -> str:
+    """Say in words what "contained" means for a scenario."""
+    if scenario.measure == HELD:
+        return f"the server holds at most {scenario.limit} connections of the attacker"
+    return f"at most {scenario.limit} attack {scenario.measure} a second reach the server"
+
+
+def table(result: Result) -> Table:
+    """Return a scenario's figures as a table of two columns: without and with the guard."""
+    shown = Table(title=f"{result.scenario.name}: {result.scenario.summary}", title_justify="left")
+    shown.add_column("")
+    halves = [half for half in (result.without, result.guarded) if half]
+    for half in halves:
+        shown.add_column("with rstguard" if half.guard else "without", justify="right")
+    columns = [_column(half) for half in halves]
+    for label in columns[0] if columns else ():
+        shown.add_row(label, *(column[label] for column in columns))
+    return shown
+
+
+def guard_lines(guard: Guard) -> list[str]:
+    """Return what was reset, shunned and banned, one line each."""
+    lines = [
+        f"{what}: " + ", ".join(f"{count} by {rule}" for rule, count in by_rule.items())
+        for what in ("reset", "shun", "ban", "drop")
+        if isinstance(by_rule := guard.counts.get(what), dict) and by_rule
+    ]
+    lines += [
+        f"{ban.get('kind')}: {ban.get('source')} by {ban.get('rule')}, "
+        f"{ban.get('remaining_s')} s to go"
+        for ban in guard.bans
+    ]
+    return lines
+
+
+def _column(half: Half) -> dict[str, str]:
+    good, seen = half.legitimate, half.reached
+    return {
+        "legitimate success": f"{good.success_percent:.1f} %",
+        "legitimate p50 / p99": f"{_ms(good.p50_ms)} / {_ms(good.p99_ms)}",
+        "legitimate failures": ", ".join(f"{n} {why}" for why, n in good.failures.items())
+        or "none",
+        "attack packets at the server": f"{seen.packets:,}",
+        "attack SYNs at the server": f"{seen.syns:,}",
+        "attacker's connections, most / at end": f"{seen.most_held:,} / {seen.held_at_end:,}",
+        "half-open, most": f"{seen.most_half_open:,}",
+        "contained after": (
+            "never" if seen.seconds_to_contain is None else f"{seen.seconds_to_contain:.2f} s"
+        ),
+        "processor time of the guard": f"{half.guard.cpu_percent:.1f} %" if half.guard else "",
+    }
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} ms"
+
+
+def _problems(result: Result) -> list[str]:
+    if result.error or not result.without or not result.guarded:
+        return [result.error or "the scenario did not run to its end"]
+    found = []
+    good, seen = result.guarded.legitimate, result.guarded.reached
+    if result.without.reached.seconds_to_contain is not None:
+        found.append("the attack was none: without the guard it stayed below the limit, too")
+    if not good.success_percent >= LEAST_SUCCESS:
+        found.append(f"only {good.success_percent} % of the legitimate requests succeeded")
+    if seen.seconds_to_contain is None:
+        found.append(f"not contained: that is, {contained_when(result.scenario)}")
+    if result.guarded.guard and result.guarded.guard.leftovers:
+        found.append("the guard left behind: " + "; ".join(result.guarded.guard.leftovers))
+    return found

@@ -1,0 +1,101 @@
+"""One scenario from beginning to end: the attack without the guard, then the same with it."""
+
+from __future__ import annotations
+
+import json
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+from rstguard.lab import LabError
+from rstguard.lab.client import Request
+from rstguard.lab.guard import GuardProcess
+from rstguard.lab.observer import Observation
+from rstguard.lab.report import Half, Result, legitimate, reached
+from rstguard.lab.scenarios import Scenario
+from rstguard.lab.server import start_server
+from rstguard.lab.topology import Lab, stop
+
+Progress = Callable[[str, float], None]
+"""Called with what goes on and how much of this half is done (0 to 1)."""
+
+_READY_SECONDS = 20.0
+_STEP = 0.1
+
+
+def run_scenario(scenario: Scenario, seconds: float, progress: Progress) -> Result:
+    """Run both halves; what keeps one from running becomes the result's `error`."""
+    without = None
+    try:
+        without = run_half(scenario, seconds, progress, guarded=False)
+        guarded = run_half(scenario, seconds, progress, guarded=True)
+    except LabError as error:
+        return Result(scenario, without, error=str(error))
+    return Result(scenario, without, guarded)
+
+
+def run_half(scenario: Scenario, seconds: float, progress: Progress, *, guarded: bool) -> Half:
+    """Run one half in a lab of its own.
+
+    Raises:
+        LabError: something in the lab did not start, did not answer, or attacked nothing.
+    """
+    attack = scenario.plan(seconds)
+    name = f"{scenario.name} {'with rstguard' if guarded else 'without'}"
+    progress(f"{name}: building the network", 0)
+    with Lab() as lab:
+        start_server(lab)
+        observer = _start(lab, "server", "observer")
+        client = _start(lab, "client", "client")
+        guard = GuardProcess(lab, scenario.policy) if guarded else None
+        for command in attack.prepare:
+            lab.run("attacker", list(command))
+        if guard:
+            guard.mark_attack_begin()
+        begin = time.monotonic()
+        attackers = [
+            lab.start("attacker", list(command), log=f"attack-{number}.log")
+            for number, command in enumerate(attack.commands)
+        ]
+        while (past := time.monotonic() - begin) < seconds:
+            progress(f"{name}: under attack", past / seconds)
+            time.sleep(min(_STEP, seconds - past))
+        end = time.monotonic()
+        cpu_percent = guard.cpu_percent() if guard else 0.0
+        progress(f"{name}: collecting", 1)
+        failed = [process.poll() not in (None, 0) for process in attackers]
+        for process in attackers:
+            stop(process, patience=2)
+        did = guard.finish(cpu_percent) if guard else None
+        seen = Observation.from_json(_collect(lab, observer, "observer"))
+        requests = [Request(*row) for row in json.loads(_collect(lab, client, "client"))]
+        arrived = reached(seen, scenario, begin, end)
+        if not arrived.packets:
+            why = lab.log_tail(f"attack-{failed.index(True)}.log") if any(failed) else "no reason"
+            raise LabError(f"The attack of {scenario.name} sent nothing to the server: {why}")
+        return Half(round(end - begin, 1), legitimate(requests, begin, end), arrived, did)
+
+
+def _start(lab: Lab, role: str, program: str) -> subprocess.Popen[str]:
+    """Start one of the lab's own programs and wait for its line ``ready``."""
+    command = [sys.executable, "-m", f"rstguard.lab.{program}"]
+    running = lab.start(role, command, stdin=True, log=f"{program}.log")
+    assert running.stdout is not None
+    readable = select.select([running.stdout], [], [], _READY_SECONDS)[0]
+    if not readable or running.stdout.readline() != "ready\n":
+        why = lab.log_tail(f"{program}.log") or lab.log_tail("nginx.log") or "no answer in time"
+        raise LabError(f"The lab's {program} could not begin: {why}")
+    return running
+
+
+def _collect(lab: Lab, running: subprocess.Popen[str], program: str) -> str:
+    """Close a program's standard input, upon which it ends with a line of JSON."""
+    try:
+        text, _ = running.communicate(timeout=_READY_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise LabError(f"The lab's {program} did not end.") from error
+    if running.returncode != 0:
+        raise LabError(f"The lab's {program} failed: {lab.log_tail(f'{program}.log')}")
+    return text

@@ -1,0 +1,129 @@
+"""The table of scenarios: an attack, the policy against it, and what "contained" means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import resources
+
+from rstguard.lab import LabError, attacks
+
+PACKETS = "packets"
+SYNS = "SYNs"
+HELD = "connections held"
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """One attack and its measure.
+
+    The attack counts as contained when what the server sees of `measure` stays at or below `limit`
+    for the rest of the attack: attack packets or SYNs within any one second, or connections that
+    the server holds for the attacker.  `seconds` is how long each half lasts unless asked for
+    otherwise, `least_seconds` how long it must last for the guard to have had its turn.
+    """
+
+    name: str
+    summary: str
+    plan: attacks.Plan
+    measure: str
+    limit: int
+    seconds: int
+    least_seconds: int
+
+    @property
+    def policy(self) -> str:
+        """The text of the policy file that the guard runs with."""
+        file = resources.files("rstguard.lab") / "policies" / f"{self.name}.yaml"
+        return file.read_text(encoding="utf-8")
+
+
+SCENARIOS = (
+    Scenario(
+        name="syn-flood",
+        summary="hping3: 10,000 SYN/s from one source that never answers",
+        plan=attacks.syn_flood,
+        measure=SYNS,
+        limit=200,
+        seconds=8,
+        least_seconds=3,
+    ),
+    Scenario(
+        name="conn-flood",
+        summary="wrk: 600 clients at once, a new connection for each request",
+        plan=attacks.connection_flood,
+        measure=SYNS,
+        limit=100,
+        seconds=8,
+        least_seconds=3,
+    ),
+    Scenario(
+        name="slowloris",
+        summary="slowhttptest: 900 requests whose headers never end",
+        plan=attacks.slowloris,
+        measure=HELD,
+        limit=100,
+        seconds=12,
+        least_seconds=8,
+    ),
+    Scenario(
+        name="slow-body",
+        summary="slowhttptest: 900 uploads whose bodies never end",
+        plan=attacks.slow_body,
+        measure=HELD,
+        limit=100,
+        seconds=12,
+        least_seconds=8,
+    ),
+    Scenario(
+        name="port-scan",
+        summary="nmap: a half-open scan of all ports",
+        plan=attacks.port_scan,
+        measure=SYNS,
+        limit=40,
+        seconds=8,
+        least_seconds=3,
+    ),
+    Scenario(
+        name="idle-hoard",
+        summary="800 connections opened, half a request sent on each, then silence",
+        plan=attacks.idle_hoard,
+        measure=HELD,
+        limit=100,
+        seconds=12,
+        least_seconds=9,
+    ),
+    Scenario(
+        name="ssh-brute",
+        summary="a password guesser: 20 short connections a second to port 22",
+        plan=attacks.ssh_brute,
+        measure=SYNS,
+        limit=2,
+        seconds=8,
+        least_seconds=4,
+    ),
+    Scenario(
+        name="bad-flags",
+        summary="hping3: null, xmas and SYN+FIN segments, 1,500 a second",
+        plan=attacks.bad_flags,
+        measure=PACKETS,
+        limit=20,
+        seconds=8,
+        least_seconds=3,
+    ),
+)
+
+DEMO = ("syn-flood", "slowloris", "idle-hoard", "ssh-brute")
+"""The scenarios of ``lab demo``: under two minutes in all."""
+
+
+def find(name: str) -> Scenario:
+    """Return a scenario by its name.
+
+    Raises:
+        LabError: there is none of that name; the text lists those there are.
+    """
+    for scenario in SCENARIOS:
+        if scenario.name == name:
+            return scenario
+    names = ", ".join(scenario.name for scenario in SCENARIOS)
+    raise LabError(f"There is no scenario '{name}'; there are {names}.")

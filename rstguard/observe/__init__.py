@@ -1,0 +1,1 @@
+"""What the guard tells of itself: counters and events."""

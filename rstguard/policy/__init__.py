@@ -1,0 +1,1 @@
+"""The policy language: model, located errors, and compilation to a RuleSet."""

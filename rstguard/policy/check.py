@@ -1,0 +1,87 @@
+"""What is allowed in a policy, but is probably not what its author meant."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+from rstguard.policy.base import Widths
+from rstguard.policy.explain import Finding
+from rstguard.policy.model import Policy, is_wide
+from rstguard.policy.quantities import PortRange, expand, ports_text
+from rstguard.policy.rules import AnyRule, ShortConnectionsRule, SourceRule
+
+
+def check(policy: Policy, interfaces: Collection[str] | None = None) -> list[Finding]:
+    """Return the warnings for a policy; pure.
+
+    Args:
+        policy: a valid policy.
+        interfaces: names of the interfaces that exist, or None not to look at that.
+    """
+    findings = list(_protect(policy, interfaces))
+    if not policy.rules:
+        findings.append(Finding(("rules",), "there is no rule, so nothing will be guarded"))
+    for index, prefix in enumerate(policy.trusted):
+        if is_wide(prefix):
+            message = f"{prefix} is a large part of all addresses: nobody in it will be guarded"
+            findings.append(Finding(("trusted", index), message))
+    if policy.syn_budget is not None:
+        message = "this version reads the SYN budget but does not enforce it yet"
+        findings.append(Finding(("syn_budget",), message, at_key=True))
+        path = ("syn_budget", "ports")
+        findings += _ports(policy, policy.syn_budget.ports, path, "the budget")
+    findings += _narrow(policy.source, ("source", "ipv6"))
+    for index, rule in enumerate(policy.rules):
+        findings += _rule(policy, index, rule)
+    return findings
+
+
+def _protect(policy: Policy, interfaces: Collection[str] | None) -> Iterator[Finding]:
+    for index, name in enumerate(policy.protect.interfaces):
+        path = ("protect", "interfaces", index)
+        if name == "*":
+            yield Finding(path, "this covers every interface, the loopback too")
+        elif interfaces is not None and not _exists(name, interfaces):
+            yield Finding(path, f"there is no interface {name} here now: is the name right?")
+
+
+def _exists(name: str, interfaces: Collection[str]) -> bool:
+    if name.endswith("*"):
+        return any(there.startswith(name[:-1]) for there in interfaces)
+    return name in interfaces
+
+
+def _rule(policy: Policy, index: int, rule: AnyRule) -> Iterator[Finding]:
+    yield from _ports(policy, rule.ports, ("rules", index, "ports"), "the rule")
+    if isinstance(rule, ShortConnectionsRule) and rule.then in ("drop", "reset"):
+        message = f"{rule.then} comes too late: the connection is over when it counts; use `ban`"
+        yield Finding(("rules", index, "then"), message)
+    if not isinstance(rule, SourceRule) or not isinstance(rule.per, Widths):
+        return
+    yield from _narrow(rule.per, ("rules", index, "per", "ipv6"))
+    if rule.then == "ban" and (rule.per.ipv4 < 16 or rule.per.ipv6 < 32):
+        message = "one offender bans a whole network this wide: use `then: drop`, or count narrower"
+        yield Finding(("rules", index, "per"), message)
+
+
+def _ports(
+    policy: Policy,
+    ranges: tuple[PortRange, ...] | None,
+    path: tuple[str | int, ...],
+    whose: str,
+) -> Iterator[Finding]:
+    if ranges is None or policy.protect.ports is None:
+        return
+    wanted = expand(ranges)
+    outside = wanted - expand(policy.protect.ports)
+    if outside == wanted:
+        yield Finding(path, f"{whose} never matches: protect.ports has none of these ports")
+    elif outside:
+        message = f"{whose} never matches {ports_text(outside)}: protect.ports lacks them"
+        yield Finding(path, message)
+
+
+def _narrow(widths: Widths, path: tuple[str | int, ...]) -> Iterator[Finding]:
+    if widths.ipv6 > 64:
+        message = f"one host usually owns a whole /64: counting by /{widths.ipv6} is easy to evade"
+        yield Finding(path, message)

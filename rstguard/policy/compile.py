@@ -1,0 +1,217 @@
+"""Turn a policy into the plain values the engine and the chains read.  Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from rstguard.engine.address import Prefix
+from rstguard.engine.ruleset import (
+    NEEDS,
+    RATE_MEASURES,
+    SECOND,
+    SWEEP_MEASURES,
+    Divert,
+    Escalate,
+    Measure,
+    Per,
+    Rule,
+    RuleSet,
+    Scope,
+    SynBudget,
+)
+from rstguard.engine.verdict import Action, Ends
+from rstguard.policy import rules
+from rstguard.policy.base import Widths
+from rstguard.policy.model import Policy
+from rstguard.policy.quantities import PortRange, duration_text, expand, ports_text
+
+
+def compile_policy(policy: Policy) -> RuleSet:
+    """Return the compiled form of a valid policy."""
+    protect, budget = policy.protect, policy.syn_budget
+    return RuleSet(
+        name=policy.name,
+        enforce=policy.mode == "enforce",
+        fail_open=policy.on_failure == "open",
+        scope=Scope(
+            interfaces=protect.interfaces,
+            destinations=protect.destinations,
+            ports=_ports(protect.ports),
+            trusted=policy.trusted,
+        ),
+        rules=tuple(_rule(rule, policy.source) for rule in policy.rules),
+        source_ipv4=policy.source.ipv4,
+        source_ipv6=policy.source.ipv6,
+        inspect_packets=policy.inspect.packets,
+        syn_budget=SynBudget(budget.rate, _ports(budget.ports)) if budget else None,
+        blocking=policy.blocking,
+        shun_duration=policy.shun_for,
+        sweep_every=policy.sweep_every,
+    )
+
+
+def _ports(ranges: tuple[PortRange, ...] | None) -> frozenset[int] | None:
+    return None if ranges is None else expand(ranges)
+
+
+def _rule(rule: rules.AnyRule, source: Widths) -> Rule:
+    per = rule.per if isinstance(rule, rules.SourceRule) else None
+    widths = per if isinstance(per, Widths) else source
+    counted = Per.SERVICE if per == "service" else Per.SOURCE if per is None else Per.PREFIX
+    more = rule.escalate
+    common = Rule(
+        name=rule.name,
+        measure=Measure(rule.measure),
+        action=Action[rule.then.upper()],
+        limit=0,
+        ports=_ports(rule.ports),
+        per=counted,
+        ipv4_length=widths.ipv4,
+        ipv6_length=widths.ipv6,
+        duration=rule.ban_for or 0,
+        escalate=Escalate(more.factor, more.up_to, more.memory) if more else None,
+        keep_existing=rule.keep_existing,
+        ends=Ends(rule.ends),
+    )
+    return _limited(common, rule)
+
+
+def _limited(common: Rule, rule: rules.AnyRule) -> Rule:
+    """Add what only this measure has.
+
+    A rate's default burst is what it allows in one of its own periods: a second's worth of
+    `100/s`, and ten at once of `10/m`, where a second's worth would object to the second event.
+    """
+    match rule:
+        case rules.RateRule() | rules.ShortConnectionsRule():
+            rated = replace(
+                common,
+                limit=rule.over.amount,
+                period=rule.over.period,
+                burst=rule.burst or rule.over.amount,
+            )
+            if isinstance(rule, rules.ShortConnectionsRule):
+                return replace(rated, shorter_than=rule.shorter_than)
+            return rated
+        case rules.ByteRateRule():
+            return replace(common, limit=rule.over, period=SECOND, burst=rule.burst or rule.over)
+        case rules.HalfOpenRule() | rules.DistinctRule():
+            return replace(common, limit=rule.over, within=rule.within)
+        case rules.SlowRule():
+            return replace(common, limit=rule.under, after=rule.after, of=rule.of)
+        case rules.StalledRule():
+            return replace(common, limit=rule.over, window=rule.window)
+        case rules.ConnectionsRule() | rules.IdleRule():
+            return replace(common, limit=rule.over)
+
+
+def describe(ruleset: RuleSet) -> str:
+    """Return the compiled form in lines for people: what is guarded, counted, and looked at."""
+    return "\n".join([*_head(ruleset), "", *_rules(ruleset), "", *_tiers(ruleset)]) + "\n"
+
+
+def _head(ruleset: RuleSet) -> Iterator[str]:
+    scope = ruleset.scope
+    does = "enforces" if ruleset.enforce else "observes only"
+    passes = "everything" if ruleset.fail_open else "nothing"
+    yield f"policy {ruleset.name}: {does}; {passes} passes while the engine is down"
+    yield f"  interfaces    {', '.join(scope.interfaces)}"
+    yield f"  destinations  {_prefixes(scope.destinations) or 'any'}"
+    yield f"  ports         {_port_set(scope.ports)}"
+    yield f"  trusted       {_prefixes(scope.trusted) or 'nobody'}"
+    yield f"  one source    IPv4 /{ruleset.source_ipv4}, IPv6 /{ruleset.source_ipv6}"
+    yield f"  inspected     at most {ruleset.inspect_packets} inbound packets of a connection"
+    if ruleset.syn_budget:
+        budget = ruleset.syn_budget
+        yield (
+            f"  SYN budget    {budget.rate}/s to each service, ports {_port_set(budget.ports)} "
+            "(not enforced by this version)"
+        )
+    shown = {"drop": "silence", "reset": "a RST", "unreachable": "an ICMP error"}
+    yield f"  blocked       sees {shown[ruleset.blocking]}; a shun lasts {_time(ruleset)}"
+
+
+def _time(ruleset: RuleSet) -> str:
+    return duration_text(ruleset.shun_duration)
+
+
+def _prefixes(prefixes: tuple[Prefix, ...]) -> str:
+    return ", ".join(map(str, prefixes))
+
+
+def _port_set(ports: frozenset[int] | None) -> str:
+    if ports is None:
+        return "any"
+    return ports_text(ports) + (f" ({len(ports)} ports)" if len(ports) > 5 else "")
+
+
+def _rules(ruleset: RuleSet) -> Iterator[str]:
+    width = max((len(rule.name) for rule in ruleset.rules), default=0)
+    if not ruleset.rules:
+        yield "no rules"
+    for rule in ruleset.rules:
+        tier = "sweep" if rule.measure in SWEEP_MEASURES else "queue"
+        ports = "" if rule.ports is None else f", ports {_port_set(rule.ports)}"
+        yield f"rule {rule.name:{width}}  {tier}  {_condition(rule)}{ports} -> {_action(rule)}"
+
+
+def _condition(rule: Rule) -> str:
+    """Return when a rule is crossed, in plain numbers."""
+    text = f"{rule.measure.value} "
+    if rule.measure in RATE_MEASURES:
+        unit = " bytes" if rule.measure is Measure.BYTE_RATE else ""
+        period = duration_text(rule.period)
+        text += f"over {rule.limit}{unit} in {period}, burst {rule.burst}"
+    elif rule.measure is Measure.SLOW:
+        text += f"under {rule.limit} bytes/s of {rule.of} after {duration_text(rule.after)}"
+    elif rule.measure in (Measure.IDLE, Measure.AGE, Measure.STALLED):
+        text += f"over {duration_text(rule.limit)}"
+    else:
+        text += f"over {rule.limit}"
+    if rule.measure is Measure.STALLED:
+        text += f" at a window of {rule.window} bytes or less"
+    if rule.within:
+        text += f" within {duration_text(rule.within)}"
+    if rule.shorter_than:
+        text += f", shorter than {duration_text(rule.shorter_than)}"
+    return f"{text}, per {_per(rule)}"
+
+
+def _per(rule: Rule) -> str:
+    if rule.measure in (Measure.SLOW, Measure.STALLED, Measure.IDLE, Measure.AGE):
+        return "connection"
+    if rule.per is Per.SERVICE:
+        return "service"
+    return f"{rule.per.value} (/{rule.ipv4_length}, /{rule.ipv6_length})"
+
+
+def _action(rule: Rule) -> str:
+    text = rule.action.name.lower()
+    if rule.action is Action.RESET:
+        return f"{text} {rule.ends.value}" + (" ends" if rule.ends is Ends.BOTH else "")
+    if rule.action is not Action.BAN:
+        return text
+    text += f" for {duration_text(rule.duration)}"
+    if rule.escalate:
+        more = rule.escalate
+        text += (
+            f", x{more.factor} each time within {duration_text(more.memory)} "
+            f"up to {duration_text(more.up_to)}"
+        )
+    return text + (", existing connections stay" if rule.keep_existing else "")
+
+
+def _tiers(ruleset: RuleSet) -> Iterator[str]:
+    """Say which packets go through the queue, and for which rules."""
+    if not ruleset.diverts:
+        yield "nothing is diverted into the queue"
+    for divert in Divert:
+        if divert not in ruleset.diverts:
+            continue
+        rules = [rule.name for rule in ruleset.rules if divert in NEEDS.get(rule.measure, ())]
+        ports = _port_set(ruleset.ports_needing(divert))
+        yield f"queue gets {divert.value}, ports {ports}, for {', '.join(rules)}"
+    swept = [rule.name for rule in ruleset.rules if rule.measure in SWEEP_MEASURES]
+    if swept:
+        yield f"sweep every {duration_text(ruleset.sweep_every)} for {', '.join(swept)}"

@@ -1,0 +1,117 @@
+"""The policy language as pydantic models: which keys there are, and what each may hold.
+
+Values come out in the engine's units (nanoseconds, bytes, prefixes).  Validators raise `ValueError`
+with a sentence that says what is wrong and what would be right; `rstguard.policy.load` adds the
+place.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, PlainValidator, model_validator
+
+from rstguard.engine.address import V6, Prefix
+from rstguard.engine.ruleset import SECOND
+from rstguard.policy.base import Model, Name, Ports, Widths, not_empty
+from rstguard.policy.quantities import MINUTE, count, duration, network, rate_per_second, show
+from rstguard.policy.rules import AnyRule
+
+_INTERFACE = re.compile(r"(?!-)[A-Za-z0-9_.@-]{1,15}")
+_INTERFACE_GLOB = re.compile(r"(?!-)[A-Za-z0-9_.@-]{0,14}\*")
+
+
+def _version(value: object) -> Literal[1]:
+    if type(value) is int and value == 1:
+        return 1
+    raise ValueError(f"version {show(value)} is unknown here: this rstguard reads version 1")
+
+
+def _interface(value: object) -> str:
+    text = value if isinstance(value, str) else ""
+    if _INTERFACE.fullmatch(text) or _INTERFACE_GLOB.fullmatch(text):
+        return text
+    raise ValueError(
+        f"{show(value)} is not an interface: write a name as eth0, or a glob that ends in *, "
+        'as "wan*"'
+    )
+
+
+def _trusted(value: object) -> Prefix:
+    prefix = network(value)
+    if prefix.length == 0:
+        raise ValueError(
+            f"{prefix} would switch the guard off: use `mode: observe` to change nothing, or name "
+            "the networks you mean"
+        )
+    return prefix
+
+
+Network = Annotated[Prefix, PlainValidator(network)]
+Trusted = Annotated[Prefix, PlainValidator(_trusted)]
+Interface = Annotated[str, PlainValidator(_interface)]
+
+
+class Protect(Model):
+    """What is guarded: traffic that comes in on `interfaces` for `destinations` and `ports`."""
+
+    interfaces: Annotated[tuple[Interface, ...], AfterValidator(not_empty)] = Field(
+        examples=["[eth0]"], max_length=64
+    )
+    destinations: Annotated[tuple[Network, ...], AfterValidator(not_empty)] = Field(
+        default=(), max_length=1000
+    )
+    ports: Ports | None = None
+
+
+class Inspect(Model):
+    """How much of a connection the engine may see."""
+
+    packets: Annotated[int, PlainValidator(count(1, 1000))] = 8
+
+
+class SynBudget(Model):
+    """SYNs a second, per service, that reach the engine."""
+
+    rate: Annotated[int, PlainValidator(rate_per_second)] = Field(examples=["20000/s"])
+    ports: Ports | None = None
+
+
+class Policy(Model):
+    """A whole policy file.
+
+    Raises:
+        pydantic.ValidationError: with every mistake at once.  Use `rstguard.policy.load` to have
+            them with file, line and column.
+    """
+
+    version: Annotated[Literal[1], PlainValidator(_version)] = Field(examples=["1"])
+    name: Name = "policy"
+    mode: Literal["enforce", "observe"] = "enforce"
+    on_failure: Literal["open", "closed"] = "open"
+    blocking: Literal["drop", "reset", "unreachable"] = "drop"
+    shun_for: Annotated[int, PlainValidator(duration(SECOND, 10 * MINUTE))] = 10 * SECOND
+    sweep_every: Annotated[int, PlainValidator(duration(SECOND // 2, MINUTE))] = 2 * SECOND
+    protect: Protect = Field(examples=["{interfaces: [eth0]}"])
+    trusted: tuple[Trusted, ...] = Field(default=(), max_length=1000)
+    source: Widths = Widths()
+    inspect: Inspect = Inspect()
+    syn_budget: SynBudget | None = None
+    rules: tuple[Annotated[AnyRule, Field(discriminator="measure")], ...] = Field(
+        examples=["[]"], max_length=500
+    )
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Policy:
+        """Hold the rule of distinct names for policies that were not read from a file, too."""
+        names = [rule.name for rule in self.rules]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"{show(name)} names two rules: each needs its own name")
+        return self
+
+
+def is_wide(prefix: Prefix) -> bool:
+    """Tell whether a trusted network is wider than any one organisation has."""
+    return prefix.length < (7 if prefix.network >= V6 else 8)

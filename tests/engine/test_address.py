@@ -1,0 +1,77 @@
+"""Addresses as tagged integers: text in, text out, and never one family for the other."""
+
+from __future__ import annotations
+
+import ipaddress
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rstguard.engine.address import (
+    V6,
+    Prefix,
+    address_text,
+    is_v6,
+    packed,
+    parse_address,
+    parse_prefix,
+    prefix_of,
+)
+
+addresses = st.ip_addresses().map(str)
+
+
+@given(addresses)
+def test_text_and_bytes_round_trip(text: str) -> None:
+    tagged = parse_address(text)
+    assert address_text(tagged) == text
+    assert packed(tagged) == ipaddress.ip_address(text).packed
+    assert is_v6(tagged) is (":" in text)
+
+
+@given(addresses, st.integers(0, 32), st.integers(0, 128))
+def test_a_prefix_is_what_ipaddress_says(text: str, ipv4: int, ipv6: int) -> None:
+    tagged = parse_address(text)
+    prefix = prefix_of(tagged, ipv4, ipv6)
+    network = ipaddress.ip_network((text, ipv6 if ":" in text else ipv4), strict=False)
+    assert prefix == parse_prefix(str(network))
+    assert prefix.covers(tagged)
+
+
+@given(st.integers(0, 0xFFFFFFFF), st.integers(0, 32), st.integers(0, 128))
+def test_no_prefix_covers_the_other_family(number: int, ipv4: int, ipv6: int) -> None:
+    assert not prefix_of(number, ipv4, ipv6).covers(number | V6)
+    assert not prefix_of(number | V6, ipv4, ipv6).covers(number)
+
+
+def test_everything_is_covered_by_a_prefix_of_length_0() -> None:
+    assert parse_prefix("0.0.0.0/0").covers(0xFFFFFFFF)
+    assert parse_prefix("::/0").covers((1 << 128) - 1 | V6)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("192.0.2.1", "192.0.2.1"),
+        ("192.0.2.1/32", "192.0.2.1"),
+        ("192.0.2.0/24", "192.0.2.0/24"),
+        ("2001:db8::/64", "2001:db8::/64"),
+        ("2001:db8::1/128", "2001:db8::1"),
+    ],
+)
+def test_prefix_text(text: str, shown: str) -> None:
+    assert str(parse_prefix(text)) == shown
+
+
+@pytest.mark.parametrize(
+    "text", ["", "192.0.2.256", "192.0.2.1/33", "192.0.2.1/24", "::1/129", "x"]
+)
+def test_what_is_no_prefix_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r".+"):
+        parse_prefix(text)
+
+
+def test_prefix_shift_counts_host_bits() -> None:
+    assert Prefix(0, 24).shift == 8
+    assert Prefix(V6, 64).shift == 64

@@ -1,0 +1,133 @@
+"""Sysctls are set, recorded and given back, whatever happens in between."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rstguard.kernel import KernelError, sysctl
+from rstguard.kernel.sysctl import Outcome
+
+ACCT = "net.netfilter.nf_conntrack_acct"
+LOOSE = "net.netfilter.nf_conntrack_tcp_loose"
+STAMP = "net.netfilter.nf_conntrack_timestamp"
+
+pytestmark = [pytest.mark.netns, pytest.mark.usefixtures("own_namespace")]
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Path:
+    return tmp_path / "sysctl.json"
+
+
+def put(name: str, value: str) -> None:
+    Path("/proc/sys", *name.split(".")).write_text(value)
+
+
+def outcomes(changes: list[sysctl.Change]) -> dict[str, Outcome]:
+    return {change.name: change.outcome for change in changes}
+
+
+def test_values_are_set_and_given_back(record: Path) -> None:
+    put(ACCT, "0")
+    put(LOOSE, "1")
+    put(STAMP, "1")
+    changes = sysctl.apply({ACCT: "1", LOOSE: "0", STAMP: "1"}, record)
+    assert outcomes(changes) == {
+        ACCT: Outcome.SET,
+        LOOSE: Outcome.SET,
+        STAMP: Outcome.UNCHANGED,
+    }
+    assert [sysctl.read(name) for name in (ACCT, LOOSE, STAMP)] == ["1", "0", "1"]
+    assert outcomes(sysctl.restore(record)) == {ACCT: Outcome.RESTORED, LOOSE: Outcome.RESTORED}
+    assert [sysctl.read(name) for name in (ACCT, LOOSE, STAMP)] == ["0", "1", "1"]
+    assert not record.exists()
+    assert sysctl.restore(record) == []
+
+
+def test_what_the_guard_needs_exists_in_every_namespace(record: Path) -> None:
+    sysctl.apply({**sysctl.TRACKING, **sysctl.STRICT_PICKUP}, record)
+    for name, value in {**sysctl.TRACKING, **sysctl.STRICT_PICKUP}.items():
+        assert sysctl.read(name) == value
+
+
+def test_a_second_start_after_a_crash_remembers_the_first_values(record: Path) -> None:
+    put(ACCT, "0")
+    sysctl.apply({ACCT: "1"}, record)
+    changes = sysctl.apply({ACCT: "1"}, record)
+    assert outcomes(changes) == {ACCT: Outcome.UNCHANGED}
+    sysctl.restore(record)
+    assert sysctl.read(ACCT) == "0"
+
+
+def test_a_crash_between_record_and_change_does_no_harm(record: Path) -> None:
+    put(ACCT, "0")
+    sysctl.apply({ACCT: "1"}, record)
+    put(ACCT, "0")
+    assert outcomes(sysctl.restore(record)) == {ACCT: Outcome.UNCHANGED}
+    assert sysctl.read(ACCT) == "0"
+
+
+def test_a_value_that_somebody_changed_meanwhile_is_left(record: Path) -> None:
+    put(STAMP, "0")
+    put(ACCT, "0")
+    name = "net.netfilter.nf_conntrack_tcp_max_retrans"
+    put(name, "3")
+    sysctl.apply({ACCT: "1", name: "5"}, record)
+    put(name, "7")
+    changes = sysctl.restore(record)
+    assert outcomes(changes) == {ACCT: Outcome.RESTORED, name: Outcome.LEFT}
+    assert sysctl.read(name) == "7"
+    assert "somebody else changed it" in str(changes[1])
+
+
+def test_a_value_changed_between_two_starts_counts_as_old(record: Path) -> None:
+    name = "net.netfilter.nf_conntrack_tcp_max_retrans"
+    put(name, "3")
+    sysctl.apply({name: "5"}, record)
+    put(name, "7")
+    sysctl.apply({name: "5"}, record)
+    sysctl.restore(record)
+    assert sysctl.read(name) == "7"
+
+
+def test_another_wish_keeps_the_first_value(record: Path) -> None:
+    name = "net.netfilter.nf_conntrack_tcp_max_retrans"
+    put(name, "3")
+    put(ACCT, "0")
+    sysctl.apply({name: "5", ACCT: "1"}, record)
+    sysctl.apply({name: "6"}, record)
+    assert sysctl.read(name) == "6"
+    sysctl.restore(record)
+    assert (sysctl.read(name), sysctl.read(ACCT)) == ("3", "0")
+
+
+def test_the_record_is_whole_json_before_anything_changes(record: Path) -> None:
+    put(ACCT, "0")
+    with pytest.raises(KernelError, match=r"no sysctl .*nonsense"):
+        sysctl.apply({ACCT: "1", "net.netfilter.nf_conntrack_nonsense": "1"}, record)
+    assert sysctl.read(ACCT) == "0"
+    assert not record.exists()
+    sysctl.apply({ACCT: "1"}, record)
+    assert json.loads(record.read_text())["sysctls"] == {ACCT: {"before": "0", "ours": "1"}}
+    assert list(record.parent.iterdir()) == [record]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"sysctls": {"a": 1}}', '{"sysctls": 3}'])
+def test_a_damaged_record_is_named_and_stops_the_change(record: Path, text: str) -> None:
+    record.write_text(text)
+    put(ACCT, "0")
+    with pytest.raises(KernelError, match=r"sysctl\.json is damaged"):
+        sysctl.apply({ACCT: "1"}, record)
+    with pytest.raises(KernelError, match=r"sysctl\.json is damaged"):
+        sysctl.restore(record)
+    assert sysctl.read(ACCT) == "0"
+
+
+def test_no_change_without_a_record(tmp_path: Path) -> None:
+    put(ACCT, "0")
+    with pytest.raises(KernelError, match="choose another --runtime-dir"):
+        sysctl.apply({ACCT: "1"}, tmp_path / "missing" / "sysctl.json")
+    assert sysctl.read(ACCT) == "0"

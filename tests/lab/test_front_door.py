@@ -1,0 +1,52 @@
+"""``rstguard lab`` as a user types it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+
+def lab(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "rstguard", "lab", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=150,
+    )
+
+
+def test_list_shows_every_scenario() -> None:
+    done = lab("list", "--json")
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)) == 8
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["no-such"], "There is no scenario 'no-such'"),
+        (["slowloris", "--seconds", "1"], "slowloris shows nothing in 1 s"),
+    ],
+)
+def test_a_wrong_request_is_answered_in_a_sentence(words: list[str], sentence: str) -> None:
+    done = lab("run", *words)
+    assert done.returncode == 2
+    assert done.stderr.startswith(sentence)
+    assert done.stdout == ""
+
+
+@pytest.mark.netns
+def test_a_port_scan_is_contained_and_the_clients_do_not_notice() -> None:
+    done = lab("run", "port-scan", "--json", "--seconds", "3")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (scenario,) = json.loads(done.stdout)["scenarios"]
+    without, guarded = scenario["without"], scenario["with"]
+    assert guarded["legitimate"]["success_percent"] >= 99
+    assert guarded["reached"]["syns"] < without["reached"]["syns"] / 10
+    assert guarded["reached"]["seconds_to_contain"] is not None
+    assert [ban["source"] for ban in guarded["guard"]["bans"]] == ["192.0.2.66"]
+    assert guarded["guard"]["leftovers"] == []

@@ -1,0 +1,205 @@
+"""From measured values to figures: fixed input, figures worked out by hand."""
+
+from __future__ import annotations
+
+import json
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from rstguard.lab.client import Request
+from rstguard.lab.observer import Held, Observation, Sample
+from rstguard.lab.report import (
+    Guard,
+    Half,
+    Legitimate,
+    Reached,
+    Result,
+    document,
+    guard_lines,
+    held_contained,
+    legitimate,
+    percentile,
+    rate_contained,
+    reached,
+    table,
+)
+from rstguard.lab.scenarios import find
+
+SYN_FLOOD = find("syn-flood")  # at most 200 SYNs in a second
+HOARD = find("idle-hoard")  # at most 100 connections held
+
+
+@pytest.mark.parametrize(
+    ("values", "percent", "expected"),
+    [
+        ([7.0], 50, 7.0),
+        ([7.0], 99, 7.0),
+        ([3.0, 1.0, 2.0], 50, 2.0),
+        ([1.0, 2.0, 3.0, 4.0], 50, 2.0),
+        (list(range(1, 101)), 99, 99),
+        (list(range(1, 102)), 99, 100),
+        (list(range(1, 101)), 100, 100),
+    ],
+)
+def test_a_percentile_is_the_nearest_rank(
+    values: list[float], percent: float, expected: float
+) -> None:
+    assert percentile(values, percent) == expected
+
+
+def test_there_is_no_percentile_of_nothing() -> None:
+    with pytest.raises(ValueError, match="no values"):
+        percentile([], 50)
+
+
+def test_only_requests_that_began_under_attack_count() -> None:
+    requests = [
+        Request(9.9, 5.0, "a", "timed out"),
+        Request(10.0, 0.002, "a", ""),
+        Request(11.0, 0.004, "b", ""),
+        Request(12.0, 3.0, "b", "timed out"),
+        Request(19.9, 0.1, "a", "reset"),
+        Request(20.0, 0.1, "a", "refused"),
+    ]
+    assert legitimate(requests, 10.0, 20.0) == Legitimate(
+        requests=4,
+        succeeded=2,
+        success_percent=50.0,
+        p50_ms=2.0,
+        p99_ms=4.0,
+        failures={"timed out": 1, "reset": 1},
+    )
+
+
+def test_no_requests_are_no_success() -> None:
+    assert legitimate([], 0, 1) == Legitimate(0, 0, 0.0, None, None, {})
+
+
+def syns(*per_tenth: int) -> list[Sample]:
+    return [Sample(index / 10, count, count) for index, count in enumerate(per_tenth)]
+
+
+@pytest.mark.parametrize(
+    ("samples", "expected"),
+    [
+        pytest.param(syns(*[10] * 50), 0.0, id="never over the limit"),
+        pytest.param(syns(*[100] * 50), None, id="to the end"),
+        pytest.param(syns(*[100] * 10, *[0] * 40), 0.7, id="until 300 SYNs are left to come"),
+        pytest.param(syns(*[0] * 30, 250, *[0] * 30), 3.0, id="one burst"),
+        pytest.param(syns(*[100] * 5, *[0] * 20, *[100] * 20), None, id="it came back"),
+        pytest.param([], 0.0, id="nothing seen"),
+    ],
+)
+def test_a_rate_is_contained_when_no_later_second_is_over(
+    samples: list[Sample], expected: float | None
+) -> None:
+    assert rate_contained(samples, 0.0, SYN_FLOOD) == expected
+
+
+@pytest.mark.parametrize(
+    ("established", "expected"),
+    [
+        ([0, 50, 100], 0.0),
+        ([0, 101, 100], 2.0),
+        ([500, 90, 500, 80, 0], 3.0),
+        ([0, 500, 500], None),
+        ([], 0.0),
+    ],
+)
+def test_held_connections_are_contained_after_the_last_time_over(
+    established: list[int], expected: float | None
+) -> None:
+    held = [Held(float(index), count, 0) for index, count in enumerate(established)]
+    assert held_contained(held, 0.0, 100) == expected
+
+
+def test_time_to_contain_counts_from_the_first_packet_at_the_server() -> None:
+    seen = Observation(
+        [Sample(9.0, 99, 99), Sample(11.0, 0, 0), Sample(12.0, 300, 150), Sample(13.0, 10, 5)],
+        [Held(12.0, 150, 7), Held(13.0, 300, 0), Held(14.0, 80, 0), Held(15.0, 60, 0)],
+    )
+    assert reached(seen, HOARD, 10.0, 15.0) == Reached(
+        packets=310,
+        syns=155,
+        most_held=300,
+        most_half_open=7,
+        held_at_end=80,
+        seconds_to_contain=2.0,
+    )
+
+
+def half(*, success: float, contained: float | None, guard: Guard | None = None) -> Half:
+    good = Legitimate(1000, int(success * 10), success, 1.5, 20.25, {"timed out": 3})
+    return Half(8.0, good, Reached(1234, 1000, 50, 5, 0, contained), guard)
+
+
+GUARD = Guard(
+    12.5,
+    {"packets": 5, "shun": {"syn-rate": 3}, "reset": {}},
+    [{"source": "192.0.2.66", "kind": "shun", "rule": "syn-rate", "remaining_s": 9}],
+    [],
+)
+
+
+def test_a_result_without_problems_passes() -> None:
+    result = Result(
+        SYN_FLOOD,
+        half(success=1.0, contained=None),
+        half(success=99.0, contained=0.1, guard=GUARD),
+    )
+    assert result.problems == []
+    written = json.loads(json.dumps(document([result])))
+    assert written["passed"] is True
+    (scenario,) = written["scenarios"]
+    assert scenario["name"] == "syn-flood"
+    assert scenario["contained_when"] == "at most 200 attack SYNs a second reach the server"
+    assert scenario["without"]["guard"] is None
+    assert scenario["without"]["reached"]["seconds_to_contain"] is None
+    assert scenario["with"]["legitimate"]["success_percent"] == 99.0
+    assert scenario["with"]["guard"]["cpu_percent"] == 12.5
+
+
+@pytest.mark.parametrize(
+    ("without", "guarded", "words"),
+    [
+        (None, half(success=98.9, contained=0.1, guard=GUARD), "98.9 %"),
+        (None, half(success=100.0, contained=None, guard=GUARD), "not contained"),
+        (0.5, half(success=100.0, contained=0.1, guard=GUARD), "attack was none"),
+        (
+            None,
+            half(success=100.0, contained=0.1, guard=Guard(1.0, {}, [], ["set rstguard-ban4"])),
+            "left behind: set rstguard-ban4",
+        ),
+    ],
+)
+def test_what_fell_short_is_named(without: float | None, guarded: Half, words: str) -> None:
+    result = Result(SYN_FLOOD, half(success=1.0, contained=without), guarded)
+    (problem,) = result.problems
+    assert words in problem
+    assert document([result])["passed"] is False
+
+
+def test_a_run_that_failed_does_not_pass() -> None:
+    result = Result(SYN_FLOOD, error="nmap is missing: apt-get install nmap.")
+    assert result.problems == ["nmap is missing: apt-get install nmap."]
+    assert Result(SYN_FLOOD, half(success=1.0, contained=None)).problems
+
+
+def test_the_table_shows_both_halves() -> None:
+    result = Result(
+        SYN_FLOOD, half(success=1.0, contained=None), half(success=100, contained=0.1, guard=GUARD)
+    )
+    console = Console(width=120, file=StringIO())
+    assert isinstance(console.file, StringIO)
+    console.print(table(result))
+    cells = [row.strip("│").split("│") for row in console.file.getvalue().splitlines()]
+    rows = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in cells}
+    assert rows["legitimate success"] == ["1.0 %", "100.0 %"]
+    assert rows["contained after"] == ["never", "0.10 s"]
+    assert rows["processor time of the guard"] == ["", "12.5 %"]
+
+
+def test_what_the_guard_did_is_told_in_lines() -> None:
+    assert guard_lines(GUARD) == ["shun: 3 by syn-rate", "shun: 192.0.2.66 by syn-rate, 9 s to go"]

@@ -1,0 +1,188 @@
+"""Files that are no policies, and where their mistakes are said to be."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from rstguard.policy.document import LARGEST
+from rstguard.policy.load import PolicyError, Problem, load, parse
+
+MINIMAL = "version: 1\nprotect: {interfaces: [eth0]}\nrules: [%s]\n"
+
+
+def problems(text: str | bytes) -> list[Problem]:
+    with pytest.raises(PolicyError) as caught:
+        parse(text, "p.yaml")
+    assert str(caught.value) == "\n".join(map(str, caught.value.problems))
+    return list(caught.value.problems)
+
+
+def test_a_file_is_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "p.yaml"
+    text = MINIMAL % "{name: r, measure: idle, over: 1m, then: reset}"
+    path.write_text(text)
+    loaded = load(path)
+    assert loaded == load(str(path))
+    assert loaded.text == text
+    assert loaded.warnings == ()
+
+
+def test_three_mistakes_give_three_errors_in_the_order_of_lines() -> None:
+    text = """\
+version: 1
+protect: {interfaces: [eth0]}
+rules:
+  - {name: a, measure: syn_rate, over: 0/s, then: drop}
+  - {name: a, measure: idle, over: 10m, then: drop}
+blocing: drop
+"""
+    assert [(p.line, p.column, p.where) for p in problems(text)] == [
+        (4, 40, "rules[0] (a).over"),
+        (5, 12, "rules[1] (a).name"),
+        (5, 47, "rules[1] (a).then"),
+        (6, 1, "blocing"),
+    ]
+
+
+def test_a_problem_is_one_line_that_editors_understand() -> None:
+    (problem,) = problems(MINIMAL % "{name: r, measure: idle, over: 1, then: reset}")
+    assert str(problem) == (
+        "p.yaml:3:40: rules[0] (r).over: 1 has no unit: write 1s for seconds"
+    )  # fmt: skip
+    warning = Problem("p.yaml", 1, 2, "here", "odd", "warning")
+    assert str(warning) == "p.yaml:1:2: warning: here: odd"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "is empty"),
+        ("# only a comment\n", "is empty"),
+        ("---\n", "is a mapping"),
+        ("just words", "is a mapping"),
+        ("- version: 1", "is a mapping"),
+        ("version: 1\n---\nversion: 1", "one file holds one policy"),
+        ("version: 1\n\tname: x", "spaces, not tabs"),
+        ("version: 1\nname: a: b", "need quotes"),
+        ("version: [1", "not valid YAML"),
+        ("version: 'x", "not valid YAML"),
+        ("version: \x00", "not text"),
+        ("a: \ud800", "not"),
+        ("%YAML 9.9\n---\na: 1", "not valid YAML"),
+        ("%TAG ! !\n%TAG ! !\n--- a", "not valid YAML"),
+        ("a: *nowhere", "not valid YAML"),
+        ('a: "\\U99999999"', "not valid YAML"),
+        ('a: "\\U00110000"', "not valid YAML"),
+        (b"\x7fELF\x02\x01\x01\x00\xff\xfe", "not UTF-8"),
+        (b"version: 1\nname: caf\xe9\n", "not UTF-8"),
+        ("[" * 100_000, "nested too deeply"),
+        ("{a: " * 100_000, "nested too deeply"),
+        ("a" * (LARGEST + 1), "larger than 1 MiB"),
+        (b"a" * (LARGEST + 1), "larger than 1 MiB"),
+    ],
+)
+def test_text_that_is_no_policy_at_all(text: str | bytes, said: str) -> None:
+    (problem,) = problems(text)
+    assert said in problem.message
+    assert "\n" not in str(problem)
+    assert problem.where == ""
+
+
+def test_the_line_of_a_byte_that_is_no_text() -> None:
+    assert problems(b"version: 1\nname: caf\xe9\n")[0].line == 2
+
+
+def test_deep_but_readable_nesting_is_refused() -> None:
+    found = problems("version: 1\nname: " + "[" * 12 + "]" * 12)
+    assert any("nested too deeply" in problem.message for problem in found)
+
+
+@pytest.mark.parametrize("version", ["2", "'1'", "1.0", "true", "[]"])
+def test_of_another_version_only_that_is_said(version: str) -> None:
+    (problem,) = problems(f"version: {version}\nnonsense: 1")
+    assert (problem.line, problem.column, problem.where) == (1, 10, "version")
+
+
+def test_an_int_that_python_will_not_read() -> None:
+    found = problems(
+        MINIMAL % f"{{name: r, measure: connections, over: {'9' * 9999}, then: reset}}"
+    )
+    assert [problem.where for problem in found] == ["rules[0] (r).over"]
+
+
+def test_an_empty_value_that_claims_to_be_a_number() -> None:
+    assert [problem.where for problem in problems("version: !!int\nname: !!float")] == ["version"]
+
+
+def test_control_characters_stay_out_of_messages() -> None:
+    for problem in problems('version: 1\n"a\\e[31m\\nb": 1\nname: "x\\ny\\e"\nmode: "\\u2028"\n'):
+        assert str(problem).isprintable()
+
+
+def test_yaml_that_was_meant_as_text() -> None:
+    """Dates and the yes and no of older YAML are not turned into something else."""
+    found = problems("version: 1\nname: 2024-01-01 12:00\nmode: yes\n")
+    assert "'2024-01-01 12:00'" in found[-2].message
+    assert "'yes'" in found[-1].message
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(PolicyError, match="no such file"):
+        load(tmp_path / "absent.yaml")
+
+
+def test_directory(tmp_path: Path) -> None:
+    with pytest.raises(PolicyError, match="directory"):
+        load(tmp_path)
+
+
+def test_unreadable(tmp_path: Path) -> None:
+    path = tmp_path / "p.yaml"
+    path.touch(mode=0)
+    before = os.geteuid()
+    try:
+        if before == 0:  # root may read everything
+            os.seteuid(65534)
+        with pytest.raises(PolicyError, match="permission denied"):
+            load(path)
+    finally:
+        os.seteuid(before)
+
+
+@pytest.mark.parametrize("name", ["p.yaml/below", "a\0b", "x" * 5000])
+def test_impossible_paths(tmp_path: Path, name: str) -> None:
+    (tmp_path / "p.yaml").write_text("")
+    with pytest.raises(PolicyError, match="cannot be read"):
+        load(tmp_path / name)
+
+
+def test_endless_file() -> None:
+    with pytest.raises(PolicyError, match="larger than 1 MiB"):
+        load("/dev/zero")
+
+
+def test_interfaces_are_looked_at_only_if_they_are_known() -> None:
+    text = (
+        MINIMAL.replace("eth0", 'eth0, "wan*"') % "{name: r, measure: age, over: 1m, then: reset}"
+    )
+    assert parse(text, "p").warnings == ()
+    assert parse(text, "p", ["eth0", "wan7"]).warnings == ()
+    both = parse(text, "p", ["lo"]).warnings
+    assert [(w.column, w.where) for w in both] == [
+        (24, "protect.interfaces[0]"),
+        (30, "protect.interfaces[1]"),
+    ]
+
+
+def test_the_samples_load_without_a_warning() -> None:
+    samples = sorted((Path(__file__).parent.parent.parent / "policies").glob("*.yaml"))
+    assert [path.stem for path in samples] == [
+        "observe-only", "ssh-bastion", "strict-gateway", "web-edge",
+    ]  # fmt: skip
+    for path in samples:
+        loaded = load(path)
+        assert loaded.warnings == ()
+        assert loaded.policy.name == path.stem
