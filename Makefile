@@ -8,7 +8,6 @@ PYTHON_IN := $(VENV)/bin/python
 # Network namespaces need root. A root-owned cache would be in the way of the user's next run.
 AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=CI) env PYTHONDONTWRITEBYTECODE=1
 PYTEST := $(AS_ROOT) $(PYTHON_IN) -m pytest -p no:cacheprovider
-DEMO ?= syn-flood slowloris idle-hoard
 PYTHONS ?= $(wildcard $(foreach v,11 12 13 14,/usr/bin/python3.$(v) /usr/local/bin/python3.$(v) \
              $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.$(v).*/bin/python3))
 
@@ -28,7 +27,7 @@ setup:
 	@./.ci/setup
 
 demo: setup
-	@$(AS_ROOT) $(PYTHON_IN) -m rstguard lab run $(DEMO)
+	@$(AS_ROOT) $(PYTHON_IN) -m rstguard lab demo
 
 lint: setup
 	$(PYTHON_IN) -m ruff check .
@@ -43,13 +42,16 @@ test-pure: setup
 
 test-all-pythons:
 	@./.ci/setup --packages
-	@set -eu; for python in $(PYTHONS); do \
+	@set -eu; tried=" " failed=""; for python in $(PYTHONS); do \
 	  version=$$("$$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])') || continue; \
+	  case "$$tried" in *" $$version "*) continue ;; esac; \
+	  tried="$$tried$$version "; \
 	  PYTHON="$$python" ./.ci/setup --venv ".venv-$$version"; \
-	  echo "== $$python"; \
+	  echo "== Python $$version ($$python)"; \
 	  ".venv-$$version/bin/python" -m pytest -q -p no:cacheprovider \
-	    -m "not netns and not soak and not fuzz_long and not bench"; \
-	done
+	    -m "not netns and not soak and not fuzz_long and not bench" || failed="$$failed $$version"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "failed on Python:$$failed" >&2; exit 1; fi
 
 bench: setup
 	$(PYTEST) -m bench -s --timeout=0

@@ -376,4 +376,6 @@ def _options(
 
 def main() -> None:
     """Run the command line."""
+    # `su` and cron leave out where iptables and ipset live.
+    os.environ["PATH"] = f"{os.environ.get('PATH', os.defpath)}:/usr/local/sbin:/usr/sbin:/sbin"
     app()

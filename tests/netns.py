@@ -46,7 +46,6 @@ class Lab:
     def __init__(self, prefix: str = "rgt") -> None:
         stem = f"{prefix}-{os.getpid()}-{next(_numbers)}"
         self.names = {place: f"{stem}-{place}" for place in ("client", "gateway", "server")}
-        self._home = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
 
     def __enter__(self) -> Lab:
         try:
@@ -95,18 +94,17 @@ class Lab:
         """Remove the namespaces; those that are not there are no error."""
         for name in self.names.values():
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
-        with contextlib.suppress(OSError):
-            os.close(self._home)
 
     @contextlib.contextmanager
     def inside(self, place: str) -> Iterator[None]:
-        """Move the calling thread into a namespace, and back."""
-        with open(f"/run/netns/{self.names[place]}") as there:  # noqa: PTH123
-            _setns(there.fileno())
-        try:
-            yield
-        finally:
-            _setns(self._home)
+        """Move the calling thread into a namespace, and back to where it was."""
+        with Path("/proc/thread-self/ns/net").open() as before:
+            with Path("/run/netns", self.names[place]).open() as there:
+                _setns(there.fileno())
+            try:
+                yield
+            finally:
+                _setns(before.fileno())
 
     def run(self, place: str, *command: str, stdin: str | None = None) -> str:
         """Run a command in a namespace to its end and return what it printed."""

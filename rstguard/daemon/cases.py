@@ -78,6 +78,7 @@ class Case:
     condemned_at: int = 0
     probes: int = 0
     closed_before: bool = False
+    disturbed: bool = False
     told: int = 0
 
     @property
@@ -97,10 +98,12 @@ class Case:
         """Return the end of the case if what the table shows ends it; `seen` None is absence."""
         if seen is None or seen.ident != self.target.flow.ident:
             return self.absent(now)
-        self.told = seen.mark & self.wanted
+        self.told |= seen.mark & self.wanted
         if self.told == self.wanted:
             return self.result(Outcome.RESET, now)
-        if seen.state in OVER and not seen.mark & marks.TOLD:
+        # Other software has changed the mark; it may have taken TOLD bits with it.
+        self.disturbed |= self.condemned and not seen.mark & marks.CONDEMNED
+        if seen.state in OVER and not seen.mark & marks.TOLD and not self.disturbed:
             # The kernel reports the mark before the state, and a RST may pass in between: only the
             # second such reading is proof.
             if self.closed_before or not seen.mark & marks.CONDEMNED:

@@ -42,7 +42,7 @@ from rstguard.kernel import KernelError
 from rstguard.kernel.conntrack import Conntrack
 from rstguard.kernel.elements import element_of
 from rstguard.kernel.inject import Injector
-from rstguard.kernel.marks import CONDEMNED, GUARDED
+from rstguard.kernel.marks import CONDEMNED, GUARDED, PROVEN
 from rstguard.kernel.sets import Sets
 
 log = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ class Sweeper:
         if not self._ruleset.sweeps:
             return
         began = time.process_time_ns()
-        flows = list(self._table.dump(GUARDED, GUARDED | CONDEMNED))
+        flows = list(self._table.dump(GUARDED | PROVEN, GUARDED | PROVEN | CONDEMNED))
         judgement = self._sweep.judge(flows, now)
         self._carry_out(judgement, now)
         self._counts["sweeps"] += 1

@@ -28,6 +28,8 @@ class Seen(NamedTuple):
     bytes: int
     news: int
     """Bytes moved since the sweep before."""
+    expires: int
+    """When the kernel would forget it; every packet puts that off."""
 
 
 class Objection(NamedTuple):
@@ -102,14 +104,19 @@ class Sweep:
     def _note(self, flow: Flow, now: int) -> Seen:
         packets = flow.client_packets + flow.server_packets
         total = flow.client_bytes + flow.server_bytes
+        expires = now + flow.timeout * SECOND
         last = self._seen.get(flow.original)
         if last is None or packets < last.packets:
             began = now - flow.age if flow.age >= 0 else now
             # An older connection moved most of its bytes before anybody looked.
             news = total if flow.age >= 0 and began >= self._swept else 0
-            return Seen(began, now, packets, total, news)
-        changed = now if packets != last.packets else last.changed
-        return Seen(last.began, changed, packets, total, total - last.bytes)
+            return Seen(began, now, packets, total, news, expires)
+        # A connection older than the accounting has no counters; its timer tells of packets too,
+        # to the second.
+        spoke = packets != last.packets or (not packets and expires - last.expires > 2 * SECOND)
+        changed = now if spoke else last.changed
+        expires = expires if spoke else last.expires
+        return Seen(last.began, changed, packets, total, total - last.bytes, expires)
 
     def _connections(
         self, rule: Rule, flows: list[Flow], seen: dict[Tuple, Seen], now: int, elapsed: int
@@ -155,6 +162,8 @@ class Sweep:
             age = now - seen[flow.original].began
             if flow.state != TcpState.ESTABLISHED or age < rule.after:
                 continue
+            if not seen[flow.original].packets:
+                continue  # older than the accounting: nobody knows what it moved
             if _counted_bytes(flow, rule.of) * SECOND < rule.limit * age:
                 found.append(flow)
         return found

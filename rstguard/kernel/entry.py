@@ -279,7 +279,7 @@ def mark_attributes(mark: int, mask: int) -> bytes:
 
 
 def tcp_only() -> bytes:
-    """Return the attributes that make the kernel leave out of a dump what is not TCP."""
+    """Return the attributes that make the kernel leave what is not TCP out of a dump (Linux 5.8)."""
     flags = pack("=I", FILTER_PROTO_NUM)  # the one value here that is in host order
     protocol = nest(TUPLE_PROTO, attribute(PROTO_NUM, bytes((TCP,))))
     return nest(FILTER, attribute(FILTER_ORIG_FLAGS, flags)) + nest(TUPLE_ORIG, protocol)

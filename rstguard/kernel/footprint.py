@@ -10,15 +10,7 @@ from rstguard.kernel.sysctl import Change
 
 RECORD_NAME = "sysctls.json"
 
-_LOOSE = "net.netfilter.nf_conntrack_tcp_loose"
 _COUNT = "net.netfilter.nf_conntrack_count"
-_WANTED = {
-    # The sweep compares bytes and packets, and wants to know when a connection began.
-    "net.netfilter.nf_conntrack_acct": "1",
-    "net.netfilter.nf_conntrack_timestamp": "1",
-    # Proof of address rests on the tracker's window checks.
-    "net.netfilter.nf_conntrack_tcp_be_liberal": "0",
-}
 
 
 class Footprint:
@@ -39,13 +31,13 @@ class Footprint:
             KernelError: something was refused.
         """
         tracking = sysctl.read(_COUNT) != "0"
-        sysctl.apply(_WANTED, self._record)
+        sysctl.apply(sysctl.TRACKING, self._record)
         ipset.apply(ruleset)
         return tracking
 
     def forbid_pickup(self) -> None:
         """From now on a connection is known only from its SYN on; other segments are strays."""
-        sysctl.apply({**_WANTED, _LOOSE: "0"}, self._record)
+        sysctl.apply({**sysctl.TRACKING, **sysctl.STRICT_PICKUP}, self._record)
 
     def divert(self, ruleset: RuleSet) -> None:
         """Put the chains in place, or exchange them for those of another policy.

@@ -102,7 +102,7 @@ def _hping(seconds: float, rate: int, *options: str) -> tuple[str, ...]:
 
 
 def _slow_requests(seconds: float, mode: str, url: str) -> Attack:
-    amount = ("-c", "900", "-r", "150", "-i", "2", "-x", "8", "-l", str(math.ceil(seconds)))
+    amount = ("-c", "900", "-r", "100", "-i", "2", "-x", "8", "-l", str(math.ceil(seconds)))
     return Attack((("slowhttptest", mode, *amount, "-u", url),))
 
 

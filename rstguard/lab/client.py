@@ -62,7 +62,7 @@ async def _exchange(source: str) -> str:
     finally:
         writer.close()
     if not answer:
-        return "closed without an answer"
+        return "closed early"
     whole = answer.startswith(b"HTTP/1.1 200 ") and answer.endswith(BODY.encode())
     return "" if whole else "wrong answer"
 

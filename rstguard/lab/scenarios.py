@@ -43,7 +43,7 @@ SCENARIOS = (
         summary="hping3: 10,000 SYN/s from one source that never answers",
         plan=attacks.syn_flood,
         measure=SYNS,
-        limit=200,
+        limit=150,
         seconds=8,
         least_seconds=3,
     ),

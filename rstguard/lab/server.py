@@ -63,7 +63,7 @@ http {{
   access_log off;
   {temporary}
   server {{
-    listen [::]:80 ipv6only=off backlog=256;
+    listen [::]:80 ipv6only=off backlog=511;
     default_type text/plain;
     location / {{ return 200 "{page}"; }}
     location /upload {{ proxy_pass http://127.0.0.1:8080; }}

@@ -108,6 +108,8 @@ class Lab:
     def _build(self) -> None:
         for role in _ROLES:
             _run(["ip", "netns", "add", self.namespace(role)])
+            # Nobody else can have these addresses: looking for duplicates only takes seconds.
+            self._set(role, "net/ipv6/conf/default/accept_dad", "0")
         for role in _ROLES:
             _run(["ip", "-n", self.namespace(role), "-batch", "-"], stdin=self._links(role))
         for role in _ROLES:
@@ -270,7 +272,7 @@ def _settings(role: str) -> tuple[tuple[str, str], ...]:
         # and without remembered metrics each client is as unknown to it as a new visitor.
         return (
             ("net/ipv4/tcp_syncookies", "0"),
-            ("net/ipv4/tcp_max_syn_backlog", "256"),
+            ("net/ipv4/tcp_max_syn_backlog", "512"),
             ("net/ipv4/tcp_no_metrics_save", "1"),
         )
     return ()

@@ -158,7 +158,7 @@ def read(text: str | bytes, name: str) -> Document:
 
 
 def _first_alias(text: str) -> tuple[str, tuple[int, int]]:
-    """Return message and place for aliases: a node of the graph does not know where it is used again."""
+    """Return message and place for aliases; a node does not know where it is used again."""
     for event in YAML(typ="safe", pure=True).parse(text):
         if isinstance(event, AliasEvent):
             place = (event.start_mark.line + 1, event.start_mark.column + 1)

@@ -142,7 +142,7 @@ def reply(
     return packet(flags, source=source, source_port=source_port, state=state).turned()
 
 
-def rule(measure: Measure, action: Action = Action.DROP, limit: int = 3, **more: Any) -> Rule:  # noqa: ANN401
+def rule(measure: Measure, action: Action = Action.DROP, limit: int = 3, **more: Any) -> Rule:
     """Return a rule with a name of its own: by default more than 3 a second are dropped."""
     given = Rule(
         name=more.pop("name", f"{measure.value}-rule"),

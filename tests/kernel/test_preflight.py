@@ -37,8 +37,8 @@ def by_name(found: list[Check]) -> dict[str, Check]:
 
 @pytest.fixture
 def reader(own_namespace: None) -> Iterator[subprocess.Popen[str]]:
-    """A process that reads queue 7, younger than another netfilter socket."""
-    other = Sets()
+    """A process that reads queue 7, among other netfilter sockets of the namespace."""
+    others = [Sets() for _ in range(16)]
     process = subprocess.Popen(
         [sys.executable, "-c", READER, "7"],
         stdin=subprocess.PIPE,
@@ -49,7 +49,8 @@ def reader(own_namespace: None) -> Iterator[subprocess.Popen[str]]:
     assert process.stdout.readline() == "bound\n"
     yield process
     process.communicate()
-    other.close()
+    for other in others:
+        other.close()
 
 
 def without_net_admin(code: str) -> str:
@@ -98,8 +99,7 @@ def test_trying_leaves_nothing_in_this_namespace(own_namespace: None) -> None:
 
 @pytest.mark.netns
 def test_the_reader_of_a_queue_is_named(reader: subprocess.Popen[str]) -> None:
-    with Sets():  # … and older than this one
-        holder = owner(7)
+    holder = owner(7)
     assert holder is not None
     assert holder.pid == reader.pid
     assert owner(8) is None

@@ -27,7 +27,7 @@ from rstguard.lab.report import (
 )
 from rstguard.lab.scenarios import find
 
-SYN_FLOOD = find("syn-flood")  # at most 200 SYNs in a second
+SYN_FLOOD = find("syn-flood")  # at most 150 SYNs in a second
 HOARD = find("idle-hoard")  # at most 100 connections held
 
 
@@ -154,7 +154,7 @@ def test_a_result_without_problems_passes() -> None:
     assert written["passed"] is True
     (scenario,) = written["scenarios"]
     assert scenario["name"] == "syn-flood"
-    assert scenario["contained_when"] == "at most 200 attack SYNs a second reach the server"
+    assert scenario["contained_when"] == "at most 150 attack SYNs a second reach the server"
     assert scenario["without"]["guard"] is None
     assert scenario["without"]["reached"]["seconds_to_contain"] is None
     assert scenario["with"]["legitimate"]["success_percent"] == 99.0

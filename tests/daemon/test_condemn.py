@@ -1,0 +1,464 @@
+"""The way of each case from target to result, against a small kernel that holds state."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterable, Sequence
+
+import pytest
+
+from rstguard.daemon.cases import MILLISECOND, PROBE_AT
+from rstguard.daemon.condemn import (
+    DEADLINE,
+    Condemner,
+    Outcome,
+    Result,
+    Target,
+    select,
+)
+from rstguard.engine.address import parse_address, parse_prefix
+from rstguard.engine.flow import Flow, TcpState, Tuple
+from rstguard.engine.verdict import Ends, Reason
+from rstguard.engine.wire import ACK, Packet, parse
+from rstguard.kernel import marks
+
+
+class Kernel:
+    """A connection table with two ends to each connection, each of which may be deaf for a while.
+
+    `deaf` says how many probes an end (by its own address and port) swallows.
+    """
+
+    def __init__(self, *flows: Flow) -> None:
+        self.flows = {(flow.original, flow.zone): flow for flow in flows}
+        self.deaf: dict[tuple[int, int], int] = {}
+        self.refuses = 0
+        self.reads = 0
+        self.probes: list[Packet] = []
+
+    def read(self, flows: Sequence[Flow], now_ns: int | None = None) -> list[Flow | None]:
+        assert now_ns is None
+        self.reads += 1
+        return [self.flows.get((flow.original, flow.zone)) for flow in flows]
+
+    def set_mark(self, flows: Sequence[Flow], bits: int, mask: int) -> list[int]:
+        codes = []
+        for flow in flows:
+            key = (flow.original, flow.zone)
+            if self.refuses:
+                codes.append(self.refuses)
+            elif key not in self.flows:
+                codes.append(errno.ENOENT)
+            else:
+                old = self.flows[key]
+                self.flows[key] = old._replace(mark=old.mark & ~mask | bits)
+                codes.append(0)
+        return codes
+
+    def send(self, packets: Iterable[bytes]) -> int:
+        count = 0
+        for data in packets:
+            packet = parse(data)
+            assert isinstance(packet, Packet)
+            assert packet.flags == ACK
+            self.probes.append(packet)
+            self.hear(packet)
+            count += 1
+        return count
+
+    def hear(self, packet: Packet) -> None:
+        """Let the end that a probe is addressed to answer, if it is an end as that end sees it."""
+        end = (packet.destination, packet.destination_port)
+        if self.deaf.get(end, 0):
+            self.deaf[end] -= 1
+            return
+        path = (
+            packet.destination,
+            packet.source,
+            packet.destination_port,
+            packet.source_port,
+        )
+        for flow in list(self.flows.values()):
+            if path == flow.original:
+                self.speak(flow, marks.CONDEMNED_SOURCE, marks.TOLD_SOURCE)
+            elif path == flow.reply:
+                self.speak(flow, marks.CONDEMNED_DESTINATION, marks.TOLD_DESTINATION)
+
+    def speak(self, flow: Flow, condemned: int, told: int) -> None:
+        if flow.mark & condemned:
+            new = flow._replace(mark=flow.mark | told, state=TcpState.CLOSE)
+            self.flows[(flow.original, flow.zone)] = new
+
+    def change(
+        self,
+        flow: Flow,
+        mark: int | None = None,
+        state: int | None = None,
+        ident: int | None = None,
+    ) -> None:
+        key = (flow.original, flow.zone)
+        old = self.flows[key]
+        self.flows[key] = old._replace(
+            mark=old.mark if mark is None else mark,
+            state=old.state if state is None else state,
+            ident=old.ident if ident is None else ident,
+        )
+
+
+def a_flow(number: int = 1, mark: int = 0, state: int = TcpState.ESTABLISHED) -> Flow:
+    original = Tuple(parse_address("192.0.2.1"), parse_address("198.51.100.1"), number, 80)
+    return Flow(number, original, turned(original), state, mark, True, 1, 1, 1, 1, 0, 100, 0)
+
+
+def turned(path: Tuple) -> Tuple:
+    return Tuple(path.destination, path.source, path.destination_port, path.source_port)
+
+
+def a_target(flow: Flow, ends: Ends = Ends.BOTH) -> Target:
+    return Target(flow, ends, "idle", Reason.IDLE)
+
+
+def client_of(flow: Flow) -> tuple[int, int]:
+    return (flow.original.source, flow.original.source_port)
+
+
+def server_of(flow: Flow) -> tuple[int, int]:
+    return (flow.reply.source, flow.reply.source_port)
+
+
+def finish(condemner: Condemner) -> list[Result]:
+    """Step as often and at such times as the condemner asks for."""
+    results: list[Result] = []
+    for _ in range(500):
+        if condemner.next_step_at is None:
+            return results
+        results += condemner.step(condemner.next_step_at).results
+    raise AssertionError("it never ends")
+
+
+def kill(kernel: Kernel, *targets: Target) -> list[Result]:
+    condemner = Condemner(kernel, kernel)
+    condemner.start(targets, 1000)
+    return finish(condemner)
+
+
+def test_an_idle_connection_dies_at_both_ends_by_one_probe_each() -> None:
+    flow = a_flow()
+    kernel = Kernel(flow)
+    (result,) = kill(kernel, a_target(flow))
+    assert result.outcome is Outcome.RESET
+    assert result.confirmed
+    assert result.took <= 2 * MILLISECOND
+    assert result.text == "192.0.2.1:1 > 198.51.100.1:80: client and server were reset."
+    assert len(kernel.probes) == 2
+
+
+def test_probes_carry_fresh_numbers_each_time() -> None:
+    flow = a_flow()
+    kernel = Kernel(flow)
+    kernel.deaf = {client_of(flow): 3}
+    kill(kernel, a_target(flow))
+    numbers = [probe.sequence for probe in kernel.probes]
+    assert len(set(numbers)) == len(numbers) == 5
+
+
+@pytest.mark.parametrize("swallowed", range(1, len(PROBE_AT)))
+def test_an_end_that_swallows_probes_is_probed_again(swallowed: int) -> None:
+    flow = a_flow()
+    kernel = Kernel(flow)
+    kernel.deaf = {server_of(flow): swallowed}
+    (result,) = kill(kernel, a_target(flow))
+    assert result.outcome is Outcome.RESET
+    assert PROBE_AT[swallowed] <= result.took < PROBE_AT[swallowed] + 200 * MILLISECOND
+
+
+@pytest.mark.parametrize(
+    ("deaf", "silent", "text"),
+    [
+        (client_of, Ends.SOURCE, "the client stayed silent to 11 probes; the server was reset"),
+        (
+            server_of,
+            Ends.DESTINATION,
+            "the server stayed silent to 11 probes; the client was reset",
+        ),
+        (None, Ends.BOTH, "client and server stayed silent to 11 probes"),
+    ],
+)
+def test_an_end_that_never_answers_is_named(deaf: object, silent: Ends, text: str) -> None:
+    flow = a_flow()
+    kernel = Kernel(flow)
+    ends = [deaf(flow)] if callable(deaf) else [client_of(flow), server_of(flow)]
+    kernel.deaf = dict.fromkeys(ends, 1000)
+    (result,) = kill(kernel, a_target(flow))
+    assert (result.outcome, result.silent, result.confirmed) == (Outcome.SILENT, silent, False)
+    assert DEADLINE <= result.took < DEADLINE + 100 * MILLISECOND
+    assert text in result.text
+
+
+@pytest.mark.parametrize(
+    ("ends", "probed", "bits"),
+    [
+        (Ends.SOURCE, client_of, marks.CONDEMNED_SOURCE | marks.TOLD_SOURCE),
+        (Ends.DESTINATION, server_of, marks.CONDEMNED_DESTINATION | marks.TOLD_DESTINATION),
+    ],
+)
+def test_only_the_named_end_is_told(ends: Ends, probed: object, bits: int) -> None:
+    flow = a_flow(mark=5)
+    kernel = Kernel(flow)
+    (result,) = kill(kernel, a_target(flow, ends))
+    assert result.outcome is Outcome.RESET
+    assert kernel.flows[(flow.original, 0)].mark == bits | 5
+    (packet,) = kernel.probes
+    assert callable(probed)
+    assert (packet.destination, packet.destination_port) == probed(flow)
+
+
+def test_with_nat_each_end_is_addressed_by_the_tuple_it_sees() -> None:
+    reply = Tuple(parse_address("10.0.0.2"), parse_address("10.0.0.1"), 8080, 61000)
+    flow = a_flow()._replace(reply=reply)
+    kernel = Kernel(flow)
+    (result,) = kill(kernel, a_target(flow))
+    assert result.outcome is Outcome.RESET
+    assert [probe[:4] for probe in kernel.probes] == [turned(flow.original), turned(reply)]
+
+
+def test_a_connection_that_is_gone_before_is_over() -> None:
+    (result,) = kill(Kernel(), a_target(a_flow()))
+    assert (result.outcome, result.confirmed) == (Outcome.OVER, True)
+
+
+@pytest.mark.parametrize("state", [TcpState.CLOSE, TcpState.TIME_WAIT])
+def test_a_connection_that_ended_by_itself_is_not_touched(state: TcpState) -> None:
+    flow = a_flow(state=state)
+    kernel = Kernel(flow)
+    (result,) = kill(kernel, a_target(a_flow()))
+    assert result.outcome is Outcome.OVER
+    assert kernel.probes == []
+    assert kernel.flows[(flow.original, 0)].mark == 0
+
+
+def test_a_newer_connection_of_the_same_name_is_not_touched() -> None:
+    newer = a_flow()._replace(ident=99)
+    kernel = Kernel(newer)
+    (result,) = kill(kernel, a_target(a_flow()))
+    assert result.outcome is Outcome.OVER
+    assert list(kernel.flows.values()) == [newer]
+
+
+def test_a_newer_connection_that_caught_the_mark_loses_it_again() -> None:
+    flow = a_flow()
+    kernel = Kernel(flow)
+    kernel.deaf = {client_of(flow): 1000, server_of(flow): 1000}
+    condemner = Condemner(kernel, kernel)
+    condemner.start([a_target(flow)], 0)
+    condemner.step(0)
+    kernel.change(flow, ident=99)
+    (result,) = condemner.step(MILLISECOND).results
+    assert result.outcome is Outcome.LOST
+    assert kernel.flows[(flow.original, 0)].mark == 0
+
+
+def test_an_end_that_closes_meanwhile_ends_the_case_at_the_second_look() -> None:
+    flow = a_flow()
+    kernel = Kernel(flow)
+    kernel.deaf = {client_of(flow): 1000, server_of(flow): 1000}
+    condemner = Condemner(kernel, kernel)
+    condemner.start([a_target(flow)], 0)
+    condemner.step(0)
+    kernel.change(flow, state=TcpState.CLOSE)
+    assert condemner.step(MILLISECOND).results == ()
+    (result,) = condemner.step(2 * MILLISECOND).results
+    assert result.outcome is Outcome.OVER
+
+
+def test_a_rst_seen_between_mark_and_state_is_no_end() -> None:
+    """The kernel reports the mark before the state: CLOSE may come without its TOLD bit, once."""
+    flow = a_flow()
+    kernel = Kernel(flow)
+    kernel.deaf = {client_of(flow): 1000, server_of(flow): 1000}
+    condemner = Condemner(kernel, kernel)
+    condemner.start([a_target(flow)], 0)
+    condemner.step(0)
+    kernel.change(flow, state=TcpState.CLOSE)
+    assert condemner.step(MILLISECOND).pending == 1
+    kernel.change(flow, mark=marks.CONDEMNED | marks.TOLD_SOURCE)
+    assert condemner.step(2 * MILLISECOND).pending == 1
+    kernel.change(flow, mark=marks.CONDEMNED | marks.TOLD)
+    (result,) = condemner.step(3 * MILLISECOND).results
+    assert result.outcome is Outcome.RESET
+
+
+def test_a_flushed_table_proves_nothing() -> None:
+    flow = a_flow()
+    kernel = Kernel(flow)
+    kernel.deaf = {client_of(flow): 1000}
+    condemner = Condemner(kernel, kernel)
+    condemner.start([a_target(flow)], 0)
+    condemner.step(0)
+    kernel.flows.clear()
+    (result,) = condemner.step(MILLISECOND).results
+    assert (result.outcome, result.confirmed) == (Outcome.LOST, False)
+
+
+def test_a_mark_that_other_software_took_away_is_set_again() -> None:
+    flow = a_flow()
+    kernel = Kernel(flow)
+    kernel.deaf = {client_of(flow): 1, server_of(flow): 1}
+    condemner = Condemner(kernel, kernel)
+    condemner.start([a_target(flow)], 0)
+    condemner.step(0)
+    kernel.change(flow, mark=0)
+    (result,) = finish(condemner)
+    assert result.outcome is Outcome.RESET
+
+
+def test_if_the_proof_was_taken_away_too_nothing_is_claimed() -> None:
+    flow = a_flow()
+    kernel = Kernel(flow)
+    kernel.deaf = {client_of(flow): 1}
+    condemner = Condemner(kernel, kernel)
+    condemner.start([a_target(flow)], 0)
+    condemner.step(0)
+    kernel.change(flow, mark=0)  # the server had been told, and is now dead and deaf
+    kernel.deaf = {client_of(flow): 1000, server_of(flow): 1000}
+    (result,) = finish(condemner)
+    assert (result.outcome, result.silent) == (Outcome.SILENT, Ends.BOTH)
+
+
+def test_a_connection_condemned_earlier_is_confirmed_by_what_it_was_told_then() -> None:
+    flow = a_flow(mark=marks.CONDEMNED | marks.TOLD, state=TcpState.CLOSE)
+    kernel = Kernel(flow)
+    (result,) = kill(kernel, a_target(flow))
+    assert result.outcome is Outcome.RESET
+    assert kernel.probes == []
+
+
+def test_a_kernel_that_refuses_is_reported() -> None:
+    flow = a_flow()
+    kernel = Kernel(flow)
+    kernel.refuses = errno.EPERM
+    (result,) = kill(kernel, a_target(flow))
+    assert (result.outcome, result.confirmed) == (Outcome.REFUSED, False)
+    assert "EPERM" in result.text
+
+
+def test_duplicates_are_merged_and_ends_added() -> None:
+    flow = a_flow()
+    kernel = Kernel(flow)
+    targets = [a_target(flow, Ends.SOURCE), a_target(flow, Ends.SOURCE), a_target(flow)]
+    (result,) = kill(kernel, *targets)
+    assert result.target.ends is Ends.BOTH
+    assert result.outcome is Outcome.RESET
+    assert len(kernel.probes) == 2
+
+
+def test_an_end_added_later_is_condemned_and_told_too() -> None:
+    flow = a_flow()
+    kernel = Kernel(flow)
+    kernel.deaf = {client_of(flow): 1}
+    condemner = Condemner(kernel, kernel)
+    condemner.start([a_target(flow, Ends.SOURCE)], 0)
+    condemner.step(0)
+    condemner.start([a_target(flow, Ends.DESTINATION)], MILLISECOND)
+    (result,) = finish(condemner)
+    assert (result.outcome, result.target.ends) == (Outcome.RESET, Ends.BOTH)
+    assert result.took < 10 * MILLISECOND
+
+
+def test_what_is_beyond_the_bound_is_refused_and_said() -> None:
+    flows = [a_flow(number) for number in range(1, 6)]
+    kernel = Kernel(*flows)
+    condemner = Condemner(kernel, kernel, most=3)
+    condemner.start(map(a_target, flows), 0)
+    assert condemner.pending == 3
+    outcomes = [result.outcome for result in finish(condemner)]
+    assert sorted(outcome.name for outcome in outcomes) == ["REFUSED"] * 2 + ["RESET"] * 3
+
+
+def test_two_thousand_take_two_questions() -> None:
+    flows = [a_flow(number) for number in range(1, 2001)]
+    kernel = Kernel(*flows)
+    condemner = Condemner(kernel, kernel)
+    kernel.hear = lambda packet: None  # type: ignore[method-assign]
+    condemner.start(map(a_target, flows), 0)
+    condemner.step(0)
+    assert len(kernel.probes) == 4000
+    for flow in flows:
+        kernel.change(flow, mark=marks.CONDEMNED | marks.TOLD)
+    progress = condemner.step(MILLISECOND)
+    assert (len(progress.results), progress.pending, progress.next_step_at) == (2000, 0, None)
+    assert kernel.reads == 2
+
+
+def test_a_step_takes_in_a_bounded_number_and_none_is_forgotten() -> None:
+    flows = [a_flow(number) for number in range(1, 10_001)]
+    kernel = Kernel(*flows)
+    kernel.hear = lambda packet: None  # type: ignore[method-assign]
+    condemner = Condemner(kernel, kernel)
+    condemner.start(map(a_target, flows), 0)
+    counts = []
+    for step in range(4):
+        condemner.step(step)
+        counts.append(sum(1 for flow in kernel.flows.values() if flow.mark))
+    assert counts == [4096, 8192, 10_000, 10_000]
+
+
+def test_nothing_to_do_asks_for_no_step() -> None:
+    kernel = Kernel()
+    condemner = Condemner(kernel, kernel)
+    condemner.start([], 0)
+    assert condemner.next_step_at is None
+
+
+def test_looks_grow_rarer_but_never_cease() -> None:
+    flow = a_flow()
+    kernel = Kernel(flow)
+    kernel.deaf = {client_of(flow): 1000, server_of(flow): 1000}
+    condemner = Condemner(kernel, kernel)
+    condemner.start([a_target(flow)], 0)
+    gaps, before = [], 0
+    while condemner.next_step_at is not None:
+        gaps.append(condemner.next_step_at - before)
+        before = condemner.next_step_at
+        condemner.step(before)
+    assert gaps[:4] == [0, MILLISECOND, 2 * MILLISECOND, 4 * MILLISECOND]
+    assert max(gaps) == 50 * MILLISECOND
+    assert len(gaps) < 120
+
+
+SELECTIONS = [
+    ("everything", {}, [1, 2, 3]),
+    ("a source", {"source": "192.0.2.0/24"}, [1, 2]),
+    ("a source of the other family", {"source": "2001:db8::/32"}, []),
+    ("a source port", {"source_port": 2}, [2]),
+    ("a destination", {"destination": "198.51.100.1"}, [1, 2]),
+    ("the inside server behind DNAT", {"destination": "10.0.0.2"}, [2, 3]),
+    ("its port", {"port": 8080}, [2, 3]),
+    ("the outside port", {"port": 80}, [1, 2]),
+    ("not the port of one with the address of the other",
+     {"destination": "10.0.0.2", "port": 80}, []),
+    ("all together",
+     {"source": "192.0.2.1", "source_port": 2, "destination": "198.51.100.1", "port": 80}, [2]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "asked", "wanted"), SELECTIONS, ids=[s[0] for s in SELECTIONS])
+def test_select(text: str, asked: dict[str, str | int], wanted: list[int]) -> None:
+    inside = Tuple(parse_address("10.0.0.2"), parse_address("192.0.2.1"), 8080, 2)
+    other = Tuple(parse_address("10.9.9.9"), parse_address("10.0.0.2"), 3, 8080)
+    flows = [
+        a_flow(1),
+        a_flow(2)._replace(reply=inside),
+        a_flow(3)._replace(original=other, reply=turned(other)),
+        a_flow(4, state=TcpState.TIME_WAIT),
+    ]
+    prefix = {k: parse_prefix(str(v)) for k, v in asked.items() if k in ("source", "destination")}
+    number = {k: int(v) for k, v in asked.items() if k in ("source_port", "port")}
+    chosen = select(
+        flows,
+        prefix.get("source"),
+        number.get("source_port"),
+        prefix.get("destination"),
+        number.get("port"),
+    )
+    assert [flow.ident for flow in chosen] == wanted, text

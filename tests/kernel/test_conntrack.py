@@ -1,0 +1,193 @@
+"""The connection table of a real gateway: read, marked, counted."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from rstguard.engine.address import parse_address
+from rstguard.engine.flow import Flow, TcpState
+from rstguard.kernel import entry
+from rstguard.kernel.conntrack import GONE, Conntrack
+from rstguard.kernel.netlink import Netlink, Request
+from tests.netns import CLIENT4, CLIENT6, SERVER4, SERVER6, Lab
+
+pytestmark = pytest.mark.netns
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    with Lab("rgb") as lab:
+        yield lab
+
+
+@pytest.fixture
+def table(lab: Lab) -> Iterator[Conntrack]:
+    with lab.inside("gateway"), Conntrack() as table:
+        yield table
+
+
+@pytest.fixture
+def pair(lab: Lab) -> Iterator[dict[str, socket.socket]]:
+    """One IPv4 and one IPv6 connection from client to server."""
+    sockets: dict[str, socket.socket] = {}
+    for name, address, v6 in (("4", SERVER4, False), ("6", SERVER6, True)):
+        sockets[f"listen{name}"] = lab.listen("server", 8000, v6)
+        sockets[f"client{name}"] = lab.connect("client", address, 8000)
+        sockets[f"server{name}"] = sockets[f"listen{name}"].accept()[0]
+    yield sockets
+    for one in sockets.values():
+        one.close()
+    lab.run("gateway", "conntrack", "-F")
+
+
+def by_family(flows: Iterator[Flow]) -> dict[int, Flow]:
+    found = {entry.family_of(flow.original): flow for flow in flows}
+    return dict(sorted(found.items()))
+
+
+def test_a_dump_shows_both_families(table: Conntrack, pair: dict[str, socket.socket]) -> None:
+    pair["client4"].sendall(b"x" * 1000)
+    pair["server4"].recv(1000, socket.MSG_WAITALL)
+    flows = by_family(table.dump())
+    for name, flow, client, server in (
+        ("4", flows[socket.AF_INET], CLIENT4, SERVER4),
+        ("6", flows[socket.AF_INET6], CLIENT6, SERVER6),
+    ):
+        port = pair[f"client{name}"].getsockname()[1]
+        assert flow.original == (parse_address(client), parse_address(server), port, 8000)
+        assert flow.reply == (parse_address(server), parse_address(client), 8000, port)
+        assert flow.state == TcpState.ESTABLISHED
+        assert flow.seen_reply
+        assert (flow.mark, flow.zone) == (0, 0)
+        assert 0 <= flow.age < 60_000_000_000
+        assert 0 < flow.timeout <= 432_000
+        assert flow.client_packets >= 2
+        assert flow.server_bytes >= 60
+    assert flows[socket.AF_INET].client_bytes > 1000
+
+
+def test_age_is_measured_against_the_clock_that_is_given(
+    table: Conntrack, pair: dict[str, socket.socket]
+) -> None:
+    assert pair
+    ages = [flow.age for now in (1, 1 << 62) for flow in table.dump(now_ns=now)]
+    assert ages[:2] == [0, 0]
+    assert min(ages[2:]) > 1 << 61
+
+
+def test_the_kernel_filters_by_family_and_mark(
+    table: Conntrack, pair: dict[str, socket.socket]
+) -> None:
+    assert pair
+    flows = by_family(table.dump())
+    assert list(by_family(table.dump(family=socket.AF_INET6))) == [socket.AF_INET6]
+    assert table.set_mark([flows[socket.AF_INET]], 0x08000000, 0x18000000) == [0]
+    assert list(by_family(table.dump(0x08000000, 0x18000000))) == [socket.AF_INET]
+    assert list(by_family(table.dump(0, 0x18000000))) == [socket.AF_INET6]
+
+
+def test_other_bits_of_a_mark_stay(
+    lab: Lab, table: Conntrack, pair: dict[str, socket.socket]
+) -> None:
+    assert pair
+    flows = list(table.dump())
+    assert table.set_mark(flows, 0x1234, 0xFFFFFFFF) == [0, 0]
+    assert table.set_mark(flows, 0x18000000, 0x38000000) == [0, 0]
+    assert table.set_mark(flows, 0x20000000, 0x30000000) == [0, 0]
+    assert {flow.mark for flow in table.dump()} == {0x28001234}
+    assert f"mark={0x28001234}" in lab.run("gateway", "conntrack", "-L", "-p", "tcp")
+
+
+def test_bits_outside_the_mask_are_a_mistake(
+    table: Conntrack, pair: dict[str, socket.socket]
+) -> None:
+    assert pair
+    with pytest.raises(ValueError, match="outside mask"):
+        table.set_mark(list(table.dump()), 3, 1)
+
+
+def test_what_is_gone_is_told_from_what_is_there(
+    table: Conntrack, pair: dict[str, socket.socket]
+) -> None:
+    assert pair
+    flows = list(by_family(table.dump()).values())
+    stranger = flows[0]._replace(original=flows[0].original._replace(source_port=1))
+    asked = [flows[0], stranger, flows[1]]
+    assert table.set_mark(asked, 1, 1) == [0, GONE, 0]
+    found = table.read(asked)
+    assert [flow and flow.ident for flow in found] == [flows[0].ident, None, flows[1].ident]
+    assert [flow and flow.mark for flow in found] == [1, None, 1]
+
+
+def test_many_questions_are_answered_in_order(
+    table: Conntrack, pair: dict[str, socket.socket]
+) -> None:
+    assert pair
+    flow = next(table.dump(family=socket.AF_INET))
+    stranger = flow._replace(original=flow.original._replace(source_port=1))
+    asked = [flow, stranger, stranger] * 500
+    assert [found is not None for found in table.read(asked)] == [True, False, False] * 500
+    assert table.set_mark(asked, 2, 2) == [0, GONE, GONE] * 500
+
+
+def test_delete_takes_only_the_connection_that_was_meant(
+    table: Conntrack, pair: dict[str, socket.socket]
+) -> None:
+    assert pair
+    flow = next(table.dump(family=socket.AF_INET))
+    before = table.count()
+    assert table.delete([flow._replace(ident=flow.ident ^ 1)]) == [GONE]
+    assert table.delete([flow]) == [0]
+    assert table.delete([flow]) == [GONE]
+    assert table.count() == before - 1
+
+
+def test_other_protocols_are_left_out(lab: Lab, table: Conntrack) -> None:
+    with lab.inside("client"), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        sender.sendto(b"x", (SERVER4, 9))
+    assert table.count() >= 1
+    assert list(table.dump()) == []
+
+
+def test_connections_in_a_zone_keep_their_name(lab: Lab, table: Conntrack) -> None:
+    rule = ("-p", "tcp", "--dport", "8001", "-j", "CT", "--zone", "5")
+    for where in ("PREROUTING", "OUTPUT"):
+        lab.run("gateway", "iptables", "-w", "-t", "raw", "-A", where, *rule)
+    with lab.listen("gateway", 8001):
+        try:
+            with lab.connect("client", "10.71.1.1", 8001):
+                flow = next(found for found in table.dump() if found.zone)
+                assert flow.zone == 5
+                assert table.set_mark([flow, flow._replace(zone=0)], 4, 4) == [0, GONE]
+                again = table.read([flow])[0]
+                assert again is not None
+                assert again.mark == 4
+        finally:
+            lab.run("gateway", "iptables", "-w", "-t", "raw", "-F")
+
+
+def test_the_quick_reader_agrees_with_the_attribute_walker(
+    lab: Lab, pair: dict[str, socket.socket]
+) -> None:
+    assert pair
+    now = 1 << 62
+    reader = entry.Reader(now)
+    seen = 0
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with lab.inside("gateway"):
+            netlink = Netlink()
+        for chunk, spans in netlink.dump(Request(0x101, family, entry.tcp_only())):
+            for start, end in spans:
+                walked = entry.flow_of(entry.fields(chunk, start, end), now)
+                assert reader.flow(chunk, start, end) == walked
+                seen += 1
+        netlink.close()
+    assert seen >= 2
+
+
+def test_errors_have_their_usual_numbers() -> None:
+    assert errno.ENOENT == GONE
