@@ -99,16 +99,18 @@ class Engine:
                 Verdict.ACCEPT if outbound else Verdict.DROP, reason, rule.name, effects=effects
             )
         if rule.action is Action.RESET and not outbound:
-            connection = packet.state & KNOWN
-            effect = Condemn(Tuple(*packet[:4]), rule.ends, rule.name, reason)
-            return Decision(
-                Verdict.RESET,
-                reason,
-                rule.name,
-                ends=rule.ends,
-                effects=(effect,) if connection else (),
-            )
+            return self._reset(packet, rule)
         return Decision(Verdict.ACCEPT, reason, rule.name, trust=calm.trust)
+
+    def _reset(self, packet: Packet, rule: Rule) -> Decision:
+        """A SYN is refused; a segment of no connection is dropped, as there is none to reset."""
+        kind, reason = kind_of(packet), REASONS[rule.measure]
+        if kind in (Kind.BAD, Kind.STRAY):
+            return self._dropping[rule]
+        known = kind is not Kind.SYN
+        effect = Condemn(Tuple(*packet[:4]), rule.ends, rule.name, reason)
+        effects = (effect,) if known else ()
+        return Decision(Verdict.RESET, reason, rule.name, ends=rule.ends, effects=effects)
 
     def blocked(self, packet: Packet, rule: Rule) -> Prefix:
         """Return whom a block by `rule` is laid on: the prefix it counts, else the one source."""

@@ -56,7 +56,7 @@ class Sweep:
         self._rules = tuple(rule for rule in ruleset.rules if rule.measure in SWEEP_MEASURES)
         self._seen: dict[Tuple, Seen] = previous._seen if previous else {}
         self._swept: int = previous._swept if previous else 0
-        self._levels: dict[tuple[str, int], int] = previous._levels if previous else {}
+        self._levels: dict[str, dict[int, int]] = previous._levels if previous else {}
         self._reported: set[tuple[str, Tuple]] = previous._reported if previous else set()
         self._sources: Sources = previous._sources if previous else Sources(ruleset)
         self._sources.ruleset = ruleset
@@ -144,14 +144,14 @@ class Sweep:
             if news := seen[flow.original].news:
                 moved[key(flow)] = moved.get(key(flow), 0) + news
         drained = rule.limit * elapsed // rule.period
-        over = set()
-        for source, amount in moved.items():
-            level = max(0, self._levels.get((rule.name, source), 0) + amount - drained)
-            if level > rule.burst:
-                over.add(source)
-            moved[source] = level
-        others = {place: level for place, level in self._levels.items() if place[0] != rule.name}
-        self._levels = others | {(rule.name, source): level for source, level in moved.items()}
+        levels = self._levels.get(rule.name, {})
+        full = {}
+        for source in moved.keys() | levels.keys():
+            level = levels.get(source, 0) + moved.get(source, 0) - drained
+            if level > 0:
+                full[source] = level
+        self._levels[rule.name] = full
+        over = {source for source, level in full.items() if level > rule.burst}
         return [flow for flow in flows if key(flow) in over and seen[flow.original].news]
 
     def _slow(

@@ -78,6 +78,7 @@ def plan(ruleset: RuleSet, family: int, queues: range) -> Plan:
             f"{PREFIX}-first": build.first_ack(),
             f"{PREFIX}-close": build.close(),
             f"{PREFIX}-invalid": build.invalid(),
+            f"{PREFIX}-window": build.window(),
             f"{PREFIX}-save": _save(),
             f"{PREFIX}-queue": build.queue(),
         },
@@ -292,7 +293,18 @@ class _Build:
         return (
             f"-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK ACK -m connmark --mark"
             f' {_bits(marks.GUARDED | marks.PROVEN)} -m u32 --u32 "{where}=0x0:{most}"'
-            f" -j {PREFIX}-queue"
+            f" -j {PREFIX}-window"
+        )
+
+    def window(self) -> tuple[str, ...]:
+        if Divert.SMALL_WINDOW not in self.ruleset.diverts:
+            return ()
+        proven = f"-j MARK --set-xmark {_bits(marks.TO_QUEUE_PROVEN)}"
+        return (
+            f"-m connmark ! --mark 0x0/0x{marks.CONDEMNED:x} -j RETURN",
+            *self.unless_trusted(),
+            proven,
+            f"-j {PREFIX}-queue",
         )
 
     def invalid(self) -> tuple[str, ...]:

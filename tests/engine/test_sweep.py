@@ -233,7 +233,6 @@ def test_the_connections_of_a_source_count_together_and_the_silent_ones_are_left
     assert not any(3 in ports for ports in found[1:])
 
 
-@pytest.mark.xfail(reason="the level of a source is forgotten after a sweep in which it was silent")
 def test_bytes_moved_in_gusts_count_as_much_as_a_steady_stream() -> None:
     total, sweeps = 0, []
     for at in range(0, 120, 2):
