@@ -21,6 +21,7 @@ from rstguard import __version__
 from rstguard.daemon.control import ControlError, NoDaemon, ask
 from rstguard.daemon.supervisor import Options, Supervisor, claim_namespace
 from rstguard.engine.ruleset import SECOND
+from rstguard.engine.verdict import Reason
 from rstguard.kernel import KernelError
 from rstguard.kernel.elements import MAX_SECONDS
 from rstguard.kernel.footprint import Footprint
@@ -357,6 +358,16 @@ def doctor(
                 typer.echo(f"         mend it: {check.mend}")
     if any(check.outcome is Outcome.MISSING for check in found):
         raise typer.Exit(FAILED)
+
+
+@app.command()
+def reasons(as_json: Json = False) -> None:
+    """List every reason for which a packet or connection can meet its fate."""
+    if as_json:
+        _print_json({reason.code: reason.value for reason in Reason})
+    else:
+        for reason in Reason:
+            typer.echo(f"{reason.code:18} {reason.value}")
 
 
 def _version(wanted: bool) -> None:

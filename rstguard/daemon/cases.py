@@ -33,6 +33,14 @@ OVER: Final = frozenset({TcpState.TIME_WAIT, TcpState.CLOSE})
 """States in which no end will send data any more."""
 
 
+TOLD_FOR: Final = {
+    Ends.BOTH: marks.TOLD,
+    Ends.SOURCE: marks.TOLD_SOURCE,
+    Ends.DESTINATION: marks.TOLD_DESTINATION,
+}
+"""The bits that prove that the named ends were sent a RST."""
+
+
 class Target(NamedTuple):
     """A connection to kill, which of its ends are to be told, by which rule and why."""
 
@@ -53,11 +61,15 @@ class Outcome(Enum):
 
 
 class Result(NamedTuple):
-    """The end of one case: outcome, which ends stayed silent, and the time it took in ns."""
+    """The end of one case: outcome, which ends stayed silent, when it ended and how long it took.
+
+    Times are monotonic ns.
+    """
 
     target: Target
     outcome: Outcome
     silent: Ends | None
+    at: int
     took: int
     text: str
 
@@ -84,10 +96,7 @@ class Case:
     @property
     def wanted(self) -> int:
         """The TOLD bits that prove the case."""
-        ends = self.target.ends
-        source = marks.TOLD_SOURCE if ends is not Ends.DESTINATION else 0
-        destination = marks.TOLD_DESTINATION if ends is not Ends.SOURCE else 0
-        return source | destination
+        return TOLD_FOR[self.target.ends]
 
     @property
     def bits(self) -> int:
@@ -123,26 +132,13 @@ class Case:
         """Tell whether the next probe is due."""
         return self.probes < len(PROBE_AT) and now >= self.condemned_at + PROBE_AT[self.probes]
 
-    def probe_paths(self) -> list[Tuple]:
-        """Return, for each end not yet told, who the probe must seem to be from, and to whom.
-
-        With NAT each end knows the connection by another tuple; conntrack gives both.
-        """
-        flow, missing = self.target.flow, self.wanted & ~self.told
-        paths = []
-        if missing & marks.TOLD_SOURCE:
-            paths.append(_turned(flow.original))
-        if missing & marks.TOLD_DESTINATION:
-            paths.append(_turned(flow.reply))
-        return paths
-
     def result(self, outcome: Outcome, now: int, detail: str = "") -> Result:
         """Return the end of the case."""
         silent = None
         if outcome is Outcome.SILENT:
             silent = _ENDS[self.wanted & ~self.told]
         text = f"{self.target.flow.original}: {detail or self._sentence(outcome, silent)}."
-        return Result(self.target, outcome, silent, now - self.since, text)
+        return Result(self.target, outcome, silent, now, now - self.since, text)
 
     def _sentence(self, outcome: Outcome, silent: Ends | None) -> str:
         if outcome is Outcome.RESET:
@@ -154,11 +150,7 @@ class Case:
         return f"{_STAYED_SILENT[silent]} to {self.probes} probes{rest}"
 
 
-_ENDS: Final = {
-    marks.TOLD: Ends.BOTH,
-    marks.TOLD_SOURCE: Ends.SOURCE,
-    marks.TOLD_DESTINATION: Ends.DESTINATION,
-}
+_ENDS: Final = {bits: ends for ends, bits in TOLD_FOR.items()}
 _WERE_RESET: Final[dict[Ends, str]] = {
     Ends.BOTH: "client and server were reset",
     Ends.SOURCE: "the client was reset",
@@ -169,6 +161,19 @@ _STAYED_SILENT: Final[dict[Ends, str]] = {
     Ends.SOURCE: "the client stayed silent",
     Ends.DESTINATION: "the server stayed silent",
 }
+
+
+def probe_paths(flow: Flow, told: int) -> list[Tuple]:
+    """Return, for each end that a TOLD bit names, who a probe must seem to be from, and to whom.
+
+    With NAT each end knows the connection by another tuple; conntrack gives both.
+    """
+    paths = []
+    if told & marks.TOLD_SOURCE:
+        paths.append(_turned(flow.original))
+    if told & marks.TOLD_DESTINATION:
+        paths.append(_turned(flow.reply))
+    return paths
 
 
 def _turned(path: Tuple) -> Tuple:

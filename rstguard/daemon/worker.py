@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 _MOST_IN_A_ROW = 512
 """Packets after which the worker looks for messages even if more are waiting."""
 _REPORT_EVERY = SECOND // 2
+_MOST_REPORTS = 50
+"""Refused SYNs and observations of one rule that are told one by one between two counts."""
 _OTHER_BITS = 0xFFFFFFFF ^ MASK
 
 
@@ -63,6 +65,7 @@ class Worker:
         self._pending: list[tuple[Packet, Decision]] = []
         self._packets = 0
         self._counts: Counter[str] = Counter()
+        self._told: dict[str, int] = {}
         self._left_in_row = _MOST_IN_A_ROW
         self._report_at = 0
         self._running = True
@@ -159,18 +162,26 @@ class Worker:
         for effect in blocks:
             self._channel.send(blocked_message(effect, self._enforce))
         for packet, decision in pending:
-            flow = Tuple(*packet[:4])
+            flow, rule, reason = Tuple(*packet[:4]), decision.rule, decision.reason
             if decision.verdict is Verdict.RESET:
                 known = any(isinstance(effect, Condemn) for effect in decision.effects)
-                rule, reason = decision.rule, decision.reason
-                self._channel.send(Reset(flow, decision.ends, rule, reason, self._enforce, known))
-            elif not decision.effects:
-                self._channel.send(Observed(flow, decision.rule, decision.reason))
+                if known or self._worth_telling(rule):
+                    message = Reset(flow, decision.ends, rule, reason, self._enforce, known)
+                    self._channel.send(message)
+            elif not decision.effects and self._worth_telling(rule):
+                self._channel.send(Observed(flow, rule, reason))
+
+    def _worth_telling(self, rule: str) -> bool:
+        """Let some reports of a rule through each second; a flood is told by its count."""
+        told = self._told[rule] = self._told.get(rule, 0) + 1
+        self._counts["reports_left_out"] += told > _MOST_REPORTS
+        return told <= _MOST_REPORTS
 
     def _report(self) -> None:
         now = time.monotonic_ns()
         if now >= self._report_at:
             self._report_at = now + _REPORT_EVERY
+            self._told.clear()
             extra = {"packets": self._packets, "lost_reports": self._channel.lost}
             self._channel.send(Counts(self._counts | extra))
         self._channel.flush()

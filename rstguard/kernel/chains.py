@@ -254,7 +254,16 @@ class _Build:
             rules.append(f"-j SET --add-set {PREFIX}-proven{self.family} src --exist")
         rules.append(f"-j CONNMARK --set-xmark {_bits(marks.PROVEN)}")
         if Divert.HANDSHAKE in self.ruleset.diverts:
-            rules += [known, f"-j {PREFIX}-queue"]
+            # While nobody answers, a connection tries again with each packet, up to this many.
+            enough = f"-m connbytes --connbytes {self.ruleset.inspect_packets + 2}:"
+            enough += " --connbytes-mode packets --connbytes-dir original"
+            trusted = _bits(marks.TRUSTED)
+            rules += [
+                f"{enough} -j CONNMARK --set-xmark {trusted}",
+                f"-m connmark --mark {trusted} -j RETURN",
+                known,
+                f"-j {PREFIX}-queue",
+            ]
         return tuple(rules)
 
     def close(self) -> tuple[str, ...]:

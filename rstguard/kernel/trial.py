@@ -75,6 +75,13 @@ _FEATURES = (
         '-A PREROUTING -m u32 --u32 "12>>8&0x3=0" -j RETURN',
         "xt_u32",
     ),
+    _Feature(
+        "packet counts of connections",
+        "mangle",
+        "-A PREROUTING -m connbytes --connbytes 10: --connbytes-mode packets"
+        " --connbytes-dir original -j RETURN",
+        "xt_connbytes",
+    ),
     _Feature("exemption from tracking", "raw", "-A OUTPUT -p tcp -j CT --notrack", "xt_CT"),
 )
 

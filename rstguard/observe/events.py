@@ -42,6 +42,12 @@ class Event:
         return f"{would}{self.kind.replace('_', ' ')} {self.subject}{rule}{detail}{why}"
 
 
+def reasons_table() -> str:
+    """Return the table of reasons in Markdown, as the README shows it."""
+    rows = [f"| `{reason.code}` | {reason.value} |" for reason in Reason]
+    return "\n".join(["| reason | meaning |", "|---|---|", *rows, ""])
+
+
 class EventLog:
     """Keeps the latest events, counts all, and logs them without flooding the log."""
 
@@ -57,7 +63,7 @@ class EventLog:
     def add(self, event: Event) -> None:
         """Count and keep an event; log it unless the log is flooded, then say how many were not."""
         now = self._clock()
-        self.counts.setdefault(event.kind, Counter())[event.rule or event.subject] += 1
+        self.counts.setdefault(event.kind, Counter())[event.rule or event.kind] += 1
         record = asdict(event) | {
             "time": round(now, 3),
             "reason": event.reason.code if event.reason else None,

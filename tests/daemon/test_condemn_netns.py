@@ -108,16 +108,20 @@ def flows_of(lab: Lab, *connections: Connection) -> list[Flow]:
 
 
 def kill(
-    lab: Lab, flows: list[Flow], ends: Ends = Ends.BOTH, deadline: float = 5.0
+    lab: Lab,
+    flows: list[Flow],
+    ends: Ends = Ends.BOTH,
+    deadline: float = 5.0,
+    to_the_end: bool = False,
 ) -> list[Result]:
-    """Do what the sweeper does, until every case has its result."""
+    """Do what the sweeper does, until every case has its result, or nothing is left to do."""
     results: list[Result] = []
     with lab.inside("gateway"), Conntrack() as table, Injector() as injector:
         condemner = Condemner(table, injector, deadline=int(deadline * 1e9))
         targets = [Target(flow, ends, "test", Reason.KILLED) for flow in flows]
         condemner.start(targets, time.monotonic_ns())
-        while (at := condemner.next_step_at) is not None:
-            pause = max(0, at - time.monotonic_ns())
+        while condemner.next_step_at is not None and (to_the_end or len(results) < len(flows)):
+            pause = max(0, condemner.next_step_at - time.monotonic_ns())
             polling.select([], [], [], pause / 1e9)
             results += condemner.step(time.monotonic_ns()).results
         assert injector.failed == {}
@@ -269,6 +273,45 @@ def test_a_client_that_has_left_the_net_is_reported(
     assert not is_dead(condemned.client)
     condemned.client.sendall(b"back")  # condemned it stays: the first word is its last
     assert fate(condemned.client) == "ECONNRESET"
+
+
+def test_an_end_whose_rst_is_lost_is_told_again(
+    lab: Lab, connections: contextlib.ExitStack
+) -> None:
+    condemned = connect(lab, connections)
+    # The first RST to the client is dropped on its way; the second is let through.
+    rule = ("-p", "tcp", "--tcp-flags", "RST", "RST", "-m", "quota", "--quota", "40", "-j", "DROP")
+    lab.run("client", "iptables", "-w", "-A", "INPUT", *rule)
+    try:
+        (result,) = kill(lab, flows_of(lab, condemned), to_the_end=True)
+        dropped = lab.run("client", "iptables", "-w", "-vnL", "INPUT").splitlines()[2].split()[0]
+        assert dropped == "1"
+    finally:
+        lab.run("client", "iptables", "-w", "-F")
+    assert result.outcome is Outcome.RESET, result.text
+    assert fate(condemned.client) == "ECONNRESET"
+
+
+def test_a_half_open_connection(lab: Lab, connections: contextlib.ExitStack) -> None:
+    """A SYN-ACK that never reached the client: the server's half of a connection goes."""
+    listener = lab.listen("server", 8000)
+    connections.callback(listener.close)
+    lab.run("client", "iptables", "-w", "-A", "INPUT", "-j", "DROP")
+    try:
+        with lab.inside("client"):
+            client = socket.socket()
+        connections.callback(client.close)
+        client.setblocking(False)
+        client.connect_ex((SERVER4, 8000))
+        half = ("server", "ss", "-Htn", "state", "syn-recv")
+        wait_until(lambda: SERVER4 in lab.run(*half))
+        with lab.inside("gateway"), Conntrack() as table:
+            flows = select(table.dump(), port=8000)
+        (result,) = kill(lab, flows, Ends.DESTINATION)
+        assert result.outcome is Outcome.RESET, result.text
+        assert lab.run(*half) == ""
+    finally:
+        lab.run("client", "iptables", "-w", "-F")
 
 
 def test_a_connection_that_was_aborted_meanwhile_is_over(

@@ -1,0 +1,44 @@
+"""The README says what is true."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from typer.main import get_command
+
+from rstguard.cli import app
+from rstguard.engine.ruleset import Measure
+from rstguard.observe.events import reasons_table
+from rstguard.policy.load import parse
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_table_of_reasons_is_the_one_in_the_code() -> None:
+    shown = re.search(r"<!-- reasons:.*?-->\n(.*?)<!-- end of reasons -->", README, re.DOTALL)
+    assert shown is not None
+    assert shown[1] == reasons_table()
+
+
+def test_every_measure_is_in_the_table_of_measures() -> None:
+    for measure in Measure:
+        assert f"`{measure.value}`" in README
+
+
+def test_the_policy_shown_is_a_valid_policy() -> None:
+    for text in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL):
+        parse(text, "README.md")
+
+
+def test_every_command_shown_exists() -> None:
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    shown = set(re.findall(r"rstguard ([a-z]+)", README)) - {"works", "is", "and", "ever", "can"}
+    unknown = {word for word in shown if word not in commands}
+    assert not unknown
+
+
+def test_every_command_is_shown() -> None:
+    for name in get_command(app).commands:  # type: ignore[attr-defined]
+        assert f"rstguard {name}" in README, name
