@@ -291,15 +291,38 @@ def connect(lab: Lab, address: str, target: str, port: int, timeout: float = 5) 
         one = socket.socket(socket.AF_INET6 if v6 else socket.AF_INET)
     try:
         if address:
-            level, option = _FREE[v6]
-            one.setsockopt(level, option, 1)
-            one.bind((address, 0))
+            bind(one, address)
         one.settimeout(timeout)
         one.connect((target, port))
     except BaseException:
         one.close()
         raise
     return one
+
+
+def bind(one: socket.socket, address: str) -> None:
+    """Bind a socket to one of the client's many addresses."""
+    level, option = _FREE[":" in address]
+    one.setsockopt(level, option, 1)
+    one.bind((address, 0))
+
+
+def segments(
+    lab: Lab, address: str, target: str, port: int, flags: str, count: int, first_port: int = 20000
+) -> None:
+    """Send TCP segments that no host stands behind; `flags` as scapy writes them, "S" a SYN."""
+    from scapy.layers.inet import IP, TCP
+    from scapy.layers.inet6 import IPv6
+
+    v6 = ":" in target
+    with lab.inside("client"):
+        family = socket.AF_INET6 if v6 else socket.AF_INET
+        raw = socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_RAW)
+    with raw:
+        for number in range(count):
+            ip = (IPv6 if v6 else IP)(src=address, dst=target)
+            segment = TCP(sport=first_port + number, dport=port, flags=flags, seq=number, ack=1)
+            raw.sendto(bytes(ip / segment), (target, 0))
 
 
 def answer(lab: Lab, address: str, target: str, port: int, timeout: float = SILENCE) -> str:
@@ -336,7 +359,7 @@ def server_sockets(lab: Lab, address: str) -> list[str]:
     """Return the server's sockets whose peer is an address, in any state, as `ss` lists them."""
     with lab.inside("server"):
         listed = subprocess.run(
-            ["ss", "-tanH", "dst", address], capture_output=True, text=True, check=True
+            ["ss", "-tanH", "dst", f"[{address}]"], capture_output=True, text=True, check=True
         ).stdout
     return listed.splitlines()
 

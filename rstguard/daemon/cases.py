@@ -124,7 +124,7 @@ class Case:
 
     def absent(self, now: int) -> Result:
         """Return the end of a case whose connection has left the table."""
-        if not self.condemned or self.closed_before:
+        if self.closed_before or not (self.condemned or self.disturbed):
             return self.result(Outcome.OVER, now)
         return self.result(Outcome.LOST, now)
 

@@ -39,8 +39,9 @@ DEADLINE: Final = 5000 * MILLISECOND
 FIRST_LOOK: Final = MILLISECOND
 SLOWEST_LOOK: Final = 50 * MILLISECOND
 AGAIN_AFTER: Final = 600 * MILLISECOND
-"""When to probe a last time after both ends were told, for the case that a RST was lost on its way:
-an end that lives answers, and is told again.  Linux would not answer earlier (see `PROBE_AT`)."""
+AGAIN_ROUNDS: Final = 3
+"""How often, and at what intervals, to probe ends that were told, in case the RST was lost on its
+way: an end that lives answers, and is told again.  Linux would not answer earlier (`PROBE_AT`)."""
 MOST_PENDING: Final = 65_536
 MOST_AT_ONCE: Final = 4_096
 """New cases per step: about 0.2 s of work, so that the caller's loop goes on."""
@@ -98,7 +99,7 @@ class Condemner:
         self._draw = draw or _random_number
         self._cases: dict[tuple[Tuple, int], Case] = {}
         self._finished: list[Result] = []
-        self._again: deque[tuple[int, Target]] = deque(maxlen=most)
+        self._again: deque[tuple[int, int, Target]] = deque(maxlen=most)
         self._look = FIRST_LOOK
         self.next_step_at: int | None = None
 
@@ -198,7 +199,9 @@ class Condemner:
                 case.probes += 1
                 paths += probe_paths(case.target.flow, case.wanted & ~case.told)
         while self._again and self._again[0][0] <= now:
-            target = self._again.popleft()[1]
+            _, rounds, target = self._again.popleft()
+            if rounds > 1:
+                self._again.append((now + AGAIN_AFTER, rounds - 1, target))
             paths += probe_paths(target.flow, TOLD_FOR[target.ends])
         self._sender.send(probe(path, self._draw(), self._draw()) for path in paths)
 
@@ -206,7 +209,7 @@ class Condemner:
         del self._cases[key]
         self._finished.append(result)
         if result.outcome is Outcome.RESET:
-            self._again.append((result.at + AGAIN_AFTER, result.target))
+            self._again.append((result.at + AGAIN_AFTER, AGAIN_ROUNDS, result.target))
 
 
 def select(

@@ -14,7 +14,7 @@ from enum import Enum
 
 from rstguard.engine.address import V6
 from rstguard.engine.limiter import Distinct, Limiter, Memory
-from rstguard.engine.ruleset import Measure, Per, Rule
+from rstguard.engine.ruleset import SECOND, Measure, Per, Rule
 from rstguard.engine.verdict import Reason
 from rstguard.engine.wire import Packet
 
@@ -40,6 +40,9 @@ class Meter:
     rule: Rule
     checks: dict[Kind, Check]
 
+
+_SAME_HANDSHAKE = 5 * SECOND
+"""No stack opens a connection from the same port anew so soon (RFC 9293, 3.4.2: TIME-WAIT)."""
 
 REASONS = {measure: Reason[measure.name] for measure in Measure}
 """The reason that goes with each measure: they bear the same names."""
@@ -88,7 +91,18 @@ def _syn_rate(rule: Rule) -> dict[Kind, Check]:
 
 
 def _connection_rate(rule: Rule) -> dict[Kind, Check]:
-    return {Kind.HANDSHAKE: _rate(rule)}
+    """A connection counts once, though its first data may follow before its ACK has a verdict."""
+    rate = _rate(rule)
+    counted: Memory[int] = Memory()
+
+    def completed(packet: Packet, now: int) -> bool:
+        last = counted.get(packet[:4])
+        if last is not None and now - last < _SAME_HANDSHAKE:
+            return False
+        counted.put(packet[:4], now)
+        return rate(packet, now)
+
+    return {Kind.HANDSHAKE: completed}
 
 
 def _bad_flags(rule: Rule) -> dict[Kind, Check]:

@@ -17,6 +17,13 @@ from rstguard.lab.scenarios import HELD, PACKETS, Scenario
 LEAST_SUCCESS = 99.0
 """Percent of legitimate requests that must succeed with the guard."""
 
+_TOLD = (
+    ("verdict.drop", "packets dropped on a worker's word"),
+    ("ended_by_ban", "connections ended with their source's ban"),
+    ("confirmed", "resets confirmed by the connection table"),
+)
+"""Counts of ``rstguard status`` that are shown as one number."""
+
 
 @dataclass(frozen=True, slots=True)
 class Legitimate:
@@ -199,9 +206,10 @@ def guard_lines(guard: Guard) -> list[str]:
     """Return what was reset, shunned and banned, one line each."""
     lines = [
         f"{what}: " + ", ".join(f"{count} by {rule}" for rule, count in by_rule.items())
-        for what in ("reset", "shun", "ban", "drop")
+        for what in ("reset", "shun", "ban")
         if isinstance(by_rule := guard.counts.get(what), dict) and by_rule
     ]
+    lines += [f"{text}: {guard.counts[name]:,}" for name, text in _TOLD if guard.counts.get(name)]
     lines += [
         f"{ban.get('kind')}: {ban.get('source')} by {ban.get('rule')}, "
         f"{ban.get('remaining_s')} s to go"
@@ -217,15 +225,19 @@ def _column(half: Half) -> dict[str, str]:
         "legitimate p50 / p99": f"{_ms(good.p50_ms)} / {_ms(good.p99_ms)}",
         "legitimate failures": ", ".join(f"{n} {why}" for why, n in good.failures.items())
         or "none",
-        "attack packets at the server": f"{seen.packets:,}",
-        "attack SYNs at the server": f"{seen.syns:,}",
-        "attacker's connections, most / at end": f"{seen.most_held:,} / {seen.held_at_end:,}",
-        "half-open, most": f"{seen.most_half_open:,}",
-        "contained after": (
-            "never" if seen.seconds_to_contain is None else f"{seen.seconds_to_contain:.2f} s"
-        ),
+        "attack packets at server": f"{seen.packets:,}",
+        "attack SYNs at server": f"{seen.syns:,}",
+        "attacker held, most / at end": f"{seen.most_held:,} / {seen.held_at_end:,}",
+        "attacker half-open, most": f"{seen.most_half_open:,}",
+        "contained": _contained(seen.seconds_to_contain),
         "processor time of the guard": f"{half.guard.cpu_percent:.1f} %" if half.guard else "",
     }
+
+
+def _contained(seconds: float | None) -> str:
+    if seconds is None:
+        return "never"
+    return f"after {seconds:.2f} s" if seconds else "never over the limit"
 
 
 def _ms(value: float | None) -> str:

@@ -404,3 +404,14 @@ def test_each_measure_with_each_action(measure: Measure, action: Action, proven:
     if action is Action.RESET:
         condemned = [effect for effect in decision.effects if isinstance(effect, Condemn)]
         assert [effect.flow for effect in condemned] == [last[:4]] * bool(last.state & KNOWN)
+
+
+def test_data_that_overtakes_the_verdict_on_its_handshake_is_no_second_connection() -> None:
+    engine = Engine(ruleset(rule(Measure.CONNECTION_RATE, Action.DROP, limit=1, burst=2)))
+    first = packet(ACK, state=KNOWN | PROVEN, source_port=1)
+    assert [outcome(engine.decide(first, SECOND)) for _ in range(5)] == [TRUST] * 5
+    second = packet(ACK, state=KNOWN | PROVEN, source_port=2)
+    assert outcome(engine.decide(second, SECOND)) == TRUST
+    assert outcome(engine.decide(first, 9 * SECOND)) == TRUST  # the port again, seconds later
+    third = packet(ACK, state=KNOWN | PROVEN, source_port=3)
+    assert [outcome(engine.decide(third, 9 * SECOND)) for _ in range(2)] == [TRUST, TRUST]

@@ -86,7 +86,7 @@ def syns(*per_tenth: int) -> list[Sample]:
     [
         pytest.param(syns(*[10] * 50), 0.0, id="never over the limit"),
         pytest.param(syns(*[100] * 50), None, id="to the end"),
-        pytest.param(syns(*[100] * 10, *[0] * 40), 0.7, id="until 300 SYNs are left to come"),
+        pytest.param(syns(*[100] * 10, *[0] * 40), 0.8, id="until 200 SYNs are left to come"),
         pytest.param(syns(*[0] * 30, 250, *[0] * 30), 3.0, id="one burst"),
         pytest.param(syns(*[100] * 5, *[0] * 20, *[100] * 20), None, id="it came back"),
         pytest.param([], 0.0, id="nothing seen"),
@@ -137,7 +137,7 @@ def half(*, success: float, contained: float | None, guard: Guard | None = None)
 
 GUARD = Guard(
     12.5,
-    {"packets": 5, "shun": {"syn-rate": 3}, "reset": {}},
+    {"packets": 5, "shun": {"syn-rate": 3}, "reset": {}, "verdict.drop": 1200},
     [{"source": "192.0.2.66", "kind": "shun", "rule": "syn-rate", "remaining_s": 9}],
     [],
 )
@@ -197,9 +197,13 @@ def test_the_table_shows_both_halves() -> None:
     cells = [row.strip("│").split("│") for row in console.file.getvalue().splitlines()]
     rows = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in cells}
     assert rows["legitimate success"] == ["1.0 %", "100.0 %"]
-    assert rows["contained after"] == ["never", "0.10 s"]
+    assert rows["contained"] == ["never", "after 0.10 s"]
     assert rows["processor time of the guard"] == ["", "12.5 %"]
 
 
 def test_what_the_guard_did_is_told_in_lines() -> None:
-    assert guard_lines(GUARD) == ["shun: 3 by syn-rate", "shun: 192.0.2.66 by syn-rate, 9 s to go"]
+    assert guard_lines(GUARD) == [
+        "shun: 3 by syn-rate",
+        "packets dropped on a worker's word: 1,200",
+        "shun: 192.0.2.66 by syn-rate, 9 s to go",
+    ]
