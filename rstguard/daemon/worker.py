@@ -112,6 +112,8 @@ class Worker:
             queued.accept()
         if decision.rule:
             self._note(packet, decision)
+        elif decision.verdict is Verdict.DROP:
+            self._counts["unreadable"] += 1
         self._left_in_row -= 1
         if self._left_in_row <= 0 or self._pending:
             raise _Pause

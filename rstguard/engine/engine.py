@@ -39,7 +39,8 @@ from rstguard.engine.wire import (
 )
 
 _HANDSHAKE_FLAGS = FIN | SYN | RST | ACK
-_UNREADABLE = Decision(Verdict.ACCEPT, Reason.UNREADABLE)
+# Only TCP is diverted, and with all its headers: what cannot be read is made not to be.
+_UNREADABLE = Decision(Verdict.DROP, Reason.UNREADABLE)
 _TRUSTED = Decision(Verdict.ACCEPT, Reason.TRUSTED)
 
 Checks = tuple[tuple[Check, Rule], ...]
@@ -86,7 +87,7 @@ class Engine:
     def _object(self, packet: Packet, rule: Rule, calm: Decision, now: int) -> Decision:
         """Turn the sternest crossed rule into a decision."""
         if self.ruleset.scope.trusts(packet.source):
-            return _TRUSTED
+            return calm if calm.trust else _TRUSTED
         reason = REASONS[rule.measure]
         outbound = bool(packet.state & OUTBOUND)
         if rule.action is Action.DROP and not outbound:

@@ -166,7 +166,7 @@ def _stalled(rule: Rule) -> dict[Kind, Check]:
     between, and the clock starts anew.
     """
     scales: Memory[int] = Memory()
-    stalls: Memory[tuple[int, int, int]] = Memory()
+    stalls: Memory[tuple[int, int, int, int]] = Memory()
 
     def opening(packet: Packet, now: int) -> bool:
         scales.put(packet[:4], packet.window_scale)
@@ -174,16 +174,19 @@ def _stalled(rule: Rule) -> dict[Kind, Check]:
 
     def small(packet: Packet, now: int) -> bool:
         flow = packet[:4]
+        held = stalls.get(flow)
         # Without the SYN the scale is not known: only a window of 0 is then surely small.
-        scale = scales.get(flow)
-        window = packet.window << (16 if scale is None else max(0, scale))
+        scale = (
+            held[3] if held else max(0, known) if (known := scales.get(flow)) is not None else 16
+        )
+        window = packet.window << scale
         if window > rule.window:
             stalls.pop(flow)
             return False
-        began, acknowledged, allowed = stalls.get(flow) or (now, packet.acknowledgement, window)
+        began, acknowledged, allowed, _ = held or (now, packet.acknowledgement, window, scale)
         if (packet.acknowledgement - acknowledged) & 0xFFFFFFFF > allowed + 1:
             began = now
-        stalls.put(flow, (began, packet.acknowledgement, window))
+        stalls.put(flow, (began, packet.acknowledgement, window, scale))
         return now - began >= rule.limit
 
     return {Kind.SYN: opening, Kind.OTHER: small}

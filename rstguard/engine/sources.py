@@ -21,7 +21,7 @@ class Sources:
     def __init__(self, ruleset: RuleSet) -> None:
         self.ruleset = ruleset
         self._offences: Memory[tuple[int, int]] = Memory()
-        self._ordered: Memory[tuple[bool, int]] = Memory()
+        self._ordered: Memory[tuple[bool, int]] = Memory()  # by whether enforced, and source
 
     def block(self, source: Prefix, proven: bool, rule: Rule, now: int) -> tuple[Ban | Shun, ...]:
         """Return the ban or shun to carry out now, or nothing if it was ordered a moment ago.
@@ -31,7 +31,8 @@ class Sources:
         the policy is enforced an order is repeated after a second: a packet that still arrives
         then shows that the kernel does not block its source.
         """
-        ordered = self._ordered.get(source)
+        # What an observing policy would have done is not done: it does not quiet an enforcing one.
+        ordered = self._ordered.get((self.ruleset.enforce, source))
         if ordered is not None and now < ordered[1] and (ordered[0] or not proven):
             return ()
         effect: Ban | Shun
@@ -42,7 +43,7 @@ class Sources:
             duration = self.ruleset.shun_duration
             effect = Shun(source, duration, rule.name, REASONS[rule.measure])
         quiet = min(duration, SECOND) if self.ruleset.enforce else duration
-        self._ordered.put(source, (proven, now + quiet))
+        self._ordered.put((self.ruleset.enforce, source), (proven, now + quiet))
         return (effect,)
 
     def _duration(self, source: Prefix, rule: Rule, now: int) -> int:
@@ -51,7 +52,7 @@ class Sources:
             return rule.duration
         key = (rule.name, source)
         count, last = self._offences.get(key) or (0, now)
-        ordered = self._ordered.get(source)
+        ordered = self._ordered.get((self.ruleset.enforce, source))
         if now - last > rule.escalate.memory:
             count = 0
         if ordered is not None and ordered[0] and count and now - last < 2 * SECOND:

@@ -102,8 +102,7 @@ class Decision(NamedTuple):
     """The outcome for one packet: exactly one verdict, and what else is to be done.
 
     `trust` asks that the rest of the connection no longer passes through the queue.  `rule` is the
-    name of the sternest rule that objected, or "" if none did.  `observed` names rules that were
-    crossed but only observe.
+    name of the sternest rule that objected, or "" if none did.
     """
 
     verdict: Verdict

@@ -163,7 +163,7 @@ def _walk_ipv6(data: bytes) -> tuple[int, int, int, int] | Malformed:
     # A length of 0 is a jumbogram or a segmentation-offload packet over 64 KiB.
     end = 40 + payload if payload else len(data)
     start = 40
-    for _ in range(_MOST_EXTENSIONS):
+    for _ in range(_MOST_EXTENSIONS + 1):
         if following == _TCP:
             return source, destination, start, end
         if len(data) < start + 8:

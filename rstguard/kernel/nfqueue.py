@@ -16,7 +16,7 @@ DEFAULT_NUMBER = 5640
 LENGTH = 4096
 """Packets the kernel holds for a worker before the policy's `on_failure` applies."""
 
-_COPY_BYTES = 160  # IPv6 and TCP headers with options, and room for an extension header
+_COPY_BYTES = 1024  # all headers, also of an IPv6 packet with long extension headers
 _RECEIVE_BUFFER = 8 << 20
 _TABLE = Path("/proc/self/net/netfilter/nfnetlink_queue")
 
