@@ -172,7 +172,8 @@ class Sweeper:
         shifts = {source.shift for source in rules}
         keys = {(source.shift, source.network >> source.shift): rules[source] for source in rules}
         targets = []
-        for flow in self._table.dump(0, CONDEMNED):
+        # What never was established holds no socket, and a forged flood leaves a table full of it.
+        for flow in self._table.dump(0, CONDEMNED, assured=True):
             address = flow.original.source
             for shift in shifts:
                 rule = keys.get((shift, address >> shift))

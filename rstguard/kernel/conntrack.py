@@ -48,12 +48,18 @@ class Conntrack:
         self.close()
 
     def dump(
-        self, mark: int = 0, mask: int = 0, family: int = 0, now_ns: int | None = None
+        self,
+        mark: int = 0,
+        mask: int = 0,
+        family: int = 0,
+        now_ns: int | None = None,
+        assured: bool = False,
     ) -> Iterator[Flow]:
         """Yield the TCP connections whose mark, under `mask`, equals `mark`.
 
-        `family` is AF_INET, AF_INET6, or 0 for both.  The kernel filters.  Connections that come or
-        go meanwhile may or may not be among them.
+        `family` is AF_INET, AF_INET6, or 0 for both.  `assured` leaves out those that never were
+        established; a kernel that cannot tell yields them too.  The kernel filters.  Connections
+        that come or go meanwhile may or may not be among them.
 
         Raises:
             KernelError: the reading failed or is incomplete; what was yielded is right.
@@ -61,12 +67,14 @@ class Conntrack:
         now = time.time_ns() if now_ns is None else now_ns
         reader = entry.Reader(now)
         for wanted in (family,) if family else (entry.AF_INET, entry.AF_INET6):
-            yield from self._dump(reader, mark, mask, wanted)
+            attributes = entry.tcp_only()
+            if mask:
+                attributes += entry.mark_attributes(mark, mask)
+            if assured:
+                attributes += entry.assured_only()
+            yield from self._dump(reader, attributes, wanted)
 
-    def _dump(self, reader: entry.Reader, mark: int, mask: int, family: int) -> Iterator[Flow]:
-        attributes = entry.tcp_only()
-        if mask:
-            attributes += entry.mark_attributes(mark, mask)
+    def _dump(self, reader: entry.Reader, attributes: bytes, family: int) -> Iterator[Flow]:
         # A socket of its own: the caller may mark connections while the dump goes on, or leave it.
         netlink = Netlink()
         read = reader.flow

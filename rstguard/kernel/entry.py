@@ -23,6 +23,7 @@ AF_INET6: Final = 10
 
 TUPLE_ORIG, TUPLE_REPLY, STATUS, PROTOINFO, TIMEOUT, MARK = 1, 2, 3, 4, 7, 8
 COUNTERS_ORIG, COUNTERS_REPLY, ID, ZONE, TIMESTAMP, MARK_MASK, FILTER = 9, 10, 12, 18, 20, 21, 25
+STATUS_MASK = 26
 TUPLE_IP, TUPLE_PROTO = 1, 2
 IP_V4_SRC, IP_V4_DST, IP_V6_SRC, IP_V6_DST = 1, 2, 3, 4
 PROTO_NUM, PROTO_SRC_PORT, PROTO_DST_PORT = 1, 2, 3
@@ -32,6 +33,7 @@ TIMESTAMP_START = 1
 FILTER_ORIG_FLAGS, FILTER_PROTO_NUM = 1, 1 << 3
 
 IPS_SEEN_REPLY: Final = 2
+IPS_ASSURED: Final = 4
 HEADERS: Final = 20
 """Bytes of netlink and netfilter header before the first attribute."""
 FAMILY_AT: Final = 16
@@ -276,6 +278,12 @@ def name_attributes(flow: Flow) -> bytes:
 def mark_attributes(mark: int, mask: int) -> bytes:
     """Return the attributes that carry a mark and which of its bits count."""
     return attribute(MARK, mark.to_bytes(4, "big")) + attribute(MARK_MASK, mask.to_bytes(4, "big"))
+
+
+def assured_only() -> bytes:
+    """Return the attributes that leave out connections that never were established (5.15 on)."""
+    bits = IPS_ASSURED.to_bytes(4, "big")
+    return attribute(STATUS, bits) + attribute(STATUS_MASK, bits)
 
 
 def tcp_only() -> bytes:

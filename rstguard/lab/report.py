@@ -161,7 +161,8 @@ def rate_contained(samples: Sequence[Sample], first: float, scenario: Scenario) 
         return 0.0
     if samples[last].time > samples[-1].time - 1:
         return None
-    return max(samples[last].time - first, 0.0)
+    # The sample after it is the first moment known to be quiet.
+    return max(samples[last + 1].time - first, 0.0)
 
 
 def document(results: Sequence[Result]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from rstguard.engine.flow import Flow, TcpState
 from rstguard.kernel import entry
 from rstguard.kernel.conntrack import GONE, Conntrack
 from rstguard.kernel.netlink import Netlink, Request
-from tests.netns import CLIENT4, CLIENT6, SERVER4, SERVER6, Lab
+from tests.netns import CLIENT4, CLIENT6, SERVER4, SERVER6, Lab, wait_until
 
 pytestmark = pytest.mark.netns
 
@@ -88,6 +88,19 @@ def test_the_kernel_filters_by_family_and_mark(
     assert table.set_mark([flows[socket.AF_INET]], 0x08000000, 0x18000000) == [0]
     assert list(by_family(table.dump(0x08000000, 0x18000000))) == [socket.AF_INET]
     assert list(by_family(table.dump(0, 0x18000000))) == [socket.AF_INET6]
+
+
+def test_what_never_was_established_can_be_left_out(
+    lab: Lab, table: Conntrack, pair: dict[str, socket.socket]
+) -> None:
+    with lab.inside("client"):
+        lost = socket.socket()
+        lost.setblocking(False)
+        lost.connect_ex(("10.71.2.99", 8000))  # nobody is there to answer
+    wait_until(lambda: len(list(table.dump())) == 3)
+    assert {flow.state for flow in table.dump(assured=True)} == {TcpState.ESTABLISHED}
+    assert len(list(table.dump(assured=True))) == 2
+    lost.close()
 
 
 def test_other_bits_of_a_mark_stay(
