@@ -298,7 +298,14 @@ def kill(
     runtime_dir: RuntimeDir = DEFAULT_DIR,
     as_json: Json = False,
 ) -> None:
-    """Reset connections at both ends, idle ones too; exit 1 if any could not be confirmed."""
+    """Reset connections at both ends, idle ones too; exit 1 if any could not be confirmed.
+
+    All conditions given must fit; at least one is needed.
+    """
+    if source is source_port is destination is port is None:
+        raise typer.BadParameter(
+            "say which connections: --source, --source-port, --destination or --port"
+        )
     done = _ask(
         runtime_dir,
         "kill",

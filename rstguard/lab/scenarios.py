@@ -40,7 +40,7 @@ class Scenario:
 SCENARIOS = (
     Scenario(
         name="syn-flood",
-        summary="hping3: 10,000 SYN/s from one source that never answers",
+        summary="hping3: thousands of SYNs a second, one source that never answers",
         plan=attacks.syn_flood,
         measure=SYNS,
         limit=50,
@@ -103,7 +103,7 @@ SCENARIOS = (
     ),
     Scenario(
         name="bad-flags",
-        summary="hping3: null, xmas and SYN+FIN segments, 1,500 a second",
+        summary="hping3: null, xmas and SYN+FIN segments, over a thousand a second",
         plan=attacks.bad_flags,
         measure=PACKETS,
         limit=10,
