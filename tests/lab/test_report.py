@@ -27,7 +27,7 @@ from rstguard.lab.report import (
 )
 from rstguard.lab.scenarios import find
 
-SYN_FLOOD = find("syn-flood")  # at most 150 SYNs in a second
+SYN_FLOOD = find("syn-flood")  # at most 50 SYNs in a second
 HOARD = find("idle-hoard")  # at most 100 connections held
 
 
@@ -84,10 +84,10 @@ def syns(*per_tenth: int) -> list[Sample]:
 @pytest.mark.parametrize(
     ("samples", "expected"),
     [
-        pytest.param(syns(*[10] * 50), 0.0, id="never over the limit"),
+        pytest.param(syns(*[5] * 50), 0.0, id="never over the limit"),
         pytest.param(syns(*[100] * 50), None, id="to the end"),
-        pytest.param(syns(*[100] * 10, *[0] * 40), 0.8, id="until 200 SYNs are left to come"),
-        pytest.param(syns(*[0] * 30, 250, *[0] * 30), 3.0, id="one burst"),
+        pytest.param(syns(*[100] * 10, *[0] * 40), 1.0, id="until they end"),
+        pytest.param(syns(*[0] * 30, 250, *[0] * 30), 3.1, id="one burst"),
         pytest.param(syns(*[100] * 5, *[0] * 20, *[100] * 20), None, id="it came back"),
         pytest.param([], 0.0, id="nothing seen"),
     ],
@@ -154,7 +154,7 @@ def test_a_result_without_problems_passes() -> None:
     assert written["passed"] is True
     (scenario,) = written["scenarios"]
     assert scenario["name"] == "syn-flood"
-    assert scenario["contained_when"] == "at most 150 attack SYNs a second reach the server"
+    assert scenario["contained_when"] == "at most 50 attack SYNs a second reach the server"
     assert scenario["without"]["guard"] is None
     assert scenario["without"]["reached"]["seconds_to_contain"] is None
     assert scenario["with"]["legitimate"]["success_percent"] == 99.0

@@ -16,8 +16,10 @@ from rstguard.lab.server import start_server
 from rstguard.lab.topology import SERVER, SERVER6, Lab, remove_stale
 
 HOLD = """
-import signal, sys
+import signal
 from rstguard.lab.topology import Lab, ended_by_signals
+# A background job may have been started with SIGINT ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with ended_by_signals(), Lab() as lab:
     lab.start("server", ["sleep", "600"], log="sleep.log")
     print(lab.directory, flush=True)
