@@ -19,7 +19,7 @@ from rich.table import Table
 
 from rstguard import __version__
 from rstguard.daemon.control import ControlError, NoDaemon, ask
-from rstguard.daemon.supervisor import Options, Supervisor, claim_namespace
+from rstguard.daemon.supervisor import Options, Supervisor, claim
 from rstguard.engine.ruleset import SECOND
 from rstguard.engine.verdict import Reason
 from rstguard.kernel import KernelError
@@ -57,6 +57,7 @@ RuntimeDir = Annotated[
     typer.Option(
         "--runtime-dir",
         envvar="RSTGUARD_RUNTIME_DIR",
+        readable=False,  # the socket in it says who may do what, in a sentence of its own
         help="Directory of the guard that is meant; each guard has its own.",
     ),
 ]
@@ -302,7 +303,7 @@ def kill(
 
     All conditions given must fit; at least one is needed.
     """
-    if source is source_port is destination is port is None:
+    if (source, source_port, destination, port) == (None, None, None, None):
         raise typer.BadParameter(
             "say which connections: --source, --source-port, --destination or --port"
         )
@@ -334,12 +335,12 @@ def cleanup(
     with _errors_in_one_sentence():
         if os.geteuid() != 0:
             raise KernelError("cleaning up needs root; use sudo")
-        claim_namespace().close()
-        done = Footprint(runtime_dir, range(1)).remove(keep_bans)
-        socket_file = runtime_dir / "control.sock"
-        if socket_file.exists():
-            socket_file.unlink()
-            done.append("control socket removed")
+        with claim(runtime_dir):
+            done = Footprint(runtime_dir, range(1)).remove(keep_bans)
+            socket_file = runtime_dir / "control.sock"
+            if socket_file.exists():
+                socket_file.unlink()
+                done.append("control socket removed")
     if as_json:
         _print_json({"done": done})
     else:

@@ -1,7 +1,7 @@
 """A running guard for tests, and clients with as many addresses as a test wants.
 
 The guard runs as a user runs it: ``python -m rstguard run`` inside the gateway's namespace.  The
-client's host owns all of 10.73.0.0/16 and fd73::/32, so that every test can be a source of its own.
+client's host owns all of 10.128.0.0/9 and fd73::/32, so that every test can be a source of its own.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ _numbers = itertools.count(1)
 
 
 def give_sources(lab: Lab) -> None:
-    """Make the client's host the owner of 10.73.0.0/16 and fd73::/32."""
+    """Make the client's host the owner of 10.128.0.0/9 and fd73::/32."""
     lab.set("client", {"net/ipv6/ip_nonlocal_bind": "1"})
-    for version, network, via in (("-4", "10.73.0.0/16", CLIENT4), ("-6", "fd73::/32", CLIENT6)):
+    for version, network, via in (("-4", "10.128.0.0/9", CLIENT4), ("-6", "fd73::/32", CLIENT6)):
         lab.run("client", "ip", version, "route", "add", "local", network, "dev", "lo")
         lab.run("gateway", "ip", version, "route", "add", network, "via", via)
 
@@ -57,7 +57,9 @@ def neighbours(v6: bool, count: int) -> list[str]:
 
 def host(number: int, last: int, v6: bool) -> str:
     """Return one address of the client's networks."""
-    return f"fd73:0:{number:x}:{last:x}::1" if v6 else f"10.73.{number}.{last}"
+    if v6:
+        return f"fd73:0:{number:x}:{last:x}::1"
+    return f"10.{128 + number // 250}.{number % 250}.{last}"
 
 
 def network_of(address: str) -> str:
@@ -258,6 +260,8 @@ class Service:
     def __init__(self, lab: Lab, port: int, place: str = "server", v6: bool = False) -> None:
         self.lab, self.port, self.v6 = lab, port, v6
         self.address = server_address(v6)
+        self.masked = False
+        """Whether NAT hides the client's address from the server."""
         self._listener = lab.listen(place, port, v6)
         self._listener.settimeout(5)
         self._links: list[Link] = []
@@ -266,12 +270,20 @@ class Service:
         """Return a new connection from a source, both ends of it."""
         client = connect(self.lab, address, self.address, port or self.port, timeout)
         try:
-            server = self._listener.accept()[0]
+            own = client.getsockname()[:2]
+            server, peer = self._listener.accept()
+            while not self.masked and peer[:2] != own:
+                server.close()  # of a client that a test left to itself
+                server, peer = self._listener.accept()
         except BaseException:
             client.close()
             raise
         self._links.append(Link(client, server))
         return self._links[-1]
+
+    def accept(self) -> socket.socket:
+        """Return the server's end of the oldest connection that waits; it is the caller's."""
+        return self._listener.accept()[0]
 
     def close(self) -> None:
         """Close the port and all its connections."""
@@ -336,6 +348,11 @@ def answer(lab: Lab, address: str, target: str, port: int, timeout: float = SILE
     return "connected"
 
 
+def refused(lab: Lab, address: str, target: str, port: int) -> bool:
+    """Tell whether a connection is refused by a RST, however busy this machine is."""
+    return answer(lab, address, target, port, 5) == "ECONNREFUSED"
+
+
 def alive(pid: int) -> bool:
     """Tell whether a process exists and is no zombie."""
     try:
@@ -348,6 +365,12 @@ def alive(pid: int) -> bool:
 def is_dead(one: socket.socket) -> bool:
     """Tell whether a socket's connection is over."""
     return one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == CLOSED
+
+
+def retransmissions(one: socket.socket) -> int:
+    """Return how many segments a socket had to send again (tcpi_total_retrans)."""
+    information = one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+    return int.from_bytes(information[100:104], sys.byteorder)
 
 
 def fate(one: socket.socket) -> str:

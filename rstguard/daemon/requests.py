@@ -14,6 +14,7 @@ from rstguard.daemon.messages import Blocked
 from rstguard.engine.address import Prefix, parse_prefix
 from rstguard.engine.verdict import Reason
 from rstguard.kernel import KernelError
+from rstguard.kernel.cookies import in_force
 from rstguard.kernel.elements import MAX_SECONDS, Element
 from rstguard.kernel.nfqueue import states
 from rstguard.kernel.sets import Sets
@@ -97,6 +98,7 @@ class Requests:
                 "ban": sum(1 for element in listed if element.kind == "ban"),
                 "shun": sum(1 for element in listed if element.kind == "shun"),
             },
+            "syn_budget": _budget(guard),
             "counts": {
                 **{kind: dict(by_rule) for kind, by_rule in guard.events.counts.items()},
                 **dict(counts),
@@ -138,7 +140,7 @@ class Requests:
     async def _ban_add(self, request: Request) -> object:
         source = _prefix(request)
         seconds = request.get("seconds")
-        if not isinstance(seconds, int) or not 1 <= seconds <= MAX_SECONDS:
+        if type(seconds) is not int or not 1 <= seconds <= MAX_SECONDS:
             raise ControlError(f"a ban lasts 1 to {MAX_SECONDS} seconds (under 25 days)")
         for trusted in self._guard.ruleset.scope.trusted:
             if trusted.covers(source.network) or source.covers(trusted.network):
@@ -170,7 +172,7 @@ class Requests:
             port = request.get(key)
             if port is None:
                 continue
-            if not isinstance(port, int) or not 1 <= port <= 65535:
+            if type(port) is not int or not 1 <= port <= 65535:
                 raise ControlError("a port is a number from 1 to 65535")
             conditions[key] = port
         if not conditions:
@@ -189,6 +191,27 @@ class Requests:
                 {"connection": str(one.flow), "why": one.sentence} for one in killed.unconfirmed
             ],
         }
+
+
+def _budget(guard: Supervisor) -> object:
+    """Return the state of the SYN budget, or None if the policy in force has none that acts."""
+    budget = guard.ruleset.syn_budget
+    if budget is None or not in_force(guard.ruleset):
+        return None
+    now = time.monotonic()
+    since = guard.budget.engaged
+    return {
+        "rate": budget.rate,
+        "cookies": guard.budget.counts._asdict(),
+        "services": [
+            {
+                "service": str(service),
+                "offers": offer._asdict(),
+                "engaged_s": round(now - since[service], 1) if service in since else None,
+            }
+            for service, offer in guard.footprint.known.items()
+        ],
+    }
 
 
 def _text(request: Request, key: str) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import logging
+import os
 import signal
 import socket
 import time
@@ -13,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rstguard.daemon.budget import Budget
 from rstguard.daemon.children import Child, StartFailed
 from rstguard.daemon.control import ControlError, serve
 from rstguard.daemon.messages import (
@@ -27,7 +30,7 @@ from rstguard.daemon.messages import (
 )
 from rstguard.daemon.requests import Requests
 from rstguard.engine.ruleset import RuleSet
-from rstguard.kernel import KernelError
+from rstguard.kernel import KernelError, cookies
 from rstguard.kernel.footprint import Footprint
 from rstguard.observe.events import Event, EventLog
 from rstguard.policy.compile import compile_policy
@@ -36,6 +39,7 @@ from rstguard.policy.load import Loaded
 log = logging.getLogger(__name__)
 
 _READY_SECONDS = 15.0
+_ADOPT_SECONDS = 10.0  # twice, if the old policy must come back, in the time a client waits
 _KILL_SECONDS = 12.0
 _PICKUP_SECONDS = 120.0
 """How long connections that an idle tracker could not know may still be taken up."""
@@ -71,6 +75,7 @@ class Supervisor:
         self.sweeper = Child(
             "sweeper", "rstguard.daemon.sweeper", self._start_message, self._heard, self._restarted
         )
+        self.budget = Budget(self.footprint, self.events, self._rewrite)
         self._changing = asyncio.Lock()
         self._kills: dict[int, asyncio.Future[Killed]] = {}
         self._stop = asyncio.Event()
@@ -84,7 +89,7 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
-        lock = claim_namespace()
+        claims = claim(self.options.directory)
         server: asyncio.Server | None = None
         try:
             await self._bring_up()
@@ -95,11 +100,12 @@ class Supervisor:
             if server is not None:
                 server.close()
             await self._take_down()
-            lock.close()
+            claims.close()
 
     async def _bring_up(self) -> None:
         tracking = self.footprint.prepare(self.ruleset)
-        if tracking:
+        # A pure ACK with a cookie must not be taken for an older connection.
+        if tracking or cookies.in_force(self.ruleset):
             self.footprint.forbid_pickup()
         else:
             asyncio.get_running_loop().call_later(_PICKUP_SECONDS, self._forbid_pickup)
@@ -112,6 +118,11 @@ class Supervisor:
         except StartFailed as error:
             raise KernelError(str(error)) from None
         self.footprint.divert(self.ruleset)
+        self.budget.follow(self.ruleset)
+
+    async def _rewrite(self) -> None:
+        async with self._changing:
+            await asyncio.to_thread(self.footprint.divert, self.ruleset)
 
     def _forbid_pickup(self) -> None:
         try:
@@ -121,6 +132,7 @@ class Supervisor:
 
     async def _take_down(self) -> None:
         self.events.add(Event("stop", self.ruleset.name))
+        self.budget.stop()
         (self.options.directory / "control.sock").unlink(missing_ok=True)
         try:
             # Chains go first: the worker then answers what is still queued, and no more comes.
@@ -147,7 +159,10 @@ class Supervisor:
             self.ruleset = new
             try:
                 await self._adopt(new)
+                if cookies.in_force(new):
+                    self.footprint.forbid_pickup()
                 self.footprint.replace(old, new)
+                self.budget.follow(new)
             except (KernelError, TimeoutError) as error:
                 self.ruleset = old
                 with contextlib.suppress(TimeoutError):
@@ -162,7 +177,7 @@ class Supervisor:
         self.generation += 1
         message = NewPolicy(ruleset, self.generation)
         await asyncio.gather(
-            self.worker.adopt(message, _READY_SECONDS), self.sweeper.adopt(message, _READY_SECONDS)
+            self.worker.adopt(message, _ADOPT_SECONDS), self.sweeper.adopt(message, _ADOPT_SECONDS)
         )
 
     async def kill(self, **conditions: Any) -> Killed:
@@ -228,24 +243,47 @@ class Supervisor:
             self.sweeper.send(message)
 
 
-def claim_namespace() -> socket.socket:
-    """Make sure that this is the only guard of its network namespace.
+def claim(directory: Path) -> contextlib.ExitStack:
+    """Make sure that this is the only guard of its network namespace and runtime directory.
 
-    An abstract socket name belongs to one namespace and goes with its process, however it ends.
+    Both claims go with their process, however it ends; close what is returned to give them up.
 
     Raises:
         KernelError: another guard runs here.
     """
-    claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with contextlib.ExitStack() as claims:
+        claims.enter_context(_claim_namespace())
+        if directory.is_dir():  # else no guard can be using it
+            claims.callback(os.close, _claim_directory(directory))
+        return claims.pop_all()
+
+
+def _claim_directory(directory: Path) -> int:
+    """Lock a directory: another guard's socket and sysctl record in it are not ours to replace."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        claim.bind("\0rstguard")
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise KernelError(
+            f"the guard of another network namespace uses the runtime directory {directory}; "
+            "name another with --runtime-dir"
+        ) from None
+    return descriptor
+
+
+def _claim_namespace() -> socket.socket:
+    """Bind an abstract socket name: it belongs to one namespace."""
+    claimed = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        claimed.bind("\0rstguard")
     except OSError:
-        claim.close()
+        claimed.close()
         raise KernelError(
             "another rstguard guards this network namespace already; stop it first, "
             "or change its policy with `rstguard policy apply FILE`"
         ) from None
-    return claim
+    return claimed
 
 
 def _mode(ruleset: RuleSet) -> str:

@@ -28,10 +28,12 @@ from rstguard.daemon.messages import (
 from rstguard.engine.engine import Engine
 from rstguard.engine.flow import Tuple
 from rstguard.engine.ruleset import SECOND, Measure, RuleSet
+from rstguard.engine.segment import rst
 from rstguard.engine.verdict import PASS, Ban, Condemn, Decision, Shun, Verdict
-from rstguard.engine.wire import Malformed, Packet, parse
+from rstguard.engine.wire import KNOWN, SYN, Malformed, Packet, parse
 from rstguard.kernel import KernelError
 from rstguard.kernel.elements import element_of
+from rstguard.kernel.inject import Injector
 from rstguard.kernel.marks import BASE, CONDEMNED_FOR, MASK, STATES, TRUSTED
 from rstguard.kernel.nfqueue import Queue, QueuedPacket
 from rstguard.kernel.sets import Sets
@@ -61,6 +63,7 @@ class Worker:
         """
         self._channel = channel
         self._sets = Sets()
+        self._injector = Injector()
         self._take_up(start.ruleset, None)
         self._pending: list[tuple[Packet, Decision]] = []
         self._packets = 0
@@ -105,7 +108,7 @@ class Worker:
             raise _Pause from None
         self._packets += 1
         if decision is not PASS:
-            self._give(queued, mark & _OTHER_BITS, decision)
+            self._give(queued, mark & _OTHER_BITS, decision, packet)
         else:
             if mark & MASK:
                 queued.set_mark(mark & _OTHER_BITS)
@@ -118,10 +121,12 @@ class Worker:
         if self._left_in_row <= 0 or self._pending:
             raise _Pause
 
-    def _give(self, queued: QueuedPacket, mark: int, decision: Decision) -> None:
+    def _give(
+        self, queued: QueuedPacket, mark: int, decision: Decision, packet: Packet | Malformed
+    ) -> None:
         # A policy that only observes still spares trusted connections the way through the queue.
         verdict = decision.verdict if self._enforce else Verdict.ACCEPT
-        if verdict is Verdict.DROP:
+        if verdict is Verdict.DROP or (verdict is Verdict.RESET and _by_cookie(packet)):
             queued.drop()
             return
         if verdict is Verdict.RESET:
@@ -146,7 +151,7 @@ class Worker:
     def _note(self, packet: Packet | Malformed, decision: Decision) -> None:
         self._counts[f"verdict.{decision.verdict.name.lower()}"] += 1
         self._counts[f"rule.{decision.rule}"] += 1
-        if decision.effects or decision.verdict is not Verdict.DROP:
+        if decision.effects or decision.verdict is not Verdict.DROP or _by_cookie(packet):
             assert isinstance(packet, Packet)
             self._pending.append((packet, decision))
 
@@ -163,6 +168,9 @@ class Worker:
                 blocks = []
         for effect in blocks:
             self._channel.send(blocked_message(effect, self._enforce))
+        if self._enforce:
+            refused = (p for p, d in pending if d.verdict is not Verdict.ACCEPT and _by_cookie(p))
+            self._injector.send(map(cookie_rst, refused))
         for packet, decision in pending:
             flow, rule, reason = Tuple(*packet[:4]), decision.rule, decision.reason
             if decision.verdict is Verdict.RESET:
@@ -195,6 +203,22 @@ class Worker:
             self._channel.send(Ready(message.generation))
         elif isinstance(message, Stop):
             self._running = False
+
+
+def _by_cookie(packet: Packet | Malformed) -> bool:
+    """Tell whether a SYN is the kernel's own, for a client that has returned a cookie."""
+    return packet.__class__ is Packet and packet[6] & 0x17 == SYN and bool(packet[9] & KNOWN)
+
+
+def cookie_rst(opening: Packet) -> bytes:
+    """Return the RST for a client whose connection is refused after it has returned a cookie.
+
+    It believes to be connected and would wait for ever.  The sequence number that it expects is
+    known: SYNPROXY keeps the cookie in the acknowledgement field of the SYN to the server
+    (synproxy_send_server_syn in net/netfilter/nf_synproxy_core.c).
+    """
+    back = opening.turned()
+    return rst(Tuple(*back[:4]), (opening.acknowledgement + 1) & 0xFFFFFFFF)
 
 
 def blocked_message(effect: Ban | Shun, enforced: bool, by_worker: bool = True) -> Blocked:

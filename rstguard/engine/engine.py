@@ -40,6 +40,7 @@ from rstguard.engine.wire import (
 
 _HANDSHAKE_FLAGS = FIN | SYN | RST | ACK
 # Only TCP is diverted, and with all its headers: what cannot be read is made not to be.
+_NO_USUAL_SYN = OUTBOUND | KNOWN
 _UNREADABLE = Decision(Verdict.DROP, Reason.UNREADABLE)
 _TRUSTED = Decision(Verdict.ACCEPT, Reason.TRUSTED)
 
@@ -69,7 +70,7 @@ class Engine:
         if type(packet) is Malformed:
             return _UNREADABLE
         assert type(packet) is Packet
-        if packet[6] & _HANDSHAKE_FLAGS == SYN and not packet[9] & OUTBOUND:
+        if packet[6] & _HANDSHAKE_FLAGS == SYN and not packet[9] & _NO_USUAL_SYN:
             checks = self._syn_by_port.get(packet[3], self._syn_elsewhere)
             calm = PASS
         else:
@@ -77,6 +78,10 @@ class Engine:
             if packet.state & OUTBOUND:
                 packet = packet.turned()
             checks = self._by_port[kind].get(packet.destination_port, self._elsewhere[kind])
+            if kind is Kind.SYN and packet.state & KNOWN:
+                # The kernel's own SYN, for a client that has returned a SYN cookie.
+                kind = Kind.HANDSHAKE
+                checks += self._by_port[kind].get(packet.destination_port, self._elsewhere[kind])
             calm = PASS_AND_TRUST if kind is Kind.HANDSHAKE else PASS
         crossed: Rule | None = None
         for check, rule in checks:

@@ -15,7 +15,7 @@ from enum import Enum
 from rstguard.engine.address import V6
 from rstguard.engine.limiter import Distinct, Limiter, Memory
 from rstguard.engine.ruleset import SECOND, Measure, Per, Rule
-from rstguard.engine.verdict import Reason
+from rstguard.engine.verdict import Action, Reason
 from rstguard.engine.wire import Packet
 
 Check = Callable[[Packet, int], bool]
@@ -91,16 +91,24 @@ def _syn_rate(rule: Rule) -> dict[Kind, Check]:
 
 
 def _connection_rate(rule: Rule) -> dict[Kind, Check]:
-    """A connection counts once, though its first data may follow before its ACK has a verdict."""
+    """A connection counts once, though its first data may follow before its ACK has a verdict.
+
+    An ACK that was dropped comes again with the next SYN-ACK: it is not to pass for that.
+    """
     rate = _rate(rule)
-    counted: Memory[int] = Memory()
+    drops = rule.action is Action.DROP
+    counted: Memory[tuple[int, bool]] = Memory()
 
     def completed(packet: Packet, now: int) -> bool:
-        last = counted.get(packet[:4])
-        if last is not None and now - last < _SAME_HANDSHAKE:
-            return False
-        counted.put(packet[:4], now)
-        return rate(packet, now)
+        flow = packet[:4]
+        last = counted.get(flow)
+        if last is not None and now - last[0] < _SAME_HANDSHAKE:
+            if last[1]:
+                counted.put(flow, (now, True))
+            return last[1]
+        crossed = rate(packet, now)
+        counted.put(flow, (now, crossed and drops))
+        return crossed
 
     return {Kind.HANDSHAKE: completed}
 

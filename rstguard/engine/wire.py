@@ -15,7 +15,7 @@ from rstguard.engine.address import V6
 FIN, SYN, RST, PSH, ACK, URG = 1, 2, 4, 8, 16, 32
 
 KNOWN = 1
-"""State bit: the kernel's tracker calls the connection established."""
+"""State bit: the tracker calls the connection established, or its SYN comes with a SYN cookie."""
 PROVEN = 2
 """State bit: the source lately completed a handshake, so its address is real."""
 OUTBOUND = 8
@@ -181,6 +181,31 @@ def _walk_ipv6(data: bytes) -> tuple[int, int, int, int] | Malformed:
         following = data[start]
         start += length
     return Malformed("too many IPv6 extension headers")
+
+
+def options(data: bytes) -> dict[int, bytes]:
+    """Return the TCP options of an IP packet by kind, each with its value (RFC 9293, 3.1).
+
+    Reading ends at the first option that is cut off or has an impossible length; what is no TCP
+    segment has no options.
+    """
+    version = data[0] >> 4 if data else 0
+    found = _walk_ipv4(data) if version == 4 else _walk_ipv6(data) if version == 6 else None
+    if found is None or isinstance(found, Malformed) or len(data) < found[2] + 20:
+        return {}
+    start = found[2]
+    at, end = start + 20, min(start + (data[start + 12] >> 4 << 2), len(data))
+    values: dict[int, bytes] = {}
+    while at < end and data[at] != _OPTION_END:
+        if data[at] == _OPTION_NOP:
+            at += 1
+            continue
+        length = data[at + 1] if at + 1 < end else 0
+        if length < 2 or at + length > end:
+            break
+        values[data[at]] = data[at + 2 : at + length]
+        at += length
+    return values
 
 
 def _window_scale(data: bytes, start: int) -> int:

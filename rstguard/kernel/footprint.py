@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
+from rstguard.engine.offers import Offer, Service
 from rstguard.engine.ruleset import RuleSet
-from rstguard.kernel import KernelError, chains, ipset, iptables, sysctl
+from rstguard.kernel import KernelError, chains, cookies, ipset, iptables, sysctl
 from rstguard.kernel.sysctl import Change
 
 RECORD_NAME = "sysctls.json"
@@ -20,6 +22,9 @@ class Footprint:
         """`directory` keeps the record of old sysctl values; `queues` are the workers'."""
         self._record = directory / RECORD_NAME
         self._queues = queues
+        self.known: dict[Service, Offer] = {}
+        """The services that SYN cookies may be given out for; takes effect with `divert`."""
+        self._whole = threading.RLock()  # nobody is to see the rules half changed
 
     def prepare(self, ruleset: RuleSet) -> bool:
         """Set sysctls and make the sets.  Nothing is diverted yet.
@@ -45,7 +50,8 @@ class Footprint:
         Raises:
             KernelError: iptables refused.
         """
-        iptables.apply(self._plans(ruleset))
+        with self._whole:
+            iptables.apply(self._plans(ruleset))
 
     def replace(self, old: RuleSet, new: RuleSet) -> None:
         """Exchange one policy's sets and chains for another's; on failure the old ones return.
@@ -64,10 +70,16 @@ class Footprint:
 
     def missing(self, ruleset: RuleSet) -> list[str]:
         """Return what should be in the kernel and is not, in words."""
-        return iptables.missing(self._plans(ruleset))
+        with self._whole:
+            return iptables.missing(self._plans(ruleset))
 
     def _plans(self, ruleset: RuleSet) -> dict[int, chains.Plan]:
-        return {family: chains.plan(ruleset, family, self._queues) for family in (4, 6)}
+        return {
+            family: cookies.with_budget(
+                chains.plan(ruleset, family, self._queues), ruleset, family, self.known
+            )
+            for family in (4, 6)
+        }
 
     def withdraw(self) -> bool:
         """Take the chains away, so that traffic passes as if there were no guard.
@@ -75,7 +87,8 @@ class Footprint:
         Raises:
             KernelError: iptables refused.
         """
-        return iptables.remove()
+        with self._whole:
+            return iptables.remove()
 
     def remove(self, keep_bans: bool = False) -> list[str]:
         """Undo everything, whoever left it in this namespace; return what was done, in words.

@@ -12,6 +12,9 @@ rstguard-dst4, -dst6        hash:net        the policy's `protect.destinations`,
 rstguard-ports              bitmap:port     the policy's `protect.ports`, unless it means all
 rstguard-close-ports        bitmap:port     ports whose FINs and RSTs a rule needs to see,
                                             unless it needs all
+rstguard-engaged4, -6       hash:ip,port    services that were lately over the SYN budget; filled
+                                            by the chains
+rstguard-budget-ports       bitmap:port     ports of the SYN budget, unless it means all
 ==========================  ==============  ==================================================
 """
 
@@ -23,7 +26,7 @@ from dataclasses import dataclass
 
 from rstguard.engine.address import V6, Prefix, is_v6, parse_prefix
 from rstguard.engine.ruleset import Divert, RuleSet
-from rstguard.kernel import KernelError
+from rstguard.kernel import KernelError, cookies
 from rstguard.kernel.elements import BAN_SETS, SHUN_SETS, Element, ipset
 from rstguard.kernel.sets import Sets
 
@@ -89,9 +92,14 @@ def plan(ruleset: RuleSet) -> tuple[SetSpec, ...]:
             _networks(f"{PREFIX}trusted{digit}", family, scope.trusted),
             _networks(f"{PREFIX}dst{digit}", family, scope.destinations or everything),
         ]
+        if cookies.in_force(ruleset):
+            engaged = f"family {family} maxelem 65536 timeout {cookies.ENGAGED_SECONDS}"
+            specs.append(SetSpec(cookies.engaged_set(int(digit)), "hash:ip,port", engaged))
+    budget = ruleset.syn_budget if cookies.in_force(ruleset) else None
     ports = (
         (f"{PREFIX}ports", scope.ports),
         (f"{PREFIX}close-ports", ruleset.ports_needing(Divert.CLOSE)),
+        (f"{PREFIX}budget-ports", budget.ports if budget else None),
     )
     specs += [_ports(name, members) for name, members in ports if members is not None]
     return tuple(specs)
@@ -230,7 +238,7 @@ def _creation(spec: SetSpec, name: str) -> str:
 def _contents(spec: SetSpec, into: str) -> list[str]:
     if spec.members is not None:
         return [f"add {into} {member}" for member in spec.members]
-    if spec.type == "hash:ip":
+    if spec.type in ("hash:ip", "hash:ip,port"):
         # Proofs by another width of source mean something else.  They are soon earned again.
         return []
     return [line.replace(spec.name, into, 1) for line in ipset("save", spec.name).splitlines()[1:]]

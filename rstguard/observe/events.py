@@ -20,7 +20,9 @@ _LINES_A_SECOND = 20
 class Event:
     """One thing that happened.
 
-    `kind` is ban, unban, shun, reset, observed, kill, not_killed, policy, start, stop or restart.
+    `kind` is ban, unban, shun, reset, observed, kill, not_killed, policy, start, stop, restart,
+    cookies_on, cookies_off (a service goes over its SYN budget, and has been below it for some
+    seconds) or learned (what a service offers in its SYN-ACKs).
     `subject` is the source or connection concerned; `enforced` False tells that the policy only
     observes.
     """

@@ -55,24 +55,29 @@ def would(guard: Guard, kind: str, rule: str) -> bool:
     )
 
 
-def test_observe_reports_and_changes_nothing(
-    lab: Lab, guard: Guard, serve: Open, v6: bool
-) -> None:
+def test_observe_reports_and_changes_nothing(lab: Lab, guard: Guard, serve: Open, v6: bool) -> None:
     guard.apply(policy(f"mode: observe\n{PROTECT}"))
     address = source(v6)
     links = []
     for port in (DROP, RESET, BAN, IDLE, SHUN):
         service = serve(port, v6)
         links += [service.connect(address) for _ in range(3)]
-    segments(lab, address, service.address, SHUN, "S", 10)
+    forged = source(v6)
+    segments(lab, forged, service.address, SHUN, "S", 10)
     wait_until(lambda: would(guard, "ban", "ban") and would(guard, "reset", "reset"))
     wait_until(lambda: would(guard, "reset", "idle"))
-    wait_until(lambda: would(guard, "ban", "shun") or would(guard, "shun", "shun"))
-    assert guard.ask("ban-list") == []
+    wait_until(lambda: would(guard, "shun", "shun"))
+    assert guard.block_of(address) is None
+    assert guard.block_of(forged) is None
     assert guard.status()["policy"]["mode"] == "observe"
     assert guard.status()["counts"]["verdict.drop"] >= 2
     for link in links:
         link.talk()
+    # And once the policy is enforced, nothing that was only observed stands in the way.
+    guard.apply(policy(PROTECT))
+    connect(lab, address, service.address, BAN).close()
+    wait_until(lambda: guard.block_of(address) is not None)
+    assert guard.block_of(address)["kind"] == "ban"
 
 
 @pytest.mark.parametrize("blocking", ["reset", "unreachable"])
@@ -95,7 +100,8 @@ def test_what_a_blocked_client_sees(
     wanted = "ECONNREFUSED" if blocking == "reset" else "EACCES" if v6 else "EHOSTUNREACH"
     began = time.monotonic()
     assert answer(lab, address, service.address, SHUN, 5) == wanted
-    assert time.monotonic() - began < 1
+    # Linux leaves an ICMP error that meets connect() at work aside; the next SYN brings another.
+    assert time.monotonic() - began < (0.5 if blocking == "reset" else 3)
     service.connect(free).talk()
 
 
@@ -125,7 +131,9 @@ def test_what_is_not_protected_is_not_looked_at(
     guard.apply(policy(f'protect: {{interfaces: [out], destinations: ["{outside.address}"]}}'))
     inside.connect(address)
     assert answer(lab, address, inside.address, DROP) == "silence"
-    guard.apply(policy('protect: {interfaces: [out], destinations: [192.0.2.0/24, "2001:db8::/32"]}'))
+    guard.apply(
+        policy('protect: {interfaces: [out], destinations: [192.0.2.0/24, "2001:db8::/32"]}')
+    )
     for _ in range(3):
         connect(lab, address, inside.address, DROP).close()
     guard.apply(policy('protect: {interfaces: ["wan*"]}'))

@@ -415,3 +415,12 @@ def test_data_that_overtakes_the_verdict_on_its_handshake_is_no_second_connectio
     assert outcome(engine.decide(first, 9 * SECOND)) == TRUST  # the port again, seconds later
     third = packet(ACK, state=KNOWN | PROVEN, source_port=3)
     assert [outcome(engine.decide(third, 9 * SECOND)) for _ in range(2)] == [TRUST, TRUST]
+
+
+def test_a_dropped_handshake_stays_dropped_when_it_comes_again() -> None:
+    engine = Engine(ruleset(rule(Measure.CONNECTION_RATE, Action.DROP, limit=1, burst=1)))
+    first, second = (packet(ACK, state=KNOWN | PROVEN, source_port=port) for port in (1, 2))
+    assert outcome(engine.decide(first, SECOND)) == TRUST
+    for now in (1, 2, 4, 8, 12):  # with the server's repeated SYN-ACKs
+        assert outcome(engine.decide(second, now * SECOND)) == DROP
+    assert outcome(engine.decide(second, 20 * SECOND)) == TRUST  # judged anew

@@ -1,0 +1,128 @@
+"""The SYN budget's part that is not the kernel's: learn what servers offer, tell who is over.
+
+The kernel engages and disengages by itself, service by service.  Here the samples of the servers'
+SYN-ACKs are read, the rules rewritten when a service offers something new, and the changes noted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+
+from rstguard.engine.offers import Offers, Service, read_offer
+from rstguard.engine.ruleset import RuleSet
+from rstguard.kernel import KernelError, cookies, synproxy
+from rstguard.kernel.footprint import Footprint
+from rstguard.kernel.nflog import PacketLog
+from rstguard.kernel.synproxy import CookieCounts
+from rstguard.observe.events import Event, EventLog
+
+log = logging.getLogger(__name__)
+
+_LOOK_EVERY = 1.0
+_REWRITE_AFTER = 0.05
+"""Seconds in which samples that come together lead to one change of the rules."""
+_OVER_SECONDS = 5
+"""A service is told as disengaged when it was below budget for so long."""
+
+
+class Budget:
+    """Watches the SYN budget of one guard while its policy has one."""
+
+    def __init__(
+        self, footprint: Footprint, events: EventLog, rewrite: Callable[[], Awaitable[None]]
+    ) -> None:
+        """`rewrite` puts the rules in place anew, for what `footprint.known` then holds."""
+        self.engaged: dict[Service, float] = {}
+        """The services over budget, and since when (monotonic seconds)."""
+        self._footprint = footprint
+        self._events = events
+        self._rewrite = rewrite
+        self._offers = Offers()
+        self._samples: PacketLog | None = None
+        self._changed = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._counted = CookieCounts(0, 0, 0)
+
+    def follow(self, ruleset: RuleSet) -> None:
+        """Begin to watch, or stop, as the policy in force says.
+
+        Raises:
+            KernelError: samples cannot be received.
+        """
+        if not cookies.in_force(ruleset):
+            self.stop()
+        elif self._samples is None:
+            self._samples = PacketLog(cookies.SAMPLE_GROUP)
+            asyncio.get_running_loop().add_reader(self._samples.fileno(), self._sampled)
+            self._tasks = [asyncio.create_task(self._apply()), asyncio.create_task(self._look())]
+
+    def stop(self) -> None:
+        """Stop watching; what was learned is kept for another policy with a budget."""
+        for task in self._tasks:
+            task.cancel()
+        self._tasks = []
+        if self._samples is not None:
+            asyncio.get_running_loop().remove_reader(self._samples.fileno())
+            self._samples.close()
+            self._samples = None
+        self.engaged.clear()
+
+    @property
+    def counts(self) -> CookieCounts:
+        """Cookies sent, accepted and refused, as last read."""
+        return self._counted
+
+    def _sampled(self) -> None:
+        assert self._samples is not None
+        now = time.monotonic_ns()
+        for data in self._samples.receive():
+            read = read_offer(data)
+            if read is not None and self._offers.learn(*read, now):
+                self._changed.set()
+
+    async def _apply(self) -> None:
+        """Rewrite the rules whenever something new was learned."""
+        while True:
+            await self._changed.wait()
+            await asyncio.sleep(_REWRITE_AFTER)
+            self._changed.clear()
+            before, known = self._footprint.known, self._offers.known
+            try:
+                self._footprint.known = known
+                await self._rewrite()
+            except KernelError as error:
+                self._footprint.known = before
+                log.error("what servers offer was learned but not put to use: %s", error)
+                await asyncio.sleep(_LOOK_EVERY)
+                self._changed.set()
+                continue
+            for service, offer in known.items():
+                if before.get(service) != offer:
+                    self._events.add(Event("learned", str(service), detail=str(offer)))
+
+    async def _look(self) -> None:
+        """Tell when a service goes over budget, and when it has been below for some seconds."""
+        while True:
+            try:
+                counted = await asyncio.to_thread(synproxy.counts)
+                if self.engaged or counted.sent != self._counted.sent:
+                    self._note(await asyncio.to_thread(synproxy.seconds_since_over))
+                self._counted = counted
+            except KernelError as error:
+                log.error("the state of the SYN budget cannot be read: %s", error)
+            await asyncio.sleep(_LOOK_EVERY)
+
+    def _note(self, since_over: dict[Service, int]) -> None:
+        now = time.monotonic()
+        over = {service for service, ago in since_over.items() if ago < _OVER_SECONDS}
+        for service in sorted(over - self.engaged.keys()):
+            self.engaged[service] = now
+            self._events.add(
+                Event("cookies_on", str(service), detail="over its SYN budget: SYN cookies")
+            )
+        for service in sorted(self.engaged.keys() - over):
+            seconds = now - self.engaged.pop(service)
+            self._events.add(Event("cookies_off", str(service), detail=f"after {seconds:.0f} s"))

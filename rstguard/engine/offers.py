@@ -1,0 +1,142 @@
+"""What the protected servers offer in their SYN-ACKs, learned from samples of them.  Pure.
+
+When the kernel answers SYNs in a server's place it must offer what the server would: the maximum
+segment size, the window scale, selective acknowledgements and timestamps of a connection are fixed
+by its SYN and SYN-ACK, and both ends hold to them for good (RFC 9293, 3.7.1; RFC 7323, 2.2).
+
+A server offers a window scale, SACK or timestamps only to a client that offered them first, so a
+SYN-ACK without them proves nothing: it may answer a poor SYN.  What was seen is believed until the
+server has for a while given only poor answers.  To believe too little is always safe: such
+connections are merely slower.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from rstguard.engine.address import address_text, is_v6
+from rstguard.engine.ruleset import SECOND
+from rstguard.engine.wire import ACK, FIN, RST, SYN, Malformed, Packet, options, parse
+
+FORGET_AFTER = 60 * SECOND
+"""How long (ns) an answer counts against poorer ones."""
+FORGET_SAMPLES = 8
+"""Poor answers it takes, besides, to forget a better one."""
+
+_MSS, _SCALE, _SACK, _TIMESTAMPS = 2, 3, 4, 8
+_LARGEST_SCALE = 14  # RFC 7323, 2.3
+_LEAST_MSS = {False: 88, True: 1220}  # below these no cookie can encode it usefully
+_DEFAULT_MSS = {False: 536, True: 1220}  # RFC 9293, 3.7.1
+
+
+class Service(NamedTuple):
+    """A protected TCP port: tagged address and port as clients know them."""
+
+    address: int
+    port: int
+
+    def __str__(self) -> str:
+        """Return ``192.0.2.1:80`` or ``[2001:db8::1]:80``."""
+        text = address_text(self.address)
+        return f"[{text}]:{self.port}" if is_v6(self.address) else f"{text}:{self.port}"
+
+
+class Offer(NamedTuple):
+    """What a SYN-ACK offers: `mss` in bytes, `scale` the window scale or -1 for none."""
+
+    mss: int
+    scale: int
+    sack: bool
+    timestamps: bool
+
+    def __str__(self) -> str:
+        """Return it in words, as `status` shows it."""
+        parts = [f"mss {self.mss}"]
+        if self.scale >= 0:
+            parts.append(f"wscale {self.scale}")
+        if self.sack:
+            parts.append("sack")
+        if self.timestamps:
+            parts.append("timestamps")
+        return ", ".join(parts)
+
+
+def read_offer(data: bytes) -> tuple[Service, Offer] | None:
+    """Return what an IP packet offers and for which service, or None if it is no SYN-ACK."""
+    packet = parse(data)
+    if isinstance(packet, Malformed) or packet.flags & (SYN | ACK | FIN | RST) != SYN | ACK:
+        return None
+    return Service(packet.source, packet.source_port), _offer(packet, options(data))
+
+
+def _offer(packet: Packet, found: dict[int, bytes]) -> Offer:
+    v6 = is_v6(packet.source)
+    mss = int.from_bytes(found[_MSS], "big") if len(found.get(_MSS, b"")) == 2 else 0
+    scale = min(found[_SCALE][0], _LARGEST_SCALE) if len(found.get(_SCALE, b"")) == 1 else -1
+    return Offer(
+        max(mss, _LEAST_MSS[v6]) if mss else _DEFAULT_MSS[v6],
+        scale,
+        found.get(_SACK) == b"",
+        len(found.get(_TIMESTAMPS, b"")) == 8,
+    )
+
+
+class _Known:
+    """What is believed of one service, and since when."""
+
+    __slots__ = ("full_at", "mss_at", "offer", "poor", "seen_at")
+
+    def __init__(self, offer: Offer, now: int) -> None:
+        self.offer = offer
+        self.mss_at = self.full_at = self.seen_at = now
+        self.poor = 0
+
+
+class Offers:
+    """The offers of at most `most` services; one unseen for longest makes room for a new one."""
+
+    def __init__(self, most: int = 256) -> None:
+        self._most = most
+        self._known: dict[Service, _Known] = {}
+
+    @property
+    def known(self) -> dict[Service, Offer]:
+        """What is believed of each service now, in the order of addresses and ports."""
+        return {service: self._known[service].offer for service in sorted(self._known)}
+
+    def learn(self, service: Service, offer: Offer, now: int) -> bool:
+        """Take up a sample seen at `now` (ns); tell whether what is known has changed.
+
+        Of different maximum segment sizes the largest of the last minute counts: a server can
+        receive what it once offered, and Linux offers less where a forged SYN named none.
+        """
+        known = self._known.get(service)
+        if known is None:
+            if len(self._known) >= self._most:
+                del self._known[min(self._known, key=lambda other: self._known[other].seen_at)]
+            self._known[service] = _Known(offer, now)
+            return True
+        known.seen_at = now
+        before = known.offer
+        if offer.mss >= before.mss or now - known.mss_at > FORGET_AFTER:
+            known.mss_at = now
+            known.offer = known.offer._replace(mss=offer.mss)
+        self._learn_extras(known, offer, now)
+        return known.offer != before
+
+    def _learn_extras(self, known: _Known, offer: Offer, now: int) -> None:
+        before = known.offer
+        lacks = (
+            (offer.scale < 0 <= before.scale)
+            or (before.sack and not offer.sack)
+            or (before.timestamps and not offer.timestamps)
+        )
+        known.poor = known.poor + 1 if lacks else 0
+        if not lacks:
+            known.full_at = now
+        if not lacks or (known.poor >= FORGET_SAMPLES and now - known.full_at > FORGET_AFTER):
+            known.poor, known.full_at = 0, now
+            known.offer = offer._replace(mss=before.mss)
+        elif offer.scale >= 0 and offer.scale != before.scale:
+            # Another scale than the one believed is no poor answer: the server has changed.
+            known.offer = before._replace(scale=offer.scale)

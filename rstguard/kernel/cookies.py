@@ -1,0 +1,237 @@
+"""The SYN budget: above it the kernel answers a service's SYNs with SYN cookies.  Pure.
+
+The way of a connection while its service is over budget (numbers: hook priorities need no knowing):
+
+- raw PREROUTING: hashlimit counts the SYNs of each service.  With --hashlimit-rate-match it is a
+  switch, not a valve (rateinfo_recalc in net/netfilter/xt_hashlimit.c): over the rate within the
+  running second or in the last one, *every* SYN matches.  Those are noted in the set
+  rstguard-engaged and kept from the tracker.
+- filter INPUT and FORWARD: SYNPROXY answers them, and takes the ACKs that carry a cookie.
+- OUTPUT: for each of those ACKs it opens the connection to the server, with the client's address as
+  source.  That SYN is what the engine judges, as a SYN and as a completed handshake in one.
+
+Three things the kernel does not do by itself, each found by trial on 6.18:
+
+- SYNPROXY's own SYN-ACK goes through the tracker.  If a client's port was used shortly before, it
+  meets the old entry and is rewritten by that one's sequence offset (nf_ct_seq_adjust): the client
+  then acknowledges a cookie that nobody gave out.  So these SYN-ACKs are kept from the tracker.
+- With time stamps SYNPROXY's ACK to the server echoes a wrong one (synproxy_tstamp_adjust turns it
+  though it is right already).  Linux since 6.15 refuses such an ACK (tcp_check_req, TSEcrRejected),
+  and whoever waits for the server's first word waits a second or more.  Hence no time stamp in it.
+- A packet of SYNPROXY is known by what no other has: no socket, and a SYN also a connection
+  template before the tracker has seen it, which matches as state NEW in the raw table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from rstguard.engine.address import address_text, is_v6
+from rstguard.engine.offers import Offer, Service
+from rstguard.engine.ruleset import Divert, RuleSet
+from rstguard.kernel import marks
+from rstguard.kernel.chains import PREFIX, Jump, Plan
+
+ENGAGED_SECONDS = 60
+"""How long after its last cookie a service's ACKs are still searched for cookies."""
+SAMPLE_GROUP = 5640
+"""NFLOG group of the sampled SYN-ACKs."""
+_SAMPLE_BYTES = 160  # IPv6 header, one extension header, TCP header with all options
+_LARGEST_RATE = 1_000_000
+"""What hashlimit can count in a second (XT_HASHLIMIT_SCALE_v2)."""
+
+_SYN = "-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK SYN"
+_SYN_ACK = "-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK SYN,ACK"
+_PLAIN_ACK = "-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK ACK"
+_NO_SOCKET = "-m owner ! --socket-exists"
+_COOKIE_SYN = marks.TO_QUEUE_KNOWN | marks.TO_QUEUE_PROVEN
+
+Known = Mapping[Service, Offer]
+
+
+def in_force(ruleset: RuleSet) -> bool:
+    """Tell whether the policy has a budget that may act: one that observes changes nothing."""
+    return ruleset.syn_budget is not None and ruleset.enforce
+
+
+def engaged_set(family: int) -> str:
+    """Return the name of the set of services that were lately over budget."""
+    return f"{PREFIX}-engaged{family}"
+
+
+def with_budget(plan: Plan, ruleset: RuleSet, family: int, known: Known) -> Plan:
+    """Return a policy's plan with its SYN budget, for the services whose offers are known."""
+    if not in_force(ruleset):
+        return plan
+    of_family = {s: o for s, o in known.items() if is_v6(s.address) == (family == 6)}
+    build = _Build(ruleset, family, of_family)
+    chains = {table: dict(of_table) for table, of_table in plan.chains.items()}
+    raw, mangle, filters = chains["raw"], chains["mangle"], chains["filter"]
+    raw[f"{PREFIX}-raw"] += build.on_interfaces(f"-i {{}} {_SYN} -j {PREFIX}-budget")
+    raw[f"{PREFIX}-budget"] = build.budget()
+    raw[f"{PREFIX}-over"] = build.over()
+    raw[f"{PREFIX}-answer"] = build.answer()
+    raw[f"{PREFIX}-opening"] = build.opening()
+    mangle[f"{PREFIX}-syn"] = (
+        "-m conntrack --ctstate UNTRACKED -j RETURN",
+        *mangle[f"{PREFIX}-syn"],
+    )
+    # An ACK with a cookie belongs to no connection yet, and is no stray.
+    mangle[f"{PREFIX}-invalid"] = (
+        f"{_PLAIN_ACK} {build.engaged()} -j RETURN",
+        *mangle[f"{PREFIX}-invalid"],
+    )
+    mangle[f"{PREFIX}-proved"] = build.proved()
+    mangle[f"{PREFIX}-joined"] = build.joined()
+    mangle[f"{PREFIX}-offers"] = build.on_interfaces(f"-o {{}} -j {PREFIX}-sample")
+    mangle[f"{PREFIX}-sample"] = build.sample()
+    filters[f"{PREFIX}-cookies"] = build.on_interfaces(f"-i {{}} -j {PREFIX}-proxy")
+    filters[f"{PREFIX}-proxy"] = build.proxy()
+    return replace(plan, chains=chains, jumps=(*plan.jumps, *_jumps()))
+
+
+def _jumps() -> tuple[Jump, ...]:
+    guarded = f"0x{marks.GUARDED:x}/0x{marks.GUARDED | marks.PROVEN:x}"
+    opening = f"-m mark --mark 0x{_COOKIE_SYN:x}/0x{marks.MASK:x}"
+    begun = "-m conntrack --ctstate ESTABLISHED --ctdir ORIGINAL"
+    unsaved = f"-m conntrack --ctdir ORIGINAL -m mark ! --mark 0x0/0x{marks.MASK:x}"
+    lost = "-p tcp -m tcp --tcp-flags FIN,RST NONE -m conntrack --ctstate INVALID,UNTRACKED"
+    template = "-m conntrack --ctstate NEW"
+    return (
+        Jump("raw", "OUTPUT", f"{_SYN_ACK} {_NO_SOCKET}", f"{PREFIX}-answer"),
+        Jump("raw", "OUTPUT", f"{_SYN} {template} {_NO_SOCKET}", f"{PREFIX}-opening"),
+        Jump("mangle", "OUTPUT", f"{_SYN} {opening}", f"{PREFIX}-proved", last=True),
+        Jump(
+            "mangle",
+            "OUTPUT",
+            f"{_PLAIN_ACK} {begun} -m connmark --mark {guarded}",
+            f"{PREFIX}-joined",
+            last=True,
+        ),
+        Jump("mangle", "POSTROUTING", _SYN_ACK, f"{PREFIX}-offers", last=True),
+        Jump("mangle", "POSTROUTING", f"-p tcp {unsaved}", f"{PREFIX}-save"),
+        Jump("filter", "INPUT", lost, f"{PREFIX}-cookies"),
+        Jump("filter", "FORWARD", lost, f"{PREFIX}-cookies"),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Build:
+    """The budget's rules for one policy and address family."""
+
+    ruleset: RuleSet
+    family: int
+    known: Known
+
+    def on_interfaces(self, rule: str) -> tuple[str, ...]:
+        names = (name.replace("*", "+") for name in self.ruleset.scope.interfaces)
+        return tuple(rule.format(name) for name in names)
+
+    def engaged(self) -> str:
+        return f"-m set --match-set {engaged_set(self.family)} dst,dst"
+
+    def for_each(self, rule: str, towards: bool = True) -> tuple[str, ...]:
+        """Return a rule for each known service, in the direction towards it or from it."""
+        way, port = ("-d", "--dport") if towards else ("-s", "--sport")
+        return tuple(
+            f"{way} {address_text(s.address)} -p tcp -m tcp {port} {s.port} {rule}"
+            for s in self.known
+        )
+
+    def budget(self) -> tuple[str, ...]:
+        """Only SYNs come here.  Who is blocked or trusted goes the usual way."""
+        budget = self.ruleset.syn_budget
+        assert budget is not None
+        rate = min(budget.rate, _LARGEST_RATE)
+        # A table lives on with its old rate under its name: another rate needs another name.
+        table = f"{PREFIX}{self.family}-{rate}"
+        over = (
+            f"-m hashlimit --hashlimit-above {rate}/sec --hashlimit-burst 1"
+            f" --hashlimit-mode dstip,dstport --hashlimit-name {table}"
+            f" --hashlimit-rate-match --hashlimit-rate-interval 1 -j {PREFIX}-over"
+        )
+        rules = self.for_each(over)
+        exempt = []
+        if self.ruleset.scope.trusted:
+            exempt.append("trusted")
+        if self.ruleset.blocking != "drop":  # they are answered later, in the filter table
+            exempt += ["ban", "shun"]
+        names = (f"{PREFIX}-{name}{self.family}" for name in exempt)
+        return (*(f"-m set --match-set {name} src -j RETURN" for name in names), *rules)
+
+    def over(self) -> tuple[str, ...]:
+        add = f"-j SET --add-set {engaged_set(self.family)} dst,dst --exist"
+        return (f"{add} --timeout {ENGAGED_SECONDS}", "-j CT --notrack")
+
+    def answer(self) -> tuple[str, ...]:
+        return self.for_each("-j CT --notrack", towards=False)
+
+    def opening(self) -> tuple[str, ...]:
+        return self.for_each(f"-j MARK --set-xmark 0x{_COOKIE_SYN:x}/0x{marks.MASK:x}")
+
+    def proved(self) -> tuple[str, ...]:
+        rules = [f"-j CONNMARK --set-xmark 0x{marks.GUARDED:x}/0x{marks.GUARDED:x}"]
+        if self.ruleset.bans:
+            rules.append(f"-j SET --add-set {PREFIX}-proven{self.family} src --exist")
+        if {Divert.SYN, Divert.HANDSHAKE} & self.ruleset.diverts:
+            rules.append(f"-j {PREFIX}-queue")
+        else:
+            rules.append(f"-j MARK --set-xmark 0x0/0x{marks.MASK:x}")
+        return tuple(rules)
+
+    def joined(self) -> tuple[str, ...]:
+        """This ACK must not wait in the queue: SYNPROXY sends it before it tells the tracker by how
+        much to shift what follows (nf_ct_seqadj_init), and a later one would be shifted as well.
+        """
+        proven = f"0x{marks.PROVEN:x}/0x{marks.PROVEN:x}"
+        strip = "-p tcp -j TCPOPTSTRIP --strip-options timestamp"
+        return (strip, f"-j CONNMARK --set-xmark {proven}")
+
+    def sample(self) -> tuple[str, ...]:
+        """One SYN-ACK a second of each service, and one of those that offer a window scale.
+
+        Apart, lest a flood of poor SYNs hide what the server offers others.  A service behind a
+        destination translation is not sampled and so never answered for: the connection that
+        SYNPROXY opens would not be translated.
+        """
+        rules = [
+            f"-m connmark ! --mark 0x{marks.GUARDED:x}/0x{marks.GUARDED:x} -j RETURN",
+            "-m conntrack --ctstate DNAT -j RETURN",
+        ]
+        budget = self.ruleset.syn_budget
+        if budget is not None and budget.ports is not None:
+            rules.append(f"-p tcp -m set ! --match-set {PREFIX}-budget-ports src -j RETURN")
+        for kind, offers in (("rich", "--tcp-option 3"), ("poor", "! --tcp-option 3")):
+            rules.append(
+                f"-p tcp -m tcp {offers} -m hashlimit --hashlimit-upto 1/sec --hashlimit-burst 1"
+                " --hashlimit-mode srcip,srcport"
+                f" --hashlimit-name {PREFIX}-{kind}{self.family}"
+                f" -j NFLOG --nflog-group {SAMPLE_GROUP} --nflog-size {_SAMPLE_BYTES}"
+            )
+        return tuple(rules)
+
+    def proxy(self) -> tuple[str, ...]:
+        """What belongs to no connection, is neither FIN nor RST, and goes to an engaged service.
+
+        Of the rest SYNPROXY takes the ACKs that bring a cookie back, and drops the others.
+        """
+        rules = [f"-p tcp {self._negated_engaged()} -j RETURN"]
+        rules += [
+            f"-d {address_text(s.address)} -p tcp -m tcp --dport {s.port} -j SYNPROXY {_options(o)}"
+            for s, o in self.known.items()
+        ]
+        return tuple(rules)
+
+    def _negated_engaged(self) -> str:
+        return self.engaged().replace("-m set ", "-m set ! ", 1)
+
+
+def _options(offer: Offer) -> str:
+    """Window scale and SACK travel in the time stamp's cookie: without one they cannot be had."""
+    options = f"--mss {offer.mss}"
+    if offer.timestamps:
+        options += " --timestamp"
+        options += " --sack-perm" if offer.sack else ""
+        options += f" --wscale {offer.scale}" if offer.scale >= 0 else ""
+    return options

@@ -1,0 +1,122 @@
+"""Copies of packets that NFLOG rules send to a group: no verdict is owed for them."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import struct
+from collections.abc import Iterator
+from typing import Self
+
+from rstguard.kernel import KernelError
+from rstguard.kernel.netlink import (
+    ATTRIBUTE,
+    CHUNK,
+    HEADER,
+    NETLINK_NETFILTER,
+    NFGEN,
+    NLA_TYPE_MASK,
+    NLM_F_ACK,
+    NLM_F_REQUEST,
+    NLMSG_ERROR,
+    attribute,
+    messages,
+)
+
+# linux/netfilter/nfnetlink.h and nfnetlink_log.h
+_SUBSYSTEM = 4
+_PACKET, _CONFIG = 0, 1
+_CFG_CMD, _CFG_MODE, _CFG_QTHRESH = 1, 2, 5
+_BIND = 1
+_COPY_PACKET = 2
+_PAYLOAD = 9
+_WHOLE = 0xFFFF
+
+
+class PacketLog:
+    """Receives what NFLOG rules of this network namespace send to one group.
+
+    A packet that finds the socket full is lost, and nothing waits for it.
+    """
+
+    def __init__(self, group: int) -> None:
+        """Bind group `group` (0-65535).
+
+        Raises:
+            KernelError: another program has the group, or the kernel lacks NFLOG.
+        """
+        kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
+        self._socket = socket.socket(socket.AF_NETLINK, kind, NETLINK_NETFILTER)
+        self._group = group
+        try:
+            self._configure(attribute(_CFG_CMD, bytes((_BIND,))))
+            mode = struct.pack(">IBx", _WHOLE, _COPY_PACKET)
+            self._configure(attribute(_CFG_MODE, mode))
+            # The default collects a hundred packets before it sends them.
+            self._configure(attribute(_CFG_QTHRESH, (1).to_bytes(4, "big")))
+        except OSError as error:
+            self._socket.close()
+            raise KernelError(_sentence(group, error)) from error
+        self._socket.setblocking(False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def fileno(self) -> int:
+        """The descriptor to wait on."""
+        return self._socket.fileno()
+
+    def close(self) -> None:
+        """Give the group up."""
+        self._socket.close()
+
+    def receive(self) -> list[bytes]:
+        """Return the packets that have arrived, each from its IP header on."""
+        packets: list[bytes] = []
+        while True:
+            try:
+                chunk = self._socket.recv(CHUNK)
+            except BlockingIOError:
+                return packets
+            except OSError as error:
+                if error.errno == errno.ENOBUFS:
+                    continue  # some were lost; others of their kind will come
+                raise KernelError(f"cannot read logged packets ({error.strerror})") from error
+            packets += _payloads(chunk)
+
+    def _configure(self, attributes: bytes) -> None:
+        body = NFGEN.pack(socket.AF_UNSPEC, 0, socket.htons(self._group)) + attributes
+        kind = _SUBSYSTEM << 8 | _CONFIG
+        flags = NLM_F_REQUEST | NLM_F_ACK
+        self._socket.sendto(HEADER.pack(16 + len(body), kind, flags, 0, 0) + body, (0, 0))
+        chunk = self._socket.recv(CHUNK)
+        for start, _, answer, _, _ in messages(chunk):
+            if answer == NLMSG_ERROR:
+                (code,) = struct.unpack_from("=i", chunk, start + HEADER.size)
+                if code:
+                    raise OSError(-code, "refused")
+
+
+def _payloads(chunk: bytes) -> Iterator[bytes]:
+    for start, end, kind, _, _ in messages(chunk):
+        if kind != _SUBSYSTEM << 8 | _PACKET:
+            continue
+        at = start + HEADER.size + NFGEN.size
+        while at + 4 <= end:
+            length, attribute_kind = ATTRIBUTE.unpack_from(chunk, at)
+            if length < 4 or at + length > end:
+                break
+            if attribute_kind & NLA_TYPE_MASK == _PAYLOAD:
+                yield chunk[at + 4 : at + length]
+            at += (length + 3) & ~3
+
+
+def _sentence(group: int, error: OSError) -> str:
+    if error.errno == errno.EBUSY:
+        return f"NFLOG group {group} is in use by another program; stop it"
+    if error.errno in (errno.EPERM, errno.EACCES):
+        return "receiving logged packets needs root (CAP_NET_ADMIN): run the command with sudo"
+    return "the kernel has no NFLOG: load it with `modprobe nfnetlink_log`"

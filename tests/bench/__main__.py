@@ -1,0 +1,70 @@
+"""Print the figures that the guard is measured by: ``python -m tests.bench [NAME...]``.
+
+Needs root, a C compiler, and the tools of the lab.  Nothing is written unless --out names a file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from tests.bench.blocks import blocks
+from tests.bench.engine_speed import engine
+from tests.bench.figures import Benchmark, Figure, as_data, table
+from tests.bench.kills import kills
+from tests.bench.queue_speed import queue
+from tests.bench.resets import resets
+from tests.bench.sources import sources
+from tests.bench.sweeps import sweeps
+from tests.bench.traffic import bulk, connections
+
+BENCHMARKS: tuple[Benchmark, ...] = (
+    resets,
+    kills,
+    blocks,
+    engine,
+    queue,
+    bulk,
+    connections,
+    sources,
+    sweeps,
+)
+
+
+def main() -> None:
+    """Run the benchmarks that are named, or all of them."""
+    names = {benchmark.__name__: benchmark for benchmark in BENCHMARKS}
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description="All figures.")
+    parser.add_argument("names", metavar="NAME", nargs="*", help=f"one of {', '.join(names)}")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON to a file, too")
+    asked = parser.parse_args()
+    unknown = [name for name in asked.names if name not in names]
+    if unknown:
+        parser.error(f"there is no benchmark {unknown[0]}: name one of {', '.join(names)}")
+    if os.geteuid() != 0:
+        sys.exit("the benchmarks need root: run `make bench`")
+    figures: list[Figure] = []
+    said = Console(stderr=True)
+    for name in asked.names or names:
+        said.print(f"{name}: {names[name].__doc__}")
+        figures += names[name]()
+    text = json.dumps(as_data(figures), indent=2)
+    if asked.out:
+        asked.out.write_text(text + "\n")
+    if asked.json:
+        print(text)
+        return
+    console = Console(width=max(Console().width, 120))
+    console.print(table(figures))
+    goals = [figure.met for figure in figures if figure.met is not None]
+    console.print(f"{sum(goals)} of {len(goals)} goals met")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""A million sources: how much memory a worker takes at most."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+from rstguard.policy.compile import compile_policy
+from rstguard.policy.load import parse
+from tests.bench.figures import Figure, at_most, seen
+from tests.bench.gateway import Guard, Site, memory_mb, policy_of
+from tests.bench.queue_speed import flooder
+from tests.netns import wait_until
+
+GOAL_MB = 300.0
+SOURCES = 1_000_000
+_FLAGS = "2 0 16"
+"""For the queue: SYNs, segments without any flag, and ACKs of no connection, in turn."""
+
+_QUIET = (
+    "name: syn-rate, measure: syn_rate, over: 1/h, burst: 100, then: ban, for: 1h",
+    "name: met, measure: connection_rate, over: 1/h, burst: 100, then: ban, for: 1h",
+    "name: half-open, measure: half_open, over: 100, within: 10m, then: ban, for: 1h",
+    "name: ports, measure: distinct_ports, over: 100, within: 10m, then: ban, for: 1h",
+    "name: hosts, measure: distinct_hosts, over: 100, within: 10m, then: ban, for: 1h",
+    "name: flags, measure: bad_flags, over: 1/h, burst: 100, then: ban, for: 1h",
+    "name: strays, measure: out_of_state, over: 1/h, burst: 100, then: ban, for: 1h",
+    "name: resets, measure: reset_rate, over: 1/h, burst: 100, then: ban, for: 1h",
+    "name: short, measure: short_connections, shorter_than: 1h, over: 100/h, then: ban, for: 1h",
+    "name: stalled, measure: stalled, window: 1000, over: 1h, then: reset",
+)
+"""Every measure that a worker counts by source, with limits that nobody crosses."""
+
+_ESCALATE = "escalate: {factor: 2, up_to: 24h, memory: 7d}"
+_CROSSED = (
+    *_QUIET,
+    f"name: once, measure: bad_flags, over: 1/h, burst: 1, then: ban, for: 1m, {_ESCALATE}",
+)
+"""And one that every source crosses, so that offences and orders are remembered as well."""
+
+
+def sources() -> Iterator[Figure]:
+    """Memory of a worker after a million different sources."""
+    ruleset = compile_policy(parse(policy_of(*_CROSSED), "bench").policy)
+    # A process of its own, that knows the engine only, as a worker does.
+    command = [sys.executable, "-m", "tests.bench.fill", str(SOURCES)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, input=pickle.dumps(ruleset))
+    before, after = (kilobytes * 1024 / 1e6 for kilobytes in map(int, done.stdout.split()))
+    yield at_most(
+        GOAL_MB,
+        f"memory: engine alone, {SOURCES:,} sources",
+        [after],
+        "MB",
+        "every measure that a worker counts by source at once; half of the sources IPv6; each "
+        f"sends a SYN, a first ACK, a small window, a stray, bad flags twice, a FIN or RST, and "
+        f"is banned; {before:.0f} MB before",
+    )
+    with Site() as site:
+        guard = Guard(site, policy_of(*_QUIET))
+        worker = guard.worker
+        empty = memory_mb(worker)
+        flood = flooder(site)(120.0, 0, 1, _FLAGS)
+        began = time.monotonic()
+        wait_until(lambda: _packets(guard) >= SOURCES, 100)
+        took = time.monotonic() - began
+        full = memory_mb(worker)
+        flood.terminate()
+        guard.stop()
+    yield at_most(
+        GOAL_MB,
+        f"memory: worker behind the queue, {SOURCES:,} sources",
+        [full],
+        "MB",
+        "VmHWM; the same measures with limits that nobody crosses; SYNs, null segments and strays "
+        "in turn, one of each source (forged sources complete no handshake); "
+        f"{empty:.0f} MB before",
+    )
+    yield seen("queue: every worker measure at once", [SOURCES / took], "packets/s")
+
+
+def _packets(guard: Guard) -> int:
+    time.sleep(0.2)  # asking costs the guard something, too
+    return int(guard.status()["counts"].get("packets", 0))

@@ -1,0 +1,320 @@
+"""The SYN budget with the real kernel: cookies for clients, silence for forged sources."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import random
+import socket
+import threading
+from collections.abc import Iterator
+from types import TracebackType
+
+import pytest
+
+from rstguard.engine.address import parse_address
+from rstguard.engine.segment import emit
+from rstguard.engine.wire import SYN, Packet
+from rstguard.kernel.inject import Injector
+from tests.guard import (
+    BOTH_FAMILIES,
+    Guard,
+    Link,
+    Service,
+    connect,
+    give_sources,
+    source,
+)
+from tests.netns import OUTSIDE4, OUTSIDE6, Lab, wait_until
+
+pytestmark = pytest.mark.netns
+
+RATE = 200
+PLAIN, ONCE = 8001, 8002
+FREE_BIND = {False: (socket.IPPROTO_IP, 15), True: (socket.IPPROTO_IPV6, 78)}
+"""IP_FREEBIND and IPV6_FREEBIND."""
+
+POLICY = f"""
+version: 1
+sweep_every: 500ms
+{{head}}
+protect: {{{{interfaces: [out]}}}}
+syn_budget: {{{{rate: {RATE}/s, ports: [{PLAIN}, {ONCE}]}}}}
+rules:
+  - {{{{name: once, measure: syn_rate, ports: [{ONCE}], over: 1/m, burst: 1, then: drop}}}}
+  - {{{{name: joined, measure: connection_rate, over: 1/s, burst: 5, then: observe}}}}
+"""
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    with Lab("rgh") as lab:
+        give_sources(lab)
+        yield lab
+
+
+@pytest.fixture(scope="module")
+def guard(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guard]:
+    with Guard(lab, POLICY.format(head=""), tmp_path_factory.mktemp("budget")) as guard:
+        yield guard
+
+
+@pytest.fixture
+def opened(lab: Lab) -> Iterator[list[Service]]:
+    services: list[Service] = []
+    yield services
+    for service in services:
+        service.close()
+
+
+class Flood:
+    """Forged SYNs of ever new sources, some thousands a second, while the context lasts."""
+
+    def __init__(self, lab: Lab, target: str, port: int) -> None:
+        self._frames = [_forged(target, port, number) for number in range(20_000)]
+        with lab.inside("client"):
+            self._injector = Injector()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Flood:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._over.set()
+        self._thread.join()
+        self._injector.close()
+
+    @property
+    def sent(self) -> int:
+        return self._injector.sent
+
+    def _run(self) -> None:
+        for start in itertools.count(0, 50):
+            if self._over.wait(0.01):
+                return
+            at = start % len(self._frames)
+            self._injector.send(self._frames[at : at + 50])
+
+
+def _forged(target: str, port: int, number: int) -> bytes:
+    forged = f"2001:db8:{number:x}::1" if ":" in target else f"198.18.{number >> 8}.{number & 255}"
+    fields = (parse_address(forged), parse_address(target), 1024 + number, port)
+    return emit(Packet(*fields, random.getrandbits(32), 0, SYN, 1000, 0))
+
+
+def target_of(service: Service, place: str) -> str:
+    if place == "server":
+        return service.address
+    return OUTSIDE6 if service.v6 else OUTSIDE4
+
+
+def open_service(
+    lab: Lab, guard: Guard, opened: list[Service], port: int, v6: bool, place: str
+) -> Service:
+    """Open a service and wait until the guard knows what it offers."""
+    service = Service(lab, port, place, v6)
+    service.address = target_of(service, place)
+    opened.append(service)
+    service.connect(source(v6)).talk()
+    wait_until(lambda: state_of(guard, service) is not None)
+    return service
+
+
+def state_of(guard: Guard, service: Service) -> dict[str, object] | None:
+    name = f"[{service.address}]" if service.v6 else service.address
+    rows = guard.status()["syn_budget"]["services"]
+    return next((row for row in rows if row["service"] == f"{name}:{service.port}"), None)
+
+
+def engaged(guard: Guard, service: Service) -> bool:
+    state = state_of(guard, service)
+    return state is not None and state["engaged_s"] is not None
+
+
+@contextlib.contextmanager
+def over_budget(lab: Lab, guard: Guard, service: Service) -> Iterator[Flood]:
+    with Flood(lab, service.address, service.port) as flood:
+        wait_until(lambda: engaged(guard, service))
+        yield flood
+
+
+def accepted(guard: Guard) -> int:
+    return int(guard.status()["syn_budget"]["cookies"]["accepted"])
+
+
+@BOTH_FAMILIES
+@pytest.mark.parametrize("place", ["server", "gateway"])
+def test_clients_connect_while_their_service_is_over_budget(
+    lab: Lab, guard: Guard, opened: list[Service], v6: bool, place: str
+) -> None:
+    service = open_service(lab, guard, opened, PLAIN, v6, place)
+    before = service.connect(source(v6))
+    with over_budget(lab, guard, service):
+        links = [service.connect(source(v6)) for _ in range(30)]
+        for link in links:
+            link.talk()
+        before.talk()
+    before.talk()
+    wait_until(lambda: accepted(guard) >= 30)
+    for link in links:
+        link.talk()
+
+
+def test_what_a_server_offers_is_learned_in_full(
+    lab: Lab, guard: Guard, opened: list[Service]
+) -> None:
+    service = open_service(lab, guard, opened, PLAIN, False, "server")
+    state = state_of(guard, service)
+    assert state is not None
+    offers = state["offers"]
+    assert isinstance(offers, dict)
+    assert (offers["mss"], offers["sack"], offers["timestamps"]) == (1460, True, True)
+    assert offers["scale"] > 0
+
+
+def test_the_server_speaks_first_without_a_wait(
+    lab: Lab, guard: Guard, opened: list[Service]
+) -> None:
+    service = open_service(lab, guard, opened, PLAIN, False, "server")
+    with over_budget(lab, guard, service):
+        for _ in range(10):
+            link = service.connect(source(False), timeout=0.5)
+            link.server.sendall(b"220 ready")
+            assert link.client.recv(9) == b"220 ready"
+
+
+def test_bulk_data_passes_whole_both_ways(lab: Lab, guard: Guard, opened: list[Service]) -> None:
+    service = open_service(lab, guard, opened, PLAIN, False, "server")
+    data = random.randbytes(4 << 20)
+    with over_budget(lab, guard, service):
+        link = service.connect(source(False))
+        for one, other in ((link.client, link.server), (link.server, link.client)):
+            one.settimeout(10)
+            sender = threading.Thread(target=one.sendall, args=(data,))
+            sender.start()
+            other.settimeout(10)
+            received = b"".join(_read(other, len(data)))
+            sender.join()
+            assert received == data
+
+
+def _read(one: socket.socket, size: int) -> Iterator[bytes]:
+    while size:
+        part = one.recv(min(size, 1 << 16))
+        assert part
+        size -= len(part)
+        yield part
+
+
+@BOTH_FAMILIES
+def test_a_port_that_was_used_just_before_works_again(
+    lab: Lab, guard: Guard, opened: list[Service], v6: bool
+) -> None:
+    """The tracker still holds the old connection, whose sequence numbers it had to shift."""
+    service = open_service(lab, guard, opened, PLAIN, v6, "server")
+    address = source(v6)
+    with over_budget(lab, guard, service):
+        for _ in range(5):
+            with lab.inside("client"):
+                client = socket.socket(socket.AF_INET6 if v6 else socket.AF_INET)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            client.setsockopt(*FREE_BIND[v6], 1)
+            client.bind((address, 30_000))
+            client.settimeout(3)
+            client.connect((service.address, service.port))
+            server = service.accept()
+            Link(client, server).talk()
+            server.close()
+            assert client.recv(1) == b""
+            client.close()
+
+
+@BOTH_FAMILIES
+@pytest.mark.parametrize("place", ["server", "gateway"])
+def test_who_is_refused_after_his_cookie_hears_a_reset(
+    lab: Lab, guard: Guard, opened: list[Service], v6: bool, place: str
+) -> None:
+    service = open_service(lab, guard, opened, ONCE, v6, place)
+    address = source(v6)
+    with over_budget(lab, guard, service):
+        service.connect(address).talk()
+        with pytest.raises(ConnectionResetError):  # here or, if it is quick, there
+            connect(lab, address, service.address, ONCE).recv(1)
+        service.connect(source(v6)).talk()
+
+
+@BOTH_FAMILIES
+@pytest.mark.parametrize("place", ["server", "gateway"])
+def test_a_connection_that_began_with_a_cookie_can_be_killed(
+    lab: Lab, guard: Guard, opened: list[Service], v6: bool, place: str
+) -> None:
+    service = open_service(lab, guard, opened, PLAIN, v6, place)
+    address = source(v6)
+    with over_budget(lab, guard, service):
+        link = service.connect(address)
+        link.talk()
+        silent = service.connect(address)
+        outcome = guard.kill(source=address)
+    assert (outcome["killed"], outcome["confirmed"]) == (2, 2)
+    link.wait_reset()
+    silent.wait_reset()
+
+
+def test_completed_cookies_are_judged_as_handshakes(
+    lab: Lab, guard: Guard, opened: list[Service]
+) -> None:
+    service = open_service(lab, guard, opened, PLAIN, False, "server")
+    with over_budget(lab, guard, service):
+        before, address = guard.events("observed", "joined"), source(False)
+        for _ in range(10):
+            service.connect(address)
+        wait_until(lambda: guard.events("observed", "joined") > before)
+
+
+def test_forged_syns_stay_away_from_server_and_engine(
+    lab: Lab, guard: Guard, opened: list[Service]
+) -> None:
+    service = open_service(lab, guard, opened, PLAIN, False, "server")
+    with over_budget(lab, guard, service) as flood:
+        first, arrived, seen = flood.sent, inside(lab), guard.status()["counts"]["packets"]
+        wait_until(lambda: flood.sent - first > 5_000)
+        assert inside(lab) - arrived < 50
+        assert guard.status()["counts"]["packets"] - seen < 50
+
+
+def inside(lab: Lab) -> int:
+    """Return how many packets the server's host has received."""
+    return int(lab.run("server", "cat", "/sys/class/net/eth0/statistics/rx_packets"))
+
+
+def test_it_disengages_by_itself_and_says_so(lab: Lab, guard: Guard, opened: list[Service]) -> None:
+    service = open_service(lab, guard, opened, PLAIN, False, "server")
+    with over_budget(lab, guard, service):
+        pass
+    wait_until(lambda: not engaged(guard, service), 15)
+    kinds = [event["kind"] for event in guard.status()["recent"]]
+    assert kinds.index("cookies_on") < len(kinds) - 1 - kinds[::-1].index("cookies_off")
+    sent = guard.status()["syn_budget"]["cookies"]["sent"]
+    service.connect(source(False)).talk()
+    assert guard.status()["syn_budget"]["cookies"]["sent"] == sent
+
+
+def test_a_policy_that_observes_gives_out_no_cookies(
+    lab: Lab, guard: Guard, opened: list[Service]
+) -> None:
+    guard.apply(POLICY.format(head="mode: observe"))
+    try:
+        assert guard.status()["syn_budget"] is None
+        assert "SYNPROXY" not in lab.run("gateway", "iptables-save")
+    finally:
+        guard.apply(POLICY.format(head=""))
+    service = open_service(lab, guard, opened, PLAIN, False, "server")
+    with over_budget(lab, guard, service):
+        service.connect(source(False)).talk()

@@ -1,0 +1,134 @@
+"""Whatever is sent to the control socket, the guard answers in one line and goes on."""
+
+from __future__ import annotations
+
+import json
+import socket
+import stat
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.guard import Guard
+from tests.netns import Lab
+
+pytestmark = pytest.mark.netns
+
+POLICY = """
+version: 1
+protect: {interfaces: [out]}
+rules:
+  - {name: drop, measure: syn_rate, over: 1000/s, then: drop}
+"""
+
+
+@pytest.fixture(scope="module")
+def guard(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guard]:
+    with Guard(lab, POLICY, tmp_path_factory.mktemp("control")) as guard:
+        yield guard
+
+
+@pytest.fixture
+def line(guard: Guard) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX) as one:
+        one.settimeout(10)
+        one.connect(str(guard.runtime / "control.sock"))
+        yield one
+
+
+def said(line: socket.socket) -> Any:
+    with line.makefile("rb") as stream:
+        return json.loads(stream.readline())
+
+
+def test_it_is_for_root_alone(guard: Guard) -> None:
+    mode = (guard.runtime / "control.sock").stat()
+    assert stat.S_IMODE(mode.st_mode) == 0o600
+    assert mode.st_uid == 0
+
+
+JUNK = [
+    (b"hello\n", "no JSON"),
+    (b"\n", "no JSON"),
+    (b"\xff\xfe\0\n", "no JSON"),
+    (b"[" * 100_000 + b"\n", "no JSON"),
+    (b"[1, 2]\n", 'with a "command"'),
+    (b'"status"\n', 'with a "command"'),
+    (b'{"command": 7}\n', 'with a "command"'),
+    (b'{"command": "reboot"}\n', "unknown command 'reboot'"),
+    (b'{"command": "ban-add"}\n', "lacks 'source'"),
+    (b'{"command": "ban-add", "source": 7}\n', "lacks 'source'"),
+    (b'{"command": "ban-add", "source": "1.2.3.4"}\n', "1 to"),
+    (b'{"command": "ban-add", "source": "1.2.3.4", "seconds": 1e9}\n', "1 to"),
+    (b'{"command": "ban-add", "source": "1.2.3.4", "seconds": true}\n', "1 to"),
+    (b'{"command": "ban-add", "source": "::/0", "seconds": 9}\n', "everybody"),
+    (b'{"command": "ban-remove", "source": "%s"}\n' % (b"9" * 5000), "no address"),
+    (b'{"command": "kill", "port": "80"}\n', "a port is a number"),
+    (b'{"command": "kill", "port": true}\n', "a port is a number"),
+    (b'{"command": "kill", "source": {"a": 1}}\n', "lacks 'source'"),
+    (b'{"command": "policy-apply", "name": "x"}\n', "lacks 'text'"),
+    (b'{"command": "policy-apply", "name": "x", "text": "\\u0000"}\n', "x:"),
+    (b'{"command": "policy-apply", "name": "x", "text": "[[[[[[[[[[[["}\n', "x:"),
+]
+
+
+@pytest.mark.parametrize(("sent", "answer"), JUNK, ids=[repr(sent[:50]) for sent, _ in JUNK])
+def test_junk(guard: Guard, line: socket.socket, sent: bytes, answer: str) -> None:
+    line.sendall(sent)
+    reply = said(line)
+    assert reply["ok"] is False
+    assert answer in reply["error"]
+    line.sendall(b'{"command": "ban-list"}\n')
+    assert said(line) == {"ok": True, "data": []}
+
+
+def test_a_huge_line(guard: Guard, line: socket.socket) -> None:
+    try:
+        for _ in range(20):
+            line.sendall(b"x" * (1 << 20))
+    except OSError:
+        pass  # it has heard enough
+    else:
+        assert "too long" in said(line)["error"]
+    assert guard.filtering()
+
+
+def test_half_a_line(guard: Guard, line: socket.socket) -> None:
+    line.sendall(b'{"command": "sta')
+    assert guard.filtering()
+    line.sendall(b'tus"}\n')
+    assert said(line)["data"]["filtering"]
+
+
+def test_half_a_line_and_away(guard: Guard, line: socket.socket) -> None:
+    line.sendall(b'{"command": "ban-add", "source": "203.0.113.5", "seconds": 60}')
+    line.close()
+    assert guard.filtering()
+
+
+def test_a_question_and_away(guard: Guard) -> None:
+    for _ in range(20):
+        with socket.socket(socket.AF_UNIX) as one:
+            one.connect(str(guard.runtime / "control.sock"))
+            one.sendall(b'{"command": "status"}\n' * 3)
+    assert guard.filtering()
+    assert "Traceback" not in guard.log.read_text()
+
+
+def test_many_that_say_nothing(guard: Guard) -> None:
+    crowd = [socket.socket(socket.AF_UNIX) for _ in range(200)]
+    try:
+        for one in crowd:
+            one.connect(str(guard.runtime / "control.sock"))
+        assert guard.filtering()
+    finally:
+        for one in crowd:
+            one.close()
+
+
+def test_questions_of_many_at_once(guard: Guard, line: socket.socket) -> None:
+    line.sendall(b'{"command": "policy-show"}\n' * 50)
+    with line.makefile("rb") as stream:
+        answers = [json.loads(stream.readline()) for _ in range(50)]
+    assert all(answer["ok"] for answer in answers)
