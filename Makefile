@@ -38,7 +38,7 @@ test: lint
 	$(PYTEST)
 
 test-pure: setup
-	$(PYTHON_IN) -m pytest -m "not netns and not soak and not fuzz_long and not bench"
+	$(PYTHON_IN) -m pytest -m "not netns and not soak and not fuzz_long"
 
 test-all-pythons:
 	@./.ci/setup --packages
@@ -49,12 +49,12 @@ test-all-pythons:
 	  PYTHON="$$python" ./.ci/setup --venv ".venv-$$version"; \
 	  echo "== Python $$version ($$python)"; \
 	  ".venv-$$version/bin/python" -m pytest -q -p no:cacheprovider \
-	    -m "not netns and not soak and not fuzz_long and not bench" || failed="$$failed $$version"; \
+	    -m "not netns and not soak and not fuzz_long" || failed="$$failed $$version"; \
 	done; \
 	if [ -n "$$failed" ]; then echo "failed on Python:$$failed" >&2; exit 1; fi
 
 bench: setup
-	$(PYTEST) -m bench -s --timeout=0
+	$(AS_ROOT) $(PYTHON_IN) -m tests.bench
 
 soak: setup
 	$(PYTEST) -m soak -s --timeout=0

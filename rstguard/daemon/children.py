@@ -42,6 +42,7 @@ class Child:
         """Describe a process that runs `module`; `start` gives its first message each time."""
         self.name = name
         self.restarts = 0
+        self.heard_at = 0.0
         self.ready = asyncio.Event()
         self._module = module
         self._start = start
@@ -79,6 +80,16 @@ class Child:
         theirs.close()
         asyncio.get_running_loop().add_reader(ours.fileno(), self._readable, self._channel)
         self.send(self._start())
+
+    def silent_for(self) -> float:
+        """Return for how many seconds a process that should serve has told nothing."""
+        return time.monotonic() - self.heard_at if self.ready.is_set() and self.pid else 0.0
+
+    def kill(self, why: str) -> None:
+        """End a process that hangs; its successor is started as after any death."""
+        log.error("the %s %s; it is ended and started again", self.name, why)
+        if self._process:
+            self._process.kill()
 
     async def wait_ready(self, seconds: float) -> None:
         """Wait until the process serves.
@@ -131,6 +142,7 @@ class Child:
         except Closed:
             self._died(channel)
             return
+        self.heard_at = time.monotonic()
         for message in messages:
             if isinstance(message, Ready):
                 self._is_ready(message.generation)

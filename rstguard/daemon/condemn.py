@@ -64,6 +64,9 @@ class Table(Protocol):
     def set_mark(self, flows: Sequence[Flow], bits: int, mask: int) -> list[int]:
         """Mark connections; return an errno for each."""
 
+    def delete(self, flows: Sequence[Flow]) -> list[int]:
+        """Forget connections; return an errno for each."""
+
 
 class Sender(Protocol):
     """The part of `rstguard.kernel.inject.Injector` that is needed here."""
@@ -79,9 +82,10 @@ class Condemner:
     """Kills connections, many at a time; `start` takes them, `step` does all work.
 
     At most `most` are pending; what is beyond is reported as REFUSED.  Times are monotonic ns,
-    given by the caller.  After its case is closed a connection stays condemned: an end that missed
-    its RST gets another with its next segment, until the entry vanishes (10 s after the last one).
-    A new connection of the same addresses and ports is refused for as long.
+    given by the caller.  After its case is closed a connection stays condemned for some seconds: an
+    end that missed its RST is provoked again and gets another.  Then a connection of which both
+    ends were told is taken out of the table, so that a new one of the same addresses and ports is
+    not refused.
     """
 
     def __init__(
@@ -194,15 +198,20 @@ class Condemner:
 
     def _provoke(self, now: int) -> None:
         paths: list[Tuple] = []
+        over: list[Flow] = []
         for case in self._cases.values():
             if case.condemned and case.due(now):
                 case.probes += 1
                 paths += probe_paths(case.target.flow, case.wanted & ~case.told)
         while self._again and self._again[0][0] <= now:
             _, rounds, target = self._again.popleft()
-            if rounds > 1:
+            if rounds > 0:
                 self._again.append((now + AGAIN_AFTER, rounds - 1, target))
-            paths += probe_paths(target.flow, TOLD_FOR[target.ends])
+                paths += probe_paths(target.flow, TOLD_FOR[target.ends])
+            elif target.ends is Ends.BOTH:
+                over.append(target.flow)
+        if over:  # a new connection of the same addresses and ports is welcome again
+            self._table.delete(over)
         self._sender.send(probe(path, self._draw(), self._draw()) for path in paths)
 
     def _close(self, key: tuple[Tuple, int], result: Result) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from rstguard import __version__
+from rstguard.daemon.children import Child
 from rstguard.daemon.control import ControlError, Request
 from rstguard.daemon.messages import Blocked
 from rstguard.engine.address import Prefix, parse_prefix
@@ -16,7 +17,7 @@ from rstguard.engine.verdict import Reason
 from rstguard.kernel import KernelError
 from rstguard.kernel.cookies import in_force
 from rstguard.kernel.elements import MAX_SECONDS, Element
-from rstguard.kernel.nfqueue import states
+from rstguard.kernel.nfqueue import QueueState, states
 from rstguard.kernel.sets import Sets
 from rstguard.observe.events import Event
 from rstguard.policy.load import PolicyError, parse
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 MANUAL = "manual"
 """The rule name of a ban that an administrator asked for."""
 _RECENT = 50
+_SILENT = 2.0
+"""Seconds without a report after which a worker does not count as filtering."""
 
 
 class Requests:
@@ -63,11 +66,15 @@ class Requests:
     async def _status(self, _request: Request) -> object:
         guard = self._guard
         missing = await asyncio.to_thread(guard.footprint.missing, guard.ruleset)
-        queue = states().get(guard.options.queue)
+        queues = states()
         counts = guard.counts
         listed = await asyncio.to_thread(self._listed)
         return {
-            "filtering": bool(guard.worker.ready.is_set() and guard.worker.pid and not missing),
+            "filtering": not missing
+            and all(
+                worker.ready.is_set() and worker.pid and worker.silent_for() < _SILENT
+                for worker in guard.workers
+            ),
             "missing": missing,
             "version": __version__,
             "uptime_s": round(time.monotonic() - guard.started, 1),
@@ -80,14 +87,8 @@ class Requests:
             },
             "supervisor": {"pid": os.getpid()},
             "workers": [
-                {
-                    "pid": guard.worker.pid,
-                    "ready": guard.worker.ready.is_set(),
-                    "restarts": guard.worker.restarts,
-                    "queue": guard.options.queue,
-                    "waiting": queue.waiting if queue else None,
-                    "overrun": queue.dropped_full + queue.dropped_reader if queue else None,
-                }
+                _worker_status(worker, number, queues.get(number))
+                for worker, number in zip(guard.workers, guard.queues, strict=True)
             ],
             "sweeper": {
                 "pid": guard.sweeper.pid,
@@ -211,6 +212,18 @@ def _budget(guard: Supervisor) -> object:
             }
             for service, offer in guard.footprint.known.items()
         ],
+    }
+
+
+def _worker_status(worker: Child, number: int, queue: QueueState | None) -> dict[str, object]:
+    return {
+        "pid": worker.pid,
+        "ready": worker.ready.is_set(),
+        "restarts": worker.restarts,
+        "queue": number,
+        "packets": worker.totals["packets"],
+        "waiting": queue.waiting if queue else None,
+        "overrun": queue.dropped_full + queue.dropped_reader if queue else None,
     }
 
 

@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 _READY_SECONDS = 15.0
 _ADOPT_SECONDS = 10.0  # twice, if the old policy must come back, in the time a client waits
 _KILL_SECONDS = 12.0
+_WORKER_PATIENCE = 5.0  # it reports twice a second
+_SWEEPER_PATIENCE = 60.0  # one sweep over a million connections takes some ten seconds
 _PICKUP_SECONDS = 120.0
 """How long connections that an idle tracker could not know may still be taken up."""
 
@@ -53,6 +55,7 @@ class Options:
     file: str
     directory: Path
     queue: int
+    workers: int
     keep_bans: bool
 
 
@@ -68,17 +71,28 @@ class Supervisor:
         self.generation = 0
         self.events = EventLog()
         self.started = time.monotonic()
-        self.footprint = Footprint(options.directory, range(options.queue, options.queue + 1))
-        self.worker = Child(
-            "worker", "rstguard.daemon.worker", self._start_message, self._heard, self._restarted
-        )
-        self.sweeper = Child(
-            "sweeper", "rstguard.daemon.sweeper", self._start_message, self._heard, self._restarted
-        )
+        self.queues = range(options.queue, options.queue + options.workers)
+        self.footprint = Footprint(options.directory, self.queues)
+        self.workers = [self._child("worker", queue) for queue in self.queues]
+        self.sweeper = self._child("sweeper", options.queue)
         self.budget = Budget(self.footprint, self.events, self._rewrite)
         self._changing = asyncio.Lock()
         self._kills: dict[int, asyncio.Future[Killed]] = {}
         self._stop = asyncio.Event()
+
+    def _child(self, name: str, queue: int) -> Child:
+        return Child(
+            name if name == "sweeper" or len(self.queues) == 1 else f"worker of queue {queue}",
+            f"rstguard.daemon.{name}",
+            lambda: Start(self.ruleset, queue),
+            self._heard,
+            self._restarted,
+        )
+
+    @property
+    def children(self) -> list[Child]:
+        """All processes but this one."""
+        return [*self.workers, self.sweeper]
 
     async def run(self) -> None:
         """Guard until SIGTERM or SIGINT, then undo everything.
@@ -95,12 +109,23 @@ class Supervisor:
             await self._bring_up()
             server = await serve(self.options.directory, Requests(self).answer)
             self.events.add(Event("start", self.ruleset.name, detail=_mode(self.ruleset)))
+            watching = asyncio.create_task(self._watch())
             await self._stop.wait()
+            watching.cancel()
         finally:
             if server is not None:
                 server.close()
             await self._take_down()
             claims.close()
+
+    async def _watch(self) -> None:
+        """End a process that has stopped telling of itself: it answers for no packet either."""
+        while True:
+            await asyncio.sleep(1)
+            for child in self.children:
+                patience = _SWEEPER_PATIENCE if child is self.sweeper else _WORKER_PATIENCE
+                if child.silent_for() > patience:
+                    child.kill(f"has not been heard of for {patience:.0f} s")
 
     async def _bring_up(self) -> None:
         tracking = self.footprint.prepare(self.ruleset)
@@ -110,11 +135,11 @@ class Supervisor:
         else:
             asyncio.get_running_loop().call_later(_PICKUP_SECONDS, self._forbid_pickup)
         # Readers first: from the moment packets are diverted, somebody answers for them.
-        self.worker.launch()
-        self.sweeper.launch()
+        for child in self.children:
+            child.launch()
         try:
-            await self.worker.wait_ready(_READY_SECONDS)
-            await self.sweeper.wait_ready(_READY_SECONDS)
+            for child in self.children:
+                await child.wait_ready(_READY_SECONDS)
         except StartFailed as error:
             raise KernelError(str(error)) from None
         self.footprint.divert(self.ruleset)
@@ -137,13 +162,9 @@ class Supervisor:
         try:
             # Chains go first: the worker then answers what is still queued, and no more comes.
             self.footprint.withdraw()
-            await self.worker.stop()
-            await self.sweeper.stop()
+            await asyncio.gather(*(child.stop() for child in self.children))
         finally:
             self.footprint.remove(self.options.keep_bans)
-
-    def _start_message(self) -> Start:
-        return Start(self.ruleset, self.options.queue)
 
     def _restarted(self, sentence: str) -> None:
         self.events.add(Event("restart", "process", detail=sentence))
@@ -176,9 +197,7 @@ class Supervisor:
     async def _adopt(self, ruleset: RuleSet) -> None:
         self.generation += 1
         message = NewPolicy(ruleset, self.generation)
-        await asyncio.gather(
-            self.worker.adopt(message, _ADOPT_SECONDS), self.sweeper.adopt(message, _ADOPT_SECONDS)
-        )
+        await asyncio.gather(*(child.adopt(message, _ADOPT_SECONDS) for child in self.children))
 
     async def kill(self, **conditions: Any) -> Killed:
         """End the connections that fit all conditions (see `Kill`), and wait for the outcome.
@@ -200,7 +219,7 @@ class Supervisor:
     @property
     def counts(self) -> Counter[str]:
         """What all processes counted since the guard started."""
-        return self.worker.totals + self.sweeper.totals
+        return sum((child.totals for child in self.children), Counter())
 
     def _heard(self, message: Any) -> None:
         """Note what a worker or the sweeper did, and pass on what concerns connections."""
@@ -239,7 +258,7 @@ class Supervisor:
             enforced=message.enforced,
         )
         self.events.add(event)
-        if message.kind == "ban" and message.enforced and message.by_worker:
+        if message.enforced and message.by_worker:
             self.sweeper.send(message)
 
 

@@ -11,7 +11,7 @@ import logging
 import select
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from rstguard.daemon import condemn
 from rstguard.daemon.adopt import adopt_existing
@@ -33,7 +33,8 @@ from rstguard.daemon.messages import (
     Unconfirmed,
 )
 from rstguard.daemon.worker import blocked_message
-from rstguard.engine.flow import Flow, Tuple
+from rstguard.engine.address import Prefix
+from rstguard.engine.flow import Flow, TcpState, Tuple
 from rstguard.engine.rules import REASONS
 from rstguard.engine.ruleset import SECOND, RuleSet
 from rstguard.engine.sweep import Judgement, Objection, Sweep
@@ -49,6 +50,7 @@ log = logging.getLogger(__name__)
 
 _REPORT_EVERY = SECOND
 _MOST_WAIT = SECOND // 2
+_HALF_OPEN_EVERY = SECOND
 _MOST_TOLD = 50
 """Unconfirmed kills that are named one by one in a report."""
 
@@ -71,7 +73,8 @@ class Sweeper:
         self._counts: Counter[str] = Counter()
         self._kills: dict[int, Killed] = {}
         self._kill_of: dict[Tuple, set[int]] = {}
-        self._sweep_at = self._report_at = 0
+        self._half_open_of: dict[Prefix, Blocked] = {}
+        self._sweep_at = self._report_at = self._half_open_at = 0
         self._running = True
         self._counts["adopted"] = adopt_existing(self._table, start.ruleset.scope)
 
@@ -87,6 +90,11 @@ class Sweeper:
                 if now >= self._sweep_at:
                     self._sweep_at = now + self._ruleset.sweep_every
                     self._judge(now)
+                if self._half_open_of and now >= self._half_open_at:
+                    self._end_half_open(now)
+                    # A table full of forged SYNs makes this dear; it may take a tenth of a core.
+                    took = time.monotonic_ns() - now
+                    self._half_open_at = now + max(_HALF_OPEN_EVERY, 10 * took)
                 if self._condemner.next_step_at is not None:
                     self._step()
             except KernelError as error:
@@ -144,7 +152,9 @@ class Sweeper:
         reset: list[Reset] = []
         for message in messages:
             if isinstance(message, Blocked):
-                banned.append(message)
+                self._half_open_of[message.source] = message
+                if message.kind == "ban":
+                    banned.append(message)
             elif isinstance(message, Reset):
                 reset.append(message)
             elif isinstance(message, Kill):
@@ -168,19 +178,25 @@ class Sweeper:
         banned = [message for message in banned if not message.keep_existing]
         if not banned:
             return
-        rules = {message.source: message.rule for message in banned}
-        shifts = {source.shift for source in rules}
-        keys = {(source.shift, source.network >> source.shift): rules[source] for source in rules}
-        targets = []
         # What never was established holds no socket, and a forged flood leaves a table full of it.
-        for flow in self._table.dump(0, CONDEMNED, assured=True):
-            address = flow.original.source
-            for shift in shifts:
-                rule = keys.get((shift, address >> shift))
-                if rule is not None:
-                    targets.append(Target(flow, Ends.BOTH, rule, Reason.BANNED))
-                    break
+        flows = self._table.dump(0, CONDEMNED, assured=True)
+        targets = [
+            Target(flow, Ends.BOTH, message.rule, Reason.BANNED)
+            for flow, message in _of_sources(flows, banned)
+        ]
         self._counts["ended_by_ban"] += len(targets)
+        self._condemner.start(targets, now)
+
+    def _end_half_open(self, now: int) -> None:
+        """Free the server of the handshakes that a blocked source can no longer finish."""
+        blocked, self._half_open_of = list(self._half_open_of.values()), {}
+        flows = self._table.dump(GUARDED, GUARDED | PROVEN | CONDEMNED)
+        half_open = (flow for flow in flows if flow.state == TcpState.SYN_RECV)
+        targets = [
+            Target(flow, Ends.DESTINATION, message.rule, message.reason)
+            for flow, message in _of_sources(half_open, blocked)
+        ]
+        self._counts["half_open_ended"] += len(targets)
         self._condemner.start(targets, now)
 
     def _condemn_known(self, reset: list[Reset], now: int) -> None:
@@ -237,6 +253,21 @@ class Sweeper:
 
     def _send(self, message: object) -> None:
         self._channel.send(message)
+
+
+def _of_sources(
+    flows: Iterable[Flow], blocked: Iterable[Blocked]
+) -> Iterator[tuple[Flow, Blocked]]:
+    """Yield the connections of blocked sources, each with the block that its source met."""
+    by_key = {(m.source.shift, m.source.network >> m.source.shift): m for m in blocked}
+    shifts = sorted({shift for shift, _ in by_key})
+    for flow in flows:
+        address = flow.original.source
+        for shift in shifts:
+            message = by_key.get((shift, address >> shift))
+            if message is not None:
+                yield flow, message
+                break
 
 
 def _with(killed: Killed, result: Result) -> Killed:

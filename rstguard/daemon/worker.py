@@ -8,6 +8,7 @@ the verdict, outside the queue's callback, and batched.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import select
 import time
@@ -86,8 +87,12 @@ class Worker:
         poll = select.poll()
         poll.register(self._queue.fileno(), select.POLLIN)
         poll.register(self._channel.fileno(), select.POLLIN)
+        # The packet path makes no reference cycles, yet the collector would walk its tables again
+        # and again: a sixth of a packet's time.  Young garbage goes when nothing is to be done.
+        gc.disable()
         while self._running:
-            poll.poll(500)
+            if not poll.poll(500):
+                gc.collect(1)
             self._left_in_row = _MOST_IN_A_ROW
             with contextlib.suppress(_Pause):
                 self._queue.drain()

@@ -19,9 +19,11 @@ from rstguard.engine.verdict import (
     PASS,
     PASS_AND_TRUST,
     Action,
+    Ban,
     Condemn,
     Decision,
     Reason,
+    Shun,
     Verdict,
 )
 from rstguard.engine.wire import (
@@ -61,6 +63,7 @@ class Engine:
         self._by_port = {kind: self._checks_by_port(kind) for kind in Kind}
         self._elsewhere = {kind: self._checks(kind, None) for kind in Kind}
         self._syn_by_port, self._syn_elsewhere = self._by_port[Kind.SYN], self._elsewhere[Kind.SYN]
+        self._exhausting = {meter.rule: meter.exhaust for meter in self.meters}
         self._dropping = {
             rule: Decision(Verdict.DROP, REASONS[rule.measure], rule.name) for rule in ruleset.rules
         }
@@ -100,6 +103,7 @@ class Engine:
         if rule.action is Action.BAN:
             proven = bool(packet.state & PROVEN)
             effects = self._sources.block(self.blocked(packet, rule), proven, rule, now)
+            self._exhaust(packet, rule, effects, now)
             # The server's own RST to a source now banned still frees the other end.
             return Decision(
                 Verdict.ACCEPT if outbound else Verdict.DROP, reason, rule.name, effects=effects
@@ -107,6 +111,14 @@ class Engine:
         if rule.action is Action.RESET and not outbound:
             return self._reset(packet, rule)
         return Decision(Verdict.ACCEPT, reason, rule.name, trust=calm.trust)
+
+    def _exhaust(
+        self, packet: Packet, rule: Rule, effects: tuple[Ban | Shun, ...], now: int
+    ) -> None:
+        """A shunned source that goes on comes back with its plain rate, not with a new burst."""
+        exhaust = self._exhausting.get(rule)
+        if exhaust is not None and effects and isinstance(effects[0], Shun):
+            exhaust(packet, now + effects[0].duration, now)
 
     def _reset(self, packet: Packet, rule: Rule) -> Decision:
         """A SYN is refused; a segment of no connection is dropped, as there is none to reset."""

@@ -33,11 +33,11 @@ class Limiter:
         capacity: keys per generation.
     """
 
-    __slots__ = ("_capacity", "_cost", "_depth", "_old", "_turn_at", "_young")
+    __slots__ = ("_capacity", "_cost", "_depth", "_kept", "_old", "_turn_at", "_young")
 
     def __init__(self, limit: int, period: int, burst: int, capacity: int = CAPACITY) -> None:
         self._cost = max(1, period // limit)
-        self._depth = self._cost * burst
+        self._depth = self._kept = self._cost * burst
         self._capacity = capacity
         self._young: dict[int, int] = {}
         self._old: dict[int, int] = {}
@@ -55,7 +55,7 @@ class Limiter:
             if len(self._young) >= self._capacity or now >= self._turn_at:
                 self._old = self._young
                 self._young = {}
-                self._turn_at = now + self._depth
+                self._turn_at = now + self._kept
         if full_at < now:
             full_at = now
         after = full_at + self._cost
@@ -64,6 +64,12 @@ class Limiter:
             return True
         self._young[key] = after
         return False
+
+    def exhaust(self, key: int, until: int, now: int) -> None:
+        """Leave `key` nothing saved up before `until`: from then on it has the plain rate only."""
+        full_at = until + self._depth - self._cost
+        self._young[key] = full_at
+        self._kept = max(self._kept, full_at - now)
 
     def level(self, key: int, now: int) -> float:
         """Return how much of the burst `key` has used at `now`, from 0 to 1."""

@@ -35,10 +35,15 @@ class Kind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Meter:
-    """A rule with its tables: what to do with which kind of packet."""
+    """A rule with its tables: what to do with which kind of packet.
+
+    `exhaust(packet, until, now)` takes from the packet's source what it may have saved up by then,
+    so that a source that was shut out does not come back with a fresh burst.
+    """
 
     rule: Rule
     checks: dict[Kind, Check]
+    exhaust: Callable[[Packet, int, int], None] | None = None
 
 
 _SAME_HANDSHAKE = 5 * SECOND
@@ -61,19 +66,27 @@ def key_function(rule: Rule) -> Callable[[Packet], int]:
     return key
 
 
+def _flow_key(packet: Packet) -> int:
+    """Return a connection's name as one integer: a third of the memory of a tuple of four."""
+    return ((packet[0] << 129 | packet[1]) << 16 | packet[2]) << 16 | packet[3]
+
+
 def make_meter(rule: Rule) -> Meter | None:
     """Return the meter of a rule that looks at packets, or None for a sweep measure."""
+    if rule.measure in _RATE_MAKERS:
+        limiter, key = Limiter(rule.limit, rule.period, rule.burst), key_function(rule)
+
+        def exhaust(packet: Packet, until: int, now: int) -> None:
+            limiter.exhaust(key(packet), until, now)
+
+        return Meter(rule, _RATE_MAKERS[rule.measure](rule, limiter), exhaust)
     maker = _MAKERS.get(rule.measure)
     return Meter(rule, maker(rule)) if maker else None
 
 
-def _limiter(rule: Rule) -> Limiter:
-    return Limiter(rule.limit, rule.period, rule.burst)
-
-
-def _rate(rule: Rule) -> Check:
+def _rate(rule: Rule, limiter: Limiter) -> Check:
     """Every packet of the kind counts."""
-    over = _limiter(rule).over
+    over = limiter.over
     if rule.per is Per.SERVICE:
         key = key_function(rule)
         return lambda packet, now: over(key(packet), now)
@@ -86,21 +99,21 @@ def _rate(rule: Rule) -> Check:
     return check
 
 
-def _syn_rate(rule: Rule) -> dict[Kind, Check]:
-    return {Kind.SYN: _rate(rule)}
+def _syn_rate(rule: Rule, limiter: Limiter) -> dict[Kind, Check]:
+    return {Kind.SYN: _rate(rule, limiter)}
 
 
-def _connection_rate(rule: Rule) -> dict[Kind, Check]:
+def _connection_rate(rule: Rule, limiter: Limiter) -> dict[Kind, Check]:
     """A connection counts once, though its first data may follow before its ACK has a verdict.
 
     An ACK that was dropped comes again with the next SYN-ACK: it is not to pass for that.
     """
-    rate = _rate(rule)
+    rate = _rate(rule, limiter)
     drops = rule.action is Action.DROP
     counted: Memory[tuple[int, bool]] = Memory()
 
     def completed(packet: Packet, now: int) -> bool:
-        flow = packet[:4]
+        flow = _flow_key(packet)
         last = counted.get(flow)
         if last is not None and now - last[0] < _SAME_HANDSHAKE:
             if last[1]:
@@ -113,16 +126,16 @@ def _connection_rate(rule: Rule) -> dict[Kind, Check]:
     return {Kind.HANDSHAKE: completed}
 
 
-def _bad_flags(rule: Rule) -> dict[Kind, Check]:
-    return {Kind.BAD: _rate(rule)}
+def _bad_flags(rule: Rule, limiter: Limiter) -> dict[Kind, Check]:
+    return {Kind.BAD: _rate(rule, limiter)}
 
 
-def _out_of_state(rule: Rule) -> dict[Kind, Check]:
-    return {Kind.STRAY: _rate(rule)}
+def _out_of_state(rule: Rule, limiter: Limiter) -> dict[Kind, Check]:
+    return {Kind.STRAY: _rate(rule, limiter)}
 
 
-def _reset_rate(rule: Rule) -> dict[Kind, Check]:
-    rate = _rate(rule)
+def _reset_rate(rule: Rule, limiter: Limiter) -> dict[Kind, Check]:
+    rate = _rate(rule, limiter)
     return {Kind.CLOSE: lambda packet, now: bool(packet.flags & 4) and rate(packet, now)}
 
 
@@ -141,26 +154,26 @@ def _half_open(rule: Rule) -> dict[Kind, Check]:
     pending, key = Distinct(rule.limit, rule.within), key_function(rule)
 
     def opened(packet: Packet, now: int) -> bool:
-        return pending.over(key(packet), hash(packet[:4]), now)
+        return pending.over(key(packet), _flow_key(packet), now)
 
     def completed(packet: Packet, now: int) -> bool:
-        pending.forget(key(packet), hash(packet[:4]))
+        pending.forget(key(packet), _flow_key(packet))
         return False
 
     return {Kind.SYN: opened, Kind.HANDSHAKE: completed}
 
 
-def _short_connections(rule: Rule) -> dict[Kind, Check]:
+def _short_connections(rule: Rule, limiter: Limiter) -> dict[Kind, Check]:
     """A connection counts once, at the first FIN or RST of either end."""
-    over, key = _limiter(rule).over, key_function(rule)
+    over, key = limiter.over, key_function(rule)
     opened: Memory[int] = Memory()
 
     def opening(packet: Packet, now: int) -> bool:
-        opened.put(packet[:4], now)
+        opened.put(_flow_key(packet), now)
         return False
 
     def closing(packet: Packet, now: int) -> bool:
-        began = opened.pop(packet[:4])
+        began = opened.pop(_flow_key(packet))
         return began is not None and now - began < rule.shorter_than and over(key(packet), now)
 
     return {Kind.SYN: opening, Kind.CLOSE: closing}
@@ -177,11 +190,11 @@ def _stalled(rule: Rule) -> dict[Kind, Check]:
     stalls: Memory[tuple[int, int, int, int]] = Memory()
 
     def opening(packet: Packet, now: int) -> bool:
-        scales.put(packet[:4], packet.window_scale)
+        scales.put(_flow_key(packet), packet.window_scale)
         return False
 
     def small(packet: Packet, now: int) -> bool:
-        flow = packet[:4]
+        flow = _flow_key(packet)
         held = stalls.get(flow)
         # Without the SYN the scale is not known: only a window of 0 is then surely small.
         scale = (
@@ -200,15 +213,17 @@ def _stalled(rule: Rule) -> dict[Kind, Check]:
     return {Kind.SYN: opening, Kind.OTHER: small}
 
 
-_MAKERS: dict[Measure, Callable[[Rule], dict[Kind, Check]]] = {
+_RATE_MAKERS: dict[Measure, Callable[[Rule, Limiter], dict[Kind, Check]]] = {
     Measure.SYN_RATE: _syn_rate,
     Measure.CONNECTION_RATE: _connection_rate,
-    Measure.HALF_OPEN: _half_open,
-    Measure.DISTINCT_PORTS: _distinct_ports,
-    Measure.DISTINCT_HOSTS: _distinct_hosts,
     Measure.BAD_FLAGS: _bad_flags,
     Measure.OUT_OF_STATE: _out_of_state,
     Measure.RESET_RATE: _reset_rate,
     Measure.SHORT_CONNECTIONS: _short_connections,
+}
+_MAKERS: dict[Measure, Callable[[Rule], dict[Kind, Check]]] = {
+    Measure.HALF_OPEN: _half_open,
+    Measure.DISTINCT_PORTS: _distinct_ports,
+    Measure.DISTINCT_HOSTS: _distinct_hosts,
     Measure.STALLED: _stalled,
 }

@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 
 from rstguard.engine.offers import Offer, Service
-from rstguard.engine.ruleset import RuleSet
+from rstguard.engine.ruleset import Per, RuleSet
 from rstguard.kernel import KernelError, chains, cookies, ipset, iptables, sysctl
 from rstguard.kernel.sysctl import Change
 
@@ -74,9 +74,12 @@ class Footprint:
             return iptables.missing(self._plans(ruleset))
 
     def _plans(self, ruleset: RuleSet) -> dict[int, chains.Plan]:
+        # What is counted per service comes from all sources, so one worker must see it all.
+        by_service = any(rule.per is Per.SERVICE for rule in ruleset.rules)
+        queues = self._queues[:1] if by_service else self._queues
         return {
             family: cookies.with_budget(
-                chains.plan(ruleset, family, self._queues), ruleset, family, self.known
+                chains.plan(ruleset, family, queues), ruleset, family, self.known
             )
             for family in (4, 6)
         }

@@ -11,8 +11,8 @@ from typing import NamedTuple, Protocol
 from netfilterqueue import NetfilterQueue
 
 from rstguard.kernel import KernelError
+from rstguard.kernel.queues import owner
 
-DEFAULT_NUMBER = 5640
 LENGTH = 4096
 """Packets the kernel holds for a worker before the policy's `on_failure` applies."""
 
@@ -93,7 +93,7 @@ class Queue:
         except OSError as error:
             if taken is not None:
                 raise KernelError(
-                    f"queue {number} is in use by another program (netlink port {taken.owner}); "
+                    f"queue {number} is in use by another program, {owner(number)}; "
                     "stop it or choose another with --queue"
                 ) from error
             raise KernelError(

@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 from rstguard.kernel import KernelError
 
+DEFAULT_NUMBER = 5640
+"""The first queue of a guard, unless it is told another."""
+
 _NETLINK_NETFILTER = "12"
 
 

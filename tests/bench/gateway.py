@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from rstguard.daemon.control import ControlError, ask
-from rstguard.kernel.nfqueue import DEFAULT_NUMBER, QueueState, states
+from rstguard.kernel.nfqueue import QueueState, states
+from rstguard.kernel.queues import DEFAULT_NUMBER
 from tests.netns import Lab, wait_until
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from rstguard.kernel.nfqueue import DEFAULT_NUMBER
+from rstguard.kernel.queues import DEFAULT_NUMBER
 from tests.bench.figures import Figure, at_least, at_most, ratios, seen
 from tests.bench.gateway import (
     PORT,

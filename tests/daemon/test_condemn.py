@@ -57,6 +57,10 @@ class Kernel:
                 codes.append(0)
         return codes
 
+    def delete(self, flows: Sequence[Flow]) -> list[int]:
+        gone = [self.flows.pop((flow.original, flow.zone), None) for flow in flows]
+        return [0 if flow else errno.ENOENT for flow in gone]
+
     def send(self, packets: Iterable[bytes]) -> int:
         count = 0
         for data in packets:
@@ -169,6 +173,14 @@ def test_both_ends_are_probed_some_more_in_case_a_rst_was_lost() -> None:
     assert finish(condemner) == []
     ends = [(probe.destination, probe.destination_port) for probe in kernel.probes]
     assert ends == [client_of(flow), server_of(flow)] * (1 + AGAIN_ROUNDS)
+
+
+@pytest.mark.parametrize(("ends", "kept"), [(Ends.BOTH, 0), (Ends.SOURCE, 1)])
+def test_only_what_is_dead_at_both_ends_leaves_the_table(ends: Ends, kept: int) -> None:
+    flow = a_flow()
+    kernel = Kernel(flow)
+    kill(kernel, a_target(flow)._replace(ends=ends))
+    assert len(kernel.flows) == kept
 
 
 def test_a_target_whose_name_belongs_to_a_newer_one_is_not_forgotten() -> None:

@@ -477,3 +477,11 @@ def test_a_packet_that_passes_leaves_no_garbage() -> None:
     finally:
         tracemalloc.stop()
     assert after - before < 2000
+
+
+def test_a_source_that_was_shunned_does_not_return_with_a_fresh_burst() -> None:
+    engine = Engine(ruleset(rule(Measure.SYN_RATE, Action.BAN, limit=100, burst=200)))
+    flood = [engine.decide(packet(), n * MILLISECOND).verdict for n in range(20_000)]
+    first_second, after_the_shun = flood[:1_000], flood[10_300:11_300]
+    assert 200 <= first_second.count(Verdict.ACCEPT) <= 300
+    assert after_the_shun.count(Verdict.ACCEPT) <= 102

@@ -289,3 +289,22 @@ def test_memory_gives_the_newer_of_two_values() -> None:
     assert memory.get("a") == 2
     assert memory.pop("a") == 2
     assert memory.get("a") is None
+
+
+def test_an_exhausted_key_comes_back_with_its_rate_and_no_burst() -> None:
+    limiter = Limiter(100, SECOND, 200)
+    while not limiter.over(1, 0):
+        pass
+    limiter.exhaust(1, 10 * SECOND, 0)
+    assert limiter.over(1, 5 * SECOND)
+    passed = sum(not limiter.over(1, 10 * SECOND + n * SECOND // 1000) for n in range(1000))
+    assert 100 <= passed <= 102
+    assert not limiter.over(2, 10 * SECOND)
+
+
+def test_a_debt_outlives_the_floods_of_others() -> None:
+    limiter = Limiter(100, SECOND, 200, capacity=64)
+    limiter.exhaust(1, 10 * SECOND, 0)
+    for at in range(1, 60):  # one newcomer each tenth of a second: far fewer than a generation
+        limiter.over(1000 + at, at * SECOND // 10)
+    assert limiter.over(1, 6 * SECOND)

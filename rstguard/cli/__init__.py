@@ -1,0 +1,90 @@
+"""The command line: ``rstguard``."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from rstguard import __version__
+from rstguard.cli import ban, guard, policy
+from rstguard.cli.common import FAILED, Json, print_json
+from rstguard.engine.verdict import Reason
+from rstguard.kernel.queues import DEFAULT_NUMBER
+from rstguard.lab.cli import app as lab_app
+
+EPILOG = (
+    "Exit status: 0 done, 1 failed or not filtering, 2 wrong use, 3 no guard running, "
+    "4 the policy has errors."
+)
+
+app = typer.Typer(
+    name="rstguard",
+    help="Guard a gateway: reset, shun and ban what a policy calls abuse, and say why.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.command(epilog="Example: rstguard run --policy /etc/rstguard/policy.yaml")(guard.run)
+app.command()(guard.status)
+app.command(epilog="Example: rstguard kill --source 198.51.100.7 --port 443")(guard.kill)
+app.command()(guard.cleanup)
+app.add_typer(policy.app, name="policy")
+app.add_typer(ban.app, name="ban")
+app.add_typer(lab_app, name="lab")
+
+
+@app.command()
+def doctor(
+    queue: Annotated[int, typer.Option(min=0, max=65535)] = DEFAULT_NUMBER, as_json: Json = False
+) -> None:
+    """Tell what this machine lacks, and the command that mends it."""
+    from rstguard.kernel.preflight import Outcome, checks
+
+    found = checks(queue)
+    if as_json:
+        rows = [
+            {"name": c.name, "outcome": c.outcome.value, "text": c.sentence, "mend": c.mend}
+            for c in found
+        ]
+        print_json(rows)
+    else:
+        for check in found:
+            typer.echo(f"{check.outcome.value:8} {check.name}: {check.sentence}")
+            if check.mend:
+                typer.echo(f"         mend it: {check.mend}")
+    if any(check.outcome is Outcome.MISSING for check in found):
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def reasons(as_json: Json = False) -> None:
+    """List every reason for which a packet or connection can meet its fate."""
+    if as_json:
+        print_json({reason.code: reason.value for reason in Reason})
+    else:
+        for reason in Reason:
+            typer.echo(f"{reason.code:18} {reason.value}")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"rstguard {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line."""
+    # `su` and cron leave out where iptables and ipset live.
+    os.environ["PATH"] = f"{os.environ.get('PATH', os.defpath)}:/usr/local/sbin:/usr/sbin:/sbin"
+    app()

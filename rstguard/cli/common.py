@@ -1,0 +1,82 @@
+"""What the commands share: options, errors in one sentence, and talking to the guard.
+
+A command imports what only it needs when it runs: `rstguard kill` is for people in a hurry.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from rstguard.daemon.control import ControlError, NoDaemon, ask
+from rstguard.kernel import KernelError
+
+if TYPE_CHECKING:
+    from rstguard.policy.load import Loaded
+
+FAILED, USAGE, NO_DAEMON, BAD_POLICY = 1, 2, 3, 4
+
+RuntimeDir = Annotated[
+    Path,
+    typer.Option(
+        "--runtime-dir",
+        envvar="RSTGUARD_RUNTIME_DIR",
+        readable=False,  # the socket in it says who may do what, in a sentence of its own
+        help="Directory of the guard that is meant; each guard has its own.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+PolicyFile = Annotated[Path, typer.Argument(metavar="FILE", help="Policy file (YAML).")]
+DEFAULT_DIR = Path("/run/rstguard")
+
+
+def read_policy(file: Path) -> Loaded:
+    """Read a policy, print its warnings, or name its mistakes and leave with status 4."""
+    from rstguard.policy.load import PolicyError, load
+
+    try:
+        loaded = load(file, interfaces())
+    except PolicyError as error:
+        fail(str(error), BAD_POLICY)
+    for problem in loaded.warnings:
+        typer.echo(str(problem), err=True)
+    return loaded
+
+
+@contextmanager
+def errors_in_one_sentence() -> Iterator[None]:
+    """Turn the errors that are the user's to mend into a sentence and an exit status."""
+    try:
+        yield
+    except NoDaemon as error:
+        fail(str(error), NO_DAEMON)
+    except (ControlError, KernelError) as error:
+        fail(str(error), FAILED)
+
+
+def fail(sentence: str, status: int) -> NoReturn:
+    """Say what is wrong, and leave with `status`."""
+    typer.echo(sentence if status == BAD_POLICY else f"rstguard: {sentence}", err=True)
+    raise typer.Exit(status)
+
+
+def ask_guard(directory: Path, command: str, **request: Any) -> Any:
+    """Ask the running guard and return its answer, or say why there is none."""
+    with errors_in_one_sentence():
+        return ask(directory, {"command": command, **request})
+
+
+def print_json(data: object) -> None:
+    """Print data for scripts."""
+    typer.echo(json.dumps(data, indent=2))
+
+
+def interfaces() -> list[str]:
+    """Return the names of the interfaces of this namespace."""
+    return [name for _, name in socket.if_nameindex()]

@@ -1,0 +1,178 @@
+"""The commands that start a guard, ask after it, use it, and clear up after it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rstguard.cli.common import (
+    DEFAULT_DIR,
+    FAILED,
+    Json,
+    RuntimeDir,
+    ask_guard,
+    errors_in_one_sentence,
+    print_json,
+    read_policy,
+)
+from rstguard.kernel import KernelError
+from rstguard.kernel.queues import DEFAULT_NUMBER
+
+
+def run(
+    policy: Annotated[Path, typer.Option("--policy", help="Policy file (YAML).")],
+    runtime_dir: RuntimeDir = DEFAULT_DIR,
+    queue: Annotated[
+        int, typer.Option(min=0, max=65535, help="Number of the first NFQUEUE to use.")
+    ] = DEFAULT_NUMBER,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=64,
+            help="Worker processes, a power of two, with a queue each; usually one a core.",
+        ),
+    ] = None,
+    keep_bans: Annotated[
+        bool, typer.Option("--keep-bans", help="Leave bans and shuns in the kernel when stopping.")
+    ] = False,
+) -> None:
+    """Guard this network namespace until SIGTERM or Ctrl-C; then undo every change."""
+    if workers is None:
+        workers = _power_of_two(len(os.sched_getaffinity(0)))
+    elif workers & workers - 1:
+        raise typer.BadParameter(
+            "sources are shared out by bits: 1, 2, 4, 8, …", param_hint="--workers"
+        )
+    import asyncio
+    import logging
+
+    from rstguard.daemon.supervisor import Options, Supervisor
+
+    logging.basicConfig(format="rstguard: %(message)s", level=logging.INFO, stream=sys.stderr)
+    with errors_in_one_sentence():
+        if os.geteuid() != 0:
+            raise KernelError("guarding needs root; use sudo, or start the systemd service")
+        loaded = read_policy(policy)
+        directory = _make(runtime_dir)
+        options = Options(loaded, str(policy), directory, queue, workers, keep_bans)
+        asyncio.run(Supervisor(options).run())
+
+
+def _power_of_two(most: int) -> int:
+    """Return the largest power of two up to `most`, and up to 16."""
+    return 1 << min(most, 16).bit_length() - 1
+
+
+def _make(directory: Path) -> Path:
+    try:
+        directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+    except OSError as error:
+        raise KernelError(
+            f"the runtime directory {directory} cannot be made ({error.strerror}); "
+            "name another with --runtime-dir"
+        ) from None
+    return directory
+
+
+def status(runtime_dir: RuntimeDir = DEFAULT_DIR, as_json: Json = False) -> None:
+    """Tell how the guard is; exit status 0 only while it filters."""
+    data = ask_guard(runtime_dir, "status")
+    if as_json:
+        print_json(data)
+    else:
+        _show_status(data)
+    if not data["filtering"]:
+        raise typer.Exit(FAILED)
+
+
+def _show_status(data: dict[str, Any]) -> None:
+    policy, sweeper = data["policy"], data["sweeper"]
+    counts = data["counts"]
+    mark = "filtering" if data["filtering"] else "NOT FILTERING"
+    typer.echo(f"{mark}, policy {policy['name']} ({policy['mode']}), up {data['uptime_s']:.0f} s")
+    for lack in data["missing"]:
+        typer.echo(f"  missing: {lack}")
+    for worker in data["workers"]:
+        typer.echo(
+            f"  worker {worker['pid']}: {worker['packets']} packets, {worker['waiting']} waiting, "
+            f"{worker['overrun']} overrun, {worker['restarts']} restarts"
+        )
+    typer.echo(
+        f"  sweeper {sweeper['pid']}: {counts.get('flows', 0)} connections at the last sweep, "
+        f"{sweeper['restarts']} restarts"
+    )
+    blocked = data["blocked"]
+    typer.echo(f"  blocked now: {blocked['ban']} banned, {blocked['shun']} shunned")
+    for event in data["recent"][-10:]:
+        rule = f" by {event['rule']}" if event["rule"] else ""
+        why = f": {event['why']}" if event["why"] else ""
+        detail = f" ({event['detail']})" if event["detail"] else ""
+        would = "" if event["enforced"] else "would "
+        typer.echo(f"  {would}{event['kind']} {event['subject']}{rule}{detail}{why}")
+
+
+def kill(
+    source: Annotated[
+        str | None, typer.Option(help="Client address or network of the connections.")
+    ] = None,
+    source_port: Annotated[int | None, typer.Option(help="Client port.", min=1, max=65535)] = None,
+    destination: Annotated[
+        str | None, typer.Option(help="Server address or network, before or behind DNAT.")
+    ] = None,
+    port: Annotated[int | None, typer.Option(help="Server port.", min=1, max=65535)] = None,
+    runtime_dir: RuntimeDir = DEFAULT_DIR,
+    as_json: Json = False,
+) -> None:
+    """Reset connections at both ends, idle ones too; exit 1 if any could not be confirmed.
+
+    All conditions given must fit; at least one is needed.
+    """
+    if all(condition is None for condition in (source, source_port, destination, port)):
+        raise typer.BadParameter(
+            "say which connections: --source, --source-port, --destination or --port"
+        )
+    done = ask_guard(
+        runtime_dir,
+        "kill",
+        source=source,
+        source_port=source_port,
+        destination=destination,
+        port=port,
+    )
+    if as_json:
+        print_json(done)
+    else:
+        typer.echo(f"killed {done['killed']}, confirmed {done['confirmed']}")
+        for one in done["unconfirmed"]:
+            typer.echo(f"  not confirmed: {one['why']}")
+    if done["confirmed"] < done["killed"]:
+        raise typer.Exit(FAILED)
+
+
+def cleanup(
+    runtime_dir: RuntimeDir = DEFAULT_DIR,
+    keep_bans: Annotated[bool, typer.Option("--keep-bans", help="Leave bans and shuns.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Undo what a guard that was killed left behind: rules, sets, sysctls, socket."""
+    from rstguard.daemon.supervisor import claim
+    from rstguard.kernel.footprint import Footprint
+
+    with errors_in_one_sentence():
+        if os.geteuid() != 0:
+            raise KernelError("cleaning up needs root; use sudo")
+        with claim(runtime_dir):
+            done = Footprint(runtime_dir, range(1)).remove(keep_bans)
+            socket_file = runtime_dir / "control.sock"
+            if socket_file.exists():
+                socket_file.unlink()
+                done.append("control socket removed")
+    if as_json:
+        print_json({"done": done})
+    else:
+        typer.echo("\n".join(done) or "there was nothing to clean up")
