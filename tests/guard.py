@@ -73,16 +73,21 @@ def server_address(v6: bool) -> str:
 
 
 class Guard:
-    """A guard in a namespace; a context manager that leaves no process behind."""
+    """A guard in a namespace; a context manager that leaves no process behind.
 
-    def __init__(self, lab: Lab, policy: str, directory: Path, *options: str) -> None:
+    It has two workers, whatever the machine, unless a test wants to have all in one hand.
+    """
+
+    def __init__(
+        self, lab: Lab, policy: str, directory: Path, *options: str, workers: int = 2
+    ) -> None:
         self.lab = lab
         self.runtime = directory
         directory.mkdir(parents=True, exist_ok=True)
         self.file = directory / "policy.yaml"
         self.file.write_text(policy)
         self.log = directory / "guard.log"
-        self._options = options
+        self._options = ("--workers", str(workers), *options)
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Guard:

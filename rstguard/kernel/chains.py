@@ -80,7 +80,7 @@ def plan(ruleset: RuleSet, family: int, queues: range) -> Plan:
             f"{PREFIX}-invalid": build.invalid(),
             f"{PREFIX}-window": build.window(),
             f"{PREFIX}-save": _save(),
-            f"{PREFIX}-queue": build.queue(),
+            f"{PREFIX}-queue": build.queue("source"),
         },
         "filter": {f"{PREFIX}-condemned": _condemned()},
     }
@@ -89,6 +89,7 @@ def plan(ruleset: RuleSet, family: int, queues: range) -> Plan:
             f"{PREFIX}-reset-out", outbound=True, tcp=True
         )
         chains["mangle"][f"{PREFIX}-reset-out"] = build.reset_out()
+        chains["mangle"][f"{PREFIX}-queue-out"] = build.queue("destination")
     if ruleset.blocking != "drop":
         chains["filter"][f"{PREFIX}-refuse"] = build.on_interfaces(
             f"{PREFIX}-refused", outbound=False, tcp=True
@@ -292,7 +293,7 @@ class _Build:
         if self.ruleset.ports_needing(Divert.CLOSE) is not None:
             rules.append(f"-p tcp -m set ! --match-set {PREFIX}-close-ports src -j RETURN")
         state = marks.TO_QUEUE_KNOWN | marks.TO_QUEUE_PROVEN | marks.TO_QUEUE_OUTBOUND
-        return (*rules, f"-j MARK --set-xmark {_bits(state)}", f"-j {PREFIX}-queue")
+        return (*rules, f"-j MARK --set-xmark {_bits(state)}", f"-j {PREFIX}-queue-out")
 
     def small_window(self) -> str:
         """The window is the last half of the TCP header's fourth word; unscaled as it stands."""
@@ -333,24 +334,29 @@ class _Build:
             rules.append(f"-j {PREFIX}-queue")
         return tuple(rules)
 
-    def queue(self) -> tuple[str, ...]:
-        """One queue per worker, chosen by source bits so that a prefix meets in one process."""
+    def queue(self, client: str) -> tuple[str, ...]:
+        """One queue per worker, chosen by bits of the client's address ("source" or "destination").
+
+        Everything that is counted per source or per prefix so meets in one process.
+        """
         bypass = " --queue-bypass" if self.ruleset.fail_open else ""
         if len(self.queues) == 1:
             return (f"-j NFQUEUE --queue-num {self.queues[0]}{bypass}",)
-        where, mask = self.steering_word(), len(self.queues) - 1
+        where, mask = self.steering_word(client), len(self.queues) - 1
         return tuple(
             f'-m u32 --u32 "{where}&0x{mask:x}=0x{index:x}" -j NFQUEUE --queue-num {number}{bypass}'
             for index, number in enumerate(self.queues)
         )
 
-    def steering_word(self) -> str:
+    def steering_word(self, client: str) -> str:
         """The u32 expression whose low bits are the last ones of the widest counted prefix."""
         rules = self.ruleset.rules
         if self.family == 4:
-            start, length = 12, min([self.ruleset.source_ipv4, *(r.ipv4_length for r in rules)])
+            start = 12 if client == "source" else 16
+            length = min([self.ruleset.source_ipv4, *(rule.ipv4_length for rule in rules)])
         else:
-            start, length = 8, min([self.ruleset.source_ipv6, *(r.ipv6_length for r in rules)])
+            start = 8 if client == "source" else 24
+            length = min([self.ruleset.source_ipv6, *(rule.ipv6_length for rule in rules)])
         whole_bytes = -(-length // 8)
         return f"{start + whole_bytes - 4}>>{whole_bytes * 8 - length}"
 

@@ -35,7 +35,7 @@ rules:{COUNTING}{rules}
 
 @pytest.fixture(scope="module")
 def guard(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guard]:
-    with Guard(lab, policy(), tmp_path_factory.mktemp("apply")) as guard:
+    with Guard(lab, policy(), tmp_path_factory.mktemp("apply"), workers=1) as guard:
         yield guard
 
 

@@ -31,7 +31,9 @@ rules:
 NOBODY = """
 import os, sys
 import rstguard.cli
+import rstguard.daemon.supervisor
 import rstguard.kernel.preflight
+import rstguard.policy.compile
 os.setgroups([])
 os.setgid(65534)
 os.setuid(65534)
@@ -42,7 +44,7 @@ rstguard.cli.main()
 
 @pytest.fixture(scope="module")
 def guard(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guard]:
-    with Guard(lab, POLICY, tmp_path_factory.mktemp("cli")) as guard:
+    with Guard(lab, POLICY, tmp_path_factory.mktemp("cli"), workers=1) as guard:
         yield guard
 
 
@@ -194,7 +196,7 @@ def test_what_needs_no_guard(tmp_path: Path) -> None:
     ids=" ".join,
 )
 def test_no_daemon(lab: Lab, tmp_path: Path, words: tuple[str, ...]) -> None:
-    nobody = Guard(lab, POLICY, tmp_path / "none")
+    nobody = Guard(lab, POLICY, tmp_path / "none", workers=1)
     words = tuple(str(nobody.file) if word == "FILE" else word for word in words)
     fails(nobody, 3, "no guard is running", *words)
     # A socket that a killed guard left behind is nobody, too.
@@ -250,7 +252,9 @@ def starts_not(guard: Guard, status: int, *sentences: str) -> None:
 
 def test_a_second_guard_is_refused(lab: Lab, guard: Guard, serve: Open, tmp_path: Path) -> None:
     starts_not(
-        Guard(lab, POLICY, tmp_path / "second"), 1, "another rstguard guards this network namespace"
+        Guard(lab, POLICY, tmp_path / "second", workers=1),
+        1,
+        "another rstguard guards this network namespace",
     )
     same = guard._command("run", "--policy", str(guard.file))
     done = subprocess.run(same, capture_output=True, text=True, check=False, timeout=60)
@@ -260,7 +264,7 @@ def test_a_second_guard_is_refused(lab: Lab, guard: Guard, serve: Open, tmp_path
 
 
 def test_guards_of_two_namespaces(guard: Guard, tmp_path: Path) -> None:
-    with Lab("rgf2") as other, Guard(other, POLICY, tmp_path / "other") as second:
+    with Lab("rgf2") as other, Guard(other, POLICY, tmp_path / "other", workers=1) as second:
         assert guard.filtering()
         assert second.filtering()
         second.ask("ban-add", source="203.0.113.9", seconds=60)
@@ -274,7 +278,7 @@ def test_guards_of_two_namespaces(guard: Guard, tmp_path: Path) -> None:
 def test_a_runtime_directory_is_one_guard_s(guard: Guard) -> None:
     """The guard of a second namespace must not take the socket and the record of the first."""
     with Lab("rgf5") as other:
-        second = Guard(other, POLICY, guard.runtime)
+        second = Guard(other, POLICY, guard.runtime, workers=1)
         for words in (("run", "--policy", str(guard.file)), ("cleanup",)):
             done = second.cli(*words)
             assert done.returncode == 1
@@ -301,15 +305,17 @@ def test_what_keeps_it_from_starting(tmp_path: Path) -> None:
         with subprocess.Popen(in_use, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as taker:
             assert taker.stdout is not None
             assert taker.stdout.readline() == b"bound\n"
-            guard = Guard(lab, POLICY, tmp_path / "queue")
+            guard = Guard(lab, POLICY, tmp_path / "queue", workers=1)
             starts_not(guard, 1, "queue 5640 is in use by another program")
             assert leftovers(lab) == []
             assert not (guard.runtime / "sysctls.json").exists()
-            with Guard(lab, POLICY, tmp_path / "another", "--queue", "7") as elsewhere:
+            with Guard(lab, POLICY, tmp_path / "another", "--queue", "7", workers=1) as elsewhere:
                 assert elsewhere.filtering()
             taker.stdin.close()  # type: ignore[union-attr]
-        starts_not(Guard(lab, "version: 1\nrules: [", tmp_path / "yaml"), 4, "policy.yaml:2:")
-        missing = Guard(lab, POLICY, tmp_path / "missing")
+        starts_not(
+            Guard(lab, "version: 1\nrules: [", tmp_path / "yaml", workers=1), 4, "policy.yaml:2:"
+        )
+        missing = Guard(lab, POLICY, tmp_path / "missing", workers=1)
         missing.file.unlink()
         starts_not(missing, 4, "policy.yaml")
         file = tmp_path / "file"
@@ -326,7 +332,7 @@ def test_what_keeps_it_from_starting(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_stops_it_like_sigterm(tmp_path: Path) -> None:
-    with Lab("rgf4") as lab, Guard(lab, POLICY, tmp_path / "run") as guard:
+    with Lab("rgf4") as lab, Guard(lab, POLICY, tmp_path / "run", workers=1) as guard:
         children = guard.children()
         for pid in (*children, guard.pid):  # a terminal signals the whole group
             os.kill(pid, signal.SIGINT)

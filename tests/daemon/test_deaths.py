@@ -76,7 +76,7 @@ def has_restarts(guard: Guard, count: int) -> bool:
 
 def test_fail_open_the_worker_is_killed(lab: Lab, directory: Path, serve: Open) -> None:
     service, busy = serve(PORT), serve(9000)
-    with Guard(lab, policy(), directory) as guard:
+    with Guard(lab, policy(), directory, workers=1) as guard:
         link = busy.connect(source(False))
         with Crowd(lab, service).at_work() as crowd:
             worker = guard.status()["workers"][0]["pid"]
@@ -100,7 +100,7 @@ def test_fail_open_the_worker_is_killed(lab: Lab, directory: Path, serve: Open) 
 def test_fail_open_the_worker_hangs(lab: Lab, directory: Path, serve: Open, v6: bool) -> None:
     """A queue that nobody reads fills up; what comes then passes."""
     service = serve(PORT, v6)
-    with Guard(lab, policy(), directory) as guard:
+    with Guard(lab, policy(), directory, workers=1) as guard:
         worker = guard.status()["workers"][0]["pid"]
         os.kill(worker, signal.SIGSTOP)
         segments(lab, source(v6), service.address, PORT, "S", 4200)
@@ -113,7 +113,7 @@ def test_fail_open_the_worker_hangs(lab: Lab, directory: Path, serve: Open, v6: 
 @BOTH_FAMILIES
 def test_fail_closed_without_a_worker(lab: Lab, directory: Path, serve: Open, v6: bool) -> None:
     service = serve(PORT, v6)
-    with Guard(lab, policy("closed"), directory) as guard:
+    with Guard(lab, policy("closed"), directory, workers=1) as guard:
         old = service.connect(source(v6))
         worker = guard.status()["workers"][0]["pid"]
         os.kill(guard.pid, signal.SIGSTOP)  # so that nobody starts another
@@ -133,7 +133,7 @@ def test_fail_closed_without_a_worker(lab: Lab, directory: Path, serve: Open, v6
 
 def test_the_sweeper_is_killed(lab: Lab, directory: Path, serve: Open) -> None:
     service = serve(8003)
-    with Guard(lab, policy(), directory) as guard:
+    with Guard(lab, policy(), directory, workers=1) as guard:
         os.kill(guard.status()["sweeper"]["pid"], signal.SIGKILL)
         wait_until(lambda: restarted(guard, "sweeper"), 5)
         link = service.connect(source(False))
@@ -144,7 +144,7 @@ def test_the_sweeper_is_killed(lab: Lab, directory: Path, serve: Open) -> None:
 def test_a_child_that_dies_at_once_again_and_again(lab: Lab, directory: Path, serve: Open) -> None:
     """It is started again, but not as fast as the machine can."""
     service = serve(PORT)
-    with Guard(lab, policy(), directory) as guard:
+    with Guard(lab, policy(), directory, workers=1) as guard:
         for count in range(1, 7):
             wait_until(lambda: guard.status()["workers"][0]["ready"])
             os.kill(guard.status()["workers"][0]["pid"], signal.SIGKILL)
@@ -157,7 +157,7 @@ def test_kill_9_of_the_supervisor_and_cleanup(
     lab: Lab, directory: Path, serve: Open, old_values: dict[str, str]
 ) -> None:
     service = serve(PORT)
-    with Guard(lab, policy(), directory) as guard:
+    with Guard(lab, policy(), directory, workers=1) as guard:
         assert sysctls(lab) != old_values
         link = service.connect(source(False))
         children = guard.children()
@@ -185,7 +185,7 @@ def test_another_run_takes_over_after_kill_9(
     lab: Lab, directory: Path, serve: Open, old_values: dict[str, str]
 ) -> None:
     service = serve(PORT)
-    with Guard(lab, policy(), directory) as guard:
+    with Guard(lab, policy(), directory, workers=1) as guard:
         banned = source(False)
         guard.ask("ban-add", source=network_of(banned), seconds=100)
         link = service.connect(source(False))
@@ -208,7 +208,10 @@ def test_sigterm_leaves_nothing(
     lab: Lab, directory: Path, serve: Open, old_values: dict[str, str]
 ) -> None:
     service = serve(PORT)
-    with Guard(lab, policy(), directory) as guard, Crowd(lab, service).at_work() as crowd:
+    with (
+        Guard(lab, policy(), directory, workers=1) as guard,
+        Crowd(lab, service).at_work() as crowd,
+    ):
         children = guard.children()
         link = serve(9000).connect(source(False))
         assert guard.stop() == 0
@@ -224,7 +227,7 @@ def test_sigterm_leaves_nothing(
 def test_keep_bans(lab: Lab, directory: Path, serve: Open, old_values: dict[str, str]) -> None:
     service = serve(PORT)
     banned, six = source(False), source(True)
-    with Guard(lab, policy(), directory, "--keep-bans") as guard:
+    with Guard(lab, policy(), directory, "--keep-bans", workers=1) as guard:
         for address in (banned, six):
             guard.ask("ban-add", source=network_of(address), seconds=100)
         assert guard.stop() == 0
@@ -244,7 +247,7 @@ def test_keep_bans(lab: Lab, directory: Path, serve: Open, old_values: dict[str,
 def test_fail_closed_outlasts_the_guard(lab: Lab, directory: Path, serve: Open) -> None:
     """Killed altogether, a guard that fails closed lets nothing new pass until it is back."""
     service = serve(PORT)
-    with Guard(lab, policy("closed"), directory) as guard:
+    with Guard(lab, policy("closed"), directory, workers=1) as guard:
         old = service.connect(source(False))
         children = guard.children()
         guard.kill9()
@@ -275,7 +278,7 @@ def test_connections_older_than_the_guard(
         address = source(v6)
         link, other, old = service.connect(address), service.connect(source(v6)), judged.connect()
         link.talk()
-        with Guard(lab, policy(), directory) as guard:
+        with Guard(lab, policy(), directory, workers=1) as guard:
             if tracked:
                 old.wait_reset()
             link.talk()
