@@ -108,6 +108,17 @@ def _show_status(data: dict[str, Any]) -> None:
     )
     blocked = data["blocked"]
     typer.echo(f"  blocked now: {blocked['ban']} banned, {blocked['shun']} shunned")
+    if budget := data["syn_budget"]:
+        cookies = budget["cookies"]
+        typer.echo(
+            f"  SYN budget {budget['rate']}/s: {cookies['sent']} cookies sent, "
+            f"{cookies['accepted']} came back"
+        )
+        for service in budget["services"]:
+            over, offers = service["engaged_s"], service["offers"]
+            state = "within budget" if over is None else f"SYN cookies for {over:.0f} s"
+            scale = f", wscale {offers['scale']}" if offers["scale"] >= 0 else ""
+            typer.echo(f"    {service['service']}: {state} (mss {offers['mss']}{scale})")
     for event in data["recent"][-10:]:
         rule = f" by {event['rule']}" if event["rule"] else ""
         why = f": {event['why']}" if event["why"] else ""

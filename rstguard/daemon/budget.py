@@ -13,8 +13,11 @@ from collections.abc import Awaitable, Callable
 
 from rstguard.engine.offers import Offers, Service, read_offer
 from rstguard.engine.ruleset import RuleSet
+from rstguard.engine.segment import cookie_rst
+from rstguard.engine.wire import ACK, SYN, Packet, parse
 from rstguard.kernel import KernelError, cookies, synproxy
 from rstguard.kernel.footprint import Footprint
+from rstguard.kernel.inject import Injector
 from rstguard.kernel.nflog import PacketLog
 from rstguard.kernel.synproxy import CookieCounts
 from rstguard.observe.events import Event, EventLog
@@ -41,7 +44,10 @@ class Budget:
         self._events = events
         self._rewrite = rewrite
         self._offers = Offers()
-        self._samples: PacketLog | None = None
+        self._log: PacketLog | None = None
+        self._injector: Injector | None = None
+        self.late = 0
+        """Clients whose connection could not go on behind their cookie, and who were told so."""
         self._changed = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._counted = CookieCounts(0, 0, 0)
@@ -50,13 +56,14 @@ class Budget:
         """Begin to watch, or stop, as the policy in force says.
 
         Raises:
-            KernelError: samples cannot be received.
+            KernelError: what the rules log cannot be received.
         """
         if not cookies.in_force(ruleset):
             self.stop()
-        elif self._samples is None:
-            self._samples = PacketLog(cookies.SAMPLE_GROUP)
-            asyncio.get_running_loop().add_reader(self._samples.fileno(), self._sampled)
+        elif self._log is None:
+            self._injector = self._injector or Injector()
+            self._log = PacketLog(cookies.LOG_GROUP)
+            asyncio.get_running_loop().add_reader(self._log.fileno(), self._receive)
             self._tasks = [asyncio.create_task(self._apply()), asyncio.create_task(self._look())]
 
     def stop(self) -> None:
@@ -64,10 +71,10 @@ class Budget:
         for task in self._tasks:
             task.cancel()
         self._tasks = []
-        if self._samples is not None:
-            asyncio.get_running_loop().remove_reader(self._samples.fileno())
-            self._samples.close()
-            self._samples = None
+        if self._log is not None:
+            asyncio.get_running_loop().remove_reader(self._log.fileno())
+            self._log.close()
+            self._log = None
         self.engaged.clear()
 
     @property
@@ -75,13 +82,18 @@ class Budget:
         """Cookies sent, accepted and refused, as last read."""
         return self._counted
 
-    def _sampled(self) -> None:
-        assert self._samples is not None
+    def _receive(self) -> None:
+        """Take in SYN-ACKs of servers, and SYNs of SYNPROXY that could begin no connection."""
+        assert self._log is not None
+        assert self._injector is not None
         now = time.monotonic_ns()
-        for data in self._samples.receive():
+        for data in self._log.receive():
             read = read_offer(data)
             if read is not None and self._offers.learn(*read, now):
                 self._changed.set()
+            packet = parse(data)
+            if isinstance(packet, Packet) and packet.flags & (SYN | ACK) == SYN:
+                self.late += self._injector.send([cookie_rst(packet)])
 
     async def _apply(self) -> None:
         """Rewrite the rules whenever something new was learned."""

@@ -203,7 +203,7 @@ def _budget(guard: Supervisor) -> object:
     since = guard.budget.engaged
     return {
         "rate": budget.rate,
-        "cookies": guard.budget.counts._asdict(),
+        "cookies": {**guard.budget.counts._asdict(), "late": guard.budget.late},
         "services": [
             {
                 "service": str(service),

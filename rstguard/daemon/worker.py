@@ -29,7 +29,7 @@ from rstguard.daemon.messages import (
 from rstguard.engine.engine import Engine
 from rstguard.engine.flow import Tuple
 from rstguard.engine.ruleset import SECOND, Measure, RuleSet
-from rstguard.engine.segment import rst
+from rstguard.engine.segment import cookie_rst
 from rstguard.engine.verdict import PASS, Ban, Condemn, Decision, Shun, Verdict
 from rstguard.engine.wire import KNOWN, SYN, Malformed, Packet, parse
 from rstguard.kernel import KernelError
@@ -213,17 +213,6 @@ class Worker:
 def _by_cookie(packet: Packet | Malformed) -> bool:
     """Tell whether a SYN is the kernel's own, for a client that has returned a cookie."""
     return packet.__class__ is Packet and packet[6] & 0x17 == SYN and bool(packet[9] & KNOWN)
-
-
-def cookie_rst(opening: Packet) -> bytes:
-    """Return the RST for a client whose connection is refused after it has returned a cookie.
-
-    It believes to be connected and would wait for ever.  The sequence number that it expects is
-    known: SYNPROXY keeps the cookie in the acknowledgement field of the SYN to the server
-    (synproxy_send_server_syn in net/netfilter/nf_synproxy_core.c).
-    """
-    back = opening.turned()
-    return rst(Tuple(*back[:4]), (opening.acknowledgement + 1) & 0xFFFFFFFF)
 
 
 def blocked_message(effect: Ban | Shun, enforced: bool, by_worker: bool = True) -> Blocked:

@@ -108,6 +108,17 @@ def answer(offending: Packet) -> bytes | None:
     return emit(_packet(path, 0, accepted, RST | ACK, 0))
 
 
+def cookie_rst(opening: Packet) -> bytes:
+    """Return the RST for a client whose connection is refused after it has returned a SYN cookie.
+
+    It believes to be connected and would wait for ever.  The sequence number that it expects is
+    known: `opening`, the SYN that SYNPROXY sends to the server in its name, keeps the cookie in the
+    acknowledgement field (synproxy_send_server_syn in net/netfilter/nf_synproxy_core.c).
+    """
+    back = opening.turned()
+    return rst(Tuple(*back[:4]), (opening.acknowledgement + 1) % _MODULUS)
+
+
 def _packet(path: Tuple, sequence: int, acknowledgement: int, flags: int, window: int) -> Packet:
     return Packet(
         path.source,

@@ -35,9 +35,9 @@ from rstguard.kernel.chains import PREFIX, Jump, Plan
 
 ENGAGED_SECONDS = 60
 """How long after its last cookie a service's ACKs are still searched for cookies."""
-SAMPLE_GROUP = 5640
-"""NFLOG group of the sampled SYN-ACKs."""
-_SAMPLE_BYTES = 160  # IPv6 header, one extension header, TCP header with all options
+LOG_GROUP = 5640
+"""NFLOG group of the sampled SYN-ACKs, and of the SYNs that came too late for their cookie."""
+_LOG_BYTES = 160  # IPv6 header, one extension header, TCP header with all options
 _LARGEST_RATE = 1_000_000
 """What hashlimit can count in a second (XT_HASHLIMIT_SCALE_v2)."""
 
@@ -45,6 +45,7 @@ _SYN = "-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK SYN"
 _SYN_ACK = "-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK SYN,ACK"
 _PLAIN_ACK = "-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK ACK"
 _NO_SOCKET = "-m owner ! --socket-exists"
+_PROVED = marks.GUARDED | marks.PROVEN
 _COOKIE_SYN = marks.TO_QUEUE_KNOWN | marks.TO_QUEUE_PROVEN
 
 Known = Mapping[Service, Offer]
@@ -73,10 +74,10 @@ def with_budget(plan: Plan, ruleset: RuleSet, family: int, known: Known) -> Plan
     raw[f"{PREFIX}-over"] = build.over()
     raw[f"{PREFIX}-answer"] = build.answer()
     raw[f"{PREFIX}-opening"] = build.opening()
-    mangle[f"{PREFIX}-syn"] = (
-        "-m conntrack --ctstate UNTRACKED -j RETURN",
-        *mangle[f"{PREFIX}-syn"],
-    )
+    *before, last = mangle[f"{PREFIX}-syn"]
+    bound = build.bound() if last == f"-j {PREFIX}-queue" else ()
+    untracked = "-m conntrack --ctstate UNTRACKED -j RETURN"
+    mangle[f"{PREFIX}-syn"] = (untracked, *before, *bound, last)
     # An ACK with a cookie belongs to no connection yet, and is no stray.
     mangle[f"{PREFIX}-invalid"] = (
         f"{_PLAIN_ACK} {build.engaged()} -j RETURN",
@@ -92,7 +93,7 @@ def with_budget(plan: Plan, ruleset: RuleSet, family: int, known: Known) -> Plan
 
 
 def _jumps() -> tuple[Jump, ...]:
-    guarded = f"0x{marks.GUARDED:x}/0x{marks.GUARDED | marks.PROVEN:x}"
+    proved = f"0x{_PROVED:x}/0x{_PROVED:x}"
     opening = f"-m mark --mark 0x{_COOKIE_SYN:x}/0x{marks.MASK:x}"
     begun = "-m conntrack --ctstate ESTABLISHED --ctdir ORIGINAL"
     unsaved = f"-m conntrack --ctdir ORIGINAL -m mark ! --mark 0x0/0x{marks.MASK:x}"
@@ -105,7 +106,7 @@ def _jumps() -> tuple[Jump, ...]:
         Jump(
             "mangle",
             "OUTPUT",
-            f"{_PLAIN_ACK} {begun} -m connmark --mark {guarded}",
+            f"{_PLAIN_ACK} {begun} -m connmark --mark {proved}",
             f"{PREFIX}-joined",
             last=True,
         ),
@@ -160,6 +161,24 @@ class _Build:
         names = (f"{PREFIX}-{name}{self.family}" for name in exempt)
         return (*(f"-m set --match-set {name} src -j RETURN" for name in names), *rules)
 
+    def bound(self) -> tuple[str, ...]:
+        """The SYNs of a service without cookies that are too many for the queue.
+
+        The engine does not see them; they pass or not as when it is overrun.  A match that finds
+        its table full drops the packet, so where every port is protected a host counts as one.
+        """
+        budget = self.ruleset.syn_budget
+        assert budget is not None
+        rate = min(budget.rate, _LARGEST_RATE)
+        mode = "dstip" if self.ruleset.scope.ports is None else "dstip,dstport"
+        verdict = "RETURN" if self.ruleset.fail_open else "DROP"
+        rule = (
+            f"-m hashlimit --hashlimit-above {rate}/sec --hashlimit-burst {rate}"
+            f" --hashlimit-mode {mode} --hashlimit-name {PREFIX}{self.family}-queue-{rate}"
+            f" --hashlimit-htable-max 65536 --hashlimit-htable-expire 2000 -j {verdict}"
+        )
+        return (rule,)
+
     def over(self) -> tuple[str, ...]:
         add = f"-j SET --add-set {engaged_set(self.family)} dst,dst --exist"
         return (f"{add} --timeout {ENGAGED_SECONDS}", "-j CT --notrack")
@@ -171,7 +190,18 @@ class _Build:
         return self.for_each(f"-j MARK --set-xmark 0x{_COOKIE_SYN:x}/0x{marks.MASK:x}")
 
     def proved(self) -> tuple[str, ...]:
-        rules = [f"-j CONNMARK --set-xmark 0x{marks.GUARDED:x}/0x{marks.GUARDED:x}"]
+        """SYNPROXY's SYN, which must begin a new connection in the tracker.
+
+        It does not if an earlier SYN of the client's went the usual way and was never answered:
+        SYNPROXY cannot take over an entry that it has not made, and client and server would never
+        agree on a sequence number.  All that can be done is to tell the client.
+        """
+        begun = f"-m connmark --mark 0x{marks.GUARDED:x}/0x{_PROVED:x}"
+        rules = [
+            f"{begun} -j NFLOG --nflog-group {LOG_GROUP} --nflog-size {_LOG_BYTES}",
+            f"{begun} -j DROP",
+            f"-j CONNMARK --set-xmark 0x{_PROVED:x}/0x{_PROVED:x}",
+        ]
         if self.ruleset.bans:
             rules.append(f"-j SET --add-set {PREFIX}-proven{self.family} src --exist")
         if {Divert.SYN, Divert.HANDSHAKE} & self.ruleset.diverts:
@@ -181,12 +211,12 @@ class _Build:
         return tuple(rules)
 
     def joined(self) -> tuple[str, ...]:
-        """This ACK must not wait in the queue: SYNPROXY sends it before it tells the tracker by how
-        much to shift what follows (nf_ct_seqadj_init), and a later one would be shifted as well.
+        """SYNPROXY's ACK to the server, which must not wait in the queue.
+
+        It is sent before the tracker is told by how much to shift what follows (nf_ct_seqadj_init);
+        sent later, it would be shifted as well.
         """
-        proven = f"0x{marks.PROVEN:x}/0x{marks.PROVEN:x}"
-        strip = "-p tcp -j TCPOPTSTRIP --strip-options timestamp"
-        return (strip, f"-j CONNMARK --set-xmark {proven}")
+        return ("-p tcp -j TCPOPTSTRIP --strip-options timestamp",)
 
     def sample(self) -> tuple[str, ...]:
         """One SYN-ACK a second of each service, and one of those that offer a window scale.
@@ -207,7 +237,7 @@ class _Build:
                 f"-p tcp -m tcp {offers} -m hashlimit --hashlimit-upto 1/sec --hashlimit-burst 1"
                 " --hashlimit-mode srcip,srcport"
                 f" --hashlimit-name {PREFIX}-{kind}{self.family}"
-                f" -j NFLOG --nflog-group {SAMPLE_GROUP} --nflog-size {_SAMPLE_BYTES}"
+                f" -j NFLOG --nflog-group {LOG_GROUP} --nflog-size {_LOG_BYTES}"
             )
         return tuple(rules)
 

@@ -83,6 +83,34 @@ _FEATURES = (
         "xt_connbytes",
     ),
     _Feature("exemption from tracking", "raw", "-A OUTPUT -p tcp -j CT --notrack", "xt_CT"),
+    _Feature(
+        "SYN cookies",
+        "filter",
+        "-A INPUT -p tcp -m conntrack --ctstate INVALID,UNTRACKED -j SYNPROXY --mss 1460"
+        " --timestamp --sack-perm --wscale 7",
+        "ipt_SYNPROXY",
+    ),
+    _Feature(
+        "rates per service",
+        "raw",
+        "-A PREROUTING -p tcp -m hashlimit --hashlimit-above 9/sec --hashlimit-burst 1"
+        " --hashlimit-mode dstip,dstport --hashlimit-name rstguard-try --hashlimit-rate-match"
+        " --hashlimit-rate-interval 1 -j CT --notrack",
+        "xt_hashlimit",
+    ),
+    _Feature(
+        "packets without a socket",
+        "raw",
+        "-A OUTPUT -p tcp -m owner ! --socket-exists -j CT --notrack",
+        "xt_owner",
+    ),
+    _Feature(
+        "removal of TCP options",
+        "mangle",
+        "-A OUTPUT -p tcp -j TCPOPTSTRIP --strip-options timestamp",
+        "xt_TCPOPTSTRIP",
+    ),
+    _Feature("packet log", "mangle", "-A OUTPUT -p tcp -j NFLOG --nflog-group 1", "xt_NFLOG"),
 )
 
 
@@ -116,13 +144,14 @@ class _Trial(NamedTuple):
             "hash:net": "timeout 0 comment",
             "hash:ip": "timeout 600 netmask 24 forceadd",
             "bitmap:port": "range 0-65535",
+            "hash:ip,port": "timeout 60",
         }
         if self.host.find("ipset") is None:
             return Check("kernel sets", Outcome.WARNING, "not tried: ipset is not installed")
         for kind, options in kinds.items():
-            set_name = f"{_SET}-{kind.partition(':')[2]}"
+            set_name = f"{_SET}-{kind.partition(':')[2].replace(',', '-')}"
             if not self._succeeds(["ipset", "create", set_name, kind, *options.split()]):
-                module = f"ip_set_{kind.replace(':', '_')}"
+                module = f"ip_set_{kind.replace(':', '_').replace(',', '')}"
                 sentence = f"the kernel cannot make a set of type {kind}"
                 return self._failed("kernel sets", sentence, self.host.load_module(module))
         return Check("kernel sets", Outcome.OK, f"the kernel makes {', '.join(kinds)} sets")

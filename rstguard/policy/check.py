@@ -26,8 +26,6 @@ def check(policy: Policy, interfaces: Collection[str] | None = None) -> list[Fin
             message = f"{prefix} is a large part of all addresses: nobody in it will be guarded"
             findings.append(Finding(("trusted", index), message))
     if policy.syn_budget is not None:
-        message = "this version reads the SYN budget but does not enforce it yet"
-        findings.append(Finding(("syn_budget",), message, at_key=True))
         path = ("syn_budget", "ports")
         findings += _ports(policy, policy.syn_budget.ports, path, "the budget")
     findings += _narrow(policy.source, ("source", "ipv6"))

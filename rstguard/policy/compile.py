@@ -125,8 +125,8 @@ def _head(ruleset: RuleSet) -> Iterator[str]:
     if ruleset.syn_budget:
         budget = ruleset.syn_budget
         yield (
-            f"  SYN budget    {budget.rate}/s to each service, ports {_port_set(budget.ports)} "
-            "(not enforced by this version)"
+            f"  SYN budget    {budget.rate}/s to each service; "
+            f"above it SYN cookies, ports {_port_set(budget.ports)}"
         )
     shown = {"drop": "silence", "reset": "a RST", "unreachable": "an ICMP error"}
     yield f"  blocked       sees {shown[ruleset.blocking]}; a shun lasts {_time(ruleset)}"
