@@ -20,7 +20,9 @@ from typing import Generic, TypeVar
 Value = TypeVar("Value")
 
 CAPACITY = 1 << 16
-"""Default entries per generation."""
+"""Default entries per generation of what is counted."""
+REMEMBERED = 1 << 15
+"""Default entries per generation of what is remembered: these hold objects, not just numbers."""
 
 
 class Limiter:
@@ -168,7 +170,7 @@ class Memory(Generic[Value]):
 
     __slots__ = ("_capacity", "_old", "_young")
 
-    def __init__(self, capacity: int = CAPACITY) -> None:
+    def __init__(self, capacity: int = REMEMBERED) -> None:
         self._capacity = capacity
         self._young: dict[Hashable, Value] = {}
         self._old: dict[Hashable, Value] = {}
