@@ -51,7 +51,10 @@ def apply(plans: dict[int, Plan]) -> None:
     """
     for family, plan in plans.items():
         text = _transition(read(family), plan)
-        run([f"{_COMMANDS[family]}-restore", "--noflush", "-w", _WAIT_SECONDS], text)
+        try:
+            run([f"{_COMMANDS[family]}-restore", "--noflush", "-w", _WAIT_SECONDS], text)
+        except KernelError as error:
+            raise KernelError(f"{error}; `rstguard doctor` says what this machine lacks") from error
     lacking = missing(plans)
     if lacking:
         raise KernelError(

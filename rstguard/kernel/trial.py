@@ -83,6 +83,8 @@ _FEATURES = (
         "xt_connbytes",
     ),
     _Feature("exemption from tracking", "raw", "-A OUTPUT -p tcp -j CT --notrack", "xt_CT"),
+)
+_FOR_A_BUDGET = (
     _Feature(
         "SYN cookies",
         "filter",
@@ -130,7 +132,7 @@ def feature_checks(host: Host, deadline: float) -> list[Check]:
             sentence = "not tried: no network namespace could be made here"
             return [Check("kernel features", Outcome.WARNING, sentence, "unshare --net true")]
         trial = _Trial(host, inside, deadline)
-        return [trial.sets(), trial.rules(4), trial.rules(6)]
+        return [trial.sets(), *(check(f) for f in (4, 6) for check in (trial.rules, trial.budget))]
 
 
 class _Trial(NamedTuple):
@@ -167,10 +169,25 @@ class _Trial(NamedTuple):
         self._succeeds(["ipset", "create", target, "hash:net", "family", family_name])
         if not self._loads(family, (_PLAIN,)):
             return self._failed(name, *self._why_not_even_plain(restore, family))
-        if self._loads(family, _FEATURES):
-            listed = ", ".join(feature.name for feature in _FEATURES)
+        return self._each(name, family, _FEATURES)
+
+    def budget(self, family: int) -> Check:
+        """Load the rules that only a policy with a SYN budget needs."""
+        name = f"IPv{family} SYN budget"
+        if self.host.find(_RESTORE[family]) is None:
+            return Check(name, Outcome.WARNING, f"not tried: {_RESTORE[family]} is not installed")
+        found = self._each(name, family, _FOR_A_BUDGET)
+        if found.outcome is not Outcome.MISSING:
+            return found
+        sentence = f"a policy with syn_budget cannot be used: {found.sentence}"
+        return found._replace(outcome=Outcome.WARNING, sentence=sentence)
+
+    def _each(self, name: str, family: int, features: Sequence[_Feature]) -> Check:
+        restore = _RESTORE[family]
+        if self._loads(family, features):
+            listed = ", ".join(feature.name for feature in features)
             return Check(name, Outcome.OK, f"{restore} --noflush works with {listed}")
-        for feature in _FEATURES:
+        for feature in features:
             if not self._loads(family, (feature,)):
                 module = feature.module.replace("ipt_", "ip6t_" if family == 6 else "ipt_")
                 sentence = f"the kernel or {restore} lacks this: {feature.name} (module {module})"
