@@ -43,7 +43,7 @@ from rstguard.kernel import KernelError
 from rstguard.kernel.conntrack import Conntrack
 from rstguard.kernel.elements import element_of
 from rstguard.kernel.inject import Injector
-from rstguard.kernel.marks import CONDEMNED, GUARDED, PROVEN
+from rstguard.kernel.marks import CONDEMNED, GUARDED, PROVEN, TOLD
 from rstguard.kernel.sets import Sets
 
 log = logging.getLogger(__name__)
@@ -77,6 +77,7 @@ class Sweeper:
         self._sweep_at = self._report_at = self._half_open_at = 0
         self._running = True
         self._counts["adopted"] = adopt_existing(self._table, start.ruleset.scope)
+        self._finish_predecessors_work()
 
     def run(self) -> None:
         """Serve until told to stop or until the supervisor is gone."""
@@ -107,6 +108,14 @@ class Sweeper:
         now = time.monotonic_ns()
         at = min(self._sweep_at, now + _MOST_WAIT, self._condemner.next_step_at or now + _MOST_WAIT)
         return max(0, (at - now + 999_999) // 1_000_000)
+
+    def _finish_predecessors_work(self) -> None:
+        """Provoke what a sweeper that died had condemned, and no end of which was told."""
+        begun = [
+            Target(flow, Ends.BOTH, "", Reason.KILLED)
+            for flow in self._table.dump(CONDEMNED, CONDEMNED | TOLD)
+        ]
+        self._condemner.start(begun, time.monotonic_ns())
 
     def _judge(self, now: int) -> None:
         """One sweep: read, judge, carry out."""

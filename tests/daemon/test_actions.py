@@ -24,7 +24,7 @@ from tests.guard import (
     server_sockets,
     source,
 )
-from tests.netns import Lab, wait_until
+from tests.netns import CLIENT4, CLIENT6, Lab, wait_until
 
 pytestmark = [pytest.mark.netns, BOTH_FAMILIES]
 
@@ -146,6 +146,29 @@ def test_shun_of_an_unproven_source_ends_by_itself(
     assert answer(lab, address, service.address, SHUN) == "silence"
     wait_until(lambda: guard.block_of(address) is None)
     service.connect(address).talk()
+
+
+def test_a_shun_frees_the_server_of_unfinished_handshakes(
+    lab: Lab, guard: Guard, serve: Open, v6: bool
+) -> None:
+    """Nobody answers behind the address, and the server would wait for a minute."""
+    service = serve(SHUN, v6)
+    version, silent, net, via = (
+        ("-6", "2001:db8:77::1", "2001:db8:77::/64", CLIENT6)
+        if v6
+        else ("-4", "198.51.100.77", "198.51.100.0/24", CLIENT4)
+    )
+    lab.run("gateway", "ip", version, "route", "replace", net, "via", via)
+    segments(lab, silent, service.address, SHUN, "S", 4, first_port=3000)
+    assert len(half_open(lab)) == 4
+    segments(lab, silent, service.address, SHUN, "S", 20, first_port=4000)
+    wait_until(lambda: guard.block_of(silent) is not None)
+    wait_until(lambda: not half_open(lab))
+
+
+def half_open(lab: Lab) -> list[str]:
+    """Return the server's handshakes that wait for their last ACK."""
+    return lab.run("server", "ss", "-tnH", "state", "syn-recv").splitlines()
 
 
 def test_a_shunned_source_keeps_its_connections(

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from rstguard.daemon.condemn import select
 from rstguard.daemon.control import NoDaemon
+from rstguard.kernel import marks
+from rstguard.kernel.conntrack import Conntrack
 from tests.daemon.conftest import Crowd, Open
 from tests.guard import (
     BOTH_FAMILIES,
@@ -139,6 +142,22 @@ def test_the_sweeper_is_killed(lab: Lab, directory: Path, serve: Open) -> None:
         link = service.connect(source(False))
         link.wait_reset()
         assert guard.filtering()
+
+
+def test_what_a_killed_sweeper_condemned_is_killed_by_the_next(
+    lab: Lab, directory: Path, serve: Open
+) -> None:
+    service = serve(PORT)
+    with Guard(lab, policy(), directory, workers=1) as guard:
+        link, spared = service.connect(source(False)), service.connect(source(False))
+        link.talk()
+        with lab.inside("gateway"), Conntrack() as table:
+            (flow,) = select(table.dump(), source_port=link.port)
+            assert table.set_mark([flow], marks.CONDEMNED, marks.CONDEMNED) == [0]
+        assert not link.dead
+        os.kill(guard.status()["sweeper"]["pid"], signal.SIGKILL)
+        link.wait_reset()
+        spared.talk()
 
 
 def test_a_child_that_dies_at_once_again_and_again(lab: Lab, directory: Path, serve: Open) -> None:
