@@ -11,7 +11,7 @@ PYTEST := $(AS_ROOT) $(PYTHON_IN) -m pytest -p no:cacheprovider
 PYTHONS ?= $(wildcard $(foreach v,11 12 13 14,/usr/bin/python3.$(v) /usr/local/bin/python3.$(v) \
              $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.$(v).*/bin/python3))
 
-.PHONY: help setup demo test lint test-pure test-all-pythons bench soak fuzz clean
+.PHONY: help setup demo test lint test-pure test-all-pythons bench fuzz clean
 
 help:
 	@echo "make demo              watch attackers being contained (about two minutes)"
@@ -20,7 +20,7 @@ help:
 	@echo "make test-pure         the tests that need no root"
 	@echo "make test-all-pythons  those, on each Python 3.11 or later found here"
 	@echo "make bench             the figures, as ratios measured in one run"
-	@echo "make soak, make fuzz   the long tests"
+	@echo "make fuzz              the long form of the generated tests"
 	@echo "make clean             remove what these made in this directory"
 
 setup:
@@ -38,7 +38,7 @@ test: lint
 	$(PYTEST)
 
 test-pure: setup
-	$(PYTHON_IN) -m pytest -m "not netns and not soak and not fuzz_long"
+	$(PYTHON_IN) -m pytest -m "not netns and not fuzz_long"
 
 test-all-pythons:
 	@./.ci/setup --packages
@@ -49,15 +49,12 @@ test-all-pythons:
 	  PYTHON="$$python" ./.ci/setup --venv ".venv-$$version"; \
 	  echo "== Python $$version ($$python)"; \
 	  ".venv-$$version/bin/python" -m pytest -q -p no:cacheprovider \
-	    -m "not netns and not soak and not fuzz_long" || failed="$$failed $$version"; \
+	    -m "not netns and not fuzz_long" || failed="$$failed $$version"; \
 	done; \
 	if [ -n "$$failed" ]; then echo "failed on Python:$$failed" >&2; exit 1; fi
 
 bench: setup
 	$(AS_ROOT) $(PYTHON_IN) -m tests.bench
-
-soak: setup
-	$(PYTEST) -m soak -s --timeout=0
 
 fuzz: setup
 	$(PYTEST) -m fuzz_long --timeout=0
