@@ -183,11 +183,13 @@ class Worker:
                 if known or self._worth_telling(rule):
                     message = Reset(flow, decision.ends, rule, reason, self._enforce, known)
                     self._channel.send(message)
-            elif not decision.effects and self._worth_telling(rule):
+            elif decision.verdict is Verdict.DROP or decision.effects:
+                continue  # told by what was done about it
+            elif self._worth_telling(rule):
                 self._channel.send(Observed(flow, rule, reason))
 
     def _worth_telling(self, rule: str) -> bool:
-        """Let some reports of a rule through each second; a flood is told by its count."""
+        """Let some reports of a rule through between two counts; those tell of a flood."""
         told = self._told[rule] = self._told.get(rule, 0) + 1
         self._counts["reports_left_out"] += told > _MOST_REPORTS
         return told <= _MOST_REPORTS

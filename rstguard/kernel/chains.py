@@ -23,7 +23,7 @@ from rstguard.engine.ruleset import Divert, RuleSet
 from rstguard.kernel import marks
 
 PREFIX = "rstguard"
-_SYN_ONLY = "FIN,SYN,RST,ACK SYN"
+SYN_ONLY = "FIN,SYN,RST,ACK SYN"
 # All combinations that nf_conntrack_proto_tcp.c does not list in tcp_valid_flags.
 _IMPOSSIBLE = (
     "FIN,SYN FIN,SYN",
@@ -99,7 +99,7 @@ def plan(ruleset: RuleSet, family: int, queues: range) -> Plan:
 
 
 def _jumps(ruleset: RuleSet, outbound: bool) -> tuple[Jump, ...]:
-    probe = f"-m mark --mark {_bits(marks.PROBE)}"
+    probe = f"-m mark --mark {bits(marks.PROBE)}"
     saved = f"-m mark ! --mark 0x0/0x{marks.MASK:x}"
     dead = f"-p tcp -m connmark ! --mark 0x0/0x{marks.CONDEMNED:x}"
     jumps = [
@@ -116,20 +116,21 @@ def _jumps(ruleset: RuleSet, outbound: bool) -> tuple[Jump, ...]:
         jumps.append(Jump("mangle", "POSTROUTING", "", f"{PREFIX}-out", last=True))
     if ruleset.blocking != "drop":
         jumps += [
-            Jump("filter", hook, f"-p tcp -m tcp --tcp-flags {_SYN_ONLY}", f"{PREFIX}-refuse")
+            Jump("filter", hook, f"-p tcp -m tcp --tcp-flags {SYN_ONLY}", f"{PREFIX}-refuse")
             for hook in ("INPUT", "FORWARD")
         ]
     return tuple(jumps)
 
 
-def _bits(bits: int) -> str:
-    return f"0x{bits:x}/0x{bits:x}"
+def bits(value: int) -> str:
+    """Return some mark bits as the value and mask of an iptables match or target."""
+    return f"0x{value:x}/0x{value:x}"
 
 
 def _save() -> tuple[str, ...]:
     """Bits are added to the connection, never taken: a late verdict must not undo a later one."""
     rules = [
-        f"-m mark --mark {_bits(bit)} -j CONNMARK --set-xmark {_bits(bit)}"
+        f"-m mark --mark {bits(bit)} -j CONNMARK --set-xmark {bits(bit)}"
         for bit in (marks.TRUSTED, marks.CONDEMNED_SOURCE, marks.CONDEMNED_DESTINATION)
     ]
     return (*rules, f"-j MARK --set-xmark 0x0/0x{marks.MASK:x}")
@@ -142,8 +143,8 @@ def _condemned() -> tuple[str, ...]:
         ("ORIGINAL", marks.CONDEMNED_SOURCE, marks.TOLD_SOURCE),
         ("REPLY", marks.CONDEMNED_DESTINATION, marks.TOLD_DESTINATION),
     ):
-        match = f"-p tcp -m conntrack --ctdir {direction} -m connmark --mark {_bits(condemned)}"
-        rules.append(f"{match} -j CONNMARK --set-xmark {_bits(told)}")
+        match = f"-p tcp -m conntrack --ctdir {direction} -m connmark --mark {bits(condemned)}"
+        rules.append(f"{match} -j CONNMARK --set-xmark {bits(told)}")
         rules.append(f"{match} -j REJECT --reject-with tcp-reset")
     return (*rules, "-j DROP")
 
@@ -166,7 +167,7 @@ class _Build:
     def on_interfaces(self, chain: str, outbound: bool, tcp: bool = False) -> tuple[str, ...]:
         protocol = "-p tcp " if tcp else ""
         way = "-o" if outbound else "-i"
-        names = (name.replace("*", "+") for name in self.ruleset.scope.interfaces)
+        names = interface_names(self.ruleset)
         return tuple(f"{way} {name} {protocol}-j {chain}" for name in names)
 
     def unless_trusted(self) -> list[str]:
@@ -183,7 +184,7 @@ class _Build:
                 f"{self.in_set('ban')} -j DROP",
             )
         return (
-            f"-p tcp -m tcp ! --tcp-flags {_SYN_ONLY} -j RETURN",
+            f"-p tcp -m tcp ! --tcp-flags {SYN_ONLY} -j RETURN",
             *self.unless_trusted(),
             f"{self.in_set('ban')} -j DROP",
             f"-p tcp {self.in_set('shun')} -j DROP",
@@ -205,13 +206,13 @@ class _Build:
         settled = marks.GUARDED | marks.PROVEN
         if Divert.HANDSHAKE in diverts:
             settled |= marks.TRUSTED
-        rules = [f"-p tcp -m tcp --tcp-flags {_SYN_ONLY} -g {PREFIX}-syn"]
+        rules = [f"-p tcp -m tcp --tcp-flags {SYN_ONLY} -g {PREFIX}-syn"]
         if Divert.CLOSE in diverts:
             rules.append(f"-p tcp -m tcp ! --tcp-flags FIN,RST NONE -j {PREFIX}-close")
         if Divert.SMALL_WINDOW in diverts:
             rules.append(self.small_window())
         rules += [
-            f"-m connmark --mark {_bits(settled)} -j RETURN",
+            f"-m connmark --mark {bits(settled)} -j RETURN",
             "-m conntrack --ctstate ESTABLISHED --ctdir REPLY -j RETURN",
             f"-m connmark ! --mark 0x0/0x{marks.CONDEMNED:x} -j RETURN",
             *self.unless_trusted(),
@@ -219,7 +220,7 @@ class _Build:
             f"-m conntrack --ctstate INVALID,NEW -g {PREFIX}-invalid",
         ]
         plain_ack = "-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK ACK"
-        guarded = f"-m connmark --mark {_bits(marks.GUARDED)}"
+        guarded = f"-m connmark --mark {bits(marks.GUARDED)}"
         return (*rules, f"{plain_ack} {guarded} -j {PREFIX}-first")
 
     def in_scope(self, chain_set: str = "ports", ports: frozenset[int] | None = None) -> list[str]:
@@ -227,7 +228,7 @@ class _Build:
         scope = self.ruleset.scope
         rules = []
         if scope.destinations:
-            rules.append(f"{_negated(self.in_set('dst', 'dst'))} -j RETURN")
+            rules.append(f"{negated(self.in_set('dst', 'dst'))} -j RETURN")
         if scope.ports is not None or ports is not None:
             rules.append(f"-p tcp -m set ! --match-set {PREFIX}-{chain_set} dst -j RETURN")
         return rules
@@ -237,28 +238,28 @@ class _Build:
         if self.ruleset.blocking != "drop":  # they are answered later, in the filter table
             rules += [f"{self.in_set(name)} -j RETURN" for name in ("ban", "shun")]
         rules += [
-            f"-m conntrack --ctstate NEW -j CONNMARK --set-xmark {_bits(marks.GUARDED)}",
+            f"-m conntrack --ctstate NEW -j CONNMARK --set-xmark {bits(marks.GUARDED)}",
         ]
         if Divert.SYN in self.ruleset.diverts:
             if self.ruleset.bans:
                 rules.append(
-                    f"{self.in_set('proven')} -j MARK --set-xmark {_bits(marks.TO_QUEUE_PROVEN)}"
+                    f"{self.in_set('proven')} -j MARK --set-xmark {bits(marks.TO_QUEUE_PROVEN)}"
                 )
             rules.append(f"-j {PREFIX}-queue")
         return tuple(rules)
 
     def first_ack(self) -> tuple[str, ...]:
         """The kernel accepted the client's ACK of the SYN-ACK: its address is real."""
-        known = f"-j MARK --set-xmark {_bits(marks.TO_QUEUE_KNOWN | marks.TO_QUEUE_PROVEN)}"
+        known = f"-j MARK --set-xmark {bits(marks.TO_QUEUE_KNOWN | marks.TO_QUEUE_PROVEN)}"
         rules = ["-m conntrack ! --ctstate ESTABLISHED -j RETURN"]
         if self.ruleset.bans:
             rules.append(f"-j SET --add-set {PREFIX}-proven{self.family} src --exist")
-        rules.append(f"-j CONNMARK --set-xmark {_bits(marks.PROVEN)}")
+        rules.append(f"-j CONNMARK --set-xmark {bits(marks.PROVEN)}")
         if Divert.HANDSHAKE in self.ruleset.diverts:
             # While nobody answers, a connection tries again with each packet, up to this many.
             enough = f"-m connbytes --connbytes {self.ruleset.inspect_packets + 2}:"
             enough += " --connbytes-mode packets --connbytes-dir original"
-            trusted = _bits(marks.TRUSTED)
+            trusted = bits(marks.TRUSTED)
             rules += [
                 f"{enough} -j CONNMARK --set-xmark {trusted}",
                 f"-m connmark --mark {trusted} -j RETURN",
@@ -275,25 +276,25 @@ class _Build:
         wanted = self.ruleset.ports_needing(Divert.CLOSE)
         rules = [
             f"-m connmark ! --mark 0x0/0x{marks.CONDEMNED:x} -j RETURN",
-            f"-m connmark ! --mark {_bits(settled)} -j RETURN",
+            f"-m connmark ! --mark {bits(settled)} -j RETURN",
             "-m conntrack ! --ctstate ESTABLISHED -j RETURN",
         ]
         if wanted is not None:
             rules.append(f"-p tcp -m set ! --match-set {PREFIX}-close-ports dst -j RETURN")
-        return (*rules, f"-j MARK --set-xmark {_bits(state)}", f"-j {PREFIX}-queue")
+        return (*rules, f"-j MARK --set-xmark {bits(state)}", f"-j {PREFIX}-queue")
 
     def reset_out(self) -> tuple[str, ...]:
         """A server's RST also ends a connection, and no client's segment may follow it."""
         rules = [
             "-p tcp -m tcp ! --tcp-flags RST RST -j RETURN",
             f"-m connmark ! --mark 0x0/0x{marks.CONDEMNED:x} -j RETURN",
-            f"-m connmark ! --mark {_bits(marks.GUARDED | marks.PROVEN)} -j RETURN",
+            f"-m connmark ! --mark {bits(marks.GUARDED | marks.PROVEN)} -j RETURN",
             "-m conntrack --ctdir ORIGINAL -j RETURN",
         ]
         if self.ruleset.ports_needing(Divert.CLOSE) is not None:
             rules.append(f"-p tcp -m set ! --match-set {PREFIX}-close-ports src -j RETURN")
         state = marks.TO_QUEUE_KNOWN | marks.TO_QUEUE_PROVEN | marks.TO_QUEUE_OUTBOUND
-        return (*rules, f"-j MARK --set-xmark {_bits(state)}", f"-j {PREFIX}-queue-out")
+        return (*rules, f"-j MARK --set-xmark {bits(state)}", f"-j {PREFIX}-queue-out")
 
     def small_window(self) -> str:
         """The window is the last half of the TCP header's fourth word; unscaled as it stands."""
@@ -302,14 +303,14 @@ class _Build:
         most = f"0x{min(largest, 0xFFFF):x}"
         return (
             f"-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK ACK -m connmark --mark"
-            f' {_bits(marks.GUARDED | marks.PROVEN)} -m u32 --u32 "{where}=0x0:{most}"'
+            f' {bits(marks.GUARDED | marks.PROVEN)} -m u32 --u32 "{where}=0x0:{most}"'
             f" -j {PREFIX}-window"
         )
 
     def window(self) -> tuple[str, ...]:
         if Divert.SMALL_WINDOW not in self.ruleset.diverts:
             return ()
-        proven = f"-j MARK --set-xmark {_bits(marks.TO_QUEUE_PROVEN)}"
+        proven = f"-j MARK --set-xmark {bits(marks.TO_QUEUE_PROVEN)}"
         return (
             f"-m connmark ! --mark 0x0/0x{marks.CONDEMNED:x} -j RETURN",
             *self.unless_trusted(),
@@ -324,13 +325,13 @@ class _Build:
         if Divert.STRAY in diverts or Divert.BAD_FLAGS in diverts:
             if self.ruleset.bans:
                 rules.append(
-                    f"{self.in_set('proven')} -j MARK --set-xmark {_bits(marks.TO_QUEUE_PROVEN)}"
+                    f"{self.in_set('proven')} -j MARK --set-xmark {bits(marks.TO_QUEUE_PROVEN)}"
                 )
             rules = [*self.in_scope(), *rules]
         if Divert.BAD_FLAGS in diverts and Divert.STRAY not in diverts:
             rules += [f"-p tcp -m tcp --tcp-flags {f} -j {PREFIX}-queue" for f in _IMPOSSIBLE]
         if Divert.STRAY in diverts:
-            rules.append(f"-j MARK --set-xmark {_bits(marks.TO_QUEUE_STRAY)}")
+            rules.append(f"-j MARK --set-xmark {bits(marks.TO_QUEUE_STRAY)}")
             rules.append(f"-j {PREFIX}-queue")
         return tuple(rules)
 
@@ -361,5 +362,11 @@ class _Build:
         return f"{start + whole_bytes - 4}>>{whole_bytes * 8 - length}"
 
 
-def _negated(match: str) -> str:
+def interface_names(ruleset: RuleSet) -> list[str]:
+    """Return the protected interfaces as iptables names them: a glob ends in "+"."""
+    return [name.replace("*", "+") for name in ruleset.scope.interfaces]
+
+
+def negated(match: str) -> str:
+    """Return a match on a set turned into its opposite."""
     return match.replace("-m set ", "-m set ! ", 1)

@@ -31,7 +31,15 @@ from rstguard.engine.address import address_text, is_v6
 from rstguard.engine.offers import Offer, Service
 from rstguard.engine.ruleset import Divert, RuleSet
 from rstguard.kernel import marks
-from rstguard.kernel.chains import PREFIX, Jump, Plan
+from rstguard.kernel.chains import (
+    PREFIX,
+    SYN_ONLY,
+    Jump,
+    Plan,
+    bits,
+    interface_names,
+    negated,
+)
 
 ENGAGED_SECONDS = 60
 """How long after its last cookie a service's ACKs are still searched for cookies."""
@@ -41,7 +49,7 @@ _LOG_BYTES = 160  # IPv6 header, one extension header, TCP header with all optio
 _LARGEST_RATE = 1_000_000
 """What hashlimit can count in a second (XT_HASHLIMIT_SCALE_v2)."""
 
-_SYN = "-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK SYN"
+_SYN = f"-p tcp -m tcp --tcp-flags {SYN_ONLY}"
 _SYN_ACK = "-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK SYN,ACK"
 _PLAIN_ACK = "-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK ACK"
 _NO_SOCKET = "-m owner ! --socket-exists"
@@ -93,7 +101,6 @@ def with_budget(plan: Plan, ruleset: RuleSet, family: int, known: Known) -> Plan
 
 
 def _jumps() -> tuple[Jump, ...]:
-    proved = f"0x{_PROVED:x}/0x{_PROVED:x}"
     opening = f"-m mark --mark 0x{_COOKIE_SYN:x}/0x{marks.MASK:x}"
     begun = "-m conntrack --ctstate ESTABLISHED --ctdir ORIGINAL"
     unsaved = f"-m conntrack --ctdir ORIGINAL -m mark ! --mark 0x0/0x{marks.MASK:x}"
@@ -106,7 +113,7 @@ def _jumps() -> tuple[Jump, ...]:
         Jump(
             "mangle",
             "OUTPUT",
-            f"{_PLAIN_ACK} {begun} -m connmark --mark {proved}",
+            f"{_PLAIN_ACK} {begun} -m connmark --mark {bits(_PROVED)}",
             f"{PREFIX}-joined",
             last=True,
         ),
@@ -126,8 +133,7 @@ class _Build:
     known: Known
 
     def on_interfaces(self, rule: str) -> tuple[str, ...]:
-        names = (name.replace("*", "+") for name in self.ruleset.scope.interfaces)
-        return tuple(rule.format(name) for name in names)
+        return tuple(rule.format(name) for name in interface_names(self.ruleset))
 
     def engaged(self) -> str:
         return f"-m set --match-set {engaged_set(self.family)} dst,dst"
@@ -200,7 +206,7 @@ class _Build:
         rules = [
             f"{begun} -j NFLOG --nflog-group {LOG_GROUP} --nflog-size {_LOG_BYTES}",
             f"{begun} -j DROP",
-            f"-j CONNMARK --set-xmark 0x{_PROVED:x}/0x{_PROVED:x}",
+            f"-j CONNMARK --set-xmark {bits(_PROVED)}",
         ]
         if self.ruleset.bans:
             rules.append(f"-j SET --add-set {PREFIX}-proven{self.family} src --exist")
@@ -226,7 +232,7 @@ class _Build:
         SYNPROXY opens would not be translated.
         """
         rules = [
-            f"-m connmark ! --mark 0x{marks.GUARDED:x}/0x{marks.GUARDED:x} -j RETURN",
+            f"-m connmark ! --mark {bits(marks.GUARDED)} -j RETURN",
             "-m conntrack --ctstate DNAT -j RETURN",
         ]
         budget = self.ruleset.syn_budget
@@ -246,15 +252,12 @@ class _Build:
 
         Of the rest SYNPROXY takes the ACKs that bring a cookie back, and drops the others.
         """
-        rules = [f"-p tcp {self._negated_engaged()} -j RETURN"]
+        rules = [f"-p tcp {negated(self.engaged())} -j RETURN"]
         rules += [
             f"-d {address_text(s.address)} -p tcp -m tcp --dport {s.port} -j SYNPROXY {_options(o)}"
             for s, o in self.known.items()
         ]
         return tuple(rules)
-
-    def _negated_engaged(self) -> str:
-        return self.engaged().replace("-m set ", "-m set ! ", 1)
 
 
 def _options(offer: Offer) -> str:

@@ -8,7 +8,6 @@ from pathlib import Path
 from rstguard.engine.offers import Offer, Service
 from rstguard.engine.ruleset import Per, RuleSet
 from rstguard.kernel import KernelError, chains, cookies, ipset, iptables, sysctl
-from rstguard.kernel.sysctl import Change
 
 RECORD_NAME = "sysctls.json"
 
@@ -113,12 +112,9 @@ class Footprint:
         except KernelError as error:
             problems.append(str(error))
         try:
-            done += [str(change) for change in self._restored()]
+            done += [str(change) for change in sysctl.restore(self._record)]
         except KernelError as error:
             problems.append(str(error))
         if problems:
             raise KernelError("; ".join(problems))
         return done
-
-    def _restored(self) -> list[Change]:
-        return sysctl.restore(self._record)
