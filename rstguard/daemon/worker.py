@@ -43,6 +43,11 @@ log = logging.getLogger(__name__)
 
 _MOST_IN_A_ROW = 512
 """Packets after which the worker looks for messages even if more are waiting."""
+_MOST_AT_ONCE = 32
+"""Packets that may wait for the next one message that lets them all pass.
+
+Each spares a system call.  They wait only while more are being read: for well under a millisecond.
+"""
 _REPORT_EVERY = SECOND // 2
 _MOST_REPORTS = 50
 """Refused SYNs and observations of one rule that are told one by one between two counts."""
@@ -71,6 +76,7 @@ class Worker:
         self._counts: Counter[str] = Counter()
         self._told: dict[str, int] = {}
         self._left_in_row = _MOST_IN_A_ROW
+        self._passing = self._last_passing = 0
         self._report_at = 0
         self._running = True
         self._queue = Queue(start.queue, self._on_packet, start.ruleset.fail_open)
@@ -96,6 +102,7 @@ class Worker:
             self._left_in_row = _MOST_IN_A_ROW
             with contextlib.suppress(_Pause):
                 self._queue.drain()
+            self._pass_on()
             self._perform()
             self._report()
             for message in self._channel.receive():
@@ -104,7 +111,7 @@ class Worker:
 
     def _on_packet(self, queued: QueuedPacket) -> None:
         """Judge one packet and give its verdict.  This runs for every diverted packet."""
-        mark = queued.get_mark()
+        mark = queued.mark
         try:
             packet = parse(queued.get_payload(), STATES[mark >> BASE & 63], self._want_scale)
             decision = self._decide(packet, time.monotonic_ns())
@@ -114,17 +121,27 @@ class Worker:
         self._packets += 1
         if decision is not PASS:
             self._give(queued, mark & _OTHER_BITS, decision, packet)
-        else:
-            if mark & MASK:
-                queued.set_mark(mark & _OTHER_BITS)
+            if decision.rule:
+                self._note(packet, decision)
+            elif decision.verdict is Verdict.DROP:
+                self._counts["unreadable"] += 1
+        elif mark & MASK:
+            queued.set_mark(mark & _OTHER_BITS)
             queued.accept()
-        if decision.rule:
-            self._note(packet, decision)
-        elif decision.verdict is Verdict.DROP:
-            self._counts["unreadable"] += 1
+        else:
+            self._last_passing = queued.id
+            self._passing += 1
+            if self._passing >= _MOST_AT_ONCE:
+                self._pass_on()
         self._left_in_row -= 1
         if self._left_in_row <= 0 or self._pending:
             raise _Pause
+
+    def _pass_on(self) -> None:
+        """Let the packets pass that wait for it; others already have their verdicts."""
+        if self._passing:
+            self._passing = 0
+            self._queue.accept_up_to(self._last_passing)
 
     def _give(
         self, queued: QueuedPacket, mark: int, decision: Decision, packet: Packet | Malformed

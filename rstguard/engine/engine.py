@@ -3,16 +3,19 @@
 The order of checks, on one screen:
 
 1. A SYN, a closing segment, a first ACK, …: the packet's kind picks the rules that look at it.
-2. Every one of them counts it; the sternest action of those that are crossed wins.
-3. Only then, off the usual path, is the trusted list asked: it has the last word.
-4. `ban` needs proof of address and becomes a shun without it.
+2. The first SYN of a source is put off: it is counted when the source is met again, before anything
+   else of it (`rstguard.engine.newcomers`).
+3. Every rule that looks at it counts it; the sternest action of those that are crossed wins.
+4. Only then, off the usual path, is the trusted list asked: it has the last word.
+5. `ban` needs proof of address and becomes a shun without it.
 """
 
 from __future__ import annotations
 
 from rstguard.engine.address import Prefix, prefix_of
 from rstguard.engine.flow import Tuple
-from rstguard.engine.rules import REASONS, Check, Kind, Meter, make_meter
+from rstguard.engine.newcomers import Newcomers
+from rstguard.engine.rules import REASONS, Check, Kind, Meter, crossed_by_one, make_meter
 from rstguard.engine.ruleset import Per, Rule, RuleSet
 from rstguard.engine.sources import Sources
 from rstguard.engine.verdict import (
@@ -62,7 +65,11 @@ class Engine:
         self._sources.ruleset = ruleset
         self._by_port = {kind: self._checks_by_port(kind) for kind in Kind}
         self._elsewhere = {kind: self._checks(kind, None) for kind in Kind}
-        self._syn_by_port, self._syn_elsewhere = self._by_port[Kind.SYN], self._elsewhere[Kind.SYN]
+        self._syn_by_port = {port: _at_once(c) for port, c in self._by_port[Kind.SYN].items()}
+        self._syn_elsewhere = _at_once(self._elsewhere[Kind.SYN])
+        self._newcomers = self._take_over(previous)
+        self._newcomers.count = self._count_syn
+        self._put_off, self._meet = self._newcomers.put_off, self._newcomers.meet
         self._exhausting = {meter.rule: meter.exhaust for meter in self.meters}
         self._dropping = {
             rule: Decision(Verdict.DROP, REASONS[rule.measure], rule.name) for rule in ruleset.rules
@@ -74,12 +81,15 @@ class Engine:
             return _UNREADABLE
         assert type(packet) is Packet
         if packet[6] & _HANDSHAKE_FLAGS == SYN and not packet[9] & _NO_USUAL_SYN:
-            checks = self._syn_by_port.get(packet[3], self._syn_elsewhere)
+            checks, at_once = self._syn_by_port.get(packet[3], self._syn_elsewhere)
+            if at_once is not None and self._put_off(packet, now):
+                checks = at_once
             calm = PASS
         else:
             kind = kind_of(packet)
             if packet.state & OUTBOUND:
                 packet = packet.turned()
+            self._meet(packet, counts_as_met=kind is Kind.SYN)
             checks = self._by_port[kind].get(packet.destination_port, self._elsewhere[kind])
             if kind is Kind.SYN and packet.state & KNOWN:
                 # The kernel's own SYN, for a client that has returned a SYN cookie.
@@ -136,6 +146,24 @@ class Engine:
             return prefix_of(packet.source, self.ruleset.source_ipv4, self.ruleset.source_ipv6)
         return prefix_of(packet.source, rule.ipv4_length, rule.ipv6_length)
 
+    def _take_over(self, previous: Engine | None) -> Newcomers:
+        """Keep who was met; if a source is now of another width, that is forgotten."""
+        rules = [meter.rule for meter in self.meters if meter.rule.per is not Per.SERVICE]
+        lengths = (
+            min((rule.ipv4_length for rule in rules), default=32),
+            min((rule.ipv6_length for rule in rules), default=128),
+        )
+        if previous and previous._newcomers.lengths == lengths:
+            return previous._newcomers
+        return Newcomers(*lengths)
+
+    def _count_syn(self, packet: Packet, now: int) -> None:
+        """Count a SYN that was put off, by all rules but those that counted it at once."""
+        checks, at_once = self._syn_by_port.get(packet[3], self._syn_elsewhere)
+        for check, rule in checks if at_once is not None else ():
+            if not crossed_by_one(rule):
+                check(packet, now)
+
     def _checks_by_port(self, kind: Kind) -> dict[int, Checks]:
         named = {port for meter in self.meters for port in meter.rule.ports or ()}
         return {port: self._checks(kind, port) for port in named}
@@ -146,6 +174,12 @@ class Engine:
             for meter in self.meters
             if kind in meter.checks and (meter.rule.ports is None or port in meter.rule.ports)
         )
+
+
+def _at_once(checks: Checks) -> tuple[Checks, Checks | None]:
+    """Return the checks of a SYN, and those that a newcomer's must pass too; None: all of them."""
+    at_once = tuple((check, rule) for check, rule in checks if crossed_by_one(rule))
+    return checks, None if len(at_once) == len(checks) else at_once
 
 
 def kind_of(packet: Packet) -> Kind:

@@ -71,6 +71,15 @@ def _flow_key(packet: Packet) -> int:
     return ((packet[0] << 129 | packet[1]) << 16 | packet[2]) << 16 | packet[3]
 
 
+def crossed_by_one(rule: Rule) -> bool:
+    """Tell whether the first SYN of a source that nothing is known of can cross a rule.
+
+    A rested token bucket has at least one token, so no rate can; a count of 0 can.  What counts per
+    service knows no newcomers.
+    """
+    return rule.per is Per.SERVICE or (rule.measure in _MAKERS and rule.limit < 1)
+
+
 def make_meter(rule: Rule) -> Meter | None:
     """Return the meter of a rule that looks at packets, or None for a sweep measure."""
     if rule.measure in _RATE_MAKERS:

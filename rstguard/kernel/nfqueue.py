@@ -23,20 +23,25 @@ _TABLE = Path("/proc/self/net/netfilter/nfnetlink_queue")
 # linux/netfilter/nfnetlink.h and nfnetlink_queue.h
 _NFNL_SUBSYS_QUEUE = 3
 _NFQNL_MSG_CONFIG = 2
+_NFQNL_MSG_VERDICT_BATCH = 3
+_NFQA_VERDICT_HDR = 2
 _NFQA_CFG_MASK, _NFQA_CFG_FLAGS = 4, 5
 _FAIL_OPEN, _GSO = 1, 4
 _NLM_F_REQUEST = 1
+_NF_ACCEPT = 1
 _SOL_NETLINK, _NETLINK_NO_ENOBUFS = 270, 5
 
 
 class QueuedPacket(Protocol):
     """What the binding hands to the callback for each packet."""
 
+    id: int
+    """The packet's number in its queue, from 1 on; the kernel counts up."""
+    mark: int
+    """The mark it came with."""
+
     def get_payload(self) -> bytes:
         """Return the packet from its IP header on."""
-
-    def get_mark(self) -> int:
-        """Return the packet's mark."""
 
     def set_mark(self, mark: int) -> None:
         """Set the mark that goes with the verdict."""
@@ -103,10 +108,19 @@ class Queue:
         # A full socket buffer is counted by the kernel; it must not end the reading.
         self._socket.setsockopt(_SOL_NETLINK, _NETLINK_NO_ENOBUFS, 1)
         self.set_fail_open(fail_open)
+        self._batch = _message_head(_NFQNL_MSG_VERDICT_BATCH, number, 12)
+        self._batch += struct.pack("=HH", 12, _NFQA_VERDICT_HDR) + struct.pack(">I", _NF_ACCEPT)
 
     def fileno(self) -> int:
         """The descriptor to wait on."""
         return int(self._queue.get_fd())
+
+    def accept_up_to(self, packet_id: int) -> None:
+        """Let every packet pass, unchanged, that has no verdict yet and no higher number.
+
+        One message for many packets: nfqnl_recv_verdict_batch in nfnetlink_queue.c.
+        """
+        self._socket.sendto(self._batch + struct.pack(">I", packet_id), (0, 0))
 
     def set_fail_open(self, fail_open: bool) -> None:
         """Choose what happens to a packet that finds the queue full: pass (True) or drop."""
@@ -114,10 +128,8 @@ class Queue:
         mask = struct.pack(">I", _FAIL_OPEN | _GSO)
         attributes = struct.pack("=HH", 8, _NFQA_CFG_MASK) + mask
         attributes += struct.pack("=HH", 8, _NFQA_CFG_FLAGS) + flags
-        body = struct.pack(">BBH", socket.AF_UNSPEC, 0, self.number) + attributes
-        kind = _NFNL_SUBSYS_QUEUE << 8 | _NFQNL_MSG_CONFIG
-        header = struct.pack("=IHHII", 16 + len(body), kind, _NLM_F_REQUEST, 0, 0)
-        self._socket.sendto(header + body, (0, 0))
+        head = _message_head(_NFQNL_MSG_CONFIG, self.number, len(attributes))
+        self._socket.sendto(head + attributes, (0, 0))
 
     def drain(self) -> None:
         """Hand every waiting packet to the callback; what the callback raises comes out here."""
@@ -127,3 +139,10 @@ class Queue:
         """Give the queue up; packets still in it are dropped by the kernel."""
         self._queue.unbind()
         self._socket.close()
+
+
+def _message_head(kind: int, number: int, attribute_bytes: int) -> bytes:
+    """Return the headers of a message to the kernel about a queue, its attributes to follow."""
+    length = 16 + 4 + attribute_bytes
+    header = struct.pack("=IHHII", length, _NFNL_SUBSYS_QUEUE << 8 | kind, _NLM_F_REQUEST, 0, 0)
+    return header + struct.pack(">BBH", socket.AF_UNSPEC, 0, number)
