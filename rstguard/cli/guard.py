@@ -102,6 +102,8 @@ def _show_status(data: dict[str, Any]) -> None:
             f"  worker {worker['pid']}: {worker['packets']} packets, {worker['waiting']} waiting, "
             f"{worker['overrun']} overrun, {worker['restarts']} restarts"
         )
+        if worker["overload"]:
+            typer.echo(f"    overloaded: {worker['left_undone']}")
     typer.echo(
         f"  sweeper {sweeper['pid']}: {counts.get('flows', 0)} connections at the last sweep, "
         f"{sweeper['restarts']} restarts"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from rstguard.engine.address import Prefix
 from rstguard.engine.flow import Tuple
 from rstguard.engine.ruleset import RuleSet
+from rstguard.engine.shedding import Level
 from rstguard.engine.verdict import Ends, Reason
 
 
@@ -81,6 +82,14 @@ class Observed:
     flow: Tuple
     rule: str
     reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Overloaded:
+    """Worker: what it now leaves undone, as its queue fills or empties."""
+
+    pid: int
+    level: Level
 
 
 @dataclass(frozen=True, slots=True)

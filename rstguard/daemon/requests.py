@@ -13,6 +13,7 @@ from rstguard.daemon.children import Child
 from rstguard.daemon.control import ControlError, Request
 from rstguard.daemon.messages import Blocked
 from rstguard.engine.address import Prefix, parse_prefix
+from rstguard.engine.shedding import UNDONE, Level
 from rstguard.engine.verdict import Reason
 from rstguard.kernel import KernelError
 from rstguard.kernel.cookies import in_force
@@ -87,7 +88,7 @@ class Requests:
             },
             "supervisor": {"pid": os.getpid()},
             "workers": [
-                _worker_status(worker, number, queues.get(number))
+                _worker_status(worker, number, queues.get(number), guard.overload)
                 for worker, number in zip(guard.workers, guard.queues, strict=True)
             ],
             "sweeper": {
@@ -215,7 +216,10 @@ def _budget(guard: Supervisor) -> object:
     }
 
 
-def _worker_status(worker: Child, number: int, queue: QueueState | None) -> dict[str, object]:
+def _worker_status(
+    worker: Child, number: int, queue: QueueState | None, overload: dict[int, Level]
+) -> dict[str, object]:
+    level = overload.get(worker.pid, Level.NOTHING)
     return {
         "pid": worker.pid,
         "ready": worker.ready.is_set(),
@@ -223,6 +227,8 @@ def _worker_status(worker: Child, number: int, queue: QueueState | None) -> dict
         "queue": number,
         "packets": worker.totals["packets"],
         "waiting": queue.waiting if queue else None,
+        "overload": int(level),
+        "left_undone": UNDONE[level],
         "overrun": queue.dropped_full + queue.dropped_reader if queue else None,
     }
 

@@ -25,11 +25,13 @@ from rstguard.daemon.messages import (
     NewPolicy,
     NotKilled,
     Observed,
+    Overloaded,
     Reset,
     Start,
 )
 from rstguard.daemon.requests import Requests
 from rstguard.engine.ruleset import RuleSet
+from rstguard.engine.shedding import UNDONE, Level
 from rstguard.kernel import KernelError, cookies
 from rstguard.kernel.footprint import Footprint
 from rstguard.observe.events import Event, EventLog
@@ -77,6 +79,7 @@ class Supervisor:
         self.sweeper = self._child("sweeper", options.queue)
         self.budget = Budget(self.footprint, self.events, self._rewrite)
         self._changing = asyncio.Lock()
+        self.overload: dict[int, Level] = {}
         self._kills: dict[int, asyncio.Future[Killed]] = {}
         self._stop = asyncio.Event()
 
@@ -240,12 +243,20 @@ class Supervisor:
                     self.sweeper.send(message)
             case Observed():
                 self.events.add(Event("observed", str(message.flow), message.rule, message.reason))
+            case Overloaded():
+                self._overloaded(message)
             case Killed():
                 if future := self._kills.get(message.number):
                     future.set_result(message)
             case NotKilled():
                 for one in message.unconfirmed:
                     self.events.add(Event("not_killed", str(one.flow), detail=one.sentence))
+
+    def _overloaded(self, message: Overloaded) -> None:
+        alive = {worker.pid for worker in self.workers}
+        self.overload = {pid: level for pid, level in self.overload.items() if pid in alive}
+        self.overload[message.pid] = message.level
+        self.events.add(Event("overload", f"worker {message.pid}", detail=UNDONE[message.level]))
 
     def blocked(self, message: Blocked) -> None:
         """Note a ban or shun; a ban also ends the source's connections."""

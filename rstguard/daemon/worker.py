@@ -10,9 +10,12 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import os
 import select
 import time
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 
 from rstguard.daemon.channel import Channel
 from rstguard.daemon.child import run_child
@@ -21,6 +24,7 @@ from rstguard.daemon.messages import (
     Counts,
     NewPolicy,
     Observed,
+    Overloaded,
     Ready,
     Reset,
     Start,
@@ -30,13 +34,14 @@ from rstguard.engine.engine import Engine
 from rstguard.engine.flow import Tuple
 from rstguard.engine.ruleset import SECOND, Measure, RuleSet
 from rstguard.engine.segment import cookie_rst
-from rstguard.engine.verdict import PASS, Ban, Condemn, Decision, Shun, Verdict
+from rstguard.engine.shedding import Level, Shedding
+from rstguard.engine.verdict import PASS, Ban, Condemn, Decision, Reason, Shun, Verdict
 from rstguard.engine.wire import KNOWN, SYN, Malformed, Packet, parse
 from rstguard.kernel import KernelError
 from rstguard.kernel.elements import element_of
 from rstguard.kernel.inject import Injector
 from rstguard.kernel.marks import BASE, CONDEMNED_FOR, MASK, STATES, TRUSTED
-from rstguard.kernel.nfqueue import Queue, QueuedPacket
+from rstguard.kernel.nfqueue import LENGTH, Queue, QueuedPacket, states
 from rstguard.kernel.sets import Sets
 
 log = logging.getLogger(__name__)
@@ -70,6 +75,7 @@ class Worker:
         self._channel = channel
         self._sets = Sets()
         self._injector = Injector()
+        self._shedding, self._lost = Shedding(LENGTH), 0
         self._take_up(start.ruleset, None)
         self._pending: list[tuple[Packet, Decision]] = []
         self._packets = 0
@@ -83,7 +89,7 @@ class Worker:
 
     def _take_up(self, ruleset: RuleSet, previous: Engine | None) -> None:
         self._engine = Engine(ruleset, previous)
-        self._decide = self._engine.decide
+        self._shed(self._shedding.level)
         self._enforce = ruleset.enforce
         self._fail_open = ruleset.fail_open
         self._want_scale = any(rule.measure is Measure.STALLED for rule in ruleset.rules)
@@ -104,10 +110,28 @@ class Worker:
                 self._queue.drain()
             self._pass_on()
             self._perform()
+            self._look_at_queue()
             self._report()
             for message in self._channel.receive():
                 self._obey(message)
         self._queue.close()
+
+    def _look_at_queue(self) -> None:
+        """Leave more undone as the queue fills, and less as it empties."""
+        before, waiting = self._shedding.level, 0
+        if self._left_in_row <= 0:  # else the queue was empty a moment ago
+            state = states()[self._queue.number]
+            waiting, self._lost = state.waiting, state.dropped_full + state.dropped_reader
+        level = self._shedding.look(waiting, self._lost, time.monotonic_ns())
+        if level is not before:
+            self._shed(level)
+            self._channel.send(Overloaded(os.getpid(), level))
+
+    def _shed(self, level: Level) -> None:
+        engine = self._engine
+        self._decide: Callable[[Packet | Malformed, int], Decision] = engine.decide
+        if level:
+            self._decide = partial(engine.decide_under_load, level=level)
 
     def _on_packet(self, queued: QueuedPacket) -> None:
         """Judge one packet and give its verdict.  This runs for every diverted packet."""
@@ -123,7 +147,7 @@ class Worker:
             self._give(queued, mark & _OTHER_BITS, decision, packet)
             if decision.rule:
                 self._note(packet, decision)
-            elif decision.verdict is Verdict.DROP:
+            elif decision.reason is Reason.UNREADABLE:
                 self._counts["unreadable"] += 1
         elif mark & MASK:
             queued.set_mark(mark & _OTHER_BITS)
@@ -216,7 +240,11 @@ class Worker:
         if now >= self._report_at:
             self._report_at = now + _REPORT_EVERY
             self._told.clear()
-            extra = {"packets": self._packets, "lost_reports": self._channel.lost}
+            extra = {
+                "packets": self._packets,
+                "left_undone": self._engine.left_undone,
+                "lost_reports": self._channel.lost,
+            }
             self._channel.send(Counts(self._counts | extra))
         self._channel.flush()
 

@@ -12,11 +12,13 @@ The order of checks, on one screen:
 
 from __future__ import annotations
 
-from rstguard.engine.address import Prefix, prefix_of
+from rstguard.engine.address import V6, Prefix, prefix_of
 from rstguard.engine.flow import Tuple
+from rstguard.engine.heavy import HeavyHitters
 from rstguard.engine.newcomers import Newcomers
 from rstguard.engine.rules import REASONS, Check, Kind, Meter, crossed_by_one, make_meter
 from rstguard.engine.ruleset import Per, Rule, RuleSet
+from rstguard.engine.shedding import Level
 from rstguard.engine.sources import Sources
 from rstguard.engine.verdict import (
     PASS,
@@ -49,6 +51,17 @@ _NO_USUAL_SYN = OUTBOUND | KNOWN
 _UNREADABLE = Decision(Verdict.DROP, Reason.UNREADABLE)
 _TRUSTED = Decision(Verdict.ACCEPT, Reason.TRUSTED)
 
+_OVERLOADED = Decision(Verdict.DROP, Reason.OVERLOAD)
+OVERLOAD = "overload"
+"""Stands for the rule in what is told of a source that was shunned for holding a worker up."""
+
+_WATCHED = 255
+"""Sources that may be heavy hitters at once: each more than 1 in 256 of the SYNs."""
+_HEAVY = 16
+"""A source that sends more than 1 in so many SYNs under overload is shunned."""
+_WATCH_FOR = 4096
+"""SYNs over which that is watched."""
+
 Checks = tuple[tuple[Check, Rule], ...]
 
 
@@ -70,6 +83,8 @@ class Engine:
         self._newcomers = self._take_over(previous)
         self._newcomers.count = self._count_syn
         self._put_off, self._meet = self._newcomers.put_off, self._newcomers.meet
+        self._heavy = HeavyHitters(_WATCHED)
+        self.left_undone: int = previous.left_undone if previous else 0
         self._exhausting = {meter.rule: meter.exhaust for meter in self.meters}
         self._dropping = {
             rule: Decision(Verdict.DROP, REASONS[rule.measure], rule.name) for rule in ruleset.rules
@@ -101,6 +116,40 @@ class Engine:
             if check(packet, now) and (crossed is None or rule.action > crossed.action):
                 crossed = rule
         return calm if crossed is None else self._object(packet, crossed, calm, now)
+
+    def decide_under_load(self, packet: Packet | Malformed, now: int, level: Level) -> Decision:
+        """Return what `decide` does, or leave a packet unjudged (`rstguard.engine.shedding`)."""
+        if type(packet) is Malformed:
+            return _UNREADABLE
+        assert type(packet) is Packet
+        flags, state = packet.flags, packet.state
+        if flags & _HANDSHAKE_FLAGS == SYN and not state & _NO_USUAL_SYN and not state & PROVEN:
+            if self._is_heavy(packet):
+                return self._shun_heavy(packet, now)
+            if level >= Level.SYNS or (
+                level >= Level.NEWCOMERS and not self._newcomers.knows(packet)
+            ):
+                self.left_undone += 1
+                return PASS if self.ruleset.fail_open else _OVERLOADED
+        elif state & STRAY or BAD_FLAGS[flags]:
+            self.left_undone += 1
+            return PASS
+        return self.decide(packet, now)
+
+    def _is_heavy(self, packet: Packet) -> bool:
+        heavy = self._heavy
+        if heavy.total >= _WATCH_FOR:
+            heavy.clear()
+        scope = self.ruleset
+        shift = 128 - scope.source_ipv6 if packet.source >= V6 else 32 - scope.source_ipv4
+        return heavy.add(packet.source >> shift) > _WATCH_FOR // _HEAVY
+
+    def _shun_heavy(self, packet: Packet, now: int) -> Decision:
+        """Shun a source for as long as its rest of the SYNs waits in the queue, and some more."""
+        scope = self.ruleset
+        source = prefix_of(packet.source, scope.source_ipv4, scope.source_ipv6)
+        effects = self._sources.shun(source, OVERLOAD, Reason.OVERLOAD, now)
+        return Decision(Verdict.DROP, Reason.OVERLOAD, OVERLOAD, effects=effects)
 
     def _object(self, packet: Packet, rule: Rule, calm: Decision, now: int) -> Decision:
         """Turn the sternest crossed rule into a decision."""

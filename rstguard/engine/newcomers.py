@@ -52,6 +52,13 @@ class Newcomers:
         """How wide a source is, in bits of prefix: IPv4 and IPv6."""
         return 32 - self._shift4, 128 - self._shift6
 
+    def knows(self, packet: Packet) -> bool:
+        """Tell whether a packet's source was met before."""
+        source = packet[0]
+        key = source >> (self._shift6 if source >= V6 else self._shift4)
+        waiting = key in self._once or key in self._once_before
+        return waiting or key in self._met or key in self._met_before
+
     def put_off(self, packet: Packet, now: int) -> bool:
         """Tell whether a SYN is its source's first; if so it is kept, and is not to be counted."""
         source = packet[0]

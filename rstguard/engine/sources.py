@@ -10,7 +10,7 @@ from rstguard.engine.address import Prefix
 from rstguard.engine.limiter import Memory
 from rstguard.engine.rules import REASONS
 from rstguard.engine.ruleset import SECOND, Rule, RuleSet
-from rstguard.engine.verdict import Ban, Shun
+from rstguard.engine.verdict import Ban, Reason, Shun
 
 _LONGEST_PROGRESSION = 64
 
@@ -45,6 +45,14 @@ class Sources:
         quiet = min(duration, SECOND) if self.ruleset.enforce else duration
         self._ordered.put((self.ruleset.enforce, source), (proven, now + quiet))
         return (effect,)
+
+    def shun(self, source: Prefix, name: str, reason: Reason, now: int) -> tuple[Shun, ...]:
+        """Return a shun that no rule asks for, or nothing if it was ordered a moment ago."""
+        ordered = self._ordered.get((self.ruleset.enforce, source))
+        if ordered is not None and now < ordered[1]:
+            return ()
+        self._ordered.put((self.ruleset.enforce, source), (False, now + SECOND))
+        return (Shun(source, self.ruleset.shun_duration, name, reason),)
 
     def _duration(self, source: Prefix, rule: Rule, now: int) -> int:
         """Return how long this ban lasts: longer for each one still remembered."""

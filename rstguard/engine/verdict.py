@@ -58,6 +58,7 @@ class Reason(Enum):
     STALLED = "the client kept its receive window closed longer than the rule allows"
     IDLE = "the connection was silent longer than the rule allows"
     AGE = "the connection is older than the rule allows"
+    OVERLOAD = "the worker was overrun, and the source sent a great share of what held it up"
     BANNED = "the source was banned, and its connections end with it"
     KILLED = "an administrator asked for it"
 

@@ -22,7 +22,8 @@ class Event:
 
     `kind` is ban, unban, shun, reset, observed, kill, not_killed, policy, start, stop, restart,
     cookies_on, cookies_off (a service goes over its SYN budget, and has been below it for some
-    seconds) or learned (what a service offers in its SYN-ACKs).
+    seconds), learned (what a service offers in its SYN-ACKs) or overload (what a worker leaves
+    undone).
     `subject` is the source or connection concerned; `enforced` False tells that the policy only
     observes.
     """

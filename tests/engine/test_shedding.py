@@ -1,0 +1,142 @@
+"""What a worker leaves undone while its queue fills, and that it takes it up again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rstguard.engine.address import parse_address
+from rstguard.engine.engine import OVERLOAD, Engine
+from rstguard.engine.heavy import HeavyHitters
+from rstguard.engine.ruleset import SECOND, Measure, RuleSet
+from rstguard.engine.shedding import Level, Shedding
+from rstguard.engine.verdict import PASS, Ban, Condemn, Reason, Shun, Verdict
+from rstguard.engine.wire import ACK, KNOWN, PROVEN, STRAY, SYN, Packet
+from tests.engine.packets import CLIENT, MILLISECOND, SERVER, rule, ruleset
+
+OFFENDER, TARGET = parse_address(CLIENT), parse_address(SERVER)
+RULES = ruleset(
+    rule(Measure.SYN_RATE, limit=1, period=60 * SECOND),
+    rule(Measure.OUT_OF_STATE, limit=1, period=60 * SECOND),
+    rule(Measure.CONNECTION_RATE, limit=1, period=60 * SECOND),
+)
+
+
+def segment(source: int, flags: int = SYN, state: int = 0) -> Packet:
+    return Packet(source, TARGET, 40000, 80, 1, 1, flags, 64240, 0, state)
+
+
+@given(st.lists(st.integers(0, 30), max_size=400), st.integers(1, 10))
+def test_a_heavy_hitters_count_is_never_too_high_and_at_most_its_share_too_low(
+    keys: list[int], size: int
+) -> None:
+    heavy, exact = HeavyHitters(size), Counter[int]()
+    for key in keys:
+        exact[key] += 1
+        assert heavy.add(key) <= exact[key]
+        assert len(heavy) <= size
+    for key, count in exact.items():
+        assert heavy.add(key) >= count - heavy.total / (size + 1)
+
+
+def test_levels_rise_with_the_queue_and_fall_one_by_one_when_it_stays_short() -> None:
+    shedding, now = Shedding(4096), SECOND
+    levels = [shedding.look(waiting, 0, now) for waiting in (0, 1023, 1024, 2048, 3072)]
+    assert levels == [0, 0, 1, 2, 3]
+    assert shedding.look(1600, 0, now) == Level.SYNS, "more than half of where it begins"
+    fallen = []
+    for _ in range(70):
+        now += 50 * MILLISECOND
+        fallen.append(shedding.look(0, 0, now))
+    assert sorted(set(fallen), reverse=True) == [3, 2, 1, 0]
+    assert fallen.count(Level.SYNS) >= 20, "each level is held for a second"
+
+
+def test_a_short_calm_does_not_end_it() -> None:
+    shedding, now = Shedding(4096), SECOND
+    for _ in range(100):
+        shedding.look(4000, 0, now)
+        now += 900 * MILLISECOND
+        assert shedding.look(0, 0, now) == Level.SYNS
+        now += 100 * MILLISECOND
+
+
+def test_a_lost_packet_brings_the_last_level_at_once() -> None:
+    shedding = Shedding(4096)
+    assert shedding.look(10, 5, SECOND) == Level.SYNS
+
+
+def overloaded(rules: RuleSet = RULES) -> Engine:
+    engine = Engine(rules)
+    for _ in range(3):
+        engine.decide(segment(OFFENDER), SECOND)
+    return engine
+
+
+def test_what_belongs_to_a_connection_is_judged_at_every_level() -> None:
+    for level in Level:
+        engine = Engine(RULES)
+        verdicts = [
+            engine.decide_under_load(
+                segment(OFFENDER, ACK, KNOWN | PROVEN)._replace(source_port=port), SECOND, level
+            )
+            for port in (1, 2)
+        ]
+        assert [v.verdict for v in verdicts] == [Verdict.ACCEPT, Verdict.DROP]
+        assert engine.left_undone == 0
+
+
+def test_strays_go_first() -> None:
+    engine = overloaded()
+    for _ in range(5):
+        decision = engine.decide_under_load(segment(OFFENDER, ACK, STRAY), SECOND, Level.STRAYS)
+        assert decision is PASS
+    assert engine.left_undone == 5
+    assert engine.decide_under_load(segment(OFFENDER), SECOND, Level.STRAYS).rule == "syn_rate-rule"
+
+
+@pytest.mark.parametrize(("fail_open", "verdict"), [(True, Verdict.ACCEPT), (False, Verdict.DROP)])
+def test_then_newcomers_then_all_unproven_syns(fail_open: bool, verdict: Verdict) -> None:
+    engine = overloaded(replace(RULES, fail_open=fail_open))
+    new, known = segment(OFFENDER + 1), segment(OFFENDER)
+    proven = segment(OFFENDER, SYN, PROVEN)
+    decide = engine.decide_under_load
+    assert decide(new, SECOND, Level.STRAYS) is PASS
+    assert decide(segment(OFFENDER + 2), SECOND, Level.NEWCOMERS).verdict is verdict
+    assert decide(known, SECOND, Level.NEWCOMERS).rule == "syn_rate-rule"
+    assert decide(known, SECOND, Level.SYNS).verdict is verdict
+    assert decide(known, SECOND, Level.SYNS).rule == ""
+    assert decide(proven, SECOND, Level.SYNS).rule == "syn_rate-rule"
+    assert engine.left_undone == 3
+
+
+def test_a_source_that_holds_the_worker_up_is_shunned_and_never_banned() -> None:
+    engine = Engine(RULES)
+    effects: list[Ban | Shun | Condemn] = []
+    for number in range(2000):
+        engine.decide_under_load(segment(number << 8), SECOND, Level.SYNS)
+        for _ in range(2):
+            decision = engine.decide_under_load(segment(OFFENDER), SECOND, Level.SYNS)
+            effects += decision.effects
+    assert [type(effect) for effect in effects] == [Shun]
+    assert (effects[0].rule, effects[0].reason) == (OVERLOAD, Reason.OVERLOAD)
+    assert isinstance(effects[0], Shun)
+    assert str(effects[0].source) == CLIENT
+
+
+def test_sources_that_send_the_like_of_each_other_are_not_shunned() -> None:
+    engine = Engine(RULES)
+    for number in range(20_000):
+        decision = engine.decide_under_load(segment(number % 100 << 8), SECOND, Level.SYNS)
+        assert not decision.effects
+
+
+def test_a_proven_source_is_not_watched() -> None:
+    engine = Engine(ruleset(rule(Measure.SYN_RATE, limit=1_000_000)))
+    for _ in range(5000):
+        decision = engine.decide_under_load(segment(OFFENDER, SYN, PROVEN), SECOND, Level.SYNS)
+        assert decision is PASS
