@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from rstguard.lab import LabError, run
+from rstguard.lab.bench.cli import bench
 from rstguard.lab.report import Result, document, guard_lines, table
 from rstguard.lab.scenarios import DEMO, SCENARIOS, Scenario, find
 from rstguard.lab.topology import ended_by_signals, require_root
@@ -21,6 +22,8 @@ app = typer.Typer(
     help="Attack a server behind a guarded gateway, in network namespaces of its own.",
     no_args_is_help=True,
 )
+
+app.command()(bench)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 Seconds = Annotated[

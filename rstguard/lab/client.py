@@ -1,6 +1,7 @@
 """Legitimate clients: one new connection and one GET per request, at a steady modest pace.
 
-A program of its own, to be run inside the clients' namespace as ``python -m rstguard.lab.client``.
+A program of its own, to be run inside the clients' namespace as ``python -m rstguard.lab.client``,
+with ``--new`` to let every other request come from an address that nobody has seen before.
 It writes the line ``ready`` after the first good answer, then works until its standard input is
 closed, and ends with one line of JSON: a list of `Request`.
 """
@@ -13,14 +14,18 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
+from ipaddress import ip_network
 from typing import NamedTuple
 
 from rstguard.lab.server import BODY
-from rstguard.lab.topology import CLIENTS, CLIENTS6, SERVER, SERVER6
+from rstguard.lab.topology import CLIENTS, CLIENTS6, NEW_CLIENTS, SERVER, SERVER6
 
 PER_SECOND = 40
 """Requests a second, all sources together."""
+PER_SECOND_WITH_NEW = 100
+"""The same with those of new clients, which are half."""
 TIMEOUT = 3.0
 """Seconds after which a person would have given up."""
 
@@ -74,9 +79,18 @@ async def _first_answer(sources: tuple[str, ...]) -> None:
             await asyncio.sleep(0.02)
 
 
-async def _work() -> list[Request]:
-    sources = (*CLIENTS, *CLIENTS6)
-    await _first_answer(sources)
+def _sources(new: bool) -> Iterator[str]:
+    known = itertools.cycle((*CLIENTS, *CLIENTS6))
+    if not new:
+        return known
+    strangers = map(str, ip_network(NEW_CLIENTS).hosts())
+    return itertools.chain.from_iterable(zip(known, strangers, strict=False))
+
+
+async def _work(new: bool) -> list[Request]:
+    sources = _sources(new)
+    await _first_answer((*CLIENTS, *CLIENTS6))
+    rate = PER_SECOND_WITH_NEW if new else PER_SECOND
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     ended = asyncio.Event()
@@ -84,8 +98,8 @@ async def _work() -> list[Request]:
     running: list[asyncio.Task[Request]] = []
     begin = time.monotonic()
     for number in itertools.count():
-        running.append(asyncio.create_task(fetch(sources[number % len(sources)])))
-        wait = begin + (number + 1) / PER_SECOND - time.monotonic()
+        running.append(asyncio.create_task(fetch(next(sources))))
+        wait = begin + (number + 1) / rate - time.monotonic()
         with suppress(TimeoutError):
             await asyncio.wait_for(ended.wait(), max(wait, 0.001))
         if ended.is_set():
@@ -95,7 +109,7 @@ async def _work() -> list[Request]:
 
 def main() -> None:
     """Run until standard input ends, then write the requests as JSON."""
-    json.dump(asyncio.run(_work()), sys.stdout)
+    json.dump(asyncio.run(_work("--new" in sys.argv)), sys.stdout)
     sys.stdout.write("\n")
 
 

@@ -34,17 +34,17 @@ class GuardProcess:
         file.write_text(policy, encoding="utf-8")
         self._process = lab.start("gateway", self._command("run", "--policy", str(file)), log=_LOG)
         self._await_filtering()
-        self._cpu_before = self._cpu_seconds()
+        self._cpu_before = self.cpu_seconds()
         self._since = time.monotonic()
 
     def mark_attack_begin(self) -> None:
         """Count processor time from now on."""
-        self._cpu_before = self._cpu_seconds()
+        self._cpu_before = self.cpu_seconds()
         self._since = time.monotonic()
 
     def cpu_percent(self) -> float:
         """Return the processor time used since the attack began, in percent of one core."""
-        used = self._cpu_seconds() - self._cpu_before
+        used = self.cpu_seconds() - self._cpu_before
         return round(100 * used / max(time.monotonic() - self._since, 0.001), 1)
 
     def finish(self, cpu_percent: float) -> Guard:
@@ -93,16 +93,26 @@ class GuardProcess:
         sets = self._lab.run("gateway", ["ipset", "list", "-n"]).split()
         return saved + [f"set {name}" for name in sets if name.startswith("rstguard")]
 
-    def _cpu_seconds(self) -> float:
-        ticks = 0
-        parents, used = _processes()
-        for pid in used:
-            above: int | None = pid
-            while above is not None and above != self._process.pid:
-                above = parents.get(above)
-            if above is not None:
-                ticks += used[pid]
-        return ticks / os.sysconf("SC_CLK_TCK")
+    def stop(self) -> None:
+        """End it without asking for anything."""
+        stop(self._process)
+
+    def cpu_seconds(self) -> float:
+        """Return the processor time of all its processes so far."""
+        return cpu_seconds(self._process.pid)
+
+
+def cpu_seconds(root: int) -> float:
+    """Return the processor time of a process and all those below it."""
+    ticks = 0
+    parents, used = _processes()
+    for pid in used:
+        above: int | None = pid
+        while above is not None and above != root:
+            above = parents.get(above)
+        if above is not None:
+            ticks += used[pid]
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _processes() -> tuple[dict[int, int], dict[int, int]]:

@@ -47,8 +47,8 @@ def run_half(scenario: Scenario, seconds: float, progress: Progress, *, guarded:
     progress(f"{name}: building the network", 0)
     with Lab() as lab:
         start_server(lab)
-        observer = _start(lab, "server", "observer")
-        client = _start(lab, "client", "client")
+        observer = start_program(lab, "server", "observer")
+        client = start_program(lab, "client", "client")
         guard = GuardProcess(lab, scenario.policy) if guarded else None
         for command in attack.prepare:
             lab.run("attacker", list(command))
@@ -69,8 +69,8 @@ def run_half(scenario: Scenario, seconds: float, progress: Progress, *, guarded:
         for process in attackers:
             stop(process, patience=2)
         did = guard.finish(cpu_percent) if guard else None
-        seen = Observation.from_json(_collect(lab, observer, "observer"))
-        requests = [Request(*row) for row in json.loads(_collect(lab, client, "client"))]
+        seen = Observation.from_json(collect(lab, observer, "observer"))
+        requests = [Request(*row) for row in json.loads(collect(lab, client, "client"))]
         arrived = reached(seen, scenario, begin, end)
         if not arrived.packets:
             why = lab.log_tail(f"attack-{failed.index(True)}.log") if any(failed) else "no reason"
@@ -78,9 +78,13 @@ def run_half(scenario: Scenario, seconds: float, progress: Progress, *, guarded:
         return Half(round(end - begin, 1), legitimate(requests, begin, end), arrived, did)
 
 
-def _start(lab: Lab, role: str, program: str) -> subprocess.Popen[str]:
-    """Start one of the lab's own programs and wait for its line ``ready``."""
-    command = [sys.executable, "-m", f"rstguard.lab.{program}"]
+def start_program(lab: Lab, role: str, program: str, *options: str) -> subprocess.Popen[str]:
+    """Start one of the lab's own programs and wait for its line ``ready``.
+
+    Raises:
+        LabError: it did not get ready.
+    """
+    command = [sys.executable, "-m", f"rstguard.lab.{program}", *options]
     running = lab.start(role, command, stdin=True, log=f"{program}.log")
     assert running.stdout is not None
     readable = select.select([running.stdout], [], [], _READY_SECONDS)[0]
@@ -90,8 +94,12 @@ def _start(lab: Lab, role: str, program: str) -> subprocess.Popen[str]:
     return running
 
 
-def _collect(lab: Lab, running: subprocess.Popen[str], program: str) -> str:
-    """Close a program's standard input, upon which it ends with a line of JSON."""
+def collect(lab: Lab, running: subprocess.Popen[str], program: str) -> str:
+    """Close a program's standard input, upon which it ends with a line of JSON; return that.
+
+    Raises:
+        LabError: it failed, or did not end.
+    """
     try:
         text, _ = running.communicate(timeout=_READY_SECONDS)
     except subprocess.TimeoutExpired as error:

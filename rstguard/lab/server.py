@@ -22,8 +22,10 @@ _MODULES = (
 )
 
 
-def start_server(lab: Lab) -> None:
+def start_server(lab: Lab, access_log: str = "off") -> None:
     """Start nginx in the server's namespace; the first answered request tells that it is up.
+
+    `access_log` is the name of a log file in the lab's directory, "off" for none.
 
     Raises:
         LabError: nginx is not installed.
@@ -32,13 +34,13 @@ def start_server(lab: Lab) -> None:
         raise LabError("nginx is missing: apt-get install nginx-light libnginx-mod-stream.")
     stream = _stream_module()
     path = lab.directory / "nginx.conf"
-    path.write_text(configuration(lab.directory, stream), encoding="utf-8")
+    path.write_text(configuration(lab.directory, stream, access_log), encoding="utf-8")
     lab.start("server", ["nginx", "-c", str(path), "-p", str(lab.directory)], log="nginx.log")
     if stream is None:
         lab.start("server", [sys.executable, "-m", "rstguard.lab.server"], log="banner.log")
 
 
-def configuration(directory: Path, stream: str | None) -> str:
+def configuration(directory: Path, stream: str | None, access_log: str = "off") -> str:
     """Return nginx's configuration.
 
     `stream` is the line that loads the stream module, "" if nginx has it built in, or None if
@@ -60,7 +62,7 @@ pid {directory / "nginx.pid"};
 error_log {directory / "nginx-error.log"} crit;
 events {{ worker_connections {CAPACITY}; multi_accept on; }}
 http {{
-  access_log off;
+  access_log {access_log if access_log == "off" else directory / access_log};
   {temporary}
   server {{
     listen [::]:80 ipv6only=off backlog=511;

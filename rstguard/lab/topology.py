@@ -25,6 +25,8 @@ ATTACKER = "192.0.2.66"
 SERVER = "203.0.113.10"
 SERVER6 = "2001:db8:5::10"
 CLIENTS = ("198.51.100.11", "198.51.100.12", "198.51.100.13", "198.51.100.14")
+NEW_CLIENTS = "100.64.0.0/16"
+"""Where clients come from that nobody has seen before; they live in the clients' namespace."""
 CLIENTS6 = ("2001:db8:c1::11", "2001:db8:c2::11")
 
 _ROLES = ("wire", "attacker", "client", "gateway", "server")
