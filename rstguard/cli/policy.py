@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -67,22 +68,58 @@ def policy_apply(
         typer.echo(f"policy {done['name']} is in force (took {done['took_ms']} ms)")
 
 
-@app.command("show")
+@app.command(
+    "show",
+    epilog="Examples: rstguard policy show; rstguard policy show --compiled policy.yaml",
+)
 def policy_show(
+    file: Annotated[
+        Path | None, typer.Argument(help="A policy file instead of the policy in force.")
+    ] = None,
     runtime_dir: RuntimeDir = DEFAULT_DIR,
     compiled: Annotated[
-        bool, typer.Option("--compiled", help="Show what the policy means, rule by rule.")
+        bool,
+        typer.Option(
+            "--compiled",
+            help="Show what the policy means, which tier enforces each rule, and the exact rules.",
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Print the policy in force."""
-    data = ask_guard(runtime_dir, "policy-show")
+    """Print the policy in force, or what becomes of a policy file."""
+    if file is None:
+        data = ask_guard(runtime_dir, "policy-show")
+    else:
+        data = {"file": str(file), "text": read_policy(file).text, "iptables": None}
     if compiled:
-        from rstguard.policy.compile import compile_policy, describe
-        from rstguard.policy.load import parse
-
-        data["compiled"] = describe(compile_policy(parse(data["text"], data["file"]).policy))
+        data |= _compiled(data)
+    else:
+        del data["iptables"]
     if as_json:
         print_json(data)
     else:
         typer.echo(data["compiled" if compiled else "text"], nl=False)
+
+
+def _compiled(data: dict[str, Any]) -> dict[str, Any]:
+    """Return what a policy compiles to: for people, each rule's tier, and the iptables rules.
+
+    What the SYN budget adds for a service is known only to a guard that has seen it answer.
+    """
+    from rstguard.kernel.footprint import rules_text
+    from rstguard.kernel.queues import DEFAULT_NUMBER
+    from rstguard.policy.compile import compile_policy, describe, tier_of
+    from rstguard.policy.load import parse
+    from rstguard.policy.offload import why_not
+
+    ruleset = compile_policy(parse(data["text"], data["file"]).policy)
+    rules = data["iptables"] or rules_text(ruleset, range(DEFAULT_NUMBER, DEFAULT_NUMBER + 1))
+    shown = "\n".join(f"\n# {family}\n{lines}" for family, lines in rules.items())
+    return {
+        "compiled": describe(ruleset) + shown,
+        "rules": [
+            {"name": rule.name, "tier": tier_of(rule), "why_not_kernel": why_not(ruleset, rule)}
+            for rule in ruleset.rules
+        ],
+        "iptables": rules,
+    }

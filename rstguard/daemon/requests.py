@@ -122,7 +122,9 @@ class Requests:
         }
 
     async def _policy_show(self, _request: Request) -> object:
-        return {"file": self._guard.file, "text": self._guard.loaded.text}
+        guard = self._guard
+        rules = guard.footprint.rules(guard.ruleset)
+        return {"file": guard.file, "text": guard.loaded.text, "iptables": rules}
 
     async def _ban_list(self, _request: Request) -> object:
         return [

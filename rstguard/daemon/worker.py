@@ -139,7 +139,7 @@ class Worker:
         """Judge one packet and give its verdict.  This runs for every diverted packet."""
         mark = queued.mark
         try:
-            packet = parse(queued.get_payload(), STATES[mark >> BASE & 63], self._want_scale)
+            packet = parse(queued.get_payload(), STATES[mark >> BASE & 127], self._want_scale)
             decision = self._decide(packet, time.monotonic_ns())
         except Exception as error:  # noqa: BLE001 - every packet gets a verdict, come what may
             self._fail(queued, mark, error)

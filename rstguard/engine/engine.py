@@ -37,6 +37,7 @@ from rstguard.engine.wire import (
     FIN,
     KNOWN,
     OUTBOUND,
+    OVER,
     PROVEN,
     RST,
     STRAY,
@@ -123,7 +124,7 @@ class Engine:
             return _UNREADABLE
         assert type(packet) is Packet
         flags, state = packet.flags, packet.state
-        if flags & _HANDSHAKE_FLAGS == SYN and not state & _NO_USUAL_SYN and not state & PROVEN:
+        if flags & _HANDSHAKE_FLAGS == SYN and not state & (_NO_USUAL_SYN | PROVEN | OVER):
             if self._is_heavy(packet):
                 return self._shun_heavy(packet, now)
             if level >= Level.SYNS or (

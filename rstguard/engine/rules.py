@@ -16,7 +16,7 @@ from rstguard.engine.address import V6
 from rstguard.engine.limiter import Distinct, Limiter, Memory
 from rstguard.engine.ruleset import SECOND, Measure, Per, Rule
 from rstguard.engine.verdict import Action, Reason
-from rstguard.engine.wire import Packet
+from rstguard.engine.wire import OVER, Packet
 
 Check = Callable[[Packet, int], bool]
 """Count a packet at a time (nanoseconds); True if the rule is crossed by it."""
@@ -74,14 +74,18 @@ def _flow_key(packet: Packet) -> int:
 def crossed_by_one(rule: Rule) -> bool:
     """Tell whether the first SYN of a source that nothing is known of can cross a rule.
 
-    A rested token bucket has at least one token, so no rate can; a count of 0 can.  What counts per
+    What the kernel counts is judged at once: its packet says whether it is one too many.  A rested
+    token bucket has at least one token, so no rate can; a count of 0 can.  What counts per
     service knows no newcomers.
     """
-    return rule.per is Per.SERVICE or (rule.measure in _MAKERS and rule.limit < 1)
+    return rule.in_kernel or rule.per is Per.SERVICE or (rule.measure in _MAKERS and rule.limit < 1)
 
 
 def make_meter(rule: Rule) -> Meter | None:
     """Return the meter of a rule that looks at packets, or None for a sweep measure."""
+    if rule.in_kernel:
+        kind = Kind.SYN if rule.measure is Measure.SYN_RATE else Kind.HANDSHAKE
+        return Meter(rule, {kind: lambda packet, now: bool(packet.state & OVER)})
     if rule.measure in _RATE_MAKERS:
         limiter, key = Limiter(rule.limit, rule.period, rule.burst), key_function(rule)
 

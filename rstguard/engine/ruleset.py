@@ -86,6 +86,11 @@ NEEDS: dict[Measure, frozenset[Divert]] = {
 """Which packets a measure needs; sweep measures need none."""
 
 
+def needs(rule: Rule) -> frozenset[Divert]:
+    """Return which packets a rule needs to see, all of them."""
+    return frozenset() if rule.in_kernel else NEEDS.get(rule.measure, frozenset())
+
+
 class Per(Enum):
     """What a source measure counts by."""
 
@@ -111,7 +116,8 @@ class Rule:
     SLOW (the `under`), or nanoseconds for IDLE, AGE and STALLED (the `over`).  `period` and
     `within`, `after`, `shorter_than`, `duration` are nanoseconds.  `burst` is a count of at
     least 1.  `ipv4_length`/`ipv6_length` say how wide one counted source is.  `ports` is None
-    for all protected ports.  `window` is in bytes, `of` is client, server or both.
+    for all protected ports.  `window` is in bytes, `of` is client, server or both.  With
+    `in_kernel` the kernel counts, and only the packets that are too many come to the engine.
     """
 
     name: str
@@ -133,6 +139,7 @@ class Rule:
     of: str = "client"
     window: int = 0
     ends: Ends = Ends.BOTH
+    in_kernel: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +200,12 @@ class RuleSet:
     @property
     def diverts(self) -> frozenset[Divert]:
         """The packet classes that this policy's rules need, and no others."""
-        return frozenset().union(*(NEEDS.get(rule.measure, frozenset()) for rule in self.rules))
+        return frozenset().union(*map(needs, self.rules))
+
+    def kernel_rule(self, measure: Measure) -> Rule | None:
+        """Return the rule of a measure that the kernel counts for; there is at most one."""
+        counted = (rule for rule in self.rules if rule.in_kernel and rule.measure is measure)
+        return next(counted, None)
 
     @property
     def sweeps(self) -> bool:
@@ -209,7 +221,7 @@ class RuleSet:
         """Return the ports for which some rule needs the packet class; None means all."""
         found: set[int] = set()
         for rule in self.rules:
-            if divert in NEEDS.get(rule.measure, frozenset()):
+            if divert in needs(rule):
                 if rule.ports is None:
                     return None
                 found |= rule.ports

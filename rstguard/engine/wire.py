@@ -18,6 +18,8 @@ KNOWN = 1
 """State bit: the tracker calls the connection established, or its SYN comes with a SYN cookie."""
 PROVEN = 2
 """State bit: the source lately completed a handshake, so its address is real."""
+OVER = 4
+"""State bit: by the kernel's count the packet is one too many (`Rule.in_kernel`)."""
 OUTBOUND = 8
 """State bit: sent by the protected side."""
 STRAY = 16

@@ -19,10 +19,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from rstguard.engine.address import is_v6
-from rstguard.engine.ruleset import Divert, RuleSet
-from rstguard.kernel import marks
+from rstguard.engine.ruleset import Divert, Measure, RuleSet
+from rstguard.kernel import counting, marks
+from rstguard.kernel.counting import PREFIX, bits
 
-PREFIX = "rstguard"
 SYN_ONLY = "FIN,SYN,RST,ACK SYN"
 # All combinations that nf_conntrack_proto_tcp.c does not list in tcp_valid_flags.
 _IMPOSSIBLE = (
@@ -75,6 +75,7 @@ def plan(ruleset: RuleSet, family: int, queues: range) -> Plan:
             f"{PREFIX}-in": build.on_interfaces(f"{PREFIX}-classify", outbound=False, tcp=True),
             f"{PREFIX}-classify": build.classify(),
             f"{PREFIX}-syn": build.syn(),
+            f"{PREFIX}-count": counting.syns(ruleset, family),
             f"{PREFIX}-first": build.first_ack(),
             f"{PREFIX}-close": build.close(),
             f"{PREFIX}-invalid": build.invalid(),
@@ -120,11 +121,6 @@ def _jumps(ruleset: RuleSet, outbound: bool) -> tuple[Jump, ...]:
             for hook in ("INPUT", "FORWARD")
         ]
     return tuple(jumps)
-
-
-def bits(value: int) -> str:
-    """Return some mark bits as the value and mask of an iptables match or target."""
-    return f"0x{value:x}/0x{value:x}"
 
 
 def _save() -> tuple[str, ...]:
@@ -240,12 +236,13 @@ class _Build:
         rules += [
             f"-m conntrack --ctstate NEW -j CONNMARK --set-xmark {bits(marks.GUARDED)}",
         ]
-        if Divert.SYN in self.ruleset.diverts:
-            if self.ruleset.bans:
+        counted = self.ruleset.kernel_rule(Measure.SYN_RATE)
+        if counted or Divert.SYN in self.ruleset.diverts:
+            if self.ruleset.bans and not counted:
                 rules.append(
                     f"{self.in_set('proven')} -j MARK --set-xmark {bits(marks.TO_QUEUE_PROVEN)}"
                 )
-            rules.append(f"-j {PREFIX}-queue")
+            rules.append(f"-j {PREFIX}-count" if counted else f"-j {PREFIX}-queue")
         return tuple(rules)
 
     def first_ack(self) -> tuple[str, ...]:
@@ -255,6 +252,7 @@ class _Build:
         if self.ruleset.bans:
             rules.append(f"-j SET --add-set {PREFIX}-proven{self.family} src --exist")
         rules.append(f"-j CONNMARK --set-xmark {bits(marks.PROVEN)}")
+        rules += counting.held(self.ruleset, self.family)
         if Divert.HANDSHAKE in self.ruleset.diverts:
             # While nobody answers, a connection tries again with each packet, up to this many.
             enough = f"-m connbytes --connbytes {self.ruleset.inspect_packets + 2}:"

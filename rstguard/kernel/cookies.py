@@ -29,17 +29,10 @@ from dataclasses import dataclass, replace
 
 from rstguard.engine.address import address_text, is_v6
 from rstguard.engine.offers import Offer, Service
-from rstguard.engine.ruleset import Divert, RuleSet
+from rstguard.engine.ruleset import Divert, Measure, RuleSet
 from rstguard.kernel import marks
-from rstguard.kernel.chains import (
-    PREFIX,
-    SYN_ONLY,
-    Jump,
-    Plan,
-    bits,
-    interface_names,
-    negated,
-)
+from rstguard.kernel.chains import SYN_ONLY, Jump, Plan, interface_names, negated
+from rstguard.kernel.counting import PREFIX, bits
 
 ENGAGED_SECONDS = 60
 """How long after its last cookie a service's ACKs are still searched for cookies."""
@@ -83,7 +76,8 @@ def with_budget(plan: Plan, ruleset: RuleSet, family: int, known: Known) -> Plan
     raw[f"{PREFIX}-answer"] = build.answer()
     raw[f"{PREFIX}-opening"] = build.opening()
     *before, last = mangle[f"{PREFIX}-syn"]
-    bound = build.bound() if last == f"-j {PREFIX}-queue" else ()
+    to_queue = (f"-j {PREFIX}-queue", f"-j {PREFIX}-count")
+    bound = build.bound() if last in to_queue else ()
     untracked = "-m conntrack --ctstate UNTRACKED -j RETURN"
     mangle[f"{PREFIX}-syn"] = (untracked, *before, *bound, last)
     # An ACK with a cookie belongs to no connection yet, and is no stray.
@@ -210,6 +204,8 @@ class _Build:
         ]
         if self.ruleset.bans:
             rules.append(f"-j SET --add-set {PREFIX}-proven{self.family} src --exist")
+        if self.ruleset.kernel_rule(Measure.SYN_RATE):
+            rules.append(f"-j {PREFIX}-count")
         if {Divert.SYN, Divert.HANDSHAKE} & self.ruleset.diverts:
             rules.append(f"-j {PREFIX}-queue")
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 from rstguard.engine.offers import Offer, Service
@@ -72,16 +73,12 @@ class Footprint:
         with self._whole:
             return iptables.missing(self._plans(ruleset))
 
+    def rules(self, ruleset: RuleSet) -> dict[str, str]:
+        """Return the rules of a policy as text, by "IPv4" and "IPv6"."""
+        return rules_text(ruleset, self._queues, self.known)
+
     def _plans(self, ruleset: RuleSet) -> dict[int, chains.Plan]:
-        # What is counted per service comes from all sources, so one worker must see it all.
-        by_service = any(rule.per is Per.SERVICE for rule in ruleset.rules)
-        queues = self._queues[:1] if by_service else self._queues
-        return {
-            family: cookies.with_budget(
-                chains.plan(ruleset, family, queues), ruleset, family, self.known
-            )
-            for family in (4, 6)
-        }
+        return _plans(ruleset, self._queues, self.known)
 
     def withdraw(self) -> bool:
         """Take the chains away, so that traffic passes as if there were no guard.
@@ -118,3 +115,34 @@ class Footprint:
         if problems:
             raise KernelError("; ".join(problems))
         return done
+
+
+def rules_text(
+    ruleset: RuleSet, queues: range, known: Mapping[Service, Offer] | None = None
+) -> dict[str, str]:
+    """Return the iptables rules of a policy as iptables-restore reads them, by address family."""
+    return {
+        f"IPv{family}": _text(plan) for family, plan in _plans(ruleset, queues, known or {}).items()
+    }
+
+
+def _text(plan: chains.Plan) -> str:
+    lines = []
+    for table, of_table in plan.chains.items():
+        lines.append(f"*{table}")
+        here = (jump for jump in plan.jumps if jump.table == table)
+        lines += [f"-A {jump.builtin} {jump.rule}" for jump in here]
+        lines += [f"-A {chain} {rule}" for chain, rules in of_table.items() for rule in rules]
+    return "\n".join(lines) + "\n"
+
+
+def _plans(
+    ruleset: RuleSet, queues: range, known: Mapping[Service, Offer]
+) -> dict[int, chains.Plan]:
+    # What is counted per service comes from all sources, so one worker must see it all.
+    by_service = any(rule.per is Per.SERVICE for rule in ruleset.rules)
+    queues = queues[:1] if by_service else queues
+    return {
+        family: cookies.with_budget(chains.plan(ruleset, family, queues), ruleset, family, known)
+        for family in (4, 6)
+    }

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rstguard.kernel import KernelError
-from rstguard.kernel.chains import PREFIX, Plan
+from rstguard.kernel.chains import Plan
 from rstguard.kernel.command import run
+from rstguard.kernel.counting import PREFIX
 
 _COMMANDS = {4: "iptables", 6: "ip6tables"}
 _WAIT_SECONDS = "10"  # another tool may hold the xtables lock

@@ -43,6 +43,7 @@ TO_QUEUE_KNOWN = 1 << BASE
 TO_QUEUE_PROVEN = 2 << BASE
 TO_QUEUE_OUTBOUND = TO_QUEUE_KNOWN | TO_QUEUE_PROVEN | _APART
 TO_QUEUE_STRAY = _APART
+TO_QUEUE_OVER = 64 << BASE
 
 
 def _state(bits: int) -> int:
@@ -54,11 +55,12 @@ def _state(bits: int) -> int:
         | wire.PROVEN * proven
         | wire.OUTBOUND * (apart and known)
         | wire.STRAY * (apart and not known)
+        | wire.OVER * bool(bits & TO_QUEUE_OVER)
     )
 
 
-STATES = tuple(_state(bits << BASE) for bits in range(64))
-"""The state bits of `rstguard.engine.wire` for ``mark >> BASE & 63`` of a queued packet."""
+STATES = tuple(_state(bits << BASE) for bits in range(128))
+"""The state bits of `rstguard.engine.wire` for ``mark >> BASE & 127`` of a queued packet."""
 
 # On a packet that rstguard itself sends to provoke a silent end.
 PROBE = MASK

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from rstguard.engine.address import Prefix
 from rstguard.engine.ruleset import (
-    NEEDS,
     RATE_MEASURES,
     SECOND,
     SWEEP_MEASURES,
@@ -19,18 +18,20 @@ from rstguard.engine.ruleset import (
     RuleSet,
     Scope,
     SynBudget,
+    needs,
 )
 from rstguard.engine.verdict import Action, Ends
 from rstguard.policy import rules
 from rstguard.policy.base import Widths
 from rstguard.policy.model import Policy
+from rstguard.policy.offload import offload, why_not
 from rstguard.policy.quantities import PortRange, duration_text, expand, ports_text
 
 
 def compile_policy(policy: Policy) -> RuleSet:
     """Return the compiled form of a valid policy."""
     protect, budget = policy.protect, policy.syn_budget
-    return RuleSet(
+    ruleset = RuleSet(
         name=policy.name,
         enforce=policy.mode == "enforce",
         fail_open=policy.on_failure == "open",
@@ -49,6 +50,7 @@ def compile_policy(policy: Policy) -> RuleSet:
         shun_duration=policy.shun_for,
         sweep_every=policy.sweep_every,
     )
+    return offload(ruleset) if policy.offload == "auto" else ruleset
 
 
 def _ports(ranges: tuple[PortRange, ...] | None) -> frozenset[int] | None:
@@ -106,6 +108,13 @@ def _limited(common: Rule, rule: rules.AnyRule) -> Rule:
             return replace(common, limit=rule.over)
 
 
+def tier_of(rule: Rule) -> str:
+    """Return which tier enforces a rule: kernel, queue or sweep."""
+    if rule.in_kernel:
+        return "kernel+sweep" if rule.measure in SWEEP_MEASURES else "kernel"
+    return "sweep" if rule.measure in SWEEP_MEASURES else "queue"
+
+
 def describe(ruleset: RuleSet) -> str:
     """Return the compiled form in lines for people: what is guarded, counted, and looked at."""
     return "\n".join([*_head(ruleset), "", *_rules(ruleset), "", *_tiers(ruleset)]) + "\n"
@@ -151,7 +160,7 @@ def _rules(ruleset: RuleSet) -> Iterator[str]:
     if not ruleset.rules:
         yield "no rules"
     for rule in ruleset.rules:
-        tier = "sweep" if rule.measure in SWEEP_MEASURES else "queue"
+        tier = tier_of(rule)
         ports = "" if rule.ports is None else f", ports {_port_set(rule.ports)}"
         yield f"rule {rule.name:{width}}  {tier}  {_condition(rule)}{ports} -> {_action(rule)}"
 
@@ -209,9 +218,12 @@ def _tiers(ruleset: RuleSet) -> Iterator[str]:
     for divert in Divert:
         if divert not in ruleset.diverts:
             continue
-        rules = [rule.name for rule in ruleset.rules if divert in NEEDS.get(rule.measure, ())]
+        rules = [rule.name for rule in ruleset.rules if divert in needs(rule)]
         ports = _port_set(ruleset.ports_needing(divert))
         yield f"queue gets {divert.value}, ports {ports}, for {', '.join(rules)}"
     swept = [rule.name for rule in ruleset.rules if rule.measure in SWEEP_MEASURES]
     if swept:
         yield f"sweep every {duration_text(ruleset.sweep_every)} for {', '.join(swept)}"
+    for rule in ruleset.rules:
+        if reason := why_not(ruleset, rule):
+            yield f"not counted by the kernel: {rule.name}, {reason}"

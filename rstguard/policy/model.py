@@ -92,6 +92,7 @@ class Policy(Model):
     on_failure: Literal["open", "closed"] = "open"
     blocking: Literal["drop", "reset", "unreachable"] = "drop"
     shun_for: Annotated[int, PlainValidator(duration(SECOND, 10 * MINUTE))] = 10 * SECOND
+    offload: Literal["auto", "never"] = "auto"
     sweep_every: Annotated[int, PlainValidator(duration(SECOND // 2, MINUTE))] = 2 * SECOND
     protect: Protect = Field(examples=["{interfaces: [eth0]}"])
     trusted: tuple[Trusted, ...] = Field(default=(), max_length=1000)

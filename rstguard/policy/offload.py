@@ -1,0 +1,78 @@
+"""Which rules the kernel counts for by itself, so that what is within the limit needs no queue.
+
+The action stays with the engine: what the kernel finds to be one too many is diverted to it, with a
+mark that says so, and meets the same code as what the engine counts itself.  So a rule is handed
+over only where the kernel's count is the engine's:
+
+- `syn_rate` by hashlimit, whose token bucket is the engine's.  A full table would drop the SYNs of
+  all new sources, so there must be a SYN budget: no more SYNs than it allows ever come so far.
+- `connections` by connlimit, at the first ACK.  Connections from before the rule are not in its
+  list, so the sweep goes on counting all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from rstguard.engine.ruleset import NEEDS, SECOND, Divert, Measure, Per, Rule, RuleSet
+from rstguard.engine.verdict import Action
+
+_PERIODS = (SECOND, 60 * SECOND, 3600 * SECOND, 86400 * SECOND)
+_LARGEST_RATE = 10_000
+"""SYNs in a period up to which hashlimit's rate is exact to a hundredth."""
+_LARGEST_BURST = 10_000
+_MOST_SOURCES = 1 << 16
+"""SYNs of one service, at the budget's rate, while an entry lives.
+
+The kernel's table has room for sixteen services that are flooded at once.
+"""
+
+
+def offload(ruleset: RuleSet) -> RuleSet:
+    """Return the policy with the rules marked that the kernel counts for."""
+    rules = tuple(
+        replace(rule, in_kernel=_measured(rule) and not _obstacle(ruleset, rule))
+        for rule in ruleset.rules
+    )
+    return replace(ruleset, rules=rules)
+
+
+def why_not(ruleset: RuleSet, rule: Rule) -> str:
+    """Return why the kernel does not count for a rule whose measure it knows, "" if it does."""
+    if rule.in_kernel or not _measured(rule):
+        return ""
+    return _obstacle(ruleset, rule) or "the policy says `offload: never`"
+
+
+def _measured(rule: Rule) -> bool:
+    return rule.measure in (Measure.SYN_RATE, Measure.CONNECTIONS)
+
+
+def _obstacle(ruleset: RuleSet, rule: Rule) -> str:
+    """Return the first thing that stands in the way, or ""."""
+    if rule.per is Per.SERVICE:
+        return "it counts per service"
+    if rule.ports is not None:
+        return "it is for some ports only"
+    if not ruleset.enforce or rule.action is Action.OBSERVE:
+        return "it only observes"
+    if any(other.measure is rule.measure and other != rule for other in ruleset.rules):
+        return "another rule has the same measure"
+    return _syn_obstacle(ruleset, rule) if rule.measure is Measure.SYN_RATE else ""
+
+
+def _syn_obstacle(ruleset: RuleSet, rule: Rule) -> str:
+    if rule.action is Action.BAN:
+        return "a shunned source would come back with a full burst"
+    for other in ruleset.rules:
+        if other != rule and Divert.SYN in NEEDS.get(other.measure, ()):
+            return f"rule {other.name} needs every SYN in the queue"
+    budget = ruleset.syn_budget
+    if budget is None:
+        return "without a SYN budget forged sources could fill the kernel's table"
+    if rule.period not in _PERIODS or rule.limit > _LARGEST_RATE or rule.burst > _LARGEST_BURST:
+        return "the kernel cannot count at this rate exactly"
+    lives = max(1, rule.period * rule.burst // rule.limit // SECOND)
+    if budget.rate * lives > _MOST_SOURCES:
+        return "at the budget's rate the kernel's table could fill up"
+    return ""
