@@ -17,10 +17,10 @@ from tests.bench.blocks import blocks
 from tests.bench.engine_speed import engine
 from tests.bench.figures import Benchmark, Figure, as_data, table
 from tests.bench.kills import kills
-from tests.bench.queue_speed import queue
+from tests.bench.queue_speed import queue, suricata, workers
 from tests.bench.resets import resets
 from tests.bench.sources import sources
-from tests.bench.sweeps import sweeps
+from tests.bench.sweeps import million, sweeps
 from tests.bench.traffic import bulk, connections
 
 BENCHMARKS: tuple[Benchmark, ...] = (
@@ -29,10 +29,13 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     blocks,
     engine,
     queue,
+    suricata,
+    workers,
     bulk,
     connections,
     sources,
     sweeps,
+    million,
 )
 
 

@@ -101,7 +101,7 @@ class Site(Lab):
         self,
         place: str,
         *command: str,
-        stdout: int = subprocess.DEVNULL,
+        stdout: int | IO[str] = subprocess.DEVNULL,
         stderr: IO[str] | None = None,
     ) -> subprocess.Popen[str]:
         """Start a program in a namespace; it ends with the network at the latest."""
@@ -147,15 +147,15 @@ class Site(Lab):
 class Guard:
     """The guard, running in a site's gateway with a policy."""
 
-    def __init__(self, site: Site, policy: str) -> None:
+    def __init__(self, site: Site, policy: str, workers: int = 1) -> None:
         self.directory = site.directory / "runtime"
         self.directory.mkdir(exist_ok=True)
         file = site.directory / "policy.yaml"
         file.write_text(policy)
         self._log = site.directory / "guard.log"
         with self._log.open("w") as log:
-            # One worker: what is measured is what one core can do.
-            command = self.command("run", "--policy", str(file), "--workers", "1")
+            # One worker unless asked for more: what is measured is what one core can do.
+            command = self.command("run", "--policy", str(file), "--workers", str(workers))
             self._program = site.start("gateway", *command, stderr=log)
         wait_until(self._filters, _READY_SECONDS)
 
@@ -175,9 +175,14 @@ class Guard:
         return found
 
     @property
+    def workers(self) -> list[int]:
+        """The workers' process ids."""
+        return [int(worker["pid"]) for worker in self.status()["workers"]]
+
+    @property
     def worker(self) -> int:
-        """The worker's process id."""
-        return int(self.status()["workers"][0]["pid"])
+        """The first worker's process id."""
+        return self.workers[0]
 
     def stop(self) -> None:
         """Stop the guard and wait for it."""

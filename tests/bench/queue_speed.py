@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from rstguard.kernel.queues import DEFAULT_NUMBER
+from rstguard.lab.bench.peers import configuration
 from tests.bench.figures import Figure, at_least, at_most, ratios, seen
 from tests.bench.gateway import (
     PORT,
@@ -20,13 +23,20 @@ from tests.bench.gateway import (
     example_policy,
     memory_mb,
 )
+from tests.netns import wait_until
 
-GOAL = 0.2
+GOAL = 0.35
 MEMORY_GOAL_MB = 300.0
 ROUNDS = 5
 _SECONDS = 2.0
 _WARM_UP = 0.4
+_DRAINS = 15
+_FILL, _FILL_RATE = 900, 30_000.0
+"""SYNs for each worker, and how fast they come: fewer than those that make it shed load."""
 SYN = "2"
+
+
+Flood = Callable[[float, float, int, str], subprocess.Popen[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +85,101 @@ def queue() -> Iterator[Figure]:
     yield at_most(MEMORY_GOAL_MB, "memory: worker, example policy", [memory], "MB", note)
 
 
+def suricata() -> Iterator[Figure]:
+    """Packets a second through the queue, against Suricata inline (left out if not installed)."""
+    if shutil.which("suricata") is None:
+        return
+    with Site() as ours, Site() as theirs:
+        for site in (ours, theirs):
+            site.run("gateway", "iptables", "-w", "-A", "FORWARD", "-j", "DROP")
+        guard, other = Guard(ours, example_policy()), _suricata(theirs)
+        flood, flood_other = flooder(ours), flooder(theirs)
+        mine, its = [], []
+        for number in range(ROUNDS):
+            mine.append(_rate(ours, guard.worker, flood, number))
+            its.append(_rate(theirs, other.pid, flood_other, number))
+        guard.stop()
+        end(other)
+    yield at_least(
+        2,
+        "queue: guard / Suricata inline",
+        ratios([rate.packets for rate in mine], [rate.packets for rate in its]),
+        "",
+        "one queue each, the same SYNs; Suricata as in `rstguard lab bench --show-configs`",
+    )
+    yield seen(
+        "queue: guard / Suricata inline, per CPU second of each",
+        ratios([rate.per_cpu_second for rate in mine], [rate.per_cpu_second for rate in its]),
+        "",
+        "Suricata's threads share both cores, the guard's worker has one",
+    )
+    yield seen("queue: Suricata inline", [rate.packets for rate in its], "packets/s")
+
+
+def workers() -> Iterator[Figure]:
+    """Two workers against one: how fast what waits in their queues is worked off."""
+    one, two = [], []
+    with Site() as alone, Site() as both:
+        for site in (alone, both):
+            site.run("gateway", "iptables", "-w", "-A", "FORWARD", "-j", "DROP")
+        policy = example_policy()
+        single, double = Guard(alone, policy), Guard(both, policy, workers=2)
+        flood, flood_both = flooder(alone), flooder(both)
+        for number in range(_DRAINS):
+            one.append(_drained(alone, single.workers, flood, number))
+            two.append(_drained(both, double.workers, flood_both, number))
+        single.stop()
+        double.stop()
+    yield at_least(
+        1.6,
+        "queue: two workers / one",
+        ratios(two, one),
+        "",
+        "packets/s from going on after a stop until the queues are empty, each worker on a core of"
+        " its own and no sender at work: two cores cannot bear that, too",
+    )
+    yield seen("queue: one worker, working off", one, "packets/s")
+
+
+def _drained(site: Site, readers: list[int], flood: Flood, number: int) -> float:
+    """Fill the queues while the workers are stopped; return the rate at which they then empty."""
+    cores = sorted(os.sched_getaffinity(0))
+    for core, reader in zip(cores, readers, strict=False):
+        os.kill(reader, signal.SIGSTOP)
+        os.sched_setaffinity(reader, {core})
+    before = _read(site, readers)
+    flood(_FILL * len(readers) / _FILL_RATE, _FILL_RATE, 1 + number * 7_777_777, SYN).wait()
+    waiting = _read(site, readers) - before
+    began = time.monotonic()
+    for reader in readers:
+        os.kill(reader, signal.SIGCONT)
+    while any(site.queue(DEFAULT_NUMBER + index).waiting for index in range(len(readers))):
+        time.sleep(0.0001)
+    return waiting / (time.monotonic() - began)
+
+
+def _read(site: Site, readers: list[int]) -> int:
+    return sum(site.queue(DEFAULT_NUMBER + index).last_id for index in range(len(readers)))
+
+
+def _suricata(site: Site) -> subprocess.Popen[str]:
+    for name in ("suricata.yaml", "suricata.rules", "threshold.config"):
+        text = configuration(name).replace("DIRECTORY", str(site.directory))
+        (site.directory / name).write_text(text)
+    config = str(site.directory / "suricata.yaml")
+    log = site.directory / "suricata.log"
+    words = ["-c", config, "-q", str(DEFAULT_NUMBER), "--runmode", "workers"]
+    with log.open("w") as said:
+        program = site.start("gateway", "suricata", *words, stdout=said, stderr=said)
+    wait_until(lambda: "started" in log.read_text(), 40)
+    rule = "iptables -w -t mangle -A PREROUTING -i out -p tcp --syn -j NFQUEUE --queue-num"
+    site.run("gateway", *rule.split(), str(DEFAULT_NUMBER))
+    return program
+
+
 def _outran(rates: list[Rate]) -> int:
     """Return in how many rounds the reader waited for packets: then the sender was the limit."""
     return sum(1 for rate in rates if not rate.overrun)
-
-
-Flood = Callable[[float, float, int, str], subprocess.Popen[str]]
 
 
 def flooder(site: Site) -> Flood:
