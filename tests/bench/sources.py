@@ -1,22 +1,30 @@
-"""A million sources: how much memory a worker takes at most."""
+"""A million sources, ten million forged ones: how much memory a worker takes at most."""
 
 from __future__ import annotations
 
+import gc
 import pickle
+import random
+import resource
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
+from rstguard.engine.engine import Engine
+from rstguard.engine.wire import parse as read_packet
 from rstguard.policy.compile import compile_policy
-from rstguard.policy.load import parse
+from rstguard.policy.load import load, parse
+from tests.bench.engine_speed import syns
 from tests.bench.figures import Figure, at_most, seen
-from tests.bench.gateway import Guard, Site, memory_mb, policy_of
+from tests.bench.gateway import EXAMPLE, Guard, Site, memory_mb, policy_of
 from tests.bench.queue_speed import flooder
 from tests.netns import wait_until
 
 GOAL_MB = 300.0
 SOURCES = 1_000_000
+FORGED = 10_000_000
 _FLAGS = "2 0 16"
 """For the queue: SYNs, segments without any flag, and ACKs of no connection, in turn."""
 
@@ -43,7 +51,7 @@ _CROSSED = (
 
 
 def sources() -> Iterator[Figure]:
-    """Memory of a worker after a million different sources."""
+    """Memory of a worker after a million different sources, and ten million forged ones."""
     ruleset = compile_policy(parse(policy_of(*_CROSSED), "bench").policy)
     # A process of its own, that knows the engine only, as a worker does.
     command = [sys.executable, "-m", "tests.bench.fill", str(SOURCES)]
@@ -57,6 +65,13 @@ def sources() -> Iterator[Figure]:
         "every measure that a worker counts by source at once; half of the sources IPv6; each "
         f"sends a SYN, a first ACK, a small window, a stray, bad flags twice, a FIN or RST, and "
         f"is banned; {before:.0f} MB before",
+    )
+    yield at_most(
+        GOAL_MB,
+        f"memory: engine, example policy, {FORGED:,} forged sources",
+        [_forged_mb()],
+        "MB",
+        "what this process grew by while it judged a SYN of each",
     )
     with Site() as site:
         guard = Guard(site, policy_of(*_QUIET))
@@ -75,10 +90,28 @@ def sources() -> Iterator[Figure]:
         [full],
         "MB",
         "VmHWM; the same measures with limits that nobody crosses; SYNs, null segments and strays "
-        "in turn, one of each source (forged sources complete no handshake); "
+        "in turn, one of each source, flat out: an overrun worker leaves most unjudged; "
         f"{empty:.0f} MB before",
     )
     yield seen("queue: every worker measure at once", [SOURCES / took], "packets/s")
+
+
+def _forged_mb() -> float:
+    guard, chance, now = Engine(compile_policy(load(EXAMPLE).policy)), random.Random(1), 10**18
+    gc.collect()
+    gc.disable()  # as in the worker
+    before = _resident_mb()
+    for _ in range(FORGED // 100_000):
+        for data in syns(chance, 100_000):
+            guard.decide(read_packet(data), now)
+            now += 8_000
+    after = _resident_mb()
+    gc.enable()
+    return after - before
+
+
+def _resident_mb() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
 
 
 def _packets(guard: Guard) -> int:
