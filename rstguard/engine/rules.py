@@ -16,7 +16,7 @@ from rstguard.engine.address import V6
 from rstguard.engine.limiter import Distinct, Limiter, Memory
 from rstguard.engine.ruleset import SECOND, Measure, Per, Rule
 from rstguard.engine.verdict import Action, Reason
-from rstguard.engine.wire import OVER, Packet
+from rstguard.engine.wire import KNOWN, OVER, Packet
 
 Check = Callable[[Packet, int], bool]
 """Count a packet at a time (nanoseconds); True if the rule is crossed by it."""
@@ -84,8 +84,7 @@ def crossed_by_one(rule: Rule) -> bool:
 def make_meter(rule: Rule) -> Meter | None:
     """Return the meter of a rule that looks at packets, or None for a sweep measure."""
     if rule.in_kernel:
-        kind = Kind.SYN if rule.measure is Measure.SYN_RATE else Kind.HANDSHAKE
-        return Meter(rule, {kind: lambda packet, now: bool(packet.state & OVER)})
+        return Meter(rule, {Kind.SYN: _beside_the_kernel(rule)})
     if rule.measure in _RATE_MAKERS:
         limiter, key = Limiter(rule.limit, rule.period, rule.burst), key_function(rule)
 
@@ -108,6 +107,19 @@ def _rate(rule: Rule, limiter: Limiter) -> Check:
     def check(packet: Packet, now: int) -> bool:
         source = packet[0]  # by index, and the key made here: this runs for every SYN
         return over(source >> (shift6 if source >= V6 else shift4), now)
+
+    return check
+
+
+def _beside_the_kernel(rule: Rule) -> Check:
+    """What the kernel counts comes here only if it is too many, or with a SYN cookie.
+
+    Any other SYN found no room in the kernel's table (`rstguard.kernel.counting`) and counts here.
+    """
+    rate = _rate(rule, Limiter(rule.limit, rule.period, rule.burst))
+
+    def check(packet: Packet, now: int) -> bool:
+        return bool(packet.state & OVER) or (not packet.state & KNOWN and rate(packet, now))
 
     return check
 

@@ -117,7 +117,7 @@ class Rule:
     `within`, `after`, `shorter_than`, `duration` are nanoseconds.  `burst` is a count of at
     least 1.  `ipv4_length`/`ipv6_length` say how wide one counted source is.  `ports` is None
     for all protected ports.  `window` is in bytes, `of` is client, server or both.  With
-    `in_kernel` the kernel counts, and only the packets that are too many come to the engine.
+    `in_kernel` the kernel counts, and only the SYNs that are too many come to the engine.
     """
 
     name: str
@@ -140,6 +140,11 @@ class Rule:
     window: int = 0
     ends: Ends = Ends.BOTH
     in_kernel: bool = False
+
+    @property
+    def refill(self) -> int:
+        """Nanoseconds after which a source of a rate measure has its whole burst again."""
+        return -(-self.period * self.burst // self.limit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,10 +207,10 @@ class RuleSet:
         """The packet classes that this policy's rules need, and no others."""
         return frozenset().union(*map(needs, self.rules))
 
-    def kernel_rule(self, measure: Measure) -> Rule | None:
-        """Return the rule of a measure that the kernel counts for; there is at most one."""
-        counted = (rule for rule in self.rules if rule.in_kernel and rule.measure is measure)
-        return next(counted, None)
+    @property
+    def kernel_rule(self) -> Rule | None:
+        """The rule that the kernel counts SYNs for; there is at most one."""
+        return next((rule for rule in self.rules if rule.in_kernel), None)
 
     @property
     def sweeps(self) -> bool:

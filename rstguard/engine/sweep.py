@@ -125,7 +125,8 @@ class Sweep:
         held: dict[int, list[Flow]] = {}
         key = _source_key(rule)
         for flow in flows:
-            held.setdefault(key(flow), []).append(flow)
+            if flow.state == TcpState.ESTABLISHED:
+                held.setdefault(key(flow), []).append(flow)
         beyond = []
         for of_source in held.values():
             if len(of_source) > rule.limit:

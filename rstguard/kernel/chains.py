@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from rstguard.engine.address import is_v6
-from rstguard.engine.ruleset import Divert, Measure, RuleSet
+from rstguard.engine.ruleset import Divert, RuleSet
 from rstguard.kernel import counting, marks
 from rstguard.kernel.counting import PREFIX, bits
 
@@ -236,7 +236,7 @@ class _Build:
         rules += [
             f"-m conntrack --ctstate NEW -j CONNMARK --set-xmark {bits(marks.GUARDED)}",
         ]
-        counted = self.ruleset.kernel_rule(Measure.SYN_RATE)
+        counted = self.ruleset.kernel_rule
         if counted or Divert.SYN in self.ruleset.diverts:
             if self.ruleset.bans and not counted:
                 rules.append(
@@ -252,7 +252,6 @@ class _Build:
         if self.ruleset.bans:
             rules.append(f"-j SET --add-set {PREFIX}-proven{self.family} src --exist")
         rules.append(f"-j CONNMARK --set-xmark {bits(marks.PROVEN)}")
-        rules += counting.held(self.ruleset, self.family)
         if Divert.HANDSHAKE in self.ruleset.diverts:
             # While nobody answers, a connection tries again with each packet, up to this many.
             enough = f"-m connbytes --connbytes {self.ruleset.inspect_packets + 2}:"

@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 
 from rstguard.engine.address import address_text, is_v6
 from rstguard.engine.offers import Offer, Service
-from rstguard.engine.ruleset import Divert, Measure, RuleSet
+from rstguard.engine.ruleset import Divert, RuleSet
 from rstguard.kernel import marks
 from rstguard.kernel.chains import SYN_ONLY, Jump, Plan, interface_names, negated
 from rstguard.kernel.counting import PREFIX, bits
@@ -204,7 +204,7 @@ class _Build:
         ]
         if self.ruleset.bans:
             rules.append(f"-j SET --add-set {PREFIX}-proven{self.family} src --exist")
-        if self.ruleset.kernel_rule(Measure.SYN_RATE):
+        if self.ruleset.kernel_rule:
             rules.append(f"-j {PREFIX}-count")
         if {Divert.SYN, Divert.HANDSHAKE} & self.ruleset.diverts:
             rules.append(f"-j {PREFIX}-queue")

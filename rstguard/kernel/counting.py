@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from rstguard.engine.ruleset import SECOND, Measure, Rule, RuleSet
+from rstguard.engine.ruleset import SECOND, RuleSet
 from rstguard.kernel import marks
 
 PREFIX = "rstguard"
 _UNITS = {SECOND: "sec", 60 * SECOND: "min", 3600 * SECOND: "hour", 86400 * SECOND: "day"}
 _SOURCES = 1 << 20
-"""Sources that hashlimit's table holds: `rstguard.policy.offload` sees to it that they are enough.
-
-Full, it would drop the SYNs of new sources.
-"""
+"""Sources that hashlimit's table holds, of 136 bytes each.  Full, it drops every new one's SYN."""
+_BUCKETS = 1 << 16
+"""Its chains: by default there are 8192, and a full one would be searched through 128 entries."""
+_MICROSECONDS = 1_000_000
+"""In a second: hashlimit keeps the time between two packets in whole ones (user2credits)."""
 
 
 def bits(value: int) -> str:
@@ -19,46 +20,40 @@ def bits(value: int) -> str:
     return f"0x{value:x}/0x{value:x}"
 
 
-def _length(rule: Rule, family: int) -> int:
-    return rule.ipv4_length if family == 4 else rule.ipv6_length
-
-
 def syns(ruleset: RuleSet, family: int) -> tuple[str, ...]:
     """Return the rules that count SYNs per source, or none.
 
     The bucket is refilled once a jiffy, and a packet that is too many takes nothing from it, as in
-    the engine's (hashlimit_mt_common in net/netfilter/xt_hashlimit.c).
+    the engine's (hashlimit_mt_common in net/netfilter/xt_hashlimit.c).  More SYNs than the table
+    could remember go to the engine before they reach it.
     """
-    rule = ruleset.kernel_rule(Measure.SYN_RATE)
+    rule = ruleset.kernel_rule
     if rule is None:
         return ()
-    length = _length(rule, family)
-    expire = max(1000, rule.period * rule.burst // rule.limit // 1_000_000)
+    length = rule.ipv4_length if family == 4 else rule.ipv6_length
+    lives = max(1, -(-rule.refill // SECOND))
     # A table lives on under its name: another rate needs another name.
     table = f"{PREFIX}{family}-{rule.limit}-{rule.period // SECOND}-{rule.burst}-{length}"
+    most = _most_a_second(lives)
+    gate = (
+        f"-m hashlimit --hashlimit-above {most}/sec --hashlimit-burst {most}"
+        f" --hashlimit-name {PREFIX}{family}-count-{most} -j {PREFIX}-queue"
+    )
     within = (
         f"-m hashlimit --hashlimit-upto {rule.limit}/{_UNITS[rule.period]}"
         f" --hashlimit-burst {rule.burst} --hashlimit-mode srcip --hashlimit-srcmask {length}"
-        f" --hashlimit-name {table} --hashlimit-htable-max {_SOURCES}"
-        f" --hashlimit-htable-expire {expire} -j RETURN"
+        f" --hashlimit-name {table} --hashlimit-htable-size {_BUCKETS}"
+        f" --hashlimit-htable-max {_SOURCES} --hashlimit-htable-expire {1000 * lives} -j RETURN"
     )
     over = f"-j MARK --set-xmark {bits(marks.TO_QUEUE_OVER)}"
-    return (within, over, f"-j {PREFIX}-queue")
+    return (gate, within, over, f"-j {PREFIX}-queue")
 
 
-def held(ruleset: RuleSet, family: int) -> tuple[str, ...]:
-    """Return the rules that count connections per source at their first ACK, or none.
+def _most_a_second(lives: int) -> int:
+    """Return how many new sources a second the table can take that keeps each for `lives` seconds.
 
-    A connection is in the kernel's list once, until it is closed or forgotten
-    (net/netfilter/nf_conncount.c).
+    An entry may stay a second longer, until the table is next searched for old ones, and as many as
+    in a second may come at once.
     """
-    rule = ruleset.kernel_rule(Measure.CONNECTIONS)
-    if rule is None:
-        return ()
-    over = marks.TO_QUEUE_OVER | marks.TO_QUEUE_KNOWN | marks.TO_QUEUE_PROVEN
-    above = (
-        f"-p tcp -m connlimit --connlimit-above {rule.limit}"
-        f" --connlimit-mask {_length(rule, family)} --connlimit-saddr"
-        f" -j MARK --set-xmark {bits(over)}"
-    )
-    return (above, f"-m mark --mark {bits(marks.TO_QUEUE_OVER)} -j {PREFIX}-queue")
+    microseconds_apart = -(-_MICROSECONDS * (lives + 2) // _SOURCES)
+    return _MICROSECONDS // microseconds_apart

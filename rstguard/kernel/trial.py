@@ -101,13 +101,6 @@ _FOR_A_BUDGET = (
         "xt_hashlimit",
     ),
     _Feature(
-        "connections per source",
-        "mangle",
-        "-A PREROUTING -p tcp -m connlimit --connlimit-above 9 --connlimit-mask 32"
-        " --connlimit-saddr -j MARK --set-xmark 0x1/0x1",
-        "xt_connlimit",
-    ),
-    _Feature(
         "packets without a socket",
         "raw",
         "-A OUTPUT -p tcp -m owner ! --socket-exists -j CT --notrack",

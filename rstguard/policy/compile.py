@@ -111,7 +111,7 @@ def _limited(common: Rule, rule: rules.AnyRule) -> Rule:
 def tier_of(rule: Rule) -> str:
     """Return which tier enforces a rule: kernel, queue or sweep."""
     if rule.in_kernel:
-        return "kernel+sweep" if rule.measure in SWEEP_MEASURES else "kernel"
+        return "kernel"
     return "sweep" if rule.measure in SWEEP_MEASURES else "queue"
 
 

@@ -4,10 +4,12 @@ The action stays with the engine: what the kernel finds to be one too many is di
 mark that says so, and meets the same code as what the engine counts itself.  So a rule is handed
 over only where the kernel's count is the engine's:
 
-- `syn_rate` by hashlimit, whose token bucket is the engine's.  A full table would drop the SYNs of
-  all new sources, so there must be a SYN budget: no more SYNs than it allows ever come so far.
-- `connections` by connlimit, at the first ACK.  Connections from before the rule are not in its
-  list, so the sweep goes on counting all of them.
+- `syn_rate` by hashlimit, whose token bucket is the engine's.  There must be a SYN budget, or a
+  forged flood would be more than the kernel's table can hold, and come to the engine after all.
+- `connections` stays with the sweep.  connlimit adds a connection to its list with its SYN only,
+  which anybody can forge.  Asked at the first ACK, it adds nothing since Linux 6.19 and the stable
+  kernels of that time, and drops the ACK if the list is empty by then: tried on 6.18.44
+  (__nf_conncount_add in net/netfilter/nf_conncount.c, connlimit_mt in xt_connlimit.c).
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ _LARGEST_BURST = 10_000
 _MOST_SOURCES = 1 << 16
 """SYNs of one service, at the budget's rate, while an entry lives.
 
-The kernel's table has room for sixteen services that are flooded at once.
+The kernel's table has room for a dozen services that are flooded at once; what more there is goes
+to the engine.
 """
 
 
@@ -50,6 +53,8 @@ def _measured(rule: Rule) -> bool:
 
 def _obstacle(ruleset: RuleSet, rule: Rule) -> str:
     """Return the first thing that stands in the way, or ""."""
+    if rule.measure is Measure.CONNECTIONS:
+        return "the kernel counts a connection from its SYN on, which can be forged"
     if rule.per is Per.SERVICE:
         return "it counts per service"
     if rule.ports is not None:
@@ -58,10 +63,6 @@ def _obstacle(ruleset: RuleSet, rule: Rule) -> str:
         return "it only observes"
     if any(other.measure is rule.measure and other != rule for other in ruleset.rules):
         return "another rule has the same measure"
-    return _syn_obstacle(ruleset, rule) if rule.measure is Measure.SYN_RATE else ""
-
-
-def _syn_obstacle(ruleset: RuleSet, rule: Rule) -> str:
     if rule.action is Action.BAN:
         return "a shunned source would come back with a full burst"
     for other in ruleset.rules:
@@ -72,7 +73,6 @@ def _syn_obstacle(ruleset: RuleSet, rule: Rule) -> str:
         return "without a SYN budget forged sources could fill the kernel's table"
     if rule.period not in _PERIODS or rule.limit > _LARGEST_RATE or rule.burst > _LARGEST_BURST:
         return "the kernel cannot count at this rate exactly"
-    lives = max(1, rule.period * rule.burst // rule.limit // SECOND)
-    if budget.rate * lives > _MOST_SOURCES:
+    if budget.rate * max(rule.refill, SECOND) > _MOST_SOURCES * SECOND:
         return "at the budget's rate the kernel's table could fill up"
     return ""

@@ -14,6 +14,7 @@ from rstguard.engine.wire import (
     FIN,
     KNOWN,
     OUTBOUND,
+    OVER,
     PROVEN,
     PSH,
     RST,
@@ -424,3 +425,15 @@ def test_a_dropped_handshake_stays_dropped_when_it_comes_again() -> None:
     for now in (1, 2, 4, 8, 12):  # with the server's repeated SYN-ACKs
         assert outcome(engine.decide(second, now * SECOND)) == DROP
     assert outcome(engine.decide(second, 20 * SECOND)) == TRUST  # judged anew
+
+
+def test_what_the_kernel_counted_is_not_counted_again() -> None:
+    """Only what found no room in the kernel's table counts here: no mark, and no cookie."""
+    counted = rule(Measure.SYN_RATE, limit=2, burst=2, in_kernel=True)
+    engine = Engine(ruleset(counted))
+    for now in range(3):
+        assert outcome(engine.decide(packet(state=OVER), now)) == DROP
+        assert outcome(engine.decide(packet(state=KNOWN | PROVEN), now)) != DROP
+        assert outcome(engine.decide(packet(state=KNOWN | PROVEN | OVER), now)) == DROP
+    found = [outcome(engine.decide(packet(source_port=port), 10)) for port in range(3)]
+    assert [one == DROP for one in found] == [False, False, True]

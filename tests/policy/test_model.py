@@ -78,7 +78,7 @@ def test_the_example_means_what_its_comments_say() -> None:
             "subnet-rate", Measure.SYN_RATE, Action.DROP, 1000, SECOND, burst=1000,
             per=Per.PREFIX, ipv4_length=24, ipv6_length=48,
         ),
-        Rule("hoarder", Measure.CONNECTIONS, Action.RESET, 200, in_kernel=True),
+        Rule("hoarder", Measure.CONNECTIONS, Action.RESET, 200),
         Rule(
             "port-scan", Measure.DISTINCT_PORTS, Action.BAN, 15, within=10 * SECOND, duration=HOUR
         ),

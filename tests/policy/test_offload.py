@@ -22,7 +22,6 @@ def compiled(rules: str, extra: str = "syn_budget: {rate: 1000/s}") -> RuleSet:
     ("rule", "tier"),
     [
         (RATE, "kernel"),
-        ("{name: one, measure: connections, over: 50, then: ban, for: 1m}", "kernel+sweep"),
         ("{name: one, measure: byte_rate, over: 1 MB/s, then: reset}", "sweep"),
         ("{name: one, measure: connection_rate, over: 5/s, then: drop}", "queue"),
     ],
@@ -41,6 +40,7 @@ def test_tiers(rule: str, tier: str) -> None:
         (RATE, "mode: observe\nsyn_budget: {rate: 1000/s}", "only observes"),
         (RATE, "syn_budget: {rate: 100000/s}", "table could fill up"),
         (RATE.replace("drop", "ban, for: 1m"), None, "full burst"),
+        ("{name: one, measure: connections, over: 50, then: reset}", None, "can be forged"),
         (RATE.replace("then", "ports: [80], then"), None, "some ports only"),
         (RATE.replace("then", "per: service, then"), None, "per service"),
         (RATE.replace("50/s", "50000/s"), None, "at this rate"),
