@@ -32,13 +32,15 @@ from rstguard.engine.offers import Offer, Service
 from rstguard.engine.ruleset import Divert, RuleSet
 from rstguard.kernel import marks
 from rstguard.kernel.chains import SYN_ONLY, Jump, Plan, interface_names, negated
-from rstguard.kernel.counting import PREFIX, bits
+from rstguard.kernel.counting import PREFIX, bits, gate, table_size
 
 ENGAGED_SECONDS = 60
 """How long after its last cookie a service's ACKs are still searched for cookies."""
 LOG_GROUP = 5640
 """NFLOG group of the sampled SYN-ACKs, and of the SYNs that came too late for their cookie."""
 _LOG_BYTES = 160  # IPv6 header, one extension header, TCP header with all options
+_BOUND_SECONDS = 2
+"""How long the count of a service without cookies is kept after its last SYN."""
 _LARGEST_RATE = 1_000_000
 """What hashlimit can count in a second (XT_HASHLIMIT_SCALE_v2)."""
 
@@ -164,20 +166,21 @@ class _Build:
     def bound(self) -> tuple[str, ...]:
         """The SYNs of a service without cookies that are too many for the queue.
 
-        The engine does not see them; they pass or not as when it is overrun.  A match that finds
-        its table full drops the packet, so where every port is protected a host counts as one.
+        The engine does not see them; they pass or not as when it is overrun.  So do those that are
+        too many for the table.  Where every port is protected a host counts as one service.
         """
         budget = self.ruleset.syn_budget
         assert budget is not None
         rate = min(budget.rate, _LARGEST_RATE)
         mode = "dstip" if self.ruleset.scope.ports is None else "dstip,dstport"
         verdict = "RETURN" if self.ruleset.fail_open else "DROP"
+        name = f"{PREFIX}{self.family}-queue"
         rule = (
             f"-m hashlimit --hashlimit-above {rate}/sec --hashlimit-burst {rate}"
-            f" --hashlimit-mode {mode} --hashlimit-name {PREFIX}{self.family}-queue-{rate}"
-            f" --hashlimit-htable-max 65536 --hashlimit-htable-expire 2000 -j {verdict}"
+            f" --hashlimit-mode {mode} --hashlimit-name {name}-{rate}"
+            f" {table_size(_BOUND_SECONDS)} -j {verdict}"
         )
-        return (rule,)
+        return (f"{gate(f'{name}-all', _BOUND_SECONDS)} -j {verdict}", rule)
 
     def over(self) -> tuple[str, ...]:
         add = f"-j SET --add-set {engaged_set(self.family)} dst,dst --exist"

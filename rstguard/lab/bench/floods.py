@@ -19,9 +19,10 @@ class Flood:
     """One flood.
 
     `sources` are the bytes of the source address in trafgen's language, "" for real clients that
-    complete their handshakes (wrk).  `rate` is in SYNs a second, 0 is flat out.  With
-    `server_cookies` the server answers a full backlog with SYN cookies of its own.  `budget` is the
-    SYN budget of rstguard's policy, in SYNs a second, 0 for none: what the server can bear.
+    complete their handshakes (wrk).  `rate` is the most there can be, in SYNs a second (trafgen's
+    own work comes on top of its pauses), 0 is flat out.  With `server_cookies` the server answers a
+    full backlog with SYN cookies of its own.  `budget` is the SYN budget of rstguard's policy, in
+    SYNs a second, 0 for none: what the server can bear.
     """
 
     name: str
@@ -41,7 +42,7 @@ FLOODS = (
     Flood("forged", "SYNs from 16 million forged sources, flat out", _RANDOM, 0),
     Flood(
         "absorbed",
-        "forged SYNs, 5,000/s: the server's own cookies do",
+        "forged SYNs, up to 5,000/s: the server's own cookies do",
         _RANDOM,
         5_000,
         True,
@@ -55,9 +56,9 @@ FLOODS = (
         True,
         budget=0,
     ),
-    Flood("one-source", "SYNs of one source, 10,000/s", _ONE, 10_000),
-    Flood("prefix", "SYNs of 250 sources of one /24, 40/s each", _PREFIX, 10_000),
-    Flood("scattered", "SYNs of 5,000 scattered sources, 2/s each", _SCATTERED, 10_000),
+    Flood("one-source", "SYNs of one source, up to 10,000/s", _ONE, 10_000),
+    Flood("prefix", "SYNs of 250 sources of one /24, up to 40/s each", _PREFIX, 10_000),
+    Flood("scattered", "SYNs of 5,000 scattered sources, up to 2/s each", _SCATTERED, 10_000),
     Flood("connections", "wrk: one source, a new connection for each request", "", 0),
 )
 

@@ -5,31 +5,30 @@ from __future__ import annotations
 import json
 import subprocess
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rstguard.lab import LabError
 from rstguard.lab.attacks import connection_flood
+from rstguard.lab.bench.counting import Arrivals, contained
 from rstguard.lab.bench.floods import Flood, trafgen_packet
 from rstguard.lab.bench.peers import Peer, end, used_seconds
 from rstguard.lab.client import Request
 from rstguard.lab.report import Legitimate, legitimate
 from rstguard.lab.run import collect, start_program
 from rstguard.lab.server import start_server
-from rstguard.lab.topology import ATTACKER, CLIENTS, NEW_CLIENTS, Lab, stop
+from rstguard.lab.topology import ATTACKER, CLIENTS, NEW_CLIENTS, SERVER, Lab, stop
 
 CALM_SECONDS = 2.0
 """Honest traffic alone, before the flood: what a guard learns, it learns here."""
-_SAMPLE_SECONDS = 0.2
-_CONTAINED = 100.0
-"""SYNs a second at the server up to which a flood counts as contained."""
+_SENT = ("iptables", "-w", "-t", "raw")
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
     """What was seen of one flood against one peer.
 
-    `sent` and `arrived` count SYNs of the flood: out of the attacker, in at the server.
+    `sent` and `arrived` count SYNs of the flood in its `seconds`: out of the attacker, in at the
+    server.
     `seconds_to_contain` is None if the flood was not contained.  `cpu_percent` is of one core,
     processes of the peer only: what the kernel does for it is not in it.
     """
@@ -41,8 +40,14 @@ class Run:
     new: Legitimate
     sent: int
     arrived: int
+    seconds: float
     seconds_to_contain: float | None
     cpu_percent: float
+
+    @property
+    def sent_a_second(self) -> float:
+        """SYNs of the flood a second: guards and flood share the machine, so it differs."""
+        return self.sent / self.seconds
 
     @property
     def arrived_percent(self) -> float:
@@ -64,23 +69,22 @@ def measure(flood: Flood, peer: Peer, number: int, seconds: float) -> Run:
     """
     with Lab() as lab:
         _prepare(lab, flood)
-        start_server(lab, "access.log" if peer.name == "fail2ban" else "off")
+        start_server(lab, "off" if flood.sources else "access.log")
+        counting = start_program(lab, "server", "bench.counting")
         client = start_program(lab, "client", "client", "--new")
         running = peer.start(lab, flood)
         time.sleep(CALM_SECONDS)
-        begin, used = time.monotonic(), used_seconds(running)
-        sent_before = _sent(lab)
+        begin, used, sent_before = time.monotonic(), used_seconds(running), _sent(lab, flood)
         attacker = _attack(lab, flood, seconds)
-        samples = [(begin, _arrived(lab))]
-        while time.monotonic() < begin + seconds:
-            time.sleep(_SAMPLE_SECONDS)
-            samples.append((time.monotonic(), _arrived(lab)))
+        time.sleep(seconds)
         over = time.monotonic()
         cpu = 100 * (used_seconds(running) - used) / (over - begin)
-        sent = _sent(lab) - sent_before
+        sent = _sent(lab, flood) - sent_before
         stop(attacker, patience=0.1)  # trafgen does not hear SIGTERM while it sends
+        rows = json.loads(collect(lab, counting, "bench.counting"))
         requests = [Request(*row) for row in json.loads(collect(lab, client, "client"))]
         end(running)
+    arrivals = [at for at in (Arrivals(*row) for row in rows) if begin <= at.time < over]
     if flood.sources and sent < 1000:
         raise LabError(f"The flood {flood.name} sent nothing: is trafgen (netsniff-ng) installed?")
     strangers = NEW_CLIENTS.partition(".")[0] + "."
@@ -93,48 +97,30 @@ def measure(flood: Flood, peer: Peer, number: int, seconds: float) -> Run:
         legitimate(known, begin, over),
         legitimate(new, begin, over),
         sent,
-        samples[-1][1] - samples[0][1],
-        contained(samples),
+        sum(at.syns for at in arrivals),
+        round(over - begin, 3),
+        contained(arrivals),
         round(cpu, 1),
     )
 
 
-def contained(samples: Sequence[tuple[float, int]]) -> float | None:
-    """Return the seconds until no later interval saw more than 100 SYNs a second at the server.
-
-    `samples` are (seconds, SYNs so far); None if the last interval saw more.
-    """
-    last_bad = 0
-    for index in range(1, len(samples)):
-        (before, had), (now, has) = samples[index - 1], samples[index]
-        if has - had > _CONTAINED * (now - before):
-            last_bad = index
-    if last_bad == len(samples) - 1:
-        return None
-    return round(samples[last_bad][0] - samples[0][0], 2)
-
-
 def _prepare(lab: Lab, flood: Flood) -> None:
-    """Give the new clients a home, forged sources a way that ends nowhere, the flood a counter."""
+    """Give the new clients a home, forged sources a way that ends nowhere, wrk a counter."""
     lab.run("client", ["ip", "route", "add", "local", NEW_CLIENTS, "dev", "lo"])
     lab.run("gateway", ["ip", "route", "add", NEW_CLIENTS, "via", CLIENTS[0]])
     lab.run("gateway", ["ip", "route", "add", "default", "via", ATTACKER])
     if flood.server_cookies:
         lab.run("server", ["sysctl", "-qw", "net.ipv4.tcp_syncookies=1"])
-    raw = ["iptables", "-w", "-t", "raw", "-A", "PREROUTING"]
-    for honest in (f"{CLIENTS[0]}/24", NEW_CLIENTS):
-        lab.run("server", [*raw, "-s", honest, "-j", "RETURN"])
-    lab.run("server", [*raw, "-p", "tcp", "--syn"])
+    if not flood.sources:
+        lab.run("attacker", [*_SENT, "-A", "OUTPUT", "-d", SERVER, "-p", "tcp", "--syn"])
 
 
-def _arrived(lab: Lab) -> int:
-    rules = lab.run("server", ["iptables", "-w", "-t", "raw", "-nvxL", "PREROUTING"])
+def _sent(lab: Lab, flood: Flood) -> int:
+    if flood.sources:
+        # trafgen sends nothing but SYNs, and past all rules.
+        return int(lab.run("attacker", ["cat", "/sys/class/net/eth0/statistics/tx_packets"]))
+    rules = lab.run("attacker", [*_SENT, "-nvxL", "OUTPUT"])
     return int(rules.splitlines()[-1].split()[0])
-
-
-def _sent(lab: Lab) -> int:
-    text = lab.run("attacker", ["cat", "/sys/class/net/eth0/statistics/tx_packets"])
-    return int(text)
 
 
 def _attack(lab: Lab, flood: Flood, seconds: float) -> subprocess.Popen[str]:

@@ -16,6 +16,7 @@ from rstguard.lab.guard import GuardProcess, cpu_seconds
 from rstguard.lab.topology import Lab, stop
 
 _READY_SECONDS = 40.0
+_FAIL2BAN = Path("/etc/fail2ban")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,10 @@ def _iptables(lab: Lab, _flood: Flood) -> None:
     lab.run("gateway", ["sh", str(_write(lab, "iptables.sh"))])
 
 
+def _synproxy(lab: Lab, _flood: Flood) -> None:
+    lab.run("gateway", ["sh", str(_write(lab, "synproxy.sh"))])
+
+
 def _suricata(lab: Lab, _flood: Flood) -> subprocess.Popen[str]:
     for name in ("suricata.rules", "threshold.config"):
         _write(lab, name)
@@ -99,15 +104,18 @@ def _fail2ban(lab: Lab, _flood: Flood) -> subprocess.Popen[str]:
         _write(lab, name, home)
     _write(lab, "flood.conf", f"{home}/filter.d")
     (lab.directory / "access.log").touch()
-    (lab.directory / home / "action.d").symlink_to("/etc/fail2ban/action.d")
-    (lab.directory / home / "jail.conf").write_text("[DEFAULT]\n", encoding="utf-8")
+    for path in (*_FAIL2BAN.glob("*.conf"), _FAIL2BAN / "action.d"):
+        if path.name != "fail2ban.conf":
+            (lab.directory / home / path.name).symlink_to(path)
     at = ["-c", str(lab.directory / home), "-s", str(lab.directory / "fail2ban.sock")]
     command = ["fail2ban-server", *at, "-p", str(lab.directory / "fail2ban.pid"), "-f", "start"]
     process = lab.start("gateway", command, log="fail2ban-said.log")
-    asked = ["fail2ban-client", *at, "status", "flood"]
+    asked = ["fail2ban-client", *at, "get", "flood", "actions"]
 
     def ready() -> bool:
-        return subprocess.run(asked, capture_output=True, check=False).returncode == 0
+        # A jail without an action starts all the same, and bans nobody.
+        told = subprocess.run(asked, capture_output=True, text=True, check=False)
+        return told.returncode == 0 and "iptables-ipset" in told.stdout
 
     _await(lab, process, "fail2ban-said.log", ready)
     return process
@@ -117,6 +125,13 @@ PEERS = (
     Peer("none", (), _none),
     Peer("rstguard", ("rstguard.yaml",), _rstguard),
     Peer("iptables", ("iptables.sh",), _iptables, "ipset", "ipset"),
+    Peer(
+        "synproxy",
+        ("synproxy.sh",),
+        _synproxy,
+        applies=lambda flood: bool(flood.sources),
+        why_not="it answers for the server, and stops nobody who completes the handshake",
+    ),
     Peer(
         "suricata",
         ("suricata.yaml", "suricata.rules", "threshold.config", "suricata.sh"),

@@ -14,13 +14,14 @@ from rstguard.lab.bench.peers import PEERS
 Value = Callable[[Run], float | None]
 
 COLUMNS: tuple[tuple[str, str, Value], ...] = (
+    ("sent/s", "SYNs of the flood; the machine is shared", lambda r: r.sent_a_second),
     ("known %", "honest requests of known clients served", lambda r: r.known.success_percent),
     ("new %", "the same, of clients never seen before", lambda r: r.new.success_percent),
     ("p50 ms", "connect and GET, known clients", lambda r: r.known.p50_ms),
     ("p99 ms", "the same", lambda r: r.known.p99_ms),
     ("new p99 ms", "the same, new clients", lambda r: r.new.p99_ms),
     ("at server %", "of the flood's SYNs", lambda r: r.arrived_percent),
-    ("contained s", "until at most 100 SYNs/s reached it", lambda r: r.seconds_to_contain),
+    ("contained s", "until no 0.1 s saw more than 10 of them", lambda r: r.seconds_to_contain),
     ("CPU %", "of one core, the guard's processes", lambda r: r.cpu_percent),
 )
 """Columns of the table: title, meaning, value."""
@@ -56,9 +57,9 @@ def spread(values: Sequence[float | None]) -> str:
 
 
 def _short(value: float) -> str:
-    return (
-        f"{value:.0f}" if abs(value) >= 99.95 else f"{value:.2g}" if value < 1 else f"{value:.1f}"
-    )
+    if abs(value) >= 99.95:
+        return f"{value:,.0f}"
+    return f"{value:.2g}" if value < 1 else f"{value:.1f}"
 
 
 def goals(runs: Sequence[Run]) -> list[Goal]:
@@ -73,16 +74,18 @@ def _goals(runs: Sequence[Run]) -> Iterator[Goal]:
         yield _least("forged: new clients served", [r.new.success_percent for r in forged], 99)
         yield _most("forged: at the server", [r.arrived_percent for r in forged], 1)
         yield _most("forged: processor time of one core", [r.cpu_percent for r in forged], 20)
-        yield from _p99(forged, runs_of(runs, "forged", "iptables"), "forged", "iptables")
+        for peer in ("iptables", "synproxy"):
+            theirs = runs_of(runs, "forged", peer)
+            yield from _p99(forged, theirs, "forged", peer)
+            yield from _new_p99(forged, theirs, "forged", peer)
     if absorbed := ours["absorbed"]:
         none = runs_of(runs, "absorbed", "none")
         yield from _p50(absorbed, none, "absorbed", "none")
         yield from _p99(absorbed, none, "absorbed", "none")
     if outside := ours["outside"]:
         none = runs_of(runs, "outside", "none")
-        if len(none) == len(outside):
-            pairs = zip(outside, none, strict=True)
-            more = [mine.success_percent - other.success_percent for mine, other in pairs]
+        pairs = _same_round(outside, none)
+        if more := [mine.success_percent - other.success_percent for mine, other in pairs]:
             yield _least("outside: honest success, percentage points above none", more, 0)
     for name in ("one-source", "prefix", "scattered"):
         if some := ours[name]:
@@ -93,19 +96,28 @@ def _goals(runs: Sequence[Run]) -> Iterator[Goal]:
 
 
 def _p50(ours: list[Run], theirs: list[Run], flood: str, peer: str) -> Iterator[Goal]:
-    return _latency(f"{flood}: p50", lambda run: run.known.p50_ms, ours, theirs, peer)
+    return _latency(f"{flood}: p50 of known", lambda run: run.known.p50_ms, ours, theirs, peer)
 
 
 def _p99(ours: list[Run], theirs: list[Run], flood: str, peer: str) -> Iterator[Goal]:
-    return _latency(f"{flood}: p99", lambda run: run.known.p99_ms, ours, theirs, peer)
+    return _latency(f"{flood}: p99 of known", lambda run: run.known.p99_ms, ours, theirs, peer)
+
+
+def _new_p99(ours: list[Run], theirs: list[Run], flood: str, peer: str) -> Iterator[Goal]:
+    return _latency(f"{flood}: p99 of new", lambda run: run.new.p99_ms, ours, theirs, peer)
+
+
+def _same_round(ours: list[Run], theirs: list[Run]) -> Iterator[tuple[Run, Run]]:
+    other = {run.round: run for run in theirs}
+    return ((run, other[run.round]) for run in ours if run.round in other)
 
 
 def _latency(name: str, of: Value, ours: list[Run], theirs: list[Run], peer: str) -> Iterator[Goal]:
     """Compare latencies of the same round; a round in which nobody was served has none."""
-    pairs = ((of(mine), of(other)) for mine, other in zip(ours, theirs, strict=False))
+    pairs = ((of(mine), of(other)) for mine, other in _same_round(ours, theirs))
     found = [mine / other for mine, other in pairs if mine and other]
     if found:
-        yield _most(f"{name} of known clients, rstguard / {peer}", found, 1.5)
+        yield _most(f"{name} clients, rstguard / {peer}", found, 1.5)
 
 
 def _least(name: str, values: Sequence[float], limit: float) -> Goal:
@@ -146,6 +158,7 @@ _COLOURS = {
     "none": "#8c8c8c",
     "rstguard": "#1f77b4",
     "iptables": "#e08214",
+    "synproxy": "#b15928",
     "suricata": "#9467bd",
     "fail2ban": "#2ca02c",
 }
