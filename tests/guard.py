@@ -125,7 +125,8 @@ class Guard:
 
     def launch(self) -> None:
         """Start it and do not wait."""
-        words = ("run", "--policy", str(self.file), *self._options)
+        state = ("--state-dir", str(self.runtime / "state"))
+        words = ("run", "--policy", str(self.file), *state, *self._options)
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 self._command(*words), stdin=subprocess.DEVNULL, stdout=log, stderr=log

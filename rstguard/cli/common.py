@@ -6,6 +6,7 @@ A command imports what only it needs when it runs: `rstguard kill` is for people
 from __future__ import annotations
 
 import json
+import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +35,15 @@ RuntimeDir = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 PolicyFile = Annotated[Path, typer.Argument(metavar="FILE", help="Policy file (YAML).")]
 DEFAULT_DIR = Path("/run/rstguard")
+StateDir = Annotated[
+    Path,
+    typer.Option(
+        "--state-dir",
+        envvar="RSTGUARD_STATE_DIR",
+        help="Directory for what outlives the guard: bans, offences, and the history of policies.",
+    ),
+]
+DEFAULT_STATE_DIR = Path("/var/lib/rstguard")
 
 
 def read_policy(file: Path) -> Loaded:
@@ -70,6 +80,13 @@ def ask_guard(directory: Path, command: str, **request: Any) -> Any:
     """Ask the running guard and return its answer, or say why there is none."""
     with errors_in_one_sentence():
         return ask(directory, {"command": command, **request})
+
+
+def who() -> str:
+    """Return what is known of who gives this command, beyond the account: sudo and SSH."""
+    by, client = os.environ.get("SUDO_USER"), os.environ.get("SSH_CONNECTION", "").split(" ")[0]
+    parts = (f"sudo by {by}" if by else "", f"from {client}" if client else "")
+    return ", ".join(filter(None, parts))
 
 
 def print_json(data: object) -> None:

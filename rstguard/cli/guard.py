@@ -11,9 +11,11 @@ import typer
 
 from rstguard.cli.common import (
     DEFAULT_DIR,
+    DEFAULT_STATE_DIR,
     FAILED,
     Json,
     RuntimeDir,
+    StateDir,
     ask_guard,
     errors_in_one_sentence,
     print_json,
@@ -26,6 +28,7 @@ from rstguard.kernel.queues import DEFAULT_NUMBER
 def run(
     policy: Annotated[Path, typer.Option("--policy", help="Policy file (YAML).")],
     runtime_dir: RuntimeDir = DEFAULT_DIR,
+    state_dir: StateDir = DEFAULT_STATE_DIR,
     queue: Annotated[
         int, typer.Option(min=0, max=65535, help="Number of the first NFQUEUE to use.")
     ] = DEFAULT_NUMBER,
@@ -59,7 +62,9 @@ def run(
             raise KernelError("guarding needs root; use sudo, or start the systemd service")
         loaded = read_policy(policy)
         directory = _make(runtime_dir)
-        options = Options(loaded, str(policy), directory, queue, workers, keep_bans)
+        options = Options(
+            loaded, str(policy.absolute()), directory, state_dir, queue, workers, keep_bans
+        )
         asyncio.run(Supervisor(options).run())
 
 
@@ -95,6 +100,12 @@ def _show_status(data: dict[str, Any]) -> None:
     counts = data["counts"]
     mark = "filtering" if data["filtering"] else "NOT FILTERING"
     typer.echo(f"{mark}, policy {policy['name']} ({policy['mode']}), up {data['uptime_s']:.0f} s")
+    if policy["confirm_s"] is not None:
+        typer.echo(
+            f"  NOT CONFIRMED: goes back in {policy['confirm_s']:.0f} s; `rstguard policy confirm`"
+        )
+    if data["not_remembered"]:
+        typer.echo(f"  {data['not_remembered']}")
     for lack in data["missing"]:
         typer.echo(f"  missing: {lack}")
     for worker in data["workers"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,13 +11,16 @@ import typer
 from rstguard.cli.common import (
     BAD_POLICY,
     DEFAULT_DIR,
+    FAILED,
     Json,
     PolicyFile,
     RuntimeDir,
     ask_guard,
+    fail,
     interfaces,
     print_json,
     read_policy,
+    who,
 )
 
 app = typer.Typer(help="Check, apply and show policies.", no_args_is_help=True)
@@ -55,17 +59,104 @@ def policy_check(file: PolicyFile, as_json: Json = False) -> None:
         raise typer.Exit(BAD_POLICY)
 
 
-@app.command("apply", epilog="Example: rstguard policy apply /etc/rstguard/policy.yaml")
+@app.command(
+    "apply",
+    epilog="Examples: rstguard policy apply /etc/rstguard/policy.yaml; "
+    "rstguard policy apply policy.yaml --confirm 60s",
+)
 def policy_apply(
-    file: PolicyFile, runtime_dir: RuntimeDir = DEFAULT_DIR, as_json: Json = False
+    file: PolicyFile,
+    confirm: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help="Go back by itself after this time (1s to 1h) unless `policy confirm` follows.",
+        ),
+    ] = None,
+    runtime_dir: RuntimeDir = DEFAULT_DIR,
+    as_json: Json = False,
 ) -> None:
     """Give the running guard another policy; rules that stay the same keep their counts."""
+    seconds = None if confirm is None else _seconds(confirm)
     loaded = read_policy(file)
-    done = ask_guard(runtime_dir, "policy-apply", name=str(file.absolute()), text=loaded.text)
+    done = ask_guard(
+        runtime_dir,
+        "policy-apply",
+        name=str(file.absolute()),
+        text=loaded.text,
+        confirm_s=seconds,
+        who=who(),
+    )
+    if as_json:
+        print_json(done)
+        return
+    typer.echo(f"policy {done['name']} is in force (took {done['took_ms']} ms)")
+    if seconds is not None:
+        typer.echo(f"it goes in {seconds} s unless you say `rstguard policy confirm`")
+
+
+def _seconds(text: str) -> int:
+    from rstguard.engine.ruleset import SECOND
+    from rstguard.policy.quantities import HOUR, duration
+
+    try:
+        return duration(SECOND, HOUR)(text) // SECOND
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--confirm") from None
+
+
+@app.command("confirm", epilog="Example: rstguard policy confirm")
+def policy_confirm(runtime_dir: RuntimeDir = DEFAULT_DIR, as_json: Json = False) -> None:
+    """Keep the policy that was applied with --confirm."""
+    done = ask_guard(runtime_dir, "policy-confirm", who=who())
     if as_json:
         print_json(done)
     else:
-        typer.echo(f"policy {done['name']} is in force (took {done['took_ms']} ms)")
+        typer.echo(f"policy {done['name']} stays")
+
+
+@app.command("rollback", epilog="Example: rstguard policy rollback")
+def policy_rollback(runtime_dir: RuntimeDir = DEFAULT_DIR, as_json: Json = False) -> None:
+    """Go back to the policy that was in force before this one; again, to the one before that."""
+    done = ask_guard(runtime_dir, "policy-rollback", who=who())
+    if as_json:
+        print_json(done)
+    else:
+        typer.echo(f"policy {done['name']} is in force again (took {done['took_ms']} ms)")
+
+
+@app.command(
+    "history",
+    epilog="Examples: rstguard policy history; rstguard policy history 12 > policy.yaml",
+)
+def policy_history(
+    number: Annotated[
+        int | None, typer.Argument(help="Print the text of the policy of this number.")
+    ] = None,
+    runtime_dir: RuntimeDir = DEFAULT_DIR,
+    as_json: Json = False,
+) -> None:
+    """Tell which policies were in force, since when, and who wanted them."""
+    entries = ask_guard(runtime_dir, "policy-history")
+    if number is not None:
+        entries = [entry for entry in entries if entry["number"] == number]
+        if not entries:
+            fail(f"there is no policy {number} in the history", FAILED)
+    if as_json:
+        print_json(entries)
+    elif number is not None:
+        typer.echo(entries[0]["text"], nl=False)
+    else:
+        for entry in reversed(entries):
+            typer.echo(_line(entry))
+
+
+def _line(entry: dict[str, Any]) -> str:
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry["time"]))
+    state = {"kept": "", "pending": ", not yet confirmed", "undone": ", undone"}[entry["state"]]
+    now = ", in force" if entry["in_force"] else ""
+    what = f"{entry['number']:4}  {when}  {entry['action']:13} {entry['name']}"
+    return f"{what} ({entry['file']}) by {entry['who']}{state}{now}"
 
 
 @app.command(

@@ -9,12 +9,12 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from rstguard.daemon.channel import Channel, Closed, pair
 from rstguard.daemon.child import CHANNEL_FD
-from rstguard.daemon.messages import Counts, Failed, NewPolicy, Ready, Start, Stop
+from rstguard.daemon.messages import Counts, Failed, NewPolicy, Ready, Stop
 
 log = logging.getLogger(__name__)
 
@@ -35,11 +35,11 @@ class Child:
         self,
         name: str,
         module: str,
-        start: Callable[[], Start],
+        start: Callable[[], Iterable[object]],
         on_message: Callable[[Any], None],
         on_restart: Callable[[str], None],
     ) -> None:
-        """Describe a process that runs `module`; `start` gives its first message each time."""
+        """Describe a process that runs `module`; `start` gives its first messages each time."""
         self.name = name
         self.restarts = 0
         self.heard_at = 0.0
@@ -79,7 +79,8 @@ class Child:
         )
         theirs.close()
         asyncio.get_running_loop().add_reader(ours.fileno(), self._readable, self._channel)
-        self.send(self._start())
+        for message in self._start():
+            self.send(message)
 
     def silent_for(self) -> float:
         """Return for how many seconds a process that should serve has told nothing."""

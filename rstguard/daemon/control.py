@@ -12,7 +12,9 @@ import grp
 import json
 import logging
 import os
+import pwd
 import socket
+import struct
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ SOCKET_NAME = "control.sock"
 GROUP = "rstguard"
 _LARGEST = 8 << 20  # a policy of 1 MiB, as JSON
 _IDLE_SECONDS = 60
+_CREDENTIALS = struct.Struct("iII")
 
 Request = dict[str, Any]
 Answer = Callable[[Request], Awaitable[object]]
@@ -58,6 +61,7 @@ async def serve(directory: Path, answer: Answer) -> asyncio.Server:
 
 
 async def _talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, answer: Answer) -> None:
+    account = _account(writer)
     while True:
         try:
             line = await asyncio.wait_for(reader.readline(), _IDLE_SECONDS)
@@ -67,11 +71,23 @@ async def _talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, answ
             return
         if not line:
             return
-        writer.write(_line(await _answered(line, answer)))
+        writer.write(_line(await _answered(line, answer, account)))
         await writer.drain()
 
 
-async def _answered(line: bytes, answer: Answer) -> dict[str, object]:
+def _account(writer: asyncio.StreamWriter) -> str:
+    """Return the name of the account at the other end, as the kernel knows it (unix(7))."""
+    raw = writer.get_extra_info("socket").getsockopt(
+        socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size
+    )
+    number = _CREDENTIALS.unpack(raw)[1]
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return f"account {number}"
+
+
+async def _answered(line: bytes, answer: Answer, account: str) -> dict[str, object]:
     try:
         request = json.loads(line)
     except (ValueError, RecursionError):
@@ -79,7 +95,7 @@ async def _answered(line: bytes, answer: Answer) -> dict[str, object]:
     if not isinstance(request, dict) or not isinstance(request.get("command"), str):
         return {"ok": False, "error": 'a request is a JSON object with a "command"'}
     try:
-        return {"ok": True, "data": await answer(request)}
+        return {"ok": True, "data": await answer(request | {"account": account})}
     except ControlError as error:
         return {"ok": False, "error": str(error)}
     except Exception:

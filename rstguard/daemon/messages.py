@@ -9,6 +9,7 @@ from rstguard.engine.address import Prefix
 from rstguard.engine.flow import Tuple
 from rstguard.engine.ruleset import RuleSet
 from rstguard.engine.shedding import Level
+from rstguard.engine.sources import Offence
 from rstguard.engine.verdict import Ends, Reason
 
 
@@ -18,6 +19,13 @@ class Start:
 
     ruleset: RuleSet
     queue: int
+
+
+@dataclass(frozen=True, slots=True)
+class Offences:
+    """Supervisor to worker and sweeper: what is remembered of an earlier time."""
+
+    offences: tuple[Offence, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +54,7 @@ class NewPolicy:
 class Blocked:
     """A source was banned or shunned in the kernel (or would have been: `enforced` False).
 
-    `by_worker` False tells that the sweeper knows of it already.
+    `by_worker` False tells that the sweeper knows of it already.  `offence` is that of `Ban`.
     """
 
     kind: str
@@ -57,6 +65,7 @@ class Blocked:
     keep_existing: bool
     enforced: bool = True
     by_worker: bool = True
+    offence: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,6 @@ from rstguard.kernel.elements import MAX_SECONDS, Element
 from rstguard.kernel.nfqueue import QueueState, states
 from rstguard.kernel.sets import Sets
 from rstguard.observe.events import Event
-from rstguard.policy.load import PolicyError, parse
 
 if TYPE_CHECKING:
     from rstguard.daemon.supervisor import Supervisor
@@ -41,12 +40,12 @@ class Requests:
         self._guard = supervisor
         self._commands: dict[str, Callable[[Request], Awaitable[object]]] = {
             "status": self._status,
-            "policy-apply": self._policy_apply,
             "policy-show": self._policy_show,
             "ban-list": self._ban_list,
             "ban-add": self._ban_add,
             "ban-remove": self._ban_remove,
             "kill": self._kill,
+            **supervisor.policies.commands,
         }
 
     async def answer(self, request: Request) -> object:
@@ -85,7 +84,9 @@ class Requests:
                 "mode": "enforce" if guard.ruleset.enforce else "observe",
                 "on_failure": "open" if guard.ruleset.fail_open else "closed",
                 "rules": [rule.name for rule in guard.ruleset.rules],
+                "confirm_s": guard.policies.waits_s,
             },
+            "not_remembered": guard.record.problem,
             "supervisor": {"pid": os.getpid()},
             "workers": [
                 _worker_status(worker, number, queues.get(number), guard.overload)
@@ -106,19 +107,6 @@ class Requests:
                 **dict(counts),
             },
             "recent": guard.events.recent(_RECENT),
-        }
-
-    async def _policy_apply(self, request: Request) -> object:
-        name = _text(request, "name")
-        try:
-            loaded = parse(_text(request, "text"), name)
-        except PolicyError as error:
-            raise ControlError(str(error)) from None
-        began = time.monotonic()
-        await self._guard.change_policy(loaded, name)
-        return {
-            "name": self._guard.ruleset.name,
-            "took_ms": round((time.monotonic() - began) * 1000, 1),
         }
 
     async def _policy_show(self, _request: Request) -> object:
@@ -163,6 +151,7 @@ class Requests:
         source = _prefix(request)
         with Sets() as sets:
             removed = sets.remove(source)
+        self._guard.record.unblocked(str(source))
         if removed:
             self._guard.events.add(Event("unban", str(source), MANUAL))
         return {"source": str(source), "removed": removed}

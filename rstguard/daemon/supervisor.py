@@ -29,6 +29,8 @@ from rstguard.daemon.messages import (
     Reset,
     Start,
 )
+from rstguard.daemon.policies import Policies
+from rstguard.daemon.record import Record
 from rstguard.daemon.requests import Requests
 from rstguard.engine.ruleset import RuleSet
 from rstguard.engine.shedding import UNDONE, Level
@@ -56,6 +58,7 @@ class Options:
     policy: Loaded
     file: str
     directory: Path
+    state: Path
     queue: int
     workers: int
     keep_bans: bool
@@ -72,6 +75,8 @@ class Supervisor:
         self.ruleset: RuleSet = compile_policy(options.policy.policy)
         self.generation = 0
         self.events = EventLog()
+        self.record = Record(options.state)
+        self.policies = Policies(self)
         self.started = time.monotonic()
         self.queues = range(options.queue, options.queue + options.workers)
         self.footprint = Footprint(options.directory, self.queues)
@@ -87,7 +92,7 @@ class Supervisor:
         return Child(
             name if name == "sweeper" or len(self.queues) == 1 else f"worker of queue {queue}",
             f"rstguard.daemon.{name}",
-            lambda: Start(self.ruleset, queue),
+            lambda: (Start(self.ruleset, queue), *self.record.offences()),
             self._heard,
             self._restarted,
         )
@@ -106,9 +111,12 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
-        claims = claim(self.options.directory)
+        claims = claim(self.options.directory, self.options.state)
         server: asyncio.Server | None = None
+        keeping = asyncio.create_task(self.record.keep())
         try:
+            self.loaded, self.file = self.policies.begin(self.loaded, self.file)
+            self.ruleset = compile_policy(self.loaded.policy)
             await self._bring_up()
             server = await serve(self.options.directory, Requests(self).answer)
             self.events.add(Event("start", self.ruleset.name, detail=_mode(self.ruleset)))
@@ -118,8 +126,12 @@ class Supervisor:
         finally:
             if server is not None:
                 server.close()
-            await self._take_down()
-            claims.close()
+            keeping.cancel()
+            try:
+                await self._take_down()
+            finally:
+                self.record.close()
+                claims.close()
 
     async def _watch(self) -> None:
         """End a process that has stopped telling of itself: it answers for no packet either."""
@@ -132,6 +144,7 @@ class Supervisor:
 
     async def _bring_up(self) -> None:
         tracking = self.footprint.prepare(self.ruleset)
+        self.record.bring_back()
         # A pure ACK with a cookie must not be taken for an older connection.
         if tracking or cookies.in_force(self.ruleset):
             self.footprint.forbid_pickup()
@@ -269,12 +282,14 @@ class Supervisor:
             enforced=message.enforced,
         )
         self.events.add(event)
-        if message.enforced and message.by_worker:
-            self.sweeper.send(message)
+        if message.enforced:
+            self.record.blocked(message)
+            if message.by_worker:
+                self.sweeper.send(message)
 
 
-def claim(directory: Path) -> contextlib.ExitStack:
-    """Make sure that this is the only guard of its network namespace and runtime directory.
+def claim(*directories: Path) -> contextlib.ExitStack:
+    """Make sure that this is the only guard of its network namespace and of its directories.
 
     Both claims go with their process, however it ends; close what is returned to give them up.
 
@@ -283,8 +298,9 @@ def claim(directory: Path) -> contextlib.ExitStack:
     """
     with contextlib.ExitStack() as claims:
         claims.enter_context(_claim_namespace())
-        if directory.is_dir():  # else no guard can be using it
-            claims.callback(os.close, _claim_directory(directory))
+        for directory in directories:
+            if directory.is_dir():  # else no guard can be using it
+                claims.callback(os.close, _claim_directory(directory))
         return claims.pop_all()
 
 
@@ -296,8 +312,8 @@ def _claim_directory(directory: Path) -> int:
     except BlockingIOError:
         os.close(descriptor)
         raise KernelError(
-            f"the guard of another network namespace uses the runtime directory {directory}; "
-            "name another with --runtime-dir"
+            f"the guard of another network namespace uses the directory {directory}; "
+            "name others with --runtime-dir and --state-dir"
         ) from None
     return descriptor
 

@@ -26,6 +26,7 @@ from rstguard.daemon.messages import (
     NewPolicy,
     NotKilled,
     Observed,
+    Offences,
     Ready,
     Reset,
     Start,
@@ -78,6 +79,7 @@ class Sweeper:
         self._running = True
         self._counts["adopted"] = adopt_existing(self._table, start.ruleset.scope)
         self._finish_predecessors_work()
+        self._end_connections_of_banned()
 
     def run(self) -> None:
         """Serve until told to stop or until the supervisor is gone."""
@@ -116,6 +118,16 @@ class Sweeper:
             for flow in self._table.dump(CONDEMNED, CONDEMNED | TOLD)
         ]
         self._condemner.start(begun, time.monotonic_ns())
+
+    def _end_connections_of_banned(self) -> None:
+        """Who was banned before now, by a predecessor or an earlier guard, holds none any more."""
+        banned = [
+            Blocked("ban", element.source, 0, element.rule, Reason.BANNED, element.keep_existing)
+            for element in self._sets.list()
+            if element.kind == "ban"
+        ]
+        if self._ruleset.enforce:
+            self._condemn_sources(banned, time.monotonic_ns())
 
     def _judge(self, now: int) -> None:
         """One sweep: read, judge, carry out."""
@@ -173,6 +185,8 @@ class Sweeper:
                 self._sweep = Sweep(message.ruleset, self._sweep)
                 self._sweep_at = min(self._sweep_at, now + message.ruleset.sweep_every)
                 self._send(Ready(message.generation))
+            elif isinstance(message, Offences):
+                self._sweep.restore(message.offences, now)
             elif isinstance(message, Stop):
                 self._running = False
         try:
@@ -192,6 +206,7 @@ class Sweeper:
         targets = [
             Target(flow, Ends.BOTH, message.rule, Reason.BANNED)
             for flow, message in _of_sources(flows, banned)
+            if not self._ruleset.scope.trusts(flow.original.source)
         ]
         self._counts["ended_by_ban"] += len(targets)
         self._condemner.start(targets, now)

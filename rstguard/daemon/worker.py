@@ -24,6 +24,7 @@ from rstguard.daemon.messages import (
     Counts,
     NewPolicy,
     Observed,
+    Offences,
     Overloaded,
     Ready,
     Reset,
@@ -255,6 +256,8 @@ class Worker:
             self._take_up(message.ruleset, self._engine)
             self._queue.set_fail_open(message.ruleset.fail_open)
             self._channel.send(Ready(message.generation))
+        elif isinstance(message, Offences):
+            self._engine.restore(message.offences, time.monotonic_ns())
         elif isinstance(message, Stop):
             self._running = False
 
@@ -282,6 +285,7 @@ def blocked_message(effect: Ban | Shun, enforced: bool, by_worker: bool = True) 
         element.keep_existing,
         enforced,
         by_worker,
+        effect.offence if isinstance(effect, Ban) else 0,
     )
 
 

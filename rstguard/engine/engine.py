@@ -12,6 +12,8 @@ The order of checks, on one screen:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from rstguard.engine.address import V6, Prefix, prefix_of
 from rstguard.engine.flow import Tuple
 from rstguard.engine.heavy import HeavyHitters
@@ -19,7 +21,7 @@ from rstguard.engine.newcomers import Newcomers
 from rstguard.engine.rules import REASONS, Check, Kind, Meter, crossed_by_one, make_meter
 from rstguard.engine.ruleset import Per, Rule, RuleSet
 from rstguard.engine.shedding import Level
-from rstguard.engine.sources import Sources
+from rstguard.engine.sources import Offence, Sources
 from rstguard.engine.verdict import (
     PASS,
     PASS_AND_TRUST,
@@ -189,6 +191,10 @@ class Engine:
         effect = Condemn(Tuple(*packet[:4]), rule.ends, rule.name, reason)
         effects = (effect,) if known else ()
         return Decision(Verdict.RESET, reason, rule.name, ends=rule.ends, effects=effects)
+
+    def restore(self, offences: Iterable[Offence], now: int) -> None:
+        """Remember offences of an earlier time, so that bans go on growing longer."""
+        self._sources.restore(offences, now)
 
     def blocked(self, packet: Packet, rule: Rule) -> Prefix:
         """Return whom a block by `rule` is laid on: the prefix it counts, else the one source."""

@@ -6,6 +6,9 @@ source: its next ban is a first one, or a block is ordered a second time.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import NamedTuple
+
 from rstguard.engine.address import Prefix
 from rstguard.engine.limiter import Memory
 from rstguard.engine.rules import REASONS
@@ -13,6 +16,15 @@ from rstguard.engine.ruleset import SECOND, Rule, RuleSet
 from rstguard.engine.verdict import Ban, Reason, Shun
 
 _LONGEST_PROGRESSION = 64
+
+
+class Offence(NamedTuple):
+    """How many `times` a source was banned by a rule that escalates; `age` in nanoseconds."""
+
+    rule: str
+    source: Prefix
+    times: int
+    age: int
 
 
 class Sources:
@@ -37,8 +49,9 @@ class Sources:
             return ()
         effect: Ban | Shun
         if proven:
-            duration = self._duration(source, rule, now)
-            effect = Ban(source, duration, rule.name, REASONS[rule.measure], rule.keep_existing)
+            duration, offence = self._duration(source, rule, now)
+            reason = REASONS[rule.measure]
+            effect = Ban(source, duration, rule.name, reason, rule.keep_existing, offence)
         else:
             duration = self.ruleset.shun_duration
             effect = Shun(source, duration, rule.name, REASONS[rule.measure])
@@ -54,10 +67,15 @@ class Sources:
         self._ordered.put((self.ruleset.enforce, source), (False, now + SECOND))
         return (Shun(source, self.ruleset.shun_duration, name, reason),)
 
-    def _duration(self, source: Prefix, rule: Rule, now: int) -> int:
-        """Return how long this ban lasts: longer for each one still remembered."""
+    def restore(self, offences: Iterable[Offence], now: int) -> None:
+        """Remember offences of an earlier time."""
+        for rule, source, count, age in offences:
+            self._offences.put((rule, source), (count, now - age))
+
+    def _duration(self, source: Prefix, rule: Rule, now: int) -> tuple[int, int]:
+        """Return how long this ban lasts, longer for each one remembered, and which it is."""
         if rule.escalate is None:
-            return rule.duration
+            return rule.duration, 0
         key = (rule.name, source)
         count, last = self._offences.get(key) or (0, now)
         ordered = self._ordered.get((self.ruleset.enforce, source))
@@ -65,5 +83,6 @@ class Sources:
             count = 0
         if ordered is not None and ordered[0] and count and now - last < 2 * SECOND:
             count -= 1  # the same ban ordered again, not a new offence
-        self._offences.put(key, (min(count + 1, _LONGEST_PROGRESSION), now))
-        return int(min(rule.duration * rule.escalate.factor**count, rule.escalate.up_to))
+        offence = min(count + 1, _LONGEST_PROGRESSION)
+        self._offences.put(key, (offence, now))
+        return int(min(rule.duration * rule.escalate.factor**count, rule.escalate.up_to)), offence

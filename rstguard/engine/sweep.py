@@ -13,7 +13,7 @@ from typing import NamedTuple
 from rstguard.engine.address import is_v6, prefix_of
 from rstguard.engine.flow import Flow, TcpState, Tuple
 from rstguard.engine.ruleset import SECOND, SWEEP_MEASURES, Measure, Per, Rule, RuleSet
-from rstguard.engine.sources import Sources
+from rstguard.engine.sources import Offence, Sources
 from rstguard.engine.verdict import Action, Ban, Shun
 
 _LIVE = frozenset({TcpState.ESTABLISHED, TcpState.FIN_WAIT, TcpState.CLOSE_WAIT})
@@ -60,6 +60,10 @@ class Sweep:
         self._reported: set[tuple[str, Tuple]] = previous._reported if previous else set()
         self._sources: Sources = previous._sources if previous else Sources(ruleset)
         self._sources.ruleset = ruleset
+
+    def restore(self, offences: Iterable[Offence], now: int) -> None:
+        """Remember offences of an earlier time, so that bans go on growing longer."""
+        self._sources.restore(offences, now)
 
     def judge(self, flows: Iterable[Flow], now: int) -> Judgement:
         """Judge the guarded connections as they are at `now` (monotonic nanoseconds)."""

@@ -69,13 +69,17 @@ class Reason(Enum):
 
 
 class Ban(NamedTuple):
-    """Drop everything from `source` for `duration` nanoseconds."""
+    """Drop everything from `source` for `duration` nanoseconds.
+
+    `offence` says how many bans by this rule are remembered, this one included; 0 if none are.
+    """
 
     source: Prefix
     duration: int
     rule: str
     reason: Reason
     keep_existing: bool
+    offence: int = 0
 
 
 class Shun(NamedTuple):

@@ -1,7 +1,7 @@
 """Bans and shuns as elements of kernel sets.
 
-The sets themselves are the only record of who is banned: the comment of each element holds its
-kind and the rule that asked for it, so `ban list` works after a crash and beside a running guard.
+The sets say who is banned now: the comment of each element holds its kind and the rule that asked
+for it, so `ban list` works after a crash and beside a running guard.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ SHUN_SETS = ("rstguard-shun4", "rstguard-shun6")
 MAX_SECONDS = 2_147_483
 """Longest time the kernel keeps an element, just under 25 days (IPSET_MAX_TIMEOUT)."""
 
-_RULE = re.compile(r"[a-z0-9-]{1,40}")
+_RULE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,47}")
 _LINE = re.compile(r'add (\S+) (\S+)(?: timeout (\d+))?(?:.*? comment "([^"]*)")?')
 
 
 class Element(NamedTuple):
     """One banned or shunned source.
 
-    `rule` is the policy's rule, a name of 1-40 characters of a-z, 0-9 and "-"; it is "" only in a
-    listing, for an element that somebody added by hand without a comment.  `remaining` is in
+    `rule` is the policy's rule, a name of 1-48 letters, digits, "-", "_" and "."; it is "" only in
+    a listing, for an element that somebody added by hand without a comment.  `remaining` is in
     seconds (1-2,147,483), or None for ever.  `keep_existing` is a ban that drops new SYNs only and
     leaves the source's connections alone: it lives in the set of the shunned.
     """
@@ -63,7 +63,7 @@ class Element(NamedTuple):
             ValueError: the rule's name is none that a policy could hold.
         """
         if not _RULE.fullmatch(self.rule):
-            raise ValueError(f"{self.rule!r} is no rule name (1-40 of a-z, 0-9 and -)")
+            raise ValueError(f"{self.rule!r} is no rule name (1-48 letters, digits, -, _ and .)")
         return f"{self.kind} {self.rule}"
 
 

@@ -32,7 +32,9 @@ class GuardProcess:
         self._runtime.mkdir(mode=0o700)
         file = lab.directory / "policy.yaml"
         file.write_text(policy, encoding="utf-8")
-        self._process = lab.start("gateway", self._command("run", "--policy", str(file)), log=_LOG)
+        state = ("--state-dir", str(lab.directory / "state"))
+        words = self._command("run", "--policy", str(file), *state)
+        self._process = lab.start("gateway", words, log=_LOG)
         self._await_filtering()
         self._cpu_before = self.cpu_seconds()
         self._since = time.monotonic()

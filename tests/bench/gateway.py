@@ -155,7 +155,8 @@ class Guard:
         self._log = site.directory / "guard.log"
         with self._log.open("w") as log:
             # One worker unless asked for more: what is measured is what one core can do.
-            command = self.command("run", "--policy", str(file), "--workers", str(workers))
+            state = ("--state-dir", str(self.directory / "state"))
+            command = self.command("run", "--policy", str(file), "--workers", str(workers), *state)
             self._program = site.start("gateway", *command, stderr=log)
         wait_until(self._filters, _READY_SECONDS)
 

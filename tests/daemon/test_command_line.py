@@ -282,7 +282,7 @@ def test_a_runtime_directory_is_one_guard_s(guard: Guard) -> None:
         for words in (("run", "--policy", str(guard.file)), ("cleanup",)):
             done = second.cli(*words)
             assert done.returncode == 1
-            assert "of another network namespace uses the runtime directory" in done.stderr
+            assert "of another network namespace uses the directory" in done.stderr
             assert done.stderr.count("\n") == 1
         assert leftovers(other) == []
     assert guard.cli("status").returncode == 0

@@ -240,7 +240,11 @@ def test_sigterm_leaves_nothing(
         crowd.more(10)
         link.talk()
     assert crowd.failures == []
-    assert sorted(path.name for path in directory.iterdir()) == ["guard.log", "policy.yaml"]
+    assert sorted(path.name for path in directory.iterdir()) == [
+        "guard.log",
+        "policy.yaml",
+        "state",
+    ]
 
 
 def test_keep_bans(lab: Lab, directory: Path, serve: Open, old_values: dict[str, str]) -> None:

@@ -1,0 +1,107 @@
+"""The guard's use of its store: bans brought back, everything else noted without waiting."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+from rstguard.daemon.messages import Blocked, Offences
+from rstguard.daemon.store import Store, StoreError
+from rstguard.kernel.elements import Element, Kind
+from rstguard.kernel.sets import Sets
+
+log = logging.getLogger(__name__)
+
+_FLUSH_SECONDS = 0.5
+_TIDY_EVERY = 1200
+"""Flushes between two times that what is over is forgotten: ten minutes."""
+_AT_ONCE = 1000
+"""Offences in one message to a process."""
+
+
+class Record:
+    """Keeps a store; without one, whose directory cannot be used, it says so and keeps nothing."""
+
+    def __init__(self, directory: Path) -> None:
+        self.problem = ""
+        """Why nothing is kept at present, or ""."""
+        self.store: Store | None = None
+        try:
+            self.store = Store(directory)
+        except StoreError as error:
+            self._fails(error)
+            return
+        if self.store.set_aside:
+            log.error(
+                "%s was damaged and was moved to %s; bans and history begin anew",
+                self.store.path,
+                self.store.set_aside,
+            )
+
+    def bring_back(self) -> int:
+        """Ban and shun again whose time is not over; return how many.
+
+        Raises:
+            KernelError: the sets refused.
+        """
+        elements = self.store.blocks() if self.store else []
+        if elements:
+            with Sets() as sets:
+                sets.add(elements)
+        return len(elements)
+
+    def offences(self) -> Iterator[Offences]:
+        """Yield what a process that starts is to remember."""
+        if self.store:
+            self._flush()
+            known = self.store.offences()
+            for start in range(0, len(known), _AT_ONCE):
+                yield Offences(known[start : start + _AT_ONCE])
+
+    def blocked(self, message: Blocked) -> None:
+        """Note a ban or shun that is in force."""
+        if self.store is None:
+            return
+        kind: Kind = "ban" if message.kind == "ban" else "shun"
+        keep = message.keep_existing
+        element = Element(message.source, kind, message.rule, message.seconds, keep)
+        self.store.blocked(element)
+        if message.offence:
+            self.store.offended(message.rule, str(message.source), message.offence)
+
+    def unblocked(self, source: str) -> None:
+        """Note that a source is blocked no longer."""
+        if self.store:
+            self.store.unblocked(source)
+
+    async def keep(self) -> None:
+        """Write every half second what was noted; does not end by itself."""
+        rounds = 0
+        while self.store:
+            await asyncio.sleep(_FLUSH_SECONDS)
+            rounds += 1
+            await asyncio.to_thread(self._flush, rounds % _TIDY_EVERY == 1)
+
+    def _flush(self, tidy: bool = False) -> None:
+        assert self.store is not None
+        try:
+            if tidy:
+                self.store.tidy()
+            else:
+                self.store.flush()
+            self.problem = ""
+        except StoreError as error:
+            self._fails(error)
+
+    def _fails(self, error: StoreError) -> None:
+        if not self.problem:  # once, not twice a second
+            log.error("%s", error)
+        self.problem = str(error)
+
+    def close(self) -> None:
+        """Write what waits."""
+        if self.store:
+            self.store.close()
+            self.store = None
