@@ -23,10 +23,12 @@ from typing import Any
 import pytest
 
 from rstguard.daemon.control import ControlError, ask
-from tests.netns import CLIENT4, CLIENT6, SERVER4, SERVER6, Lab, wait_until
+from tests.netns import SERVER4, SERVER6, Lab, wait_until
 
 _FREE = {False: (socket.IPPROTO_IP, 15), True: (socket.IPPROTO_IPV6, 78)}
 """IP_FREEBIND and IPV6_FREEBIND: how to bind to an address that no interface has."""
+ROUTER4, ROUTER6 = "10.71.1.3", "fd71:1::3"
+"""The client's addresses that are the gateway's next hops."""
 CLOSED = 7
 """TCP_CLOSE, as the first byte of TCP_INFO."""
 SILENCE = 0.4
@@ -39,7 +41,11 @@ _numbers = itertools.count(1)
 def give_sources(lab: Lab) -> None:
     """Make the client's host the owner of 10.128.0.0/9 and fd73::/32."""
     lab.set("client", {"net/ipv6/ip_nonlocal_bind": "1"})
-    for version, network, via in (("-4", "10.128.0.0/9", CLIENT4), ("-6", "fd73::/32", CLIENT6)):
+    # The way to them leads over addresses of their own: a next hop is spared by the guard.
+    lab.run("client", "ip", "address", "add", f"{ROUTER4}/24", "dev", "eth0")
+    router6 = (f"{ROUTER6}/64", "dev", "eth0", "preferred_lft", "0")
+    lab.run("client", "ip", "-6", "address", "add", *router6)
+    for version, network, via in (("-4", "10.128.0.0/9", ROUTER4), ("-6", "fd73::/32", ROUTER6)):
         lab.run("client", "ip", version, "route", "add", "local", network, "dev", "lo")
         lab.run("gateway", "ip", version, "route", "add", network, "via", via)
 

@@ -29,6 +29,7 @@ app = typer.Typer(
 app.command(epilog="Example: rstguard run --policy /etc/rstguard/policy.yaml")(guard.run)
 app.command()(guard.status)
 app.command(epilog="Example: rstguard kill --source 198.51.100.7 --port 443")(guard.kill)
+app.command(epilog="Examples: rstguard panic; rstguard panic --end")(guard.panic)
 app.command()(guard.cleanup)
 app.add_typer(policy.app, name="policy")
 app.add_typer(ban.app, name="ban")

@@ -40,9 +40,11 @@ StateDir = Annotated[
     typer.Option(
         "--state-dir",
         envvar="RSTGUARD_STATE_DIR",
+        readable=False,
         help="Directory for what outlives the guard: bans, offences, and the history of policies.",
     ),
 ]
+_MOST_PARENTS = 32
 DEFAULT_STATE_DIR = Path("/var/lib/rstguard")
 
 
@@ -82,9 +84,30 @@ def ask_guard(directory: Path, command: str, **request: Any) -> Any:
         return ask(directory, {"command": command, **request})
 
 
+def ssh_client() -> str:
+    """Return the address that this command's user is logged in from, or "".
+
+    sudo takes SSH_CONNECTION out of the environment, so a parent may be the one to have it.
+    """
+    from rstguard.kernel.lifelines import ssh_connection
+
+    process = Path("/proc/self")
+    for _ in range(_MOST_PARENTS):
+        if connection := ssh_connection(process / "environ"):
+            return connection[0]
+        try:
+            parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
+        except (OSError, IndexError):
+            return ""
+        if parent == "0":
+            return ""
+        process = Path("/proc", parent)
+    return ""
+
+
 def who() -> str:
     """Return what is known of who gives this command, beyond the account: sudo and SSH."""
-    by, client = os.environ.get("SUDO_USER"), os.environ.get("SSH_CONNECTION", "").split(" ")[0]
+    by, client = os.environ.get("SUDO_USER"), ssh_client()
     parts = (f"sudo by {by}" if by else "", f"from {client}" if client else "")
     return ", ".join(filter(None, parts))
 

@@ -104,6 +104,10 @@ def _show_status(data: dict[str, Any]) -> None:
         typer.echo(
             f"  NOT CONFIRMED: goes back in {policy['confirm_s']:.0f} s; `rstguard policy confirm`"
         )
+    if data["panic"]:
+        typer.echo("  PANIC: all traffic passes; `rstguard panic --end` ends it")
+    if data["runaway"]:
+        typer.echo(f"  RUNAWAY: {data['runaway']}")
     if data["not_remembered"]:
         typer.echo(f"  {data['not_remembered']}")
     for lack in data["missing"]:
@@ -176,6 +180,34 @@ def kill(
             typer.echo(f"  not confirmed: {one['why']}")
     if done["confirmed"] < done["killed"]:
         raise typer.Exit(FAILED)
+
+
+def panic(
+    end: Annotated[
+        bool, typer.Option("--end", help="Put the guard to work again, within seconds.")
+    ] = False,
+    runtime_dir: RuntimeDir = DEFAULT_DIR,
+) -> None:
+    """Let all traffic pass at once: takes the guard's rules away, whatever state it is in.
+
+    The guard itself runs on, and puts nothing back until `--end`, its end, or a reboot.
+    Bans and history are kept.
+    """
+    from rstguard.daemon.upkeep import PANIC_NAME
+    from rstguard.kernel.footprint import Footprint
+
+    with errors_in_one_sentence():
+        if os.geteuid() != 0:
+            raise KernelError("this needs root; use sudo")
+        file = _make(runtime_dir) / PANIC_NAME
+        if end:
+            there = file.exists()
+            file.unlink(missing_ok=True)
+            typer.echo("the guard takes up its work" if there else "there was no panic")
+            return
+        file.touch()
+        Footprint(runtime_dir, range(1)).withdraw()
+    typer.echo("all traffic passes; `rstguard panic --end` puts the guard to work again")
 
 
 def cleanup(

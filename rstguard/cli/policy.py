@@ -20,6 +20,7 @@ from rstguard.cli.common import (
     interfaces,
     print_json,
     read_policy,
+    ssh_client,
     who,
 )
 
@@ -86,11 +87,14 @@ def policy_apply(
         text=loaded.text,
         confirm_s=seconds,
         who=who(),
+        ssh=ssh_client(),
     )
     if as_json:
         print_json(done)
         return
     typer.echo(f"policy {done['name']} is in force (took {done['took_ms']} ms)")
+    spared = ", ".join(f"{row['address']} ({row['what']})" for row in done["spared"])
+    typer.echo(f"never banned, shunned or reset: {spared}")
     if seconds is not None:
         typer.echo(f"it goes in {seconds} s unless you say `rstguard policy confirm`")
 

@@ -25,6 +25,7 @@ SOCKET_NAME = "control.sock"
 GROUP = "rstguard"
 _LARGEST = 8 << 20  # a policy of 1 MiB, as JSON
 _IDLE_SECONDS = 60
+_BACKLOG = 1024
 _CREDENTIALS = struct.Struct("iII")
 
 Request = dict[str, Any]
@@ -51,7 +52,7 @@ async def serve(directory: Path, answer: Answer) -> asyncio.Server:
 
     old = os.umask(0o177)
     try:
-        server = await asyncio.start_unix_server(talk, path, limit=_LARGEST)
+        server = await asyncio.start_unix_server(talk, path, limit=_LARGEST, backlog=_BACKLOG)
     finally:
         os.umask(old)
     with contextlib.suppress(KeyError, PermissionError):

@@ -91,7 +91,10 @@ class Policies:
             loaded = parse(text, name)
         except PolicyError as error:
             raise ControlError(str(error)) from None
-        return await self._change(loaded, name, _who(request), "apply", wait)
+        self._guard.upkeep.administrator(request.get("ssh"))
+        done = await self._change(loaded, name, _who(request), "apply", wait)
+        spared = [line._asdict() for line in self._guard.upkeep.lifelines]
+        return done | {"spared": [{**row, "address": str(row["address"])} for row in spared]}
 
     async def reload(self, loaded: Loaded, file: str) -> None:
         """Take up the policy file again, as the service manager asked.

@@ -25,11 +25,16 @@ class Record:
     """Keeps a store; without one, whose directory cannot be used, it says so and keeps nothing."""
 
     def __init__(self, directory: Path) -> None:
+        """Name a directory; nothing is read or written before `open`."""
+        self._directory = directory
         self.problem = ""
         """Why nothing is kept at present, or ""."""
         self.store: Store | None = None
+
+    def open(self) -> None:
+        """Open the store, or say why nothing will be kept."""
         try:
-            self.store = Store(directory)
+            self.store = Store(self._directory)
         except StoreError as error:
             self._fails(error)
             return

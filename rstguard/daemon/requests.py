@@ -65,12 +65,13 @@ class Requests:
 
     async def _status(self, _request: Request) -> object:
         guard = self._guard
-        missing = await asyncio.to_thread(guard.footprint.missing, guard.ruleset)
+        missing = await asyncio.to_thread(guard.footprint.lost, guard.ruleset)
         queues = states()
         counts = guard.counts
-        listed = await asyncio.to_thread(self._listed)
+        listed = await asyncio.to_thread(self._listed) if not missing else []
         return {
             "filtering": not missing
+            and not guard.upkeep.panic
             and all(
                 worker.ready.is_set() and worker.pid and worker.silent_for() < _SILENT
                 for worker in guard.workers
@@ -87,6 +88,9 @@ class Requests:
                 "confirm_s": guard.policies.waits_s,
             },
             "not_remembered": guard.record.problem,
+            "panic": guard.upkeep.panic,
+            "runaway": guard.runaway,
+            "lifelines": lifelines_of(guard),
             "supervisor": {"pid": os.getpid()},
             "workers": [
                 _worker_status(worker, number, queues.get(number), guard.overload)
@@ -140,6 +144,9 @@ class Requests:
                     f"{source} meets the trusted network {trusted} of the policy; "
                     "take it off that list first"
                 )
+        for line in self._guard.upkeep.lifelines:
+            if line.address == source:
+                raise ControlError(f"{source} is {line.what}, which is never banned")
         keep = request.get("keep_existing") is True
         element = Element(source, "ban", MANUAL, seconds, keep)
         with Sets() as sets:
@@ -184,6 +191,11 @@ class Requests:
                 {"connection": str(one.flow), "why": one.sentence} for one in killed.unconfirmed
             ],
         }
+
+
+def lifelines_of(guard: Supervisor) -> list[dict[str, str]]:
+    """Return whom the guard spares, and why."""
+    return [{"address": str(line.address), "what": line.what} for line in guard.upkeep.lifelines]
 
 
 def _budget(guard: Supervisor) -> object:

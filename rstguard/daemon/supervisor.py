@@ -11,11 +11,12 @@ import signal
 import socket
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rstguard.daemon.budget import Budget
+from rstguard.daemon.cap import BanCap
 from rstguard.daemon.children import Child, StartFailed
 from rstguard.daemon.control import ControlError, serve
 from rstguard.daemon.messages import (
@@ -32,10 +33,14 @@ from rstguard.daemon.messages import (
 from rstguard.daemon.policies import Policies
 from rstguard.daemon.record import Record
 from rstguard.daemon.requests import Requests
+from rstguard.daemon.upkeep import Upkeep
+from rstguard.engine.address import Prefix
 from rstguard.engine.ruleset import RuleSet
 from rstguard.engine.shedding import UNDONE, Level
+from rstguard.engine.verdict import Reason
 from rstguard.kernel import KernelError, cookies
 from rstguard.kernel.footprint import Footprint
+from rstguard.kernel.sets import Sets
 from rstguard.observe.events import Event, EventLog
 from rstguard.policy.compile import compile_policy
 from rstguard.policy.load import Loaded
@@ -83,7 +88,13 @@ class Supervisor:
         self.workers = [self._child("worker", queue) for queue in self.queues]
         self.sweeper = self._child("sweeper", options.queue)
         self.budget = Budget(self.footprint, self.events, self._rewrite)
-        self._changing = asyncio.Lock()
+        self.changing = asyncio.Lock()
+        """Held by whoever changes rules or policy: they must not meet half-way."""
+        self.upkeep = Upkeep(self)
+        self._cap = BanCap()
+        self.runaway = ""
+        """Why the policy only observes though it says enforce, or ""."""
+        self._tasks: set[asyncio.Task[None]] = set()
         self.overload: dict[int, Level] = {}
         self._kills: dict[int, asyncio.Future[Killed]] = {}
         self._stop = asyncio.Event()
@@ -113,16 +124,22 @@ class Supervisor:
             loop.add_signal_handler(number, self._stop.set)
         claims = claim(self.options.directory, self.options.state)
         server: asyncio.Server | None = None
+        self.record.open()
         keeping = asyncio.create_task(self.record.keep())
         try:
             self.loaded, self.file = self.policies.begin(self.loaded, self.file)
-            self.ruleset = compile_policy(self.loaded.policy)
+            self.upkeep.look_for_lifelines()
+            self.ruleset = self.upkeep.spare(compile_policy(self.loaded.policy))
             await self._bring_up()
             server = await serve(self.options.directory, Requests(self).answer)
             self.events.add(Event("start", self.ruleset.name, detail=_mode(self.ruleset)))
-            watching = asyncio.create_task(self._watch())
+            watching = [
+                asyncio.create_task(self._watch()),
+                asyncio.create_task(self.upkeep.watch()),
+            ]
             await self._stop.wait()
-            watching.cancel()
+            for task in watching:
+                task.cancel()
         finally:
             if server is not None:
                 server.close()
@@ -158,12 +175,13 @@ class Supervisor:
                 await child.wait_ready(_READY_SECONDS)
         except StartFailed as error:
             raise KernelError(str(error)) from None
-        self.footprint.divert(self.ruleset)
+        await self.upkeep.begin()
         self.budget.follow(self.ruleset)
 
     async def _rewrite(self) -> None:
-        async with self._changing:
-            await asyncio.to_thread(self.footprint.divert, self.ruleset)
+        async with self.changing:
+            if not self.upkeep.panic:
+                await asyncio.to_thread(self.footprint.divert, self.ruleset)
 
     def _forbid_pickup(self) -> None:
         try:
@@ -191,14 +209,25 @@ class Supervisor:
         Raises:
             ControlError: something refused; the old policy is in force.
         """
-        async with self._changing:
-            old, new = self.ruleset, compile_policy(loaded.policy)
+        await asyncio.to_thread(self.upkeep.look_for_lifelines)
+        await self.change_ruleset(self.upkeep.spare(compile_policy(loaded.policy)))
+        self.loaded, self.file, self.runaway = loaded, file, ""
+        self.events.add(Event("policy", self.ruleset.name, detail=_mode(self.ruleset)))
+
+    async def change_ruleset(self, new: RuleSet) -> None:
+        """Replace the compiled policy everywhere, kernel and processes.
+
+        Raises:
+            ControlError: something refused; the old one is in force.
+        """
+        async with self.changing:
+            old = self.ruleset
             self.ruleset = new
             try:
                 await self._adopt(new)
                 if cookies.in_force(new):
                     self.footprint.forbid_pickup()
-                self.footprint.replace(old, new)
+                self.footprint.replace(old, new, divert=not self.upkeep.panic)
                 self.budget.follow(new)
             except (KernelError, TimeoutError) as error:
                 self.ruleset = old
@@ -207,8 +236,26 @@ class Supervisor:
                 said = str(error) or "a process of the guard did not answer in time"
                 sentence = f"the policy was not applied, the old one stays: {said}"
                 raise ControlError(sentence) from None
-            self.loaded, self.file = loaded, file
-            self.events.add(Event("policy", new.name, detail=_mode(new)))
+
+    async def _run_away(self) -> None:
+        """Change nothing any more, and lift the bans of the last minute."""
+        most = self.ruleset.bans_per_minute
+        self.runaway = (
+            f"policy {self.ruleset.name} banned more than {most} sources in a minute and only "
+            "observes now: see `rstguard events`, mend it, and apply it again"
+        )
+        log.error("RUNAWAY POLICY: %s", self.runaway)
+        self.events.add(Event("runaway", self.ruleset.name, detail=self.runaway))
+        await self.change_ruleset(replace(self.ruleset, enforce=False))
+        lifted = self._cap.take()
+        await asyncio.to_thread(self._lift, lifted)
+        for source in lifted:
+            self.record.unblocked(str(source))
+
+    def _lift(self, sources: list[Prefix]) -> None:
+        with Sets() as sets:
+            for source in sources:
+                sets.remove(source)
 
     async def _adopt(self, ruleset: RuleSet) -> None:
         self.generation += 1
@@ -284,8 +331,18 @@ class Supervisor:
         self.events.add(event)
         if message.enforced:
             self.record.blocked(message)
+            self._count_ban(message)
             if message.by_worker:
                 self.sweeper.send(message)
+
+    def _count_ban(self, message: Blocked) -> None:
+        if message.kind != "ban" or message.reason is Reason.KILLED:
+            return
+        over = self._cap.over(message.source, self.ruleset.bans_per_minute, time.monotonic())
+        if over and self.ruleset.enforce and not self.runaway:
+            task = asyncio.ensure_future(self._run_away())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
 
 def claim(*directories: Path) -> contextlib.ExitStack:

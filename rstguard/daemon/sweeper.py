@@ -206,7 +206,7 @@ class Sweeper:
         targets = [
             Target(flow, Ends.BOTH, message.rule, Reason.BANNED)
             for flow, message in _of_sources(flows, banned)
-            if not self._ruleset.scope.trusts(flow.original.source)
+            if not self._ruleset.scope.spares(flow.original.source)
         ]
         self._counts["ended_by_ban"] += len(targets)
         self._condemner.start(targets, now)
@@ -219,6 +219,7 @@ class Sweeper:
         targets = [
             Target(flow, Ends.DESTINATION, message.rule, message.reason)
             for flow, message in _of_sources(half_open, blocked)
+            if not self._ruleset.scope.spares(flow.original.source)
         ]
         self._counts["half_open_ended"] += len(targets)
         self._condemner.start(targets, now)

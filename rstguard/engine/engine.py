@@ -19,7 +19,7 @@ from rstguard.engine.flow import Tuple
 from rstguard.engine.heavy import HeavyHitters
 from rstguard.engine.newcomers import Newcomers
 from rstguard.engine.rules import REASONS, Check, Kind, Meter, crossed_by_one, make_meter
-from rstguard.engine.ruleset import Per, Rule, RuleSet
+from rstguard.engine.ruleset import RATE_MEASURES, Per, Rule, RuleSet
 from rstguard.engine.shedding import Level
 from rstguard.engine.sources import Offence, Sources
 from rstguard.engine.verdict import (
@@ -53,6 +53,7 @@ _HANDSHAKE_FLAGS = FIN | SYN | RST | ACK
 _NO_USUAL_SYN = OUTBOUND | KNOWN
 _UNREADABLE = Decision(Verdict.DROP, Reason.UNREADABLE)
 _TRUSTED = Decision(Verdict.ACCEPT, Reason.TRUSTED)
+_SPARED = Decision(Verdict.ACCEPT, Reason.SPARED)
 
 _OVERLOADED = Decision(Verdict.DROP, Reason.OVERLOAD)
 OVERLOAD = "overload"
@@ -127,7 +128,7 @@ class Engine:
         assert type(packet) is Packet
         flags, state = packet.flags, packet.state
         if flags & _HANDSHAKE_FLAGS == SYN and not state & (_NO_USUAL_SYN | PROVEN | OVER):
-            if self._is_heavy(packet):
+            if self._is_heavy(packet) and not self.ruleset.scope.spares(packet.source):
                 return self._shun_heavy(packet, now)
             if level >= Level.SYNS or (
                 level >= Level.NEWCOMERS and not self._newcomers.knows(packet)
@@ -160,6 +161,10 @@ class Engine:
             return calm if calm.trust else _TRUSTED
         reason = REASONS[rule.measure]
         outbound = bool(packet.state & OUTBOUND)
+        if rule.action >= Action.RESET and self.ruleset.scope.spares(packet.source):
+            # Its address may be forged, so what is too fast does not pass either.
+            too_fast = rule.measure in RATE_MEASURES and kind_of(packet) is Kind.SYN
+            return self._dropping[rule] if too_fast else calm if calm.trust else _SPARED
         if rule.action is Action.DROP and not outbound:
             return self._dropping[rule]
         if rule.action is Action.BAN:

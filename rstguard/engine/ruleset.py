@@ -152,13 +152,19 @@ class Scope:
     """What is protected, and who is exempt.
 
     Empty `destinations` mean any address, None `ports` any TCP port.  Interfaces are names or
-    globs as in the policy file ("wan*").
+    globs as in the policy file ("wan*").  `trusted` are exempt from everything, `spared` only from
+    being banned, shunned and reset: what of theirs is too fast is dropped.
     """
 
     interfaces: tuple[str, ...]
     destinations: tuple[Prefix, ...]
     ports: frozenset[int] | None
     trusted: tuple[Prefix, ...]
+    spared: tuple[Prefix, ...] = ()
+
+    def spares(self, source: int) -> bool:
+        """Tell whether a tagged address may not be banned, shunned or reset."""
+        return any(prefix.covers(source) for prefix in self.spared + self.trusted)
 
     def trusts(self, source: int) -> bool:
         """Tell whether a tagged address is on the trusted list."""
@@ -186,6 +192,7 @@ class RuleSet:
     `enforce` False means: decide, count and report, but change nothing.  `fail_open` is what
     passes while the engine is down or overrun.  `blocking` is what a banned or shunned source
     sees: "drop", "reset" or "unreachable".  `shun_duration` and `sweep_every` are nanoseconds.
+    More than `bans_per_minute` are taken for a mistake of the policy.
     `inspect_packets` caps how many early packets of a connection may pass through the queue.
     """
 
@@ -201,6 +208,7 @@ class RuleSet:
     blocking: str = "drop"
     shun_duration: int = 10 * SECOND
     sweep_every: int = 2 * SECOND
+    bans_per_minute: int = 1000
 
     @property
     def diverts(self) -> frozenset[Divert]:

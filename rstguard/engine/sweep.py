@@ -76,6 +76,10 @@ class Sweep:
         for rule in self._rules:
             within = flows if rule.ports is None else _on_ports(flows, rule.ports)
             for flow in _CROSSED[rule.measure](self, rule, within, seen, now, elapsed):
+                if rule.action is not Action.OBSERVE and self.ruleset.scope.spares(
+                    flow.original.source
+                ):
+                    continue
                 if self.ruleset.scope.trusts(flow.original.source):
                     continue
                 if rule.action is Action.OBSERVE or not self.ruleset.enforce:

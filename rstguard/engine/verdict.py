@@ -42,6 +42,7 @@ class Reason(Enum):
 
     PASSED = "no rule objects"
     TRUSTED = "the source is on the policy's trusted list"
+    SPARED = "the source is a lifeline of this host, and is never banned, shunned or reset"
     UNREADABLE = "the packet could not be parsed as TCP over IPv4 or IPv6"
     SYN_RATE = "the source sent SYNs faster than the rule allows"
     CONNECTION_RATE = "the source completed handshakes faster than the rule allows"

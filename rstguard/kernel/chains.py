@@ -160,6 +160,10 @@ class _Build:
     def in_set(self, name: str, direction: str = "src") -> str:
         return f"-m set --match-set {PREFIX}-{name}{self.family} {direction}"
 
+    def hit(self, name: str) -> str:
+        """Match who is banned or shunned: a lifeline in the midst of a banned network is not."""
+        return f"{self.in_set(name)} {negated(self.in_set('spared'))}"
+
     def on_interfaces(self, chain: str, outbound: bool, tcp: bool = False) -> tuple[str, ...]:
         protocol = "-p tcp " if tcp else ""
         way = "-o" if outbound else "-i"
@@ -177,13 +181,13 @@ class _Build:
             return (
                 *self.unless_trusted(),
                 "-p tcp -j RETURN",
-                f"{self.in_set('ban')} -j DROP",
+                f"{self.hit('ban')} -j DROP",
             )
         return (
             f"-p tcp -m tcp ! --tcp-flags {SYN_ONLY} -j RETURN",
             *self.unless_trusted(),
-            f"{self.in_set('ban')} -j DROP",
-            f"-p tcp {self.in_set('shun')} -j DROP",
+            f"{self.hit('ban')} -j DROP",
+            f"-p tcp {self.hit('shun')} -j DROP",
         )
 
     def refused(self) -> tuple[str, ...]:
@@ -192,8 +196,8 @@ class _Build:
         kind = "tcp-reset" if self.ruleset.blocking == "reset" else unreachable
         return (
             *self.unless_trusted(),
-            f"-p tcp {self.in_set('ban')} -j REJECT --reject-with {kind}",
-            f"-p tcp {self.in_set('shun')} -j REJECT --reject-with {kind}",
+            f"-p tcp {self.hit('ban')} -j REJECT --reject-with {kind}",
+            f"-p tcp {self.hit('shun')} -j REJECT --reject-with {kind}",
         )
 
     def classify(self) -> tuple[str, ...]:
@@ -212,7 +216,7 @@ class _Build:
             "-m conntrack --ctstate ESTABLISHED --ctdir REPLY -j RETURN",
             f"-m connmark ! --mark 0x0/0x{marks.CONDEMNED:x} -j RETURN",
             *self.unless_trusted(),
-            f"{self.in_set('ban')} -j DROP",
+            f"{self.hit('ban')} -j DROP",
             f"-m conntrack --ctstate INVALID,NEW -g {PREFIX}-invalid",
         ]
         plain_ack = "-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK ACK"
@@ -232,7 +236,7 @@ class _Build:
     def syn(self) -> tuple[str, ...]:
         rules = [*self.unless_trusted(), *self.in_scope()]
         if self.ruleset.blocking != "drop":  # they are answered later, in the filter table
-            rules += [f"{self.in_set(name)} -j RETURN" for name in ("ban", "shun")]
+            rules += [f"{self.hit(name)} -j RETURN" for name in ("ban", "shun")]
         rules += [
             f"-m conntrack --ctstate NEW -j CONNMARK --set-xmark {bits(marks.GUARDED)}",
         ]

@@ -53,18 +53,22 @@ class Footprint:
         with self._whole:
             iptables.apply(self._plans(ruleset))
 
-    def replace(self, old: RuleSet, new: RuleSet) -> None:
+    def replace(self, old: RuleSet, new: RuleSet, divert: bool = True) -> None:
         """Exchange one policy's sets and chains for another's; on failure the old ones return.
+
+        Without `divert` there are no chains at present, and only the sets change.
 
         Raises:
             KernelError: the new ones were refused; the old ones are in force.
         """
         try:
             ipset.apply(new)
-            self.divert(new)
+            if divert:
+                self.divert(new)
         except KernelError:
             ipset.apply(old)
-            self.divert(old)
+            if divert:
+                self.divert(old)
             raise
         ipset.prune(new)
 
@@ -72,6 +76,25 @@ class Footprint:
         """Return what should be in the kernel and is not, in words."""
         with self._whole:
             return iptables.missing(self._plans(ruleset))
+
+    def lost(self, ruleset: RuleSet) -> list[str]:
+        """Return which rules and sets others have taken away, in words.
+
+        Raises:
+            KernelError: the kernel could not be asked.
+        """
+        with self._whole:
+            return [*iptables.missing(self._plans(ruleset)), *ipset.lost(ruleset)]
+
+    def mend(self, ruleset: RuleSet) -> None:
+        """Put sets and rules in place again.
+
+        Raises:
+            KernelError: something was refused.
+        """
+        with self._whole:
+            ipset.apply(ruleset)
+            self.divert(ruleset)
 
     def rules(self, ruleset: RuleSet) -> dict[str, str]:
         """Return the rules of a policy as text, by "IPv4" and "IPv6"."""

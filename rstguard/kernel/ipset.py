@@ -8,6 +8,7 @@ rstguard-shun4, -shun6      hash:net        sources whose new SYNs are dropped f
 rstguard-proven4, -proven6  hash:ip         sources that lately completed a handshake; filled
                                             by the chains
 rstguard-trusted4, -6       hash:net        the policy's `trusted`
+rstguard-spared4, -spared6  hash:net        lifelines of this host: they are not blocked
 rstguard-dst4, -dst6        hash:net        the policy's `protect.destinations`, or everything
 rstguard-ports              bitmap:port     the policy's `protect.ports`, unless it means all
 rstguard-close-ports        bitmap:port     ports whose FINs and RSTs a rule needs to see,
@@ -90,6 +91,7 @@ def plan(ruleset: RuleSet) -> tuple[SetSpec, ...]:
                 f"{_FIXED} forceadd",
             ),
             _networks(f"{PREFIX}trusted{digit}", family, scope.trusted),
+            _networks(f"{PREFIX}spared{digit}", family, scope.spared),
             _networks(f"{PREFIX}dst{digit}", family, scope.destinations or everything),
         ]
         if cookies.in_force(ruleset):
@@ -135,6 +137,27 @@ def apply(ruleset: RuleSet) -> None:
             swaps += [f"swap {fresh} {spec.name}", f"destroy {fresh}"]
     _restore([*clears, *builds, *swaps])
     _verify(specs)
+
+
+def lost(ruleset: RuleSet) -> list[str]:
+    """Return which sets that a policy fills are gone or have lost members, in words; quick."""
+    counts = _counts()
+    found = []
+    for spec in plan(ruleset):
+        held = counts.get(spec.name)
+        if held is None:
+            found.append(f"the set {spec.name}")
+        elif spec.members is None:
+            continue  # the kernel or the guard's decisions fill it
+        elif held != len(spec.members) if spec.type == "hash:net" else not held:
+            found.append(f"what the set {spec.name} holds")
+    return found
+
+
+def blocked() -> int:
+    """Return how many sources are banned or shunned."""
+    counts = _counts()
+    return sum(counts.get(name, 0) for name in BAN_SETS + SHUN_SETS)
 
 
 def prune(ruleset: RuleSet) -> None:
@@ -228,6 +251,19 @@ def _present() -> dict[str, _Header]:
             kind = value
         elif field == "Header":
             found[name] = _Header(kind, _options(value))
+    return found
+
+
+def _counts() -> dict[str, int]:
+    """Return how many elements each set of this namespace holds."""
+    found: dict[str, int] = {}
+    name = ""
+    for line in ipset("list", "-terse").splitlines():
+        field, _, value = line.partition(": ")
+        if field == "Name":
+            name = value
+        elif field == "Number of entries":
+            found[name] = int(value)
     return found
 
 

@@ -49,6 +49,7 @@ def compile_policy(policy: Policy) -> RuleSet:
         blocking=policy.blocking,
         shun_duration=policy.shun_for,
         sweep_every=policy.sweep_every,
+        bans_per_minute=policy.bans_per_minute,
     )
     return offload(ruleset) if policy.offload == "auto" else ruleset
 

@@ -94,6 +94,7 @@ class Policy(Model):
     shun_for: Annotated[int, PlainValidator(duration(SECOND, 10 * MINUTE))] = 10 * SECOND
     offload: Literal["auto", "never"] = "auto"
     sweep_every: Annotated[int, PlainValidator(duration(SECOND // 2, MINUTE))] = 2 * SECOND
+    bans_per_minute: Annotated[int, PlainValidator(count(1, 1_000_000))] = 1000
     protect: Protect = Field(examples=["{interfaces: [eth0]}"])
     trusted: tuple[Trusted, ...] = Field(default=(), max_length=1000)
     source: Widths = Widths()

@@ -18,7 +18,7 @@ def policy(name: str, more: str = "") -> str:
     return f"""\
 version: 1
 name: {name}
-protect: {{interfaces: [eth0], destinations: [{SERVER4}]}}
+protect: {{interfaces: [out], destinations: [{SERVER4}]}}
 rules:
   - {{name: rate, measure: syn_rate, over: 1000/s, then: drop}}
 {more}"""

@@ -31,7 +31,7 @@ RULESET = RuleSet(
     rules=(),
 )
 CONFIG = ("ban4", "ban6", "shun4", "shun6", "proven4", "proven6", "trusted4", "trusted6")
-ALWAYS = {f"rstguard-{name}" for name in (*CONFIG, "dst4", "dst6")}
+ALWAYS = {f"rstguard-{name}" for name in (*CONFIG, "dst4", "dst6", "spared4", "spared6")}
 
 
 def with_scope(**changes: object) -> RuleSet:

@@ -16,10 +16,11 @@ from rstguard.lab.client import Request
 from rstguard.lab.report import Legitimate, legitimate
 from rstguard.lab.run import collect, start_program
 from rstguard.lab.server import start_server
-from rstguard.lab.topology import ATTACKER, CLIENTS, NEW_CLIENTS, SERVER, Lab, stop
+from rstguard.lab.topology import NEW_CLIENTS, SERVER, Lab, stop
 
 CALM_SECONDS = 2.0
 """Honest traffic alone, before the flood: what a guard learns, it learns here."""
+_CLIENTS_ROUTER, _ATTACKERS_ROUTER = "198.51.100.9", "192.0.2.67"
 _SENT = ("iptables", "-w", "-t", "raw")
 
 
@@ -105,10 +106,15 @@ def measure(flood: Flood, peer: Peer, number: int, seconds: float) -> Run:
 
 
 def _prepare(lab: Lab, flood: Flood) -> None:
-    """Give the new clients a home, forged sources a way that ends nowhere, wrk a counter."""
+    """Give the new clients a home, forged sources a way that ends nowhere, wrk a counter.
+
+    Next hops have addresses of their own: a guard may spare them, and must not spare an attacker.
+    """
+    lab.run("client", ["ip", "address", "add", f"{_CLIENTS_ROUTER}/24", "dev", "eth0"])
+    lab.run("attacker", ["ip", "address", "add", f"{_ATTACKERS_ROUTER}/24", "dev", "eth0"])
     lab.run("client", ["ip", "route", "add", "local", NEW_CLIENTS, "dev", "lo"])
-    lab.run("gateway", ["ip", "route", "add", NEW_CLIENTS, "via", CLIENTS[0]])
-    lab.run("gateway", ["ip", "route", "add", "default", "via", ATTACKER])
+    lab.run("gateway", ["ip", "route", "add", NEW_CLIENTS, "via", _CLIENTS_ROUTER])
+    lab.run("gateway", ["ip", "route", "add", "default", "via", _ATTACKERS_ROUTER])
     if flood.server_cookies:
         lab.run("server", ["sysctl", "-qw", "net.ipv4.tcp_syncookies=1"])
     if not flood.sources:

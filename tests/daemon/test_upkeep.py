@@ -1,0 +1,225 @@
+"""Nobody is locked out, and what others take away comes back: with the real rules and commands."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rstguard.daemon.cap import BanCap
+from rstguard.daemon.upkeep import BackOff
+from rstguard.engine.address import parse_prefix
+from tests.guard import ROUTER4, ROUTER6, Guard, Service, services, source
+from tests.netns import SERVER4, Lab, wait_until
+
+
+def policy(name: str = "kept", rules: str = "", more: str = "") -> str:
+    return f"""\
+version: 1
+name: {name}
+{more}
+protect: {{interfaces: [out]}}
+rules:
+  - {{name: rate, measure: connection_rate, over: 3/m, burst: 3, then: ban, for: 10m}}
+  - {{name: many, measure: connections, over: 2, then: reset}}
+{rules}"""
+
+
+@pytest.fixture
+def guard(lab: Lab, tmp_path: Path) -> Iterator[Guard]:
+    with Guard(lab, policy(), tmp_path / "guard", workers=1) as guard:
+        yield guard
+
+
+# Pure parts
+
+
+def test_the_first_losses_are_mended_at_once_and_then_less_and_less_often() -> None:
+    back_off = BackOff()
+    assert [back_off.lost(float(now)) for now in (0, 2, 4)] == [False, False, False]
+    waits = []
+    now = 6.0
+    for _ in range(10):
+        assert back_off.lost(now)
+        waits.append(back_off.not_before - now)
+        now = back_off.not_before
+    assert waits == [4, 8, 16, 32, 64, 128, 256, 300, 300, 300]
+    assert not back_off.lost(now + 1000)
+
+
+def test_the_cap_counts_the_bans_of_a_minute() -> None:
+    cap = BanCap()
+    sources = [parse_prefix(f"198.51.100.{number}") for number in range(4)]
+    assert [cap.over(source, 2, now) for source, now in zip(sources, (0, 30, 70, 80), strict=True)]\
+        == [False, False, False, True]  # fmt: skip
+    assert cap.take() == sources[1:]
+    assert cap.take() == []
+
+
+# Lifelines
+
+
+@pytest.mark.netns
+def test_own_addresses_and_next_hops_are_found_and_told(guard: Guard) -> None:
+    found = {row["address"]: row["what"] for row in guard.status()["lifelines"]}
+    assert found[ROUTER4] == found[ROUTER6] == "a next hop"
+    assert "this host" in found.values()
+    done = guard.cli("policy", "apply", str(guard.file))
+    assert f"{ROUTER4} (a next hop)" in done.stdout
+    refused = guard.cli("ban", "add", ROUTER4)
+    assert refused.returncode == 1
+    assert "is a next hop, which is never banned" in refused.stderr
+
+
+@pytest.mark.netns
+def test_a_lifeline_is_neither_banned_nor_reset_and_others_are(guard: Guard, lab: Lab) -> None:
+    with services(service := Service(lab, 8080)):
+        links = [service.connect(ROUTER4) for _ in range(6)]
+        guard.cli("ban", "add", f"{ROUTER4.rpartition('.')[0]}.0/24")
+        for link in links:
+            link.talk()
+        service.connect(ROUTER4).talk()
+        stranger = source(False)
+        for _ in range(4):
+            with contextlib.suppress(OSError):
+                service.connect(stranger, timeout=0.3)
+        wait_until(lambda: guard.block_of(stranger) is not None)
+        assert guard.block_of(ROUTER4) is None
+
+
+@pytest.mark.netns
+def test_who_applies_a_policy_over_ssh_is_spared(guard: Guard, lab: Lab) -> None:
+    mine = source(False)
+    environment = {**os.environ, "SSH_CONNECTION": f"{mine} 50000 {SERVER4} 22"}
+    environment["RSTGUARD_RUNTIME_DIR"] = str(guard.runtime)
+    command = [*("ip", "netns", "exec", lab.names["gateway"]), *guard_words()]
+    said = subprocess.run(
+        [*command, "policy", "apply", str(guard.file)],
+        env=environment, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert f"{mine} (whoever changed the policy)" in said
+    history = guard.json("policy", "history")
+    assert f"from {mine}" in history[0]["who"]
+    with services(service := Service(lab, 8080)):
+        for link in [service.connect(mine) for _ in range(6)]:
+            link.talk()
+    assert guard.block_of(mine) is None
+
+
+def guard_words() -> list[str]:
+    """Return the command, less what it is to do."""
+    return [sys.executable, "-m", "rstguard"]
+
+
+@pytest.mark.netns
+def test_a_new_address_is_spared_within_seconds(guard: Guard, lab: Lab) -> None:
+    lab.run("gateway", "ip", "address", "add", "203.0.113.77/32", "dev", "lo")
+    wait_until(lambda: "203.0.113.77" in str(guard.status()["lifelines"]), 15)
+    assert "203.0.113.77" in lab.run("gateway", "ipset", "list", "rstguard-spared4")
+
+
+# The cap
+
+
+@pytest.mark.netns
+def test_a_runaway_policy_turns_into_one_that_observes(lab: Lab, tmp_path: Path) -> None:
+    text = policy(more="bans_per_minute: 3")
+    with (
+        Guard(lab, text, tmp_path / "guard", workers=1) as guard,
+        services(service := Service(lab, 8080)),
+    ):
+        victims = [source(False) for _ in range(4)]
+        for victim in victims:
+            for _ in range(4):
+                with contextlib.suppress(OSError):
+                    service.connect(victim, timeout=0.3)
+        wait_until(lambda: guard.status()["policy"]["mode"] == "observe")
+        assert "RUNAWAY POLICY" in guard.log.read_text()
+        assert "RUNAWAY" in guard.cli("status").stdout
+        wait_until(lambda: guard.ask("ban-list") == [])
+        service.connect(victims[0]).talk()
+        guard.apply(text)
+        assert guard.status()["policy"]["mode"] == "enforce"
+
+
+# The panic switch
+
+
+@pytest.mark.netns
+def test_panic_lets_all_traffic_pass_until_it_ends(guard: Guard, lab: Lab) -> None:
+    guard.cli("ban", "add", (banned := source(False)))
+    with services(service := Service(lab, 8080)):
+        with pytest.raises(TimeoutError):
+            service.connect(banned, timeout=0.4)
+        done = guard.cli("panic")
+        assert done.returncode == 0
+        assert "all traffic passes" in done.stdout
+        service.connect(banned).talk()
+        wait_until(lambda: guard.status()["panic"])
+        guard.apply(policy("other"))  # does not bring the rules back
+        service.connect(banned).talk()
+        assert "PANIC" in guard.cli("status").stdout
+        assert guard.cli("panic", "--end").returncode == 0
+        wait_until(guard.filtering)
+        with pytest.raises(TimeoutError):
+            service.connect(banned, timeout=0.4)
+    assert guard.cli("panic", "--end").stdout == "there was no panic\n"
+
+
+@pytest.mark.netns
+def test_panic_works_when_the_guard_hangs(guard: Guard, lab: Lab) -> None:
+    guard.cli("ban", "add", (banned := source(False)))
+    os.kill(guard.pid, 19)
+    try:
+        assert guard.cli("panic").returncode == 0
+        with services(service := Service(lab, 8080)):
+            service.connect(banned).talk()
+    finally:
+        os.kill(guard.pid, 18)
+
+
+# Reconciliation
+
+
+@pytest.mark.netns
+@pytest.mark.parametrize(
+    "commands",
+    [
+        ["iptables -t mangle -F"],
+        ["ip6tables -t raw -D PREROUTING -j rstguard-raw"],
+        [f"{t} -t {table} {what}" for t in ("iptables", "ip6tables") for table in
+         ("raw", "mangle", "filter") for what in ("-F", "-X")],
+        ["ipset flush rstguard-dst4"],
+        [f"{t} -t {table} {what}" for t in ("iptables", "ip6tables") for table in
+         ("raw", "mangle", "filter") for what in ("-F", "-X")] + ["ipset destroy"],
+    ],
+    ids=["a table flushed", "a jump", "all rules", "a set emptied", "rules and sets"],
+)  # fmt: skip
+def test_what_another_tool_removed_comes_back(guard: Guard, lab: Lab, commands: list[str]) -> None:
+    guard.cli("ban", "add", (banned := source(False)), "--for", "1h")
+    for command in commands:
+        lab.run("gateway", *command.split())
+    wait_until(lambda: guard.events("mended", "mended") == 1, 6)
+    wait_until(guard.filtering)
+    assert guard.block_of(banned) is not None
+    with services(service := Service(lab, 8080)), pytest.raises(TimeoutError):
+        service.connect(banned, timeout=0.4)
+
+
+@pytest.mark.netns
+def test_it_does_not_fight(guard: Guard, lab: Lab) -> None:
+    def flush() -> bool:
+        lab.run("gateway", "iptables", "-w", "-t", "mangle", "-F")
+        return guard.events("contested", "contested") == 1
+
+    wait_until(flush, 30)
+    assert "again and again" in guard.log.read_text()
+    mended = guard.events("mended", "mended")
+    lab.run("gateway", "iptables", "-w", "-t", "mangle", "-F")
+    with pytest.raises(TimeoutError):
+        wait_until(lambda: guard.events("mended", "mended") > mended, 3)

@@ -1,0 +1,58 @@
+"""Who is logged in by SSH, and what else a gateway cannot do without."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from rstguard.kernel.lifelines import find, is_address, ssh_clients
+
+
+def session(directory: Path, name: str, **fields: str) -> None:
+    directory.mkdir(exist_ok=True)
+    text = "".join(f"{key}={value}\n" for key, value in fields.items())
+    (directory / name).write_text(text)
+
+
+def test_sessions_of_logind_tell_who_is_logged_in(tmp_path: Path) -> None:
+    here = tmp_path / "sessions"
+    session(here, "1", SERVICE="sshd", REMOTE_HOST="192.0.2.1", STATE="active")
+    session(here, "2", SERVICE="sshd", REMOTE_HOST="192.0.2.2", STATE="closing")
+    session(here, "3", SERVICE="login", REMOTE_HOST="192.0.2.3", STATE="active")
+    session(here, "4", SERVICE="sshd", STATE="active")
+    (here / "5").write_bytes(os.urandom(500))
+    assert ssh_clients(here, tmp_path / "no-processes") == {"192.0.2.1"}
+
+
+@pytest.mark.netns
+def test_an_environment_counts_only_beside_a_connection_that_exists(tmp_path: Path) -> None:
+    """Anybody may write SSH_CONNECTION into his environment."""
+    import socket
+
+    (tmp_path / "77").mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        with socket.create_connection(server.getsockname()) as client, server.accept()[0]:
+            ends = (*client.getsockname(), *server.getsockname())
+            text = "HOME=/\0SSH_CONNECTION={} {} {} {}\0".format(*ends)
+            (tmp_path / "77" / "environ").write_text(text)
+            assert ssh_clients(tmp_path / "none", tmp_path) == {"127.0.0.1"}
+        text = text.replace(f" {ends[1]} ", " 1 ")
+        (tmp_path / "77" / "environ").write_text(text)
+        assert ssh_clients(tmp_path / "none", tmp_path) == set()
+
+
+def test_administrators_and_own_addresses_are_lifelines() -> None:
+    found = {str(line.address): line.what for line in find(["198.51.100.7", "nonsense"])}
+    assert found["198.51.100.7"] == "whoever changed the policy"
+    assert found["127.0.0.1"] == "this host"
+    assert "nonsense" not in found
+
+
+@pytest.mark.parametrize("text", ["192.0.2.1", "2001:db8::1"])
+def test_addresses(text: str) -> None:
+    assert is_address(text)
+    assert not is_address(text + "x")
+    assert not is_address("192.0.2.0/24")
+    assert not is_address("\0")
