@@ -29,6 +29,13 @@ class Offences:
 
 
 @dataclass(frozen=True, slots=True)
+class Productive:
+    """Sweeper to supervisor to worker: how productive sources are, in percent, by their keys."""
+
+    percents: Mapping[int, int]
+
+
+@dataclass(frozen=True, slots=True)
 class Ready:
     """Worker or sweeper: the policy numbered `generation` is in force here."""
 

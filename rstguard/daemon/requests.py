@@ -106,6 +106,7 @@ class Requests:
                 "shun": sum(1 for element in listed if element.kind == "shun"),
             },
             "syn_budget": _budget(guard),
+            "productive": _productive(guard),
             "counts": {
                 **{kind: dict(by_rule) for kind, by_rule in guard.events.counts.items()},
                 **dict(counts),
@@ -196,6 +197,12 @@ class Requests:
 def lifelines_of(guard: Supervisor) -> list[dict[str, str]]:
     """Return whom the guard spares, and why."""
     return [{"address": str(line.address), "what": line.what} for line in guard.upkeep.lifelines]
+
+
+def _productive(guard: Supervisor) -> int:
+    """Return how many sources are productive enough for some rule to be lenient."""
+    least = min((rule.unless.productive for rule in guard.ruleset.rules if rule.unless), default=0)
+    return sum(percent >= least for percent in guard.productive.percents.values())
 
 
 def _budget(guard: Supervisor) -> object:

@@ -27,6 +27,7 @@ from rstguard.daemon.messages import (
     NotKilled,
     Observed,
     Overloaded,
+    Productive,
     Reset,
     Start,
 )
@@ -96,6 +97,7 @@ class Supervisor:
         """Why the policy only observes though it says enforce, or ""."""
         self._tasks: set[asyncio.Task[None]] = set()
         self.overload: dict[int, Level] = {}
+        self.productive = Productive({})
         self._kills: dict[int, asyncio.Future[Killed]] = {}
         self._stop = asyncio.Event()
 
@@ -103,7 +105,7 @@ class Supervisor:
         return Child(
             name if name == "sweeper" or len(self.queues) == 1 else f"worker of queue {queue}",
             f"rstguard.daemon.{name}",
-            lambda: (Start(self.ruleset, queue), *self.record.offences()),
+            lambda: (Start(self.ruleset, queue), *self.record.offences(), self.productive),
             self._heard,
             self._restarted,
         )
@@ -303,6 +305,10 @@ class Supervisor:
                     self.sweeper.send(message)
             case Observed():
                 self.events.add(Event("observed", str(message.flow), message.rule, message.reason))
+            case Productive():
+                self.productive = message
+                for worker in self.workers:
+                    worker.send(message)
             case Overloaded():
                 self._overloaded(message)
             case Killed():

@@ -27,6 +27,7 @@ from rstguard.daemon.messages import (
     NotKilled,
     Observed,
     Offences,
+    Productive,
     Ready,
     Reset,
     Start,
@@ -73,6 +74,7 @@ class Sweeper:
         self._ruleset: RuleSet = start.ruleset
         self._counts: Counter[str] = Counter()
         self._kills: dict[int, Killed] = {}
+        self._percents: dict[int, int] = {}
         self._kill_of: dict[Tuple, set[int]] = {}
         self._half_open_of: dict[Prefix, Blocked] = {}
         self._sweep_at = self._report_at = self._half_open_at = 0
@@ -131,12 +133,16 @@ class Sweeper:
 
     def _judge(self, now: int) -> None:
         """One sweep: read, judge, carry out."""
-        if not self._ruleset.sweeps:
+        if not self._ruleset.sweeps and not self._ruleset.lenient:
             return
         began = time.process_time_ns()
         flows = list(self._table.dump(GUARDED | PROVEN, GUARDED | PROVEN | CONDEMNED))
         judgement = self._sweep.judge(flows, now)
         self._carry_out(judgement, now)
+        percents = self._sweep.standings.percents()
+        if percents != self._percents:
+            self._percents = percents
+            self._send(Productive(percents))
         self._counts["sweeps"] += 1
         self._counts["sweep_cpu_us"] += (time.process_time_ns() - began) // 1000
         self._counts["flows"] = len(flows)

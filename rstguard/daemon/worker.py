@@ -26,6 +26,7 @@ from rstguard.daemon.messages import (
     Observed,
     Offences,
     Overloaded,
+    Productive,
     Ready,
     Reset,
     Start,
@@ -256,6 +257,8 @@ class Worker:
             self._take_up(message.ruleset, self._engine)
             self._queue.set_fail_open(message.ruleset.fail_open)
             self._channel.send(Ready(message.generation))
+        elif isinstance(message, Productive):
+            self._engine.note_productive(message.percents)
         elif isinstance(message, Offences):
             self._engine.restore(message.offences, time.monotonic_ns())
         elif isinstance(message, Stop):

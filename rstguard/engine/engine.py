@@ -12,7 +12,7 @@ The order of checks, on one screen:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from rstguard.engine.address import V6, Prefix, prefix_of
 from rstguard.engine.flow import Tuple
@@ -76,7 +76,8 @@ class Engine:
         """Take up a policy; rules that `previous` has unchanged keep their counts."""
         self.ruleset = ruleset
         kept = {meter.rule: meter for meter in previous.meters} if previous else {}
-        meters = (kept.get(rule) or make_meter(rule) for rule in ruleset.rules)
+        self._percents: dict[int, int] = previous._percents if previous else {}
+        meters = (kept.get(rule) or make_meter(rule, self._percents) for rule in ruleset.rules)
         self.meters: tuple[Meter, ...] = tuple(meter for meter in meters if meter)
         self._sources: Sources = previous._sources if previous else Sources(ruleset)
         self._sources.ruleset = ruleset
@@ -196,6 +197,11 @@ class Engine:
         effect = Condemn(Tuple(*packet[:4]), rule.ends, rule.name, reason)
         effects = (effect,) if known else ()
         return Decision(Verdict.RESET, reason, rule.name, ends=rule.ends, effects=effects)
+
+    def note_productive(self, percents: Mapping[int, int]) -> None:
+        """Take note of how productive sources are (`rstguard.engine.lenient.Standings`)."""
+        self._percents.clear()
+        self._percents.update(percents)
 
     def restore(self, offences: Iterable[Offence], now: int) -> None:
         """Remember offences of an earlier time, so that bans go on growing longer."""

@@ -8,11 +8,12 @@ counts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
 from rstguard.engine.address import V6
+from rstguard.engine.lenient import LenientLimiter
 from rstguard.engine.limiter import Distinct, Limiter, Memory
 from rstguard.engine.ruleset import SECOND, Measure, Per, Rule
 from rstguard.engine.verdict import Action, Reason
@@ -81,12 +82,18 @@ def crossed_by_one(rule: Rule) -> bool:
     return rule.in_kernel or rule.per is Per.SERVICE or (rule.measure in _MAKERS and rule.limit < 1)
 
 
-def make_meter(rule: Rule) -> Meter | None:
-    """Return the meter of a rule that looks at packets, or None for a sweep measure."""
+def make_meter(rule: Rule, percents: Mapping[int, int]) -> Meter | None:
+    """Return the meter of a rule that looks at packets, or None for a sweep measure.
+
+    `percents` is how productive sources are (`rstguard.engine.lenient`), now and as it changes.
+    """
     if rule.in_kernel:
         return Meter(rule, {Kind.SYN: _beside_the_kernel(rule)})
     if rule.measure in _RATE_MAKERS:
-        limiter, key = Limiter(rule.limit, rule.period, rule.burst), key_function(rule)
+        limiter = Limiter(rule.limit, rule.period, rule.burst)
+        if rule.unless:
+            limiter = LenientLimiter(rule, percents)
+        key = key_function(rule)
 
         def exhaust(packet: Packet, until: int, now: int) -> None:
             limiter.exhaust(key(packet), until, now)

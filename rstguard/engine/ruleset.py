@@ -109,6 +109,14 @@ class Escalate:
 
 
 @dataclass(frozen=True, slots=True)
+class Unless:
+    """A source of whose connections `productive` percent carry data may go `up_to` times as far."""
+
+    productive: int
+    up_to: int
+
+
+@dataclass(frozen=True, slots=True)
 class Rule:
     """One compiled rule.
 
@@ -140,6 +148,7 @@ class Rule:
     window: int = 0
     ends: Ends = Ends.BOTH
     in_kernel: bool = False
+    unless: Unless | None = None
 
     @property
     def refill(self) -> int:
@@ -224,6 +233,11 @@ class RuleSet:
     def sweeps(self) -> bool:
         """Whether any rule is judged from the kernel's connection table."""
         return any(rule.measure in SWEEP_MEASURES for rule in self.rules)
+
+    @property
+    def lenient(self) -> bool:
+        """Whether any rule gives productive sources more, so that they must be known."""
+        return any(rule.unless for rule in self.rules)
 
     @property
     def bans(self) -> bool:

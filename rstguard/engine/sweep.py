@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from rstguard.engine.address import is_v6, prefix_of
 from rstguard.engine.flow import Flow, TcpState, Tuple
+from rstguard.engine.lenient import Standings, limit_of
 from rstguard.engine.ruleset import SECOND, SWEEP_MEASURES, Measure, Per, Rule, RuleSet
 from rstguard.engine.sources import Offence, Sources
 from rstguard.engine.verdict import Action, Ban, Shun
@@ -60,13 +61,17 @@ class Sweep:
         self._reported: set[tuple[str, Tuple]] = previous._reported if previous else set()
         self._sources: Sources = previous._sources if previous else Sources(ruleset)
         self._sources.ruleset = ruleset
+        self.standings: Standings = previous.standings if previous else Standings()
 
     def restore(self, offences: Iterable[Offence], now: int) -> None:
         """Remember offences of an earlier time, so that bans go on growing longer."""
         self._sources.restore(offences, now)
 
     def judge(self, flows: Iterable[Flow], now: int) -> Judgement:
-        """Judge the guarded connections as they are at `now` (monotonic nanoseconds)."""
+        """Judge the guarded connections, closed ones too, as they are at `now` (monotonic ns)."""
+        flows = list(flows)
+        if self.ruleset.lenient:
+            self.standings.look(flows, self.ruleset, now)
         flows = [flow for flow in flows if flow.state in _LIVE]
         seen = {flow.original: self._note(flow, now) for flow in flows}
         objections: dict[Tuple, Objection] = {}
@@ -136,10 +141,12 @@ class Sweep:
             if flow.state == TcpState.ESTABLISHED:
                 held.setdefault(key(flow), []).append(flow)
         beyond = []
-        for of_source in held.values():
-            if len(of_source) > rule.limit:
+        percents = self.standings.percents() if rule.unless else {}
+        for source, of_source in held.items():
+            limit = limit_of(rule, source, percents)
+            if len(of_source) > limit:
                 of_source.sort(key=lambda flow: seen[flow.original].began)
-                beyond += of_source[rule.limit :]
+                beyond += of_source[limit:]
         return beyond
 
     def _byte_rate(

@@ -18,6 +18,7 @@ from rstguard.engine.ruleset import (
     RuleSet,
     Scope,
     SynBudget,
+    Unless,
     needs,
 )
 from rstguard.engine.verdict import Action, Ends
@@ -76,8 +77,14 @@ def _rule(rule: rules.AnyRule, source: Widths) -> Rule:
         escalate=Escalate(more.factor, more.up_to, more.memory) if more else None,
         keep_existing=rule.keep_existing,
         ends=Ends(rule.ends),
+        unless=_unless(rule),
     )
     return _limited(common, rule)
+
+
+def _unless(rule: rules.AnyRule) -> Unless | None:
+    written = getattr(rule, "unless", None)
+    return Unless(written.productive, written.up_to) if written else None
 
 
 def _limited(common: Rule, rule: rules.AnyRule) -> Rule:
@@ -185,6 +192,8 @@ def _condition(rule: Rule) -> str:
         text += f" within {duration_text(rule.within)}"
     if rule.shorter_than:
         text += f", shorter than {duration_text(rule.shorter_than)}"
+    if rule.unless:
+        text += f" (x{rule.unless.up_to} if {rule.unless.productive}% productive)"
     return f"{text}, per {_per(rule)}"
 
 

@@ -18,7 +18,7 @@ from rstguard.policy.base import Widths
 from rstguard.policy.document import Path
 from rstguard.policy.model import Inspect, Policy, Protect, SynBudget
 from rstguard.policy.quantities import show
-from rstguard.policy.rules import MEASURES, Escalate, RuleBase
+from rstguard.policy.rules import MEASURES, Escalate, RuleBase, Unless
 
 
 class Finding(NamedTuple):
@@ -88,6 +88,7 @@ def _model_at(location: Sequence[str | int]) -> type[BaseModel]:
         "syn_budget": SynBudget,
         "escalate": Escalate,
         "per": Widths,
+        "unless": Unless,
     }
     enclosing = list(location[:-1])
     if not enclosing:

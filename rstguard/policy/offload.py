@@ -51,14 +51,22 @@ def _measured(rule: Rule) -> bool:
     return rule.measure in (Measure.SYN_RATE, Measure.CONNECTIONS)
 
 
-def _obstacle(ruleset: RuleSet, rule: Rule) -> str:
-    """Return the first thing that stands in the way, or ""."""
+def _own_obstacle(rule: Rule) -> str:
     if rule.measure is Measure.CONNECTIONS:
         return "the kernel counts a connection from its SYN on, which can be forged"
     if rule.per is Per.SERVICE:
         return "it counts per service"
+    if rule.unless is not None:
+        return "the kernel does not know which sources are productive"
     if rule.ports is not None:
         return "it is for some ports only"
+    return ""
+
+
+def _obstacle(ruleset: RuleSet, rule: Rule) -> str:
+    """Return the first thing that stands in the way, or ""."""
+    if said := _own_obstacle(rule):
+        return said
     if not ruleset.enforce or rule.action is Action.OBSERVE:
         return "it only observes"
     if any(other.measure is rule.measure and other != rule for other in ruleset.rules):

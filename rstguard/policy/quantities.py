@@ -16,6 +16,7 @@ from typing import NamedTuple
 from rstguard.engine.address import V6, Prefix, parse_prefix
 from rstguard.engine.ruleset import SECOND
 
+_PERCENT = re.compile(r"(\d{1,3})\s?%")
 MILLISECOND = SECOND // 1000
 MINUTE = 60 * SECOND
 HOUR = 60 * MINUTE
@@ -93,6 +94,20 @@ def count(low: int, high: int) -> Callable[[object], int]:
         if not low <= value <= high:
             raise ValueError(f"{show(value)} is out of range: write a number from {low} to {high}")
         return value
+
+    return read
+
+
+def percent(low: int, high: int) -> Callable[[object], int]:
+    """Return a reader of percentages, as `80%`, from `low` to `high`."""
+
+    def read(value: object) -> int:
+        match = _PERCENT.fullmatch(value) if isinstance(value, str) else None
+        if match is None:
+            raise ValueError(f"{show(value)} is not a percentage: write one as {low}%")
+        if not low <= int(match[1]) <= high:
+            raise ValueError(f"{show(value)} is out of range: write {low}% to {high}%")
+        return int(match[1])
 
     return read
 

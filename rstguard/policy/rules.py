@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
     Discriminator,
     Field,
     PlainValidator,
@@ -32,6 +33,7 @@ from rstguard.policy.quantities import (
     count,
     duration,
     duration_text,
+    percent,
     rate,
     show,
     size,
@@ -136,6 +138,13 @@ class RuleBase(Model):
         return value
 
 
+class Unless(Model):
+    """A source of whose connections so many carry data both ways may go `up_to` times as far."""
+
+    productive: Annotated[int, PlainValidator(percent(50, 100))] = Field(examples=["80%"])
+    up_to: Annotated[int, PlainValidator(count(2, 1000))] = 10
+
+
 class SourceRule(RuleBase):
     """A rule that counts something of each source, prefix or service."""
 
@@ -164,12 +173,26 @@ class SourceRule(RuleBase):
         return per
 
 
+def _of_sources(unless: Unless | None, info: ValidationInfo) -> Unless | None:
+    if unless is not None and info.data.get("per") is not None:
+        raise ValueError("goes only with rules that count each source: remove it, or remove `per`")
+    if info.data.get("measure") in ("bad_flags", "out_of_state", "reset_rate"):
+        raise ValueError(
+            "goes only with syn_rate, connection_rate, short_connections and connections: remove it"
+        )
+    return unless
+
+
+UnlessProductive = Annotated[Unless | None, AfterValidator(_of_sources)]
+
+
 class RateRule(SourceRule):
     """More than `over` packets of a kind in a time, `burst` of them at once."""
 
     measure: Literal["syn_rate", "connection_rate", "bad_flags", "out_of_state", "reset_rate"]
     over: RateValue = Field(examples=["100/s"])
     burst: Burst | None = None
+    unless: UnlessProductive = None
 
 
 class HalfOpenRule(SourceRule):
@@ -209,6 +232,7 @@ class ShortConnectionsRule(SourceRule):
     )
     over: RateValue = Field(examples=["10/m"])
     burst: Burst | None = None
+    unless: UnlessProductive = None
 
 
 class ConnectionsRule(SourceRule):
@@ -219,6 +243,7 @@ class ConnectionsRule(SourceRule):
 
     measure: Literal["connections"]
     over: Annotated[int, PlainValidator(count(1, 10_000_000))] = Field(examples=["200"])
+    unless: UnlessProductive = None
 
 
 class ByteRateRule(SourceRule):

@@ -17,6 +17,7 @@ from rstguard.engine.verdict import Action, Ban, Reason, Shun
 from rstguard.kernel import KernelError, ipset
 from rstguard.kernel.elements import MAX_SECONDS, Element, element_of, listing
 from rstguard.kernel.sets import Sets
+from tests.netns import Lab
 
 RULESET = RuleSet(
     name="test",
@@ -71,6 +72,19 @@ def test_plan_holds_every_set_that_the_chains_name() -> None:
         "rstguard-ports",
         "rstguard-close-ports",
     }
+
+
+@pytest.mark.netns
+def test_only_what_was_made_can_be_lost() -> None:
+    """A set that a policy leaves empty is not one that somebody emptied."""
+    with Lab() as lab, lab.inside("gateway"):
+        ruleset = with_scope(ports=frozenset(range(1, 2000)))
+        ipset.apply(ruleset)
+        assert ipset.lost(ruleset) == []
+        lab.run("gateway", "ipset", "flush", "rstguard-ports")
+        lab.run("gateway", "ipset", "destroy", "rstguard-shun6")
+        lost = ["the set rstguard-shun6", "what the set rstguard-ports holds"]
+        assert sorted(ipset.lost(ruleset)) == lost
 
 
 def test_port_sets_that_mean_all_are_not_made() -> None:

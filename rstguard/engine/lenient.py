@@ -1,0 +1,100 @@
+"""Many clients behind one address: a productive source may go further than others.
+
+Who stands behind a NAT cannot be counted, but what comes of its connections can: an office's carry
+data both ways, nearly all of them; a flood's do not.  A source is productive by the share of its
+completed connections, those still open or lately closed, in which both ends sent data.  Only the
+kernel's connection table is asked, and only of connections whose client proved its address: forged
+SYNs can neither earn nor spoil anybody's standing.  Standing widens a limit, it does not lift it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from rstguard.engine.address import is_v6
+from rstguard.engine.flow import Flow
+from rstguard.engine.limiter import Limiter
+from rstguard.engine.ruleset import SECOND, Rule, RuleSet
+
+LEAST = 20
+"""Completed connections in the table below which nothing is said of a source."""
+LASTS = 600 * SECOND
+"""How long a source keeps its standing after its last connections are gone."""
+MOST = 4096
+"""Sources of whom standing is kept; those with the most connections."""
+_HEADERS4, _HEADERS6 = 52, 72
+"""Bytes of a segment without data: IP header, TCP header, time stamps (RFC 7323)."""
+_SYN_MORE = 8
+"""What a SYN's options take beyond that, at most."""
+
+
+class Standing(NamedTuple):
+    """Percent of productive connections, of how many, and until when it counts (nanoseconds)."""
+
+    percent: int
+    connections: int
+    until: int
+
+
+class Standings:
+    """Keeps what is known of sources; bounded."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, Standing] = {}
+
+    def look(self, flows: Iterable[Flow], ruleset: RuleSet, now: int) -> None:
+        """Judge sources by the completed connections of the table, closed ones among them."""
+        shift4, shift6 = 32 - ruleset.source_ipv4, 128 - ruleset.source_ipv6
+        tally: dict[int, list[int]] = {}
+        for flow in flows:
+            source = flow.original.source
+            v6 = is_v6(source)
+            counted = tally.setdefault(source >> (shift6 if v6 else shift4), [0, 0])
+            counted[0] += 1
+            counted[1] += _is_productive(flow, _HEADERS6 if v6 else _HEADERS4)
+        for key, (total, productive) in tally.items():
+            if total >= LEAST:
+                self._known[key] = Standing(100 * productive // total, total, now + LASTS)
+        self._known = {key: known for key, known in self._known.items() if known.until > now}
+        if len(self._known) > MOST:
+            kept = sorted(self._known.items(), key=lambda item: -item[1].connections)[:MOST]
+            self._known = dict(kept)
+
+    def percents(self) -> dict[int, int]:
+        """Return the percentage of each source that is known, by the key that rules count it by."""
+        return {key: known.percent for key, known in self._known.items()}
+
+
+def _is_productive(flow: Flow, headers: int) -> bool:
+    return (
+        flow.client_bytes > flow.client_packets * headers + _SYN_MORE
+        and flow.server_bytes > flow.server_packets * headers + _SYN_MORE
+    )
+
+
+class LenientLimiter(Limiter):
+    """A limiter that lets a productive source take `up_to` times as much again."""
+
+    __slots__ = ("_beyond", "_least", "_percents")
+
+    def __init__(self, rule: Rule, percents: Mapping[int, int]) -> None:
+        assert rule.unless is not None
+        super().__init__(rule.limit, rule.period, rule.burst)
+        self._percents = percents
+        self._least = rule.unless.productive
+        times = rule.unless.up_to - 1
+        self._beyond = Limiter(rule.limit * times, rule.period, rule.burst * times)
+
+    def over(self, key: int, now: int) -> bool:
+        """Count once, and tell whether it is too much for this source."""
+        if not super().over(key, now):
+            return False
+        return self._percents.get(key, 0) < self._least or self._beyond.over(key, now)
+
+
+def limit_of(rule: Rule, key: int, percents: Mapping[int, int]) -> int:
+    """Return a rule's limit for a source of this key: wider if it is productive."""
+    if rule.unless is None or percents.get(key, 0) < rule.unless.productive:
+        return rule.limit
+    return rule.limit * rule.unless.up_to
