@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
-from rstguard.cli.common import FAILED, Json, PolicyFile, fail, print_json, read_policy
+from rstguard.cli.common import BAD_POLICY, FAILED, Json, PolicyFile, fail, print_json
 
 if TYPE_CHECKING:
     from rstguard.engine.ruleset import RuleSet
@@ -112,10 +112,17 @@ def _played(rulesets: list[RuleSet], file: Path, events: Path | None) -> list[Re
 
 
 def _ruleset(file: Path, mode: Mode | None) -> RuleSet:
-    """Read a policy; its warnings speak of this machine's interfaces, which do not matter here."""
+    """Read a policy; whether its interfaces exist here does not matter to a capture."""
     from rstguard.policy.compile import compile_policy
+    from rstguard.policy.load import PolicyError, load
 
-    ruleset = compile_policy(read_policy(file).policy)
+    try:
+        loaded = load(file)
+    except PolicyError as error:
+        fail(str(error), BAD_POLICY)
+    for problem in loaded.warnings:
+        typer.echo(str(problem), err=True)
+    ruleset = compile_policy(loaded.policy)
     return replace(ruleset, enforce=mode is Mode.ENFORCE) if mode else ruleset
 
 
