@@ -46,6 +46,8 @@ BASE = 86_400 * SECOND
 
 _MOST_SWEEPS = 1000
 """Sweeps in one pause of the capture: a long pause is swept at wider intervals."""
+_LATE = SECOND // 100
+"""Captures of several processors are out of order by less than this (nanoseconds)."""
 _HANDSHAKE_FLAGS = FIN | SYN | RST | ACK
 _IPV4 = Struct(">2xH2xHxB2x12s8xBBH").unpack_from
 _IPV6 = Struct(">4xH2x36s8xBBH").unpack_from
@@ -124,7 +126,7 @@ class Replay:
         of_client, of_server = self._table.clients.get, self._table.servers.get
         for time, data in batch:
             if time - shift < now:
-                self.counts.unordered += 1
+                self.counts.unordered += now - time + shift > _LATE
             else:
                 now = time - shift
                 if now >= self._sweep_at:

@@ -76,8 +76,8 @@ def _notes(replay: Replay, capture: Capture) -> Iterable[str]:
     counts = replay.counts
     if capture.damage:
         yield capture.damage
-    if capture.foreign:
-        yield f"{capture.foreign:,} packets are not IP, or of an unknown link type"
+    if capture.foreign * 2 > capture.frames:
+        yield f"{capture.foreign:,} packets are not IP, or of a link type that is not known here"
     if not counts.packets:
         yield "there is no IP packet in the capture"
     elif not counts.in_scope and not counts.older:
@@ -94,8 +94,8 @@ def _notes(replay: Replay, capture: Capture) -> Iterable[str]:
         yield f"{counts.older:,} connections are older than the capture: their age is not known"
     if counts.unordered:
         yield (
-            f"{counts.unordered:,} packets have earlier times than the ones before them, whose "
-            "time they were given"
+            f"{counts.unordered:,} packets come late: they are judged with the time of the ones "
+            "before them"
         )
     if replay.ruleset.syn_budget is not None:
         yield "the SYN budget is not replayed: every SYN was judged, as it is below the budget"
