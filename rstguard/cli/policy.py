@@ -31,6 +31,10 @@ app.command(
     epilog="Examples: rstguard policy replay policy.yaml yesterday.pcap; "
     "rstguard policy replay policy.yaml yesterday.pcap --against stricter.yaml",
 )(replay.policy_replay)
+app.command(
+    "learn",
+    epilog="Example: rstguard policy learn yesterday.pcap --out proposed.yaml --margin 2",
+)(replay.policy_learn)
 
 
 @app.command("check", epilog="Example: rstguard policy check policies/web-edge.yaml")

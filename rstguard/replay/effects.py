@@ -14,6 +14,12 @@ from rstguard.replay.way import Blocks, Way
 
 _KINDS = {Verdict.DROP: "drop", Verdict.RESET: "refuse", Verdict.ACCEPT: "observe"}
 
+_SPOKEN = 3
+"""Packets of each end of a connection on which it has said something."""
+
+_MOST_GOOD = 1 << 18
+"""Addresses that are remembered as productive."""
+
 
 class Effects:
     """Who is blocked, which connections are held, and what became of them.
@@ -29,6 +35,7 @@ class Effects:
         self._way = way
         self._actions = {rule.name: rule.action for rule in ruleset.rules}
         self._productive: Memory[int] = Memory()
+        self._good: set[int] = set()
         self._widths = {
             (rule.ipv4_length, rule.ipv6_length)
             for rule in ruleset.rules
@@ -108,6 +115,17 @@ class Effects:
                     self.hits.lost(hit, connections=1)
                     self.let_go(connection)
 
+    @property
+    def productive(self) -> set[int]:
+        """Addresses that brought a connection to a good end, or hold one where both ends speak."""
+        speaking = (
+            one.source
+            for held in self.held.values()
+            for one in held.values()
+            if one.client_packets >= _SPOKEN and one.server_packets >= _SPOKEN
+        )
+        return self._good.union(speaking)
+
     def hold(self, connection: Connection) -> None:
         """A connection has proved its client's address."""
         if connection.guarded:
@@ -124,6 +142,8 @@ class Effects:
         if not held:
             del self.held[key]
         if connection.productive and connection.hit is None:
+            if len(self._good) < _MOST_GOOD:
+                self._good.add(connection.source)
             for width in self._widths:
                 source = prefix_of(connection.source, *width)
                 self._productive.put(source, (self._productive.get(source) or 0) + 1)

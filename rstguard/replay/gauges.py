@@ -145,7 +145,7 @@ class Gauges:
         }
         self._flows = [g for g in self.gauges if g.rule.measure not in NEEDS]
         self._seen: dict[Tuple, tuple[int, int, int]] = {}
-        self._swept = 0
+        self._swept, self._every = 0, ruleset.sweep_every
 
     def decide(self, packet: Packet | Malformed, now: int) -> Decision:
         """Measure a packet; it always passes."""
@@ -165,18 +165,18 @@ class Gauges:
         seen: dict[Tuple, tuple[int, int, int]] = {}
         news: dict[Tuple, tuple[int, int]] = {}
         flows = list(flows)
+        elapsed = now - self._swept if self._swept else self._every
         for flow in flows:
             packets = flow.client_packets + flow.server_packets
             total = flow.client_bytes + flow.server_bytes
-            began = now - flow.age if flow.age >= 0 else now
-            last = self._seen.get(flow.original) or (0, 0, began)
+            last = self._seen.get(flow.original) or (packets, 0, now)
             silence = now - last[2] if packets != last[0] else 0
             news[flow.original] = total - last[1], silence
             seen[flow.original] = packets, total, now if packets != last[0] else last[2]
         for gauge in self._flows:
             ports = gauge.rule.ports
             wanted = [f for f in flows if ports is None or f.original.destination_port in ports]
-            self._measure(gauge, wanted, news, now - self._swept)
+            self._measure(gauge, wanted, news, elapsed)
         self._seen, self._swept = seen, now
         return _NOTHING
 

@@ -117,6 +117,15 @@ class Replay:
         self._sweep_at = 0
         self._want_scale = any(rule.measure is Measure.STALLED for rule in ruleset.rules)
 
+    @property
+    def productive(self) -> set[int]:
+        """Addresses that look productive up to now."""
+        return self._effects.productive
+
+    def source_key(self, address: int) -> int:
+        """Return the source that an address belongs to, as one integer."""
+        return self._way.source_key(address)
+
     def feed(self, batch: Batch) -> None:
         """Take packets in, in the order of the capture."""
         if not self.now and batch:

@@ -11,7 +11,8 @@ from rstguard.replay.capture import Capture, open_capture
 from rstguard.replay.play import Replay
 from rstguard.replay.report import Report, report_of
 
-__all__ = ["play", "replay"]
+Progress = Callable[[float], None]
+"""Is told what part of a capture has been read, from 0 to 1."""
 
 
 def replay(ruleset: RuleSet, file: Path) -> Report:
@@ -26,10 +27,8 @@ def replay(ruleset: RuleSet, file: Path) -> Report:
         return report_of(played, capture)
 
 
-def play(
-    capture: Capture, replays: Sequence[Replay], progress: Callable[[float], None] | None = None
-) -> None:
-    """Feed a whole capture to replays, all in one pass; `progress` is told what part is done.
+def play(capture: Capture, replays: Sequence[Replay], progress: Progress | None = None) -> None:
+    """Feed a whole capture to replays, all in one pass.
 
     Raises:
         CaptureError: the capture's first interface is of a kind that cannot be read.
