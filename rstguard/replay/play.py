@@ -298,7 +298,7 @@ class Replay:
             return
         hit = self._effects.bans.find(packet.source, now)
         if hit is None and not connection.proven:
-            hit = self._effects.shuns.since(packet.source, connection.began, now)
+            hit = self._effects.shuns.find(packet.source, now)
         if hit is not None:
             connection.hit = hit
             self.hits.lost(hit, packets=1, connections=1)

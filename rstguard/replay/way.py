@@ -99,7 +99,7 @@ class Blocks:
     """
 
     def __init__(self) -> None:
-        self._by_shift: dict[int, dict[int, tuple[int, int, Hit]]] = {}
+        self._by_shift: dict[int, dict[int, tuple[int, Hit]]] = {}
 
     def add(self, source: Prefix, until: int, now: int, hit: Hit) -> None:
         """Block a source until a time (ns)."""
@@ -107,22 +107,14 @@ class Blocks:
         if len(table) >= _MOST_BLOCKS:
             for network in [network for network, block in table.items() if block[0] <= now]:
                 del table[network]
-        table[source.network >> source.shift] = until, now, hit
+        table[source.network >> source.shift] = until, hit
 
     def find(self, address: int, now: int) -> Hit | None:
         """Return why an address is blocked at `now`, or None if it is not."""
         for shift, table in self._by_shift.items():
             block = table.get(address >> shift)
             if block is not None and now < block[0]:
-                return block[2]
-        return None
-
-    def since(self, address: int, began: int, now: int) -> Hit | None:
-        """Return the block that was laid on an address after `began`, if it is still in force."""
-        for shift, table in self._by_shift.items():
-            block = table.get(address >> shift)
-            if block is not None and now < block[0] and block[1] >= began:
-                return block[2]
+                return block[1]
         return None
 
 

@@ -166,8 +166,14 @@ def test_an_impossible_length_is_damage() -> None:
     capture, found = read(data)
     assert found == CUT
     assert "a packet of 1,073,741,824 bytes" in capture.damage
-    capture, found = read(section() + interface() + enhanced(0, PACKETS[0][1]) + pack("<II", 6, 7))
-    assert not found or capture.damage
+    capture, found = read(pcap([*PACKETS, (START, bytes(300_000))]))  # as large, but all there
+    assert found == CUT
+    assert "a packet of 300,000 bytes" in capture.damage
+    capture, found = read(
+        section() + interface() + enhanced(0, PACKETS[0][1]) + pack("<IIII", 6, 7, 0, 0)
+    )
+    assert found == [(0, PACKETS[0][1])]
+    assert "a block of 7 bytes" in capture.damage
 
 
 @pytest.mark.parametrize("data", [b"", b"GET / HTTP/1.1\r\n" * 9, b"\xd4\xc3\xb2\xa1", bytes(99)])

@@ -14,7 +14,7 @@ from rstguard.engine.ruleset import SECOND, Escalate, Measure, Per, Rule, Scope
 from rstguard.engine.verdict import Action, Ban, Shun
 from rstguard.engine.wire import ACK, FIN, KNOWN, PROVEN, PSH, RST, SYN, URG, Packet, parse
 from rstguard.replay.play import BASE, Replay
-from tests.engine.packets import CLIENT, CLIENT6, SERVER, ruleset
+from tests.engine.packets import CLIENT, CLIENT6, SERVER, ipv4, ruleset, tcp
 from tests.engine.packets import rule as rule_of
 from tests.replay.captures import HERS, ITS, NEXT, START, SYN_ACK, Traffic, hits, played
 
@@ -289,8 +289,8 @@ def test_sweep_counts_connections_and_bytes_and_age() -> None:
 def test_a_long_pause_is_swept_without_taking_forever() -> None:
     traffic = Traffic()
     traffic.open(0)
-    traffic.visit(400 * 86400, OTHER)
-    replay = played(traffic, rule(Measure.IDLE, Action.RESET, 15 * SECOND))
+    traffic.visit(4 * 86400, OTHER)
+    replay = played(traffic, rule(Measure.IDLE, Action.RESET, 2 * 86400 * SECOND))
     assert {kind for kind, _, _ in hits(replay)} == {"reset"}
     assert replay.counts.sweeps < 2000
 
@@ -315,7 +315,9 @@ def test_trusted_sources_and_other_targets_are_let_alone() -> None:
     visits(traffic, CLIENT)
     rules = (rule(Measure.SYN_RATE), rule(Measure.OUT_OF_STATE, name="b"), rule(Measure.AGE))
     trusting = ruleset(*rules, trusted=("198.51.100.0/24",))
-    assert not hits(played(traffic, policy=trusting))
+    replay = played(traffic, policy=trusting)
+    assert not hits(replay)
+    assert not replay.counts.judged
     elsewhere = replace(ruleset(*rules), scope=Scope(("eth0",), (), frozenset({443}), ()))
     assert not hits(played(traffic, policy=elsewhere))
 
@@ -345,7 +347,7 @@ def test_connections_older_than_the_capture_are_no_strays() -> None:
     traffic = Traffic()
     for number in range(200):
         traffic.client(number / 100, ACK, source_port=1000 + number)
-        traffic.server(number / 100 + 0.001, RST, source_port=1000 + number)
+        traffic.server(number / 100 + 0.001, RST | ACK, source_port=1000 + number)
     assert hits(played(traffic, rule(Measure.OUT_OF_STATE))) == {("shun", CLIENT, "it")}
 
 
@@ -366,6 +368,25 @@ def test_impossible_flags_and_fragments_are_no_acks() -> None:
         traffic.client(2 + number / 100, URG)
     replay = played(traffic, rule(Measure.BAD_FLAGS))
     assert hits(replay) == {("ban", CLIENT, "it")}
+
+
+def test_later_fragments_are_passed_over() -> None:
+    traffic = Traffic()
+    for number in range(40):
+        segment = tcp(ACK, source_port=1000 + number, destination_port=80)
+        traffic.add(1 + number / 100, ipv4(segment, fragment=0x2001))
+    replay = played(traffic, rule(Measure.OUT_OF_STATE))
+    assert not replay.counts.judged
+
+
+def test_a_name_may_be_used_again_after_a_reset() -> None:
+    traffic = Traffic()
+    traffic.open(0)
+    traffic.visit(5, OTHER)
+    traffic.open(10)
+    traffic.visit(20, OTHER, source_port=5)
+    replay = played(traffic, rule(Measure.AGE, Action.RESET, 3 * SECOND))
+    assert of(replay, "reset").times == 2
 
 
 def test_memory_is_bounded_and_nobody_is_blamed_for_it() -> None:
