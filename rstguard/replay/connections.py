@@ -225,7 +225,7 @@ class Table:
 
     def refuse(self, key: bytes, hit: Hit) -> None:
         """The SYN that was noted last never arrives."""
-        self._opening[key] = self._opening[key]._replace(hit=hit)
+        self._opening[key] = Opening(*self._opening[key][:5], hit)
 
     def add(self, key: bytes, packet: Packet, now: int) -> Connection:
         """Return a new connection of a client's segment."""

@@ -19,6 +19,9 @@ connection is reset; a rule that only observes notes a source.
 MOST = 100_000
 """Records that are kept one by one; what comes later is only counted."""
 
+_EACH = frozenset({"ban", "shun", "reset"})
+"""What is told each time, and not only the first."""
+
 Subject = Prefix | Tuple
 Key = tuple[str, Subject, str]
 """Kind, source or connection, and rule."""
@@ -96,17 +99,20 @@ class Hits:
         total.times[kind] = total.times.get(kind, 0) + 1
         key = (kind, subject, rule)
         hit = self._kept.get(key)
-        fresh = hit is None
         if hit is None:
-            hit = Hit(kind, subject, rule, reason, now, now)
-            if len(self._kept) < self._most:
-                self._kept[key] = hit
-                total.subjects[kind] = total.subjects.get(kind, 0) + 1
-            else:
-                self.left_out += 1
+            if len(self._kept) >= self._most:
+                return self._beyond(Hit(kind, subject, rule, reason, now, now, 1), now)
+            hit = self._kept[key] = Hit(kind, subject, rule, reason, now, now)
+            total.subjects[kind] = total.subjects.get(kind, 0) + 1
         hit.times += 1
         hit.last = now
-        if self.tell is not None and (fresh or kind in ("ban", "shun", "reset")):
+        if self.tell is not None and (hit.times == 1 or kind in _EACH):
+            self.tell(hit, now)
+        return hit
+
+    def _beyond(self, hit: Hit, now: int) -> Hit:
+        self.left_out += 1
+        if self.tell is not None and hit.kind in _EACH:
             self.tell(hit, now)
         return hit
 

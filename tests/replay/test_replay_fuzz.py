@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -49,11 +47,8 @@ def packets(draw: st.DrawFn) -> bytes:
     if draw(st.booleans()):
         data = ipv4(segment, source=source, destination=destination)
     else:
-        ends: dict[str, Any] = {
-            "source": f"2001:db8::{source[-1]}",
-            "destination": f"2001:db8::{destination[-1]}",
-        }
-        data = ipv6(segment, **ends)
+        source, destination = f"2001:db8::{source[-1]}", f"2001:db8::{destination[-1]}"
+        data = ipv6(segment, source=source, destination=destination)
     if draw(st.integers(0, 9)):
         return data
     at = draw(st.integers(0, len(data)))
