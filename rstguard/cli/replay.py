@@ -54,15 +54,15 @@ def policy_replay(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Tell what a policy would have done to a capture: to whom, when, by which rule and why.
+    """Tell what a policy would have done to a capture: to whom, when, and why.
 
-    The guard's own engine judges the packets in the capture's time, and what it orders takes
-    effect: packets of a banned source are counted as not arrived.
+    The guard's own engine judges the packets in the capture's time, and what
+    it orders takes effect: a banned source's packets count as not arrived.
 
-    Capture both directions on the protected interface (tcpdump -i eth0 -s 128 -w FILE tcp); on
-    `any` a gateway sees each packet twice. protect.interfaces is ignored: a packet is inbound if
-    it goes to protect.destinations, or else by who sent the first SYN. Addresses that a gateway
-    translates must be captured on the outside.
+    Capture both directions, on the protected interface alone
+    (tcpdump -i eth0 -s 128 -w FILE tcp): on `any` a gateway sees each packet
+    twice. protect.interfaces is ignored: a packet is inbound if it goes to
+    protect.destinations, else by who sent the first SYN.
     """
     from rich.console import Console
 
@@ -103,11 +103,11 @@ def policy_learn(
     force: Annotated[bool, typer.Option("--force", help="Overwrite FILE.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Propose limits: for each rule what 99.9 % of the productive sources of a capture do.
+    """Propose limits: what 99.9 % of a capture's productive sources do, doubled.
 
-    Writes a policy whose comments say what was measured, and how many sources other limits would
-    have hit. Take the capture on an ordinary busy day, and read which sources showed most before
-    you use it: then try it with `rstguard policy replay`.
+    Writes a policy whose comments say what was measured, and how many sources
+    other limits would have hit. Take the capture on an ordinary busy day, read
+    which sources showed most, and try it with `rstguard policy replay`.
     """
     from rstguard.policy.compile import compile_policy
     from rstguard.policy.load import PolicyError, parse
