@@ -7,8 +7,9 @@ not have arrived" and are not judged.  What a server still sends in the capture 
 
 Differences from the live guard, besides those of the tracker: nothing is ever shed; a SYN budget is
 left out (every SYN reaches the engine, none is answered with a cookie); half-open connections of a
-blocked source end at once, not within a second; `protect.interfaces` is ignored; and a client whose
-SYN was dropped does not try again.
+blocked source end at once, not within a second; `protect.interfaces` is ignored; a client whose SYN
+was dropped does not try again; the addresses that a live guard spares by itself are not known; and
+a policy that bans too many a minute is not turned into an observing one (the report tells of it).
 """
 
 from __future__ import annotations
@@ -116,6 +117,11 @@ class Replay:
         self._sweeping: Sweeping = sweeping or Sweep(ruleset)
         self._sweep_at = 0
         self._want_scale = any(rule.measure is Measure.STALLED for rule in ruleset.rules)
+
+    @property
+    def runaway_at(self) -> int | None:
+        """When there first were more bans in a minute than the policy allows, or None."""
+        return self._effects.runaway_at
 
     @property
     def productive(self) -> set[int]:

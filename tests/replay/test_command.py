@@ -168,3 +168,16 @@ def test_what_the_capture_cannot_tell_is_said(policy: Path, tmp_path: Path) -> N
     )
     (note,) = answer("replay", policy, write(tmp_path, one_way))["notes"]
     assert "protect.destinations" in note
+
+
+def test_a_policy_that_bans_too_many_is_told_of(policy: Path, tmp_path: Path) -> None:
+    policy.write_text(POLICY.replace("version: 1", "version: 1\nbans_per_minute: 2"))
+    for most, notes in ((2, 0), (3, 1)):
+        traffic = Traffic()
+        for source in range(most):
+            for number in range(9):
+                traffic.visit(number, f"10.0.0.{source}", source_port=2000 + number, port=22)
+        data = answer("replay", policy, write(tmp_path, traffic))
+        assert [hit["kind"] for hit in data["hits"]] == ["ban"] * most
+        assert len(data["notes"]) == notes
+    assert "the guard would only observe from then on" in data["notes"][0]
