@@ -100,8 +100,8 @@ def _notes(replay: Replay, capture: Capture) -> Iterable[str]:
     if replay.runaway_at is not None and replay.ruleset.enforce:
         yield (
             f"after {offset(replay.runaway_at):,.3f} s there are more than "
-            f"{replay.ruleset.bans_per_minute:,} bans in a minute (bans_per_minute): the guard would "
-            "only observe from then on, the replay goes on as before"
+            f"{replay.ruleset.bans_per_minute:,} bans in a minute (bans_per_minute): the guard "
+            "would only observe from then on, the replay goes on as before"
         )
     if replay.ruleset.syn_budget is not None:
         yield "the SYN budget is not replayed: every SYN was judged, as it is below the budget"

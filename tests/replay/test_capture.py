@@ -47,6 +47,27 @@ def ethernet(kind: bytes = b"\x08\x00", tags: bytes = b"") -> bytes:
     return bytes(12) + tags + kind
 
 
+@pytest.mark.parametrize("kind", ["pcap", "pcapng", "pcap.gz"])
+@pytest.mark.parametrize("first", ["ethernet", "raw"])
+def test_files_that_another_program_writes(kind: str, first: str, tmp_path: Path) -> None:
+    from scapy.layers.inet import IP, TCP
+    from scapy.layers.l2 import Ether
+    from scapy.utils import wrpcap, wrpcapng
+
+    segments = [IP(src="192.0.2.1", dst="192.0.2.2") / TCP(sport=n) / b"hello" for n in range(50)]
+    frames = [Ether(dst="00:00:00:00:00:01") / s for s in segments]
+    frames = frames if first == "ethernet" else segments
+    for number, frame in enumerate(frames):
+        frame.time = 1_700_000_000 + number
+    file = tmp_path / f"capture.{kind}"
+    writer = wrpcapng if kind == "pcapng" else wrpcap
+    writer(str(file), frames, **({"gz": True} if kind == "pcap.gz" else {}))
+    with open_capture(file) as capture:
+        found = [packet for batch in capture.batches() for packet in batch]
+    assert found == [(START + n * SECOND, bytes(s)) for n, s in enumerate(segments)]
+    assert not capture.damage
+
+
 LINKS = {
     "null": (0, pack("<I", 2)),
     "ethernet": (1, ethernet()),
