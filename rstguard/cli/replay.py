@@ -133,9 +133,9 @@ def policy_learn(
     if as_json:
         print_json(lesson_data(lesson) | {"file": str(out)})
         return
-    typer.echo(
-        f"{out}: limits from {lesson.productive:,} productive sources in {lesson.frames:,} packets"
-    )
+    sources = "source" if lesson.productive == 1 else "sources"
+    found = f"{lesson.productive:,} productive {sources} in {lesson.frames:,} packets"
+    typer.echo(f"{out}: limits from {found}")
     for one in lesson_data(lesson)["rules"]:
         kept = f"kept: {one['kept_because']}"
         typer.echo(f"  {one['rule']}: {one['limit'] or kept}")

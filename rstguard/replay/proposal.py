@@ -79,7 +79,8 @@ def _head(lesson: Lesson) -> Iterator[str]:
     seconds = duration_text(lesson.length // SECOND * SECOND)
     name = Path(lesson.capture).name
     yield f"Limits proposed from {name}: {lesson.frames:,} packets in {seconds},"
-    yield f"{lesson.productive:,} sources that look productive. Each limit is what 99.9 % of"
+    sources = "source that looks" if lesson.productive == 1 else "sources that look"
+    yield f"{lesson.productive:,} {sources} productive. Each limit is what 99.9 % of"
     yield f"those do not exceed, times {lesson.margin:g}, rounded. How many a limit would have hit"
     yield "is what it is at most: bursts are left out of account. Read who showed most of all:"
     yield "whoever guesses passwords looks productive, too. A limit far below the base's wants a"

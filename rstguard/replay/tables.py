@@ -33,9 +33,10 @@ def shown(report: Report, top: int, *, brief: bool = False) -> Iterator[Renderab
     `brief` leaves out who was hit, for a report that is to be compared with another.
     """
     seconds = report.length / SECOND
+    began = f" from {capture_time(report.start, BASE)}" if report.start else ""
     yield escape(
-        f"{report.policy} over {report.capture}: {report.frames:,} packets in {seconds:,.1f} s "
-        f"from {capture_time(report.start, BASE)}; {report.judged:,} were judged"
+        f"{report.policy} over {report.capture}: {report.frames:,} packets in {seconds:,.1f} s"
+        f"{began}; {report.judged:,} were judged"
     )
     if not report.enforce:
         yield "The policy only observes: nothing takes effect, so nothing is kept away."

@@ -206,7 +206,7 @@ def test_the_command_writes_a_good_policy_and_overwrites_nothing(tmp_path: Path)
     file, out = write(tmp_path, traffic()), tmp_path / "proposed.yaml"
     done = run("learn", file, "--out", out)
     assert done.returncode == 0, done.stderr
-    assert b"limits from 1 productive sources" in done.stdout
+    assert b"limits from 1 productive source in" in done.stdout
     assert run("check", out).returncode == 0
     assert "destinations" not in out.read_text().replace("`destinations`", "")
     before = out.read_text()
