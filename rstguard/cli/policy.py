@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from rstguard.cli import replay
 from rstguard.cli.common import (
     BAD_POLICY,
     DEFAULT_DIR,
@@ -25,6 +26,15 @@ from rstguard.cli.common import (
 )
 
 app = typer.Typer(help="Check, apply and show policies.", no_args_is_help=True)
+app.command(
+    "replay",
+    epilog="Examples: rstguard policy replay policy.yaml yesterday.pcap; "
+    "rstguard policy replay policy.yaml yesterday.pcap --against stricter.yaml",
+)(replay.policy_replay)
+app.command(
+    "learn",
+    epilog="Example: rstguard policy learn yesterday.pcap --out proposed.yaml --margin 2",
+)(replay.policy_learn)
 
 
 @app.command("check", epilog="Example: rstguard policy check policies/web-edge.yaml")

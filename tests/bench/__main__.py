@@ -18,6 +18,7 @@ from tests.bench.engine_speed import engine
 from tests.bench.figures import Benchmark, Figure, as_data, table
 from tests.bench.kills import kills
 from tests.bench.queue_speed import queue, suricata, workers
+from tests.bench.replay_speed import replays
 from tests.bench.resets import resets
 from tests.bench.sources import sources
 from tests.bench.sweeps import million, sweeps
@@ -36,6 +37,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     sources,
     sweeps,
     million,
+    replays,
 )
 
 

@@ -1,0 +1,255 @@
+"""Propose limits: what honest sources showed in a capture, with a margin.
+
+A source looks productive if it brought a connection to a good end with data both ways, or still
+holds one on which both ends have spoken.  Whoever attacks with whole connections (password
+guessing, say) looks productive as well: the highest sources are named, for a person to judge.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil, floor
+from pathlib import Path
+from typing import Any
+
+from rstguard.engine.address import V6, Prefix
+from rstguard.engine.flow import endpoint
+from rstguard.engine.ruleset import RATE_MEASURES, SECOND, Measure, Per, Rule, RuleSet
+from rstguard.policy.quantities import DAY, HOUR, MINUTE, duration_text
+from rstguard.replay.capture import open_capture
+from rstguard.replay.gauges import LARGEST_COUNT, LEARNED, Gauge, Gauges
+from rstguard.replay.play import BASE, Replay
+from rstguard.replay.run import Progress, play
+
+TIMES = frozenset({Measure.IDLE, Measure.AGE})
+_LONGEST = 30 * DAY
+_HIGHEST_NAMED = 3
+_LONG_ENOUGH = 4
+"""A capture tells of a time if it is so many times as long."""
+_RANKS = (("99 %", 990), ("99.9 %", 999), ("highest", 1000))
+"""What candidate limits are made of, in thousandths of the sources."""
+_TAKEN = "99.9 %"
+
+_STEPS = (10, 15, 20, 30, 40, 50, 60, 80)
+_DURATIONS = tuple(
+    count * unit
+    for unit, counts in (
+        (SECOND, (1, 2, 3, 5, 10, 15, 20, 30, 45)),
+        (MINUTE, (1, 2, 3, 5, 10, 15, 20, 30, 45)),
+        (HOUR, (1, 2, 3, 6, 12)),
+        (DAY, (1, 2, 3, 7, 14, 30)),
+    )
+    for count in counts
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A limit that one could set, and whom it would have hit in this capture, at most."""
+
+    basis: str
+    limit: int
+    hits: int
+    productive_hits: int
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """What was learned for one rule.
+
+    `values` are what the productive sources showed, lowest first; for `slow` highest first, as
+    the least is what counts.  `taken` is the candidate that is proposed, None to keep the limit of
+    the base policy, for the reason `kept`.  `highest` are the sources that showed most.
+    """
+
+    rule: Rule
+    values: tuple[int, ...]
+    candidates: tuple[Candidate, ...]
+    taken: Candidate | None
+    kept: str
+    highest: tuple[tuple[str, int], ...]
+
+    def at(self, thousandths: int) -> int:
+        """Return what so many thousandths of the sources do not exceed."""
+        return percentile(self.values, thousandths)
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """All proposals, and what they were learned from; `length` is in nanoseconds."""
+
+    capture: str
+    frames: int
+    length: int
+    productive: int
+    margin: float
+    proposals: tuple[Proposal, ...]
+    damage: str
+
+
+def learn(ruleset: RuleSet, file: Path, margin: float, progress: Progress | None = None) -> Lesson:
+    """Measure a capture by the rules of a policy; `margin` is the factor to honest sources.
+
+    Raises:
+        CaptureError: the file is no capture, or cannot be read.
+    """
+    gauges = Gauges(ruleset)
+    replay = Replay(ruleset, judge=gauges, sweeping=gauges)
+    with open_capture(file) as capture:
+        play(capture, [replay], progress)
+    length = max(0, replay.now - BASE)
+    by_rule = {gauge.rule.name: gauge for gauge in gauges.gauges}
+    proposals = [
+        propose(rule, by_rule.get(rule.name), replay, length, margin)
+        for rule in replay.ruleset.rules
+    ]
+    return Lesson(
+        capture.name,
+        capture.frames,
+        length,
+        len({*map(replay.source_key, replay.productive)}),
+        margin,
+        tuple(proposals),
+        capture.damage,
+    )
+
+
+def propose(
+    rule: Rule, gauge: Gauge | None, replay: Replay, length: int, margin: float
+) -> Proposal:
+    """Return what a gauge says about a rule's limit."""
+    if gauge is None or rule.measure not in LEARNED:
+        return Proposal(rule, (), (), None, "this measure is not learned", ())
+    good = _productive_keys(rule, gauge, replay)
+    least = rule.measure is Measure.SLOW
+    values = sorted((gauge.shown[key] for key in good), reverse=least)
+    sign = 1 if least else -1
+    everybody = sorted(gauge.shown.items(), key=lambda i: (sign * i[1], i[0] not in good, i[0]))
+    highest = tuple((_name(rule, key), amount) for key, amount in everybody[:_HIGHEST_NAMED])
+    kept = _why_kept(rule, values, length)
+    candidates = []
+    for basis, thousandths in _RANKS if values else ():
+        limit = limit_for(rule.measure, percentile(values, thousandths), margin)
+        hit = [key for key, amount in gauge.shown.items() if crosses(rule.measure, amount, limit)]
+        productive = sum(key in good for key in hit)
+        candidates.append(Candidate(basis, limit, len(hit), productive))
+    taken = next((one for one in candidates if one.basis == _TAKEN and not kept), None)
+    return Proposal(rule, tuple(values), tuple(candidates), taken, kept, highest)
+
+
+def _productive_keys(rule: Rule, gauge: Gauge, replay: Replay) -> set[int]:
+    """Return the keys of a gauge that belong to productive sources; all, if it is per service."""
+    if rule.per is Per.SERVICE:
+        return set(gauge.shown)
+    shifts = (32 - rule.ipv4_length, 128 - rule.ipv6_length)
+    good = {source >> shifts[source >= V6] for source in replay.productive}
+    return good & gauge.shown.keys()
+
+
+def _why_kept(rule: Rule, values: list[int], length: int) -> str:
+    """Return why the limit of the base is better kept, or ""."""
+    if not values:
+        return "no productive source shows any of it"
+    wanted = {Measure.IDLE: rule.limit, Measure.AGE: rule.limit, Measure.SLOW: rule.after}
+    if length < _LONG_ENOUGH * wanted.get(rule.measure, 0):
+        return (
+            f"the capture is too short to tell: it takes {_LONG_ENOUGH} times "
+            f"{duration_text(wanted[rule.measure])}"
+        )
+    if rule.measure is Measure.SLOW and not values[-1]:
+        return "some productive source shows less than 1 B/s"
+    return ""
+
+
+def percentile(values: tuple[int, ...] | list[int], thousandths: int) -> int:
+    """Return the value at a rank: the nearest that so many thousandths do not exceed."""
+    rank = -(-len(values) * thousandths // 1000)
+    return values[max(0, rank - 1)] if values else 0
+
+
+def crosses(measure: Measure, amount: int, limit: int) -> bool:
+    """Tell whether what a source showed may cross a limit."""
+    if measure is Measure.SLOW:
+        return amount < limit
+    return amount >= limit if measure in TIMES else amount > limit
+
+
+def limit_for(measure: Measure, amount: int, margin: float) -> int:
+    """Return a limit that a person would write, `margin` away from what was shown."""
+    if measure is Measure.SLOW:
+        return max(1, _rounded(floor(amount / margin), down=True))
+    wanted = max(1, ceil(amount * margin))
+    if measure in TIMES:
+        return next((step for step in _DURATIONS if step >= wanted), _LONGEST)
+    limit = _rounded(wanted, down=False)
+    counts = (Measure.HALF_OPEN, Measure.DISTINCT_PORTS, Measure.DISTINCT_HOSTS)
+    return min(limit, LARGEST_COUNT if measure in counts else 10_000_000)
+
+
+def _rounded(value: int, *, down: bool) -> int:
+    """Return the next number of one digit or so: 1, 15, 200, 3000."""
+    if value < 10:
+        return value
+    scale: int = 10 ** (len(str(value)) - 2)
+    steps = [step * scale for step in (*_STEPS, 100)]
+    if down:
+        return max(step for step in steps if step <= value)
+    return min(step for step in steps if step >= value)
+
+
+def quantity(rule: Rule, amount: int) -> str:
+    """Return an amount of a rule's measure as a policy file writes it."""
+    if rule.measure is Measure.BYTE_RATE or rule.measure is Measure.SLOW:
+        for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+            if amount >= 10 * size or (amount >= size and amount % size == 0):
+                return f"{amount // size} {unit}/s"
+        return f"{amount} B/s"
+    if rule.measure in TIMES:
+        return duration_text(amount // SECOND * SECOND or SECOND)
+    if rule.measure in RATE_MEASURES:
+        return f"{amount}/{duration_text(rule.period).removeprefix('1')}"
+    return str(amount)
+
+
+def _name(rule: Rule, key: int) -> str:
+    """Return the source or service that a gauge's key stands for."""
+    if rule.per is Per.SERVICE:
+        return endpoint(key >> 16, key & 0xFFFF)
+    v6 = key >= 1 << rule.ipv4_length
+    length = rule.ipv6_length if v6 else rule.ipv4_length
+    return str(Prefix(key << (128 if v6 else 32) - length, length))
+
+
+def lesson_data(lesson: Lesson) -> dict[str, Any]:
+    """Return a lesson as plain values for JSON."""
+    return {
+        "capture": lesson.capture,
+        "packets": lesson.frames,
+        "seconds": round(lesson.length / SECOND, 6),
+        "productive_sources": lesson.productive,
+        "margin": lesson.margin,
+        "damage": lesson.damage,
+        "rules": [
+            {
+                "rule": one.rule.name,
+                "measure": one.rule.measure.value,
+                "productive_sources": len(one.values),
+                "limit": quantity(one.rule, one.taken.limit) if one.taken else None,
+                "kept_because": one.kept,
+                "candidates": [
+                    {
+                        "basis": candidate.basis,
+                        "limit": quantity(one.rule, candidate.limit),
+                        "would_hit": candidate.hits,
+                        "of_them_productive": candidate.productive_hits,
+                    }
+                    for candidate in one.candidates
+                ],
+                "highest": [
+                    {"source": name, "shown": quantity(one.rule, amount)}
+                    for name, amount in one.highest
+                ],
+            }
+            for one in lesson.proposals
+        ],
+    }
