@@ -216,7 +216,7 @@ def cleanup(
     as_json: Json = False,
 ) -> None:
     """Undo what a guard that was killed left behind: rules, sets, sysctls, socket."""
-    from rstguard.daemon.supervisor import claim
+    from rstguard.daemon.claims import claim
     from rstguard.kernel.footprint import Footprint
 
     with errors_in_one_sentence():

@@ -206,6 +206,74 @@ def policy_show(
         typer.echo(data["compiled" if compiled else "text"], nl=False)
 
 
+@app.command("diff", epilog="Example: rstguard policy diff /etc/rstguard/policy.yaml")
+def policy_diff(
+    file: PolicyFile,
+    against: Annotated[
+        Path | None,
+        typer.Option(help="Compare with this file instead of the policy in force.", readable=False),
+    ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="Show the iptables rules that change, too.")
+    ] = False,
+    runtime_dir: RuntimeDir = DEFAULT_DIR,
+    as_json: Json = False,
+) -> None:
+    """Tell what applying a policy file would change, and change nothing."""
+    from rstguard.kernel.footprint import rules_text
+    from rstguard.kernel.queues import DEFAULT_NUMBER
+    from rstguard.policy.compile import compile_policy
+    from rstguard.policy.differ import differences, rules_diff
+    from rstguard.policy.load import parse
+
+    new = compile_policy(read_policy(file).policy)
+    if against is not None:
+        old = compile_policy(read_policy(against).policy)
+    else:
+        shown = ask_guard(runtime_dir, "policy-show")
+        old = compile_policy(parse(shown["text"], shown["file"]).policy)
+    queues = range(DEFAULT_NUMBER, DEFAULT_NUMBER + 1)
+    changes = differences(old, new)
+    lines = rules_diff(rules_text(old, queues), rules_text(new, queues))
+    if as_json:
+        print_json({"changes": changes, "iptables": lines})
+        return
+    for change in changes:
+        typer.echo(change)
+    if not changes:
+        typer.echo("nothing would change")
+    if compiled and lines:
+        typer.echo(f"\n{lines}", nl=False)
+
+
+@app.command("schema", epilog="Example: rstguard policy schema > policy.schema.json")
+def policy_schema_command() -> None:
+    """Print the JSON Schema of policy files, by which editors complete and check them."""
+    from rstguard.policy.schema import policy_schema
+
+    print_json(policy_schema())
+
+
+@app.command("explain", epilog="Example: rstguard policy explain 198.51.100.7")
+def policy_explain(
+    address: Annotated[str, typer.Argument(help="Address of a source.")],
+    runtime_dir: RuntimeDir = DEFAULT_DIR,
+    as_json: Json = False,
+) -> None:
+    """Tell how a source stands now: which rules count it, how near each is, what would follow."""
+    told = ask_guard(runtime_dir, "explain", source=address)
+    if as_json:
+        print_json(told)
+        return
+    typer.echo(f"{told['source']}: {told['state']}")
+    typer.echo(f"  {told['connections']} connections in the kernel's table")
+    if told["productive_percent"] is not None:
+        typer.echo(f"  {told['productive_percent']}% of its completed connections are productive")
+    for row in told["rules"]:
+        used = "not counted now" if row["used_percent"] is None else f"{row['used_percent']}% used"
+        typer.echo(f"  {row['name']}: {used}; {row['says']}")
+
+
 def _compiled(data: dict[str, Any]) -> dict[str, Any]:
     """Return what a policy compiles to: for people, each rule's tier, and the iptables rules.
 

@@ -116,6 +116,22 @@ class Counts:
 
 
 @dataclass(frozen=True, slots=True)
+class Explain:
+    """Supervisor to worker: tell how a source (a tagged address) stands."""
+
+    number: int
+    source: int
+
+
+@dataclass(frozen=True, slots=True)
+class Explained:
+    """Worker: how much of each rule's limit the source has used, 1 being all."""
+
+    number: int
+    used: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
 class Kill:
     """Supervisor to sweeper: end the connections that all given conditions fit."""
 

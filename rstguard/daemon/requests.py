@@ -45,6 +45,7 @@ class Requests:
             "ban-add": self._ban_add,
             "ban-remove": self._ban_remove,
             "kill": self._kill,
+            "explain": supervisor.explanations.explain,
             **supervisor.policies.commands,
         }
 

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import logging
-import os
 import signal
-import socket
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -18,9 +15,12 @@ from typing import Any
 from rstguard.daemon.budget import Budget
 from rstguard.daemon.cap import BanCap
 from rstguard.daemon.children import Child, StartFailed
+from rstguard.daemon.claims import claim
 from rstguard.daemon.control import ControlError, serve
+from rstguard.daemon.explain import Explanations
 from rstguard.daemon.messages import (
     Blocked,
+    Explained,
     Kill,
     Killed,
     NewPolicy,
@@ -83,6 +83,7 @@ class Supervisor:
         self.events = EventLog()
         self.record = Record(options.state)
         self.policies = Policies(self)
+        self.explanations = Explanations(self)
         self.started = time.monotonic()
         self.queues = range(options.queue, options.queue + options.workers)
         self.footprint = Footprint(options.directory, self.queues)
@@ -289,22 +290,10 @@ class Supervisor:
     def _heard(self, message: Any) -> None:
         """Note what a worker or the sweeper did, and pass on what concerns connections."""
         match message:
-            case Blocked():
-                self.blocked(message)
-            case Reset():
-                self.events.add(
-                    Event(
-                        "reset",
-                        str(message.flow),
-                        message.rule,
-                        message.reason,
-                        enforced=message.enforced,
-                    )
-                )
-                if message.enforced and message.known and message.by_worker:
-                    self.sweeper.send(message)
-            case Observed():
-                self.events.add(Event("observed", str(message.flow), message.rule, message.reason))
+            case Blocked() | Reset() | Observed():
+                self._decided(message)
+            case Explained():
+                self.explanations.heard(message)
             case Productive():
                 self.productive = message
                 for worker in self.workers:
@@ -317,6 +306,17 @@ class Supervisor:
             case NotKilled():
                 for one in message.unconfirmed:
                     self.events.add(Event("not_killed", str(one.flow), detail=one.sentence))
+
+    def _decided(self, message: Blocked | Reset | Observed) -> None:
+        if isinstance(message, Blocked):
+            self.blocked(message)
+            return
+        kind = "reset" if isinstance(message, Reset) else "observed"
+        enforced = not isinstance(message, Reset) or message.enforced
+        flow, rule, reason = str(message.flow), message.rule, message.reason
+        self.events.add(Event(kind, flow, rule, reason, enforced=enforced))
+        if isinstance(message, Reset) and enforced and message.known and message.by_worker:
+            self.sweeper.send(message)
 
     def _overloaded(self, message: Overloaded) -> None:
         alive = {worker.pid for worker in self.workers}
@@ -349,50 +349,6 @@ class Supervisor:
             task = asyncio.ensure_future(self._run_away())
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-
-
-def claim(*directories: Path) -> contextlib.ExitStack:
-    """Make sure that this is the only guard of its network namespace and of its directories.
-
-    Both claims go with their process, however it ends; close what is returned to give them up.
-
-    Raises:
-        KernelError: another guard runs here.
-    """
-    with contextlib.ExitStack() as claims:
-        claims.enter_context(_claim_namespace())
-        for directory in directories:
-            if directory.is_dir():  # else no guard can be using it
-                claims.callback(os.close, _claim_directory(directory))
-        return claims.pop_all()
-
-
-def _claim_directory(directory: Path) -> int:
-    """Lock a directory: another guard's socket and sysctl record in it are not ours to replace."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise KernelError(
-            f"the guard of another network namespace uses the directory {directory}; "
-            "name others with --runtime-dir and --state-dir"
-        ) from None
-    return descriptor
-
-
-def _claim_namespace() -> socket.socket:
-    """Bind an abstract socket name: it belongs to one namespace."""
-    claimed = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    try:
-        claimed.bind("\0rstguard")
-    except OSError:
-        claimed.close()
-        raise KernelError(
-            "another rstguard guards this network namespace already; stop it first, "
-            "or change its policy with `rstguard policy apply FILE`"
-        ) from None
-    return claimed
 
 
 def _mode(ruleset: RuleSet) -> str:

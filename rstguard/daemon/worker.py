@@ -22,6 +22,8 @@ from rstguard.daemon.child import run_child
 from rstguard.daemon.messages import (
     Blocked,
     Counts,
+    Explain,
+    Explained,
     NewPolicy,
     Observed,
     Offences,
@@ -257,6 +259,9 @@ class Worker:
             self._take_up(message.ruleset, self._engine)
             self._queue.set_fail_open(message.ruleset.fail_open)
             self._channel.send(Ready(message.generation))
+        elif isinstance(message, Explain):
+            used = self._engine.explain(message.source, time.monotonic_ns())
+            self._channel.send(Explained(message.number, used))
         elif isinstance(message, Productive):
             self._engine.note_productive(message.percents)
         elif isinstance(message, Offences):

@@ -92,7 +92,8 @@ class Engine:
         self.left_undone: int = previous.left_undone if previous else 0
         self._exhausting = {meter.rule: meter.exhaust for meter in self.meters}
         self._dropping = {
-            rule: Decision(Verdict.DROP, REASONS[rule.measure], rule.name) for rule in ruleset.rules
+            rule.name: Decision(Verdict.DROP, REASONS[rule.measure], rule.name)
+            for rule in ruleset.rules
         }
 
     def decide(self, packet: Packet | Malformed, now: int) -> Decision:
@@ -165,9 +166,9 @@ class Engine:
         if rule.action >= Action.RESET and self.ruleset.scope.spares(packet.source):
             # Its address may be forged, so what is too fast does not pass either.
             too_fast = rule.measure in RATE_MEASURES and kind_of(packet) is Kind.SYN
-            return self._dropping[rule] if too_fast else calm if calm.trust else _SPARED
+            return self._dropping[rule.name] if too_fast else calm if calm.trust else _SPARED
         if rule.action is Action.DROP and not outbound:
-            return self._dropping[rule]
+            return self._dropping[rule.name]
         if rule.action is Action.BAN:
             proven = bool(packet.state & PROVEN)
             effects = self._sources.block(self.blocked(packet, rule), proven, rule, now)
@@ -192,11 +193,22 @@ class Engine:
         """A SYN is refused; a segment of no connection is dropped, as there is none to reset."""
         kind, reason = kind_of(packet), REASONS[rule.measure]
         if kind in (Kind.BAD, Kind.STRAY):
-            return self._dropping[rule]
+            return self._dropping[rule.name]
         known = kind is not Kind.SYN
         effect = Condemn(Tuple(*packet[:4]), rule.ends, rule.name, reason)
         effects = (effect,) if known else ()
         return Decision(Verdict.RESET, reason, rule.name, ends=rule.ends, effects=effects)
+
+    def explain(self, source: int, now: int) -> dict[str, float]:
+        """Return how much of each rule's limit a source (a tagged address) has used, 1 is all.
+
+        Rules that keep no such number, or count per service, are left out.
+        """
+        return {
+            meter.rule.name: meter.used(source, now)
+            for meter in self.meters
+            if meter.used and meter.rule.per is not Per.SERVICE
+        }
 
     def note_productive(self, percents: Mapping[int, int]) -> None:
         """Take note of how productive sources are (`rstguard.engine.lenient.Standings`)."""

@@ -45,6 +45,8 @@ class Meter:
     rule: Rule
     checks: dict[Kind, Check]
     exhaust: Callable[[Packet, int, int], None] | None = None
+    used: Callable[[int, int], float] | None = None
+    """How much of the rule's limit a source (a tagged address) has used at a time, 1 being all."""
 
 
 _SAME_HANDSHAKE = 5 * SECOND
@@ -67,6 +69,11 @@ def key_function(rule: Rule) -> Callable[[Packet], int]:
     return key
 
 
+def _shifted(rule: Rule, source: int) -> int:
+    """Return the key that a rule counts a source by."""
+    return source >> (128 - rule.ipv6_length if source >= V6 else 32 - rule.ipv4_length)
+
+
 def _flow_key(packet: Packet) -> int:
     """Return a connection's name as one integer: a third of the memory of a tuple of four."""
     return ((packet[0] << 129 | packet[1]) << 16 | packet[2]) << 16 | packet[3]
@@ -79,7 +86,11 @@ def crossed_by_one(rule: Rule) -> bool:
     token bucket has at least one token, so no rate can; a count of 0 can.  What counts per
     service knows no newcomers.
     """
-    return rule.in_kernel or rule.per is Per.SERVICE or (rule.measure in _MAKERS and rule.limit < 1)
+    return (
+        rule.in_kernel
+        or rule.per is Per.SERVICE
+        or (rule.measure in _DISTINCT_MAKERS and rule.limit < 1)
+    )
 
 
 def make_meter(rule: Rule, percents: Mapping[int, int]) -> Meter | None:
@@ -98,9 +109,18 @@ def make_meter(rule: Rule, percents: Mapping[int, int]) -> Meter | None:
         def exhaust(packet: Packet, until: int, now: int) -> None:
             limiter.exhaust(key(packet), until, now)
 
-        return Meter(rule, _RATE_MAKERS[rule.measure](rule, limiter), exhaust)
-    maker = _MAKERS.get(rule.measure)
-    return Meter(rule, maker(rule)) if maker else None
+        def used(source: int, now: int) -> float:
+            return limiter.level(_shifted(rule, source), now)
+
+        return Meter(rule, _RATE_MAKERS[rule.measure](rule, limiter), exhaust, used)
+    if rule.measure in _DISTINCT_MAKERS:
+        distinct = Distinct(rule.limit, rule.within)
+
+        def tried(source: int, now: int) -> float:
+            return distinct.count(_shifted(rule, source), now) / max(rule.limit, 1)
+
+        return Meter(rule, _DISTINCT_MAKERS[rule.measure](rule, distinct), used=tried)
+    return Meter(rule, _stalled(rule)) if rule.measure is Measure.STALLED else None
 
 
 def _rate(rule: Rule, limiter: Limiter) -> Check:
@@ -171,19 +191,19 @@ def _reset_rate(rule: Rule, limiter: Limiter) -> dict[Kind, Check]:
     return {Kind.CLOSE: lambda packet, now: bool(packet.flags & 4) and rate(packet, now)}
 
 
-def _distinct_ports(rule: Rule) -> dict[Kind, Check]:
-    over, key = Distinct(rule.limit, rule.within).over, key_function(rule)
+def _distinct_ports(rule: Rule, tried: Distinct) -> dict[Kind, Check]:
+    over, key = tried.over, key_function(rule)
     return {Kind.SYN: lambda packet, now: over(key(packet), packet.destination_port, now)}
 
 
-def _distinct_hosts(rule: Rule) -> dict[Kind, Check]:
-    over, key = Distinct(rule.limit, rule.within).over, key_function(rule)
+def _distinct_hosts(rule: Rule, tried: Distinct) -> dict[Kind, Check]:
+    over, key = tried.over, key_function(rule)
     return {Kind.SYN: lambda packet, now: over(key(packet), packet.destination, now)}
 
 
-def _half_open(rule: Rule) -> dict[Kind, Check]:
+def _half_open(rule: Rule, pending: Distinct) -> dict[Kind, Check]:
     """A SYN opens, the first ACK the kernel accepts takes it back."""
-    pending, key = Distinct(rule.limit, rule.within), key_function(rule)
+    key = key_function(rule)
 
     def opened(packet: Packet, now: int) -> bool:
         return pending.over(key(packet), _flow_key(packet), now)
@@ -253,9 +273,8 @@ _RATE_MAKERS: dict[Measure, Callable[[Rule, Limiter], dict[Kind, Check]]] = {
     Measure.RESET_RATE: _reset_rate,
     Measure.SHORT_CONNECTIONS: _short_connections,
 }
-_MAKERS: dict[Measure, Callable[[Rule], dict[Kind, Check]]] = {
+_DISTINCT_MAKERS: dict[Measure, Callable[[Rule, Distinct], dict[Kind, Check]]] = {
     Measure.HALF_OPEN: _half_open,
     Measure.DISTINCT_PORTS: _distinct_ports,
     Measure.DISTINCT_HOSTS: _distinct_hosts,
-    Measure.STALLED: _stalled,
 }

@@ -168,9 +168,13 @@ def _rules(ruleset: RuleSet) -> Iterator[str]:
     if not ruleset.rules:
         yield "no rules"
     for rule in ruleset.rules:
-        tier = tier_of(rule)
-        ports = "" if rule.ports is None else f", ports {_port_set(rule.ports)}"
-        yield f"rule {rule.name:{width}}  {tier}  {_condition(rule)}{ports} -> {_action(rule)}"
+        yield f"rule {rule.name:{width}}  {tier_of(rule)}  {describe_rule(rule)}"
+
+
+def describe_rule(rule: Rule) -> str:
+    """Return when a rule is crossed and what it then does, on one line."""
+    ports = "" if rule.ports is None else f", ports {_port_set(rule.ports)}"
+    return f"{_condition(rule)}{ports} -> {_action(rule)}"
 
 
 def _condition(rule: Rule) -> str:

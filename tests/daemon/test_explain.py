@@ -1,0 +1,85 @@
+"""`policy explain`, `policy diff`: how a source stands, and what a file would change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.daemon.conftest import Open
+from tests.guard import BOTH_FAMILIES, ROUTER4, Guard, server_address, source
+from tests.netns import Lab, wait_until
+
+pytestmark = pytest.mark.netns
+
+POLICY = """\
+version: 1
+name: told
+protect: {interfaces: [out]}
+trusted: [192.0.2.0/24]
+rules:
+  - {name: rate, measure: syn_rate, over: 10/m, burst: 10, then: ban, for: 10m}
+  - {name: ports, measure: distinct_ports, over: 10, within: 1m, then: drop}
+  - {name: idle, measure: idle, over: 15m, then: reset}
+"""
+
+
+@pytest.fixture(scope="module")
+def guard(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guard]:
+    with Guard(lab, POLICY, tmp_path_factory.mktemp("guard")) as guard:
+        yield guard
+
+
+@BOTH_FAMILIES
+def test_a_source_that_connects(guard: Guard, serve: Open, v6: bool) -> None:
+    service, address = serve(8200, v6), source(v6)
+    fresh = guard.json("policy", "explain", address)
+    assert "has not proved its address" in fresh["state"]
+    assert [row["used_percent"] for row in fresh["rules"]] == [0, 0, None]
+    for _ in range(5):
+        service.connect(address).talk()
+    told = guard.json("policy", "explain", address)
+    assert told["connections"] == 5
+    assert "has proved its address, so a rule may ban it" in told["state"]
+    used = {row["name"]: row["used_percent"] for row in told["rules"]}
+    assert 40 <= used["rate"] <= 50
+    assert used["ports"] == 10
+    assert used["idle"] is None
+    text = guard.cli("policy", "explain", address).stdout
+    assert "5 connections" in text
+    assert "rate: " in text
+    assert "syn_rate over 10 in 1m" in text
+
+
+def test_one_that_is_blocked_trusted_or_a_lifeline(guard: Guard, serve: Open) -> None:
+    service, address = serve(8201), source(False)
+    service.connect(address)
+    guard.cli("ban", "add", address, "--for", "1h")
+    assert (
+        f"banned as {address} by rule manual" in guard.json("policy", "explain", address)["state"]
+    )
+    assert "trusted by the policy" in guard.json("policy", "explain", "192.0.2.7")["state"]
+    assert "a next hop: it is never banned" in guard.json("policy", "explain", ROUTER4)["state"]
+
+
+def test_what_is_no_address(guard: Guard) -> None:
+    done = guard.cli("policy", "explain", "example.org")
+    assert done.returncode == 1
+    assert "'example.org' is no address" in done.stderr
+
+
+def test_what_a_file_would_change(guard: Guard, tmp_path: Path) -> None:
+    new = tmp_path / "new.yaml"
+    new.write_text(
+        POLICY.replace("10/m, burst: 10", "20/m, burst: 10").replace("[out]", "[out, in]")
+    )
+    done = guard.cli("policy", "diff", str(new), "--compiled")
+    assert "interfaces: out -> out, in" in done.stdout
+    assert "rule rate changes" in done.stdout
+    assert "+-A rstguard-in -i in -p tcp -j rstguard-classify" in done.stdout
+    same = guard.cli("policy", "diff", str(guard.file))
+    assert same.stdout == "nothing would change\n"
+    assert guard.status()["policy"]["name"] == "told"
+    wait_until(guard.filtering)
+    assert server_address(False)
