@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from rstguard import __version__
-from rstguard.cli import ban, guard, policy
+from rstguard.cli import ban, events, guard, policy
 from rstguard.cli.common import FAILED, Json, print_json
 from rstguard.engine.verdict import Reason
 from rstguard.kernel.queues import DEFAULT_NUMBER
@@ -28,6 +28,11 @@ app = typer.Typer(
 )
 app.command(epilog="Example: rstguard run --policy /etc/rstguard/policy.yaml")(guard.run)
 app.command()(guard.status)
+app.command(
+    epilog="Examples: rstguard events -f --kind ban --kind reset; "
+    "rstguard events --source 198.51.100.0/24; "
+    "rstguard events --from /var/log/rstguard/events.jsonl --json"
+)(events.events)
 app.command(epilog="Example: rstguard kill --source 198.51.100.7 --port 443")(guard.kill)
 app.command(epilog="Examples: rstguard panic; rstguard panic --end")(guard.panic)
 app.command()(guard.cleanup)

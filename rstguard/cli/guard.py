@@ -43,6 +43,18 @@ def run(
     keep_bans: Annotated[
         bool, typer.Option("--keep-bans", help="Leave bans and shuns in the kernel when stopping.")
     ] = False,
+    event_log: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="RSTGUARD_EVENT_LOG",
+            readable=False,
+            help="Append events to this file, a line of JSON each; it may be rotated at any time.",
+        ),
+    ] = None,
+    journal: Annotated[
+        bool,
+        typer.Option(help="Send events to systemd's journal with fields of their own."),
+    ] = bool(os.environ.get("JOURNAL_STREAM")),
 ) -> None:
     """Guard this network namespace until SIGTERM or Ctrl-C; then undo every change."""
     if workers is None:
@@ -63,7 +75,15 @@ def run(
         loaded = read_policy(policy)
         directory = _make(runtime_dir)
         options = Options(
-            loaded, str(policy.absolute()), directory, state_dir, queue, workers, keep_bans
+            policy=loaded,
+            file=str(policy.absolute()),
+            directory=directory,
+            state=state_dir,
+            queue=queue,
+            workers=workers,
+            keep_bans=keep_bans,
+            event_log=event_log,
+            journal=journal,
         )
         asyncio.run(Supervisor(options).run())
 

@@ -45,6 +45,7 @@ class Requests:
             "ban-add": self._ban_add,
             "ban-remove": self._ban_remove,
             "kill": self._kill,
+            "events": self._events,
             "explain": supervisor.explanations.explain,
             **supervisor.policies.commands,
         }
@@ -164,6 +165,12 @@ class Requests:
         if removed:
             self._guard.events.add(Event("unban", str(source), MANUAL))
         return {"source": str(source), "removed": removed}
+
+    async def _events(self, request: Request) -> object:
+        after, most = request.get("after"), request.get("most")
+        if type(after) is not int or type(most) is not int or most < 1:
+            raise ControlError("say after which number, and how many at most")
+        return self._guard.events.after(after, most)
 
     async def _kill(self, request: Request) -> object:
         conditions: dict[str, Any] = {}

@@ -43,6 +43,7 @@ from rstguard.kernel import KernelError, cookies
 from rstguard.kernel.footprint import Footprint
 from rstguard.kernel.sets import Sets
 from rstguard.observe.events import Event, EventLog
+from rstguard.observe.sinks import Journal, JsonLines
 from rstguard.policy.compile import compile_policy
 from rstguard.policy.load import Loaded
 
@@ -68,6 +69,8 @@ class Options:
     queue: int
     workers: int
     keep_bans: bool
+    event_log: Path | None = None
+    journal: bool = False
 
 
 class Supervisor:
@@ -127,6 +130,7 @@ class Supervisor:
             loop.add_signal_handler(number, self._stop.set)
         claims = claim(self.options.directory, self.options.state)
         server: asyncio.Server | None = None
+        self._open_sinks()
         self.record.open()
         keeping = asyncio.create_task(self.record.keep())
         try:
@@ -151,7 +155,23 @@ class Supervisor:
                 await self._take_down()
             finally:
                 self.record.close()
+                self.events.close()
                 claims.close()
+
+    def _open_sinks(self) -> None:
+        path = self.options.event_log
+        try:
+            if path is not None:
+                self.events.sinks.append(JsonLines(path))
+        except OSError as error:
+            raise KernelError(
+                f"the event log {path} cannot be written ({error.strerror}); name another with "
+                "--event-log"
+            ) from None
+        if self.options.journal:
+            with contextlib.suppress(OSError):  # without a journal the text log says it all
+                self.events.sinks.append(Journal())
+                logging.getLogger("rstguard.events").propagate = False
 
     async def _watch(self) -> None:
         """End a process that has stopped telling of itself: it answers for no packet either."""

@@ -1,4 +1,4 @@
-"""Events: one line for each thing the guard did, and why."""
+"""Events: one record for each thing the guard did, and why."""
 
 from __future__ import annotations
 
@@ -6,26 +6,66 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from types import MappingProxyType
 
 from rstguard.engine.verdict import Reason
+from rstguard.observe.sinks import Sink
 
 log = logging.getLogger("rstguard.events")
 
-_KEPT = 256
+_KEPT = 4096
 _LINES_A_SECOND = 20
+_RECORDS_A_SECOND = 500
+
+KINDS = MappingProxyType(
+    {
+        "start": "the guard began to filter",
+        "stop": "the guard was told to stop",
+        "policy": "another policy is in force, or one was confirmed",
+        "ban": "a source was banned",
+        "unban": "an administrator lifted a ban",
+        "shun": "a source that has not proved its address was shunned",
+        "reset": "a connection was condemned, or a SYN refused",
+        "observed": "a rule that only observes was crossed",
+        "kill": "an administrator ended connections",
+        "not_killed": "a condemned connection was not seen to die",
+        "restart": "a process of the guard died and was started again",
+        "overload": "a worker leaves more, or less, undone",
+        "cookies_on": "a service is over its SYN budget: the kernel answers with SYN cookies",
+        "cookies_off": "a service has been within its SYN budget for some seconds",
+        "learned": "a service offers something new in its SYN-ACKs",
+        "mended": "rules or sets that another program had removed were put back",
+        "contested": "another program removes them again and again",
+        "runaway": "the policy banned too many in a minute, and only observes now",
+        "panic": "all traffic passes on an administrator's word, or no longer",
+        "left_out": "events of the last second that were not written, by their number",
+    }
+)
+"""Every kind of event, and what it tells; the reference is made of this table."""
+
+FIELDS = MappingProxyType(
+    {
+        "number": "counts up by one with each event since the guard started",
+        "time": "seconds since 1970, to the millisecond",
+        "kind": "one of the kinds above",
+        "subject": "the source, connection, service or process concerned",
+        "rule": 'the rule that was crossed, `manual` for an administrator, or ""',
+        "reason": "the reason's code, or null",
+        "why": "the reason in words, or null",
+        "detail": "more in words",
+        "enforced": "false if the policy only observes: it would have been done",
+    }
+)
+"""Every field of an event's record."""
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
     """One thing that happened.
 
-    `kind` is ban, unban, shun, reset, observed, kill, not_killed, policy, start, stop, restart,
-    cookies_on, cookies_off (a service goes over its SYN budget, and has been below it for some
-    seconds), learned (what a service offers in its SYN-ACKs) or overload (what a worker leaves
-    undone).
-    `subject` is the source or connection concerned; `enforced` False tells that the policy only
-    observes.
+    `kind` is one of `KINDS`; `subject` is the source or connection concerned; `enforced` False
+    tells that the policy only observes.
     """
 
     kind: str
@@ -51,38 +91,82 @@ def reasons_table() -> str:
     return "\n".join(["| reason | meaning |", "|---|---|", *rows, ""])
 
 
+def reference() -> str:
+    """Return the reference of events in Markdown."""
+    kinds = [f"| `{kind}` | {meaning} |" for kind, meaning in KINDS.items()]
+    fields = [f"| `{name}` | {meaning} |" for name, meaning in FIELDS.items()]
+    head = ["| kind | meaning |", "|---|---|", *kinds, ""]
+    return "\n".join([*head, "| field | meaning |", "|---|---|", *fields, ""])
+
+
 class EventLog:
-    """Keeps the latest events, counts all, and logs them without flooding the log."""
+    """Keeps the latest events, counts all, and passes them on without flooding anybody."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         """Use `clock` (seconds since 1970) to stamp events."""
         self._clock = clock
         self._recent: deque[dict[str, object]] = deque(maxlen=_KEPT)
         self.counts: dict[str, Counter[str]] = {}
+        self.sinks: list[Sink] = []
+        self._number = 0
         self._second = 0
-        self._lines = 0
-        self._left_out = 0
+        self._in_second = 0
 
     def add(self, event: Event) -> None:
-        """Count and keep an event; log it unless the log is flooded, then say how many were not."""
+        """Count and keep an event; write it unless there are too many, and then say how many."""
         now = self._clock()
         self.counts.setdefault(event.kind, Counter())[event.rule or event.kind] += 1
-        record = asdict(event) | {
+        if int(now) != self._second:
+            self._next_second(int(now))
+        self._in_second += 1
+        record = self._keep(event, now)
+        if self._in_second <= _LINES_A_SECOND:
+            log.info("%s", event.text)
+        if self._in_second <= _RECORDS_A_SECOND:
+            self._write(record, event.text)
+
+    def _keep(self, event: Event, now: float) -> dict[str, object]:
+        self._number += 1
+        reason = event.reason
+        record: dict[str, object] = {
+            "number": self._number,
             "time": round(now, 3),
-            "reason": event.reason.code if event.reason else None,
-            "why": event.reason.value if event.reason else None,
+            "kind": event.kind,
+            "subject": event.subject,
+            "rule": event.rule,
+            "reason": reason.code if reason else None,
+            "why": reason.value if reason else None,
+            "detail": event.detail,
+            "enforced": event.enforced,
         }
         self._recent.append(record)
-        if int(now) != self._second:
-            if self._left_out:
-                log.info("%d more events in the last second were not logged", self._left_out)
-            self._second, self._lines, self._left_out = int(now), 0, 0
-        self._lines += 1
-        if self._lines <= _LINES_A_SECOND:
-            log.info("%s", event.text)
-        else:
-            self._left_out += 1
+        return record
+
+    def _next_second(self, second: int) -> None:
+        unlogged = self._in_second - _LINES_A_SECOND
+        if unlogged > 0:
+            log.info("%d more events in the last second were not logged", unlogged)
+        unwritten = self._in_second - _RECORDS_A_SECOND
+        self._second, self._in_second = second, 0
+        if unwritten > 0:
+            event = Event("left_out", str(unwritten), detail="more than 500 in a second")
+            self._write(self._keep(event, float(second)), event.text)
+
+    def _write(self, record: dict[str, object], text: str) -> None:
+        for sink in self.sinks:
+            sink.write(record, text)
 
     def recent(self, most: int) -> list[dict[str, object]]:
         """Return the latest events, oldest first."""
         return list(self._recent)[-most:]
+
+    def after(self, number: int, most: int) -> list[dict[str, object]]:
+        """Return at most `most` events that came after the one of this number, oldest first."""
+        missing = self._number - number
+        return list(self._recent)[-missing:][:most] if missing > 0 else []
+
+    def close(self) -> None:
+        """Close all sinks."""
+        for sink in self.sinks:
+            sink.close()
+        self.sinks.clear()
