@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,7 +19,9 @@ from rstguard.cli.common import (
 )
 from rstguard.engine.ruleset import SECOND
 
-app = typer.Typer(help="List, add and remove banned sources.", no_args_is_help=True)
+_MOST_NAMED = 20
+
+app = typer.Typer(help="List, add, import and remove banned sources.", no_args_is_help=True)
 
 
 @app.command("list")
@@ -49,28 +53,102 @@ def ban_add(
         bool, typer.Option("--keep-existing", help="Leave the source's connections alone.")
     ] = False,
     runtime_dir: RuntimeDir = DEFAULT_DIR,
+    as_json: Json = False,
 ) -> None:
     """Ban a source: everything from it is dropped, and its connections are reset."""
+    seconds = _seconds(duration)
+    done = ask_guard(
+        runtime_dir, "ban-add", source=source, seconds=seconds, keep_existing=keep_existing
+    )
+    if as_json:
+        print_json(done)
+    else:
+        typer.echo(f"{done['source']} is banned for {done['seconds']} s")
+
+
+def _seconds(duration: str) -> int:
     from rstguard.kernel.elements import MAX_SECONDS
     from rstguard.policy.quantities import duration as reader
 
     try:
-        seconds = reader(SECOND, MAX_SECONDS * SECOND)(duration) // SECOND
+        return reader(SECOND, MAX_SECONDS * SECOND)(duration) // SECOND
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--for") from None
-    done = ask_guard(
-        runtime_dir, "ban-add", source=source, seconds=seconds, keep_existing=keep_existing
-    )
-    typer.echo(f"{done['source']} is banned for {done['seconds']} s")
+
+
+@app.command(
+    "import",
+    epilog="Examples: rstguard ban import bad.txt --for 24h; "
+    "cscli decisions list -o json | rstguard ban import -",
+)
+def ban_import(
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="Plain text, CSV or CrowdSec JSON; - reads a pipe."),
+    ],
+    duration: Annotated[
+        str, typer.Option("--for", help="How long, for entries that do not say: 90s, 10m, 2h, 7d.")
+    ] = "24h",
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Ban nobody if any entry is wrong.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Read and check the list, and ban nobody.")
+    ] = False,
+    runtime_dir: RuntimeDir = DEFAULT_DIR,
+    as_json: Json = False,
+) -> None:
+    """Ban all sources of a list; entries that are wrong are named, and the others taken."""
+    from rstguard.cli.banlist import Ban, Wrong, read
+    from rstguard.daemon.imports import MOST_AT_ONCE
+
+    default = _seconds(duration)
+    entries = list(read(_text(file)))
+    wrong = [entry for entry in entries if isinstance(entry, Wrong)]
+    bans = [entry for entry in entries if isinstance(entry, Ban)]
+    for entry in wrong[:_MOST_NAMED]:
+        typer.echo(f"{file}:{entry.line}: {entry.why}", err=True)
+    if len(wrong) > _MOST_NAMED:
+        typer.echo(f"{file}: {len(wrong) - _MOST_NAMED} more entries are wrong", err=True)
+    banned, refused = 0, []
+    if not dry_run and not (strict and wrong):
+        for start in range(0, len(bans), MOST_AT_ONCE):
+            some = [(str(b.source), b.seconds or default) for b in bans[start:][:MOST_AT_ONCE]]
+            done = ask_guard(runtime_dir, "ban-import", bans=some)
+            banned += done["banned"]
+            refused += done["refused"]
+            if len(bans) > MOST_AT_ONCE and sys.stderr.isatty():
+                typer.echo(f"{start + len(some)} of {len(bans)}", err=True)
+    if as_json:
+        rows = [entry._asdict() for entry in wrong]
+        print_json({"read": len(bans), "banned": banned, "refused": refused, "wrong": rows})
+    else:
+        for row in refused[:_MOST_NAMED]:
+            typer.echo(f"{row['source']} is not banned: {row['why']}", err=True)
+        typer.echo(f"{len(bans)} read, {banned} banned, {len(refused)} refused, {len(wrong)} wrong")
+    if wrong and (strict or not bans):
+        raise typer.Exit(FAILED)
+
+
+def _text(file: Path) -> str:
+    try:
+        data = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+    except OSError as error:
+        fail(f"{file} cannot be read ({error.strerror})", FAILED)
+    return data.decode(errors="replace")
 
 
 @app.command("remove", epilog="Example: rstguard ban remove 198.51.100.7")
 def ban_remove(
     source: Annotated[str, typer.Argument(help="Address or network, as `ban list` shows it.")],
     runtime_dir: RuntimeDir = DEFAULT_DIR,
+    as_json: Json = False,
 ) -> None:
     """Lift a ban or shun at once; exit status 1 if there was none."""
     done = ask_guard(runtime_dir, "ban-remove", source=source)
     if not done["removed"]:
         fail(f"{done['source']} is neither banned nor shunned", FAILED)
-    typer.echo(f"{done['source']} is free")
+    if as_json:
+        print_json(done)
+    else:
+        typer.echo(f"{done['source']} is free")

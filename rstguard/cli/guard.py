@@ -24,6 +24,22 @@ from rstguard.cli.common import (
 from rstguard.kernel import KernelError
 from rstguard.kernel.queues import DEFAULT_NUMBER
 
+EventLogFile = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="RSTGUARD_EVENT_LOG",
+        readable=False,
+        help="Append events to this file, a line of JSON each; it may be rotated at any time.",
+    ),
+]
+ToJournal = Annotated[
+    bool | None,
+    typer.Option(
+        "--journal/--no-journal",
+        help="Send events to systemd's journal with fields of their own; as a service it does.",
+    ),
+]
+
 
 def run(
     policy: Annotated[Path, typer.Option("--policy", help="Policy file (YAML).")],
@@ -43,18 +59,8 @@ def run(
     keep_bans: Annotated[
         bool, typer.Option("--keep-bans", help="Leave bans and shuns in the kernel when stopping.")
     ] = False,
-    event_log: Annotated[
-        Path | None,
-        typer.Option(
-            envvar="RSTGUARD_EVENT_LOG",
-            readable=False,
-            help="Append events to this file, a line of JSON each; it may be rotated at any time.",
-        ),
-    ] = None,
-    journal: Annotated[
-        bool,
-        typer.Option(help="Send events to systemd's journal with fields of their own."),
-    ] = bool(os.environ.get("JOURNAL_STREAM")),
+    event_log: EventLogFile = None,
+    journal: ToJournal = None,
 ) -> None:
     """Guard this network namespace until SIGTERM or Ctrl-C; then undo every change."""
     if workers is None:
@@ -83,7 +89,7 @@ def run(
             workers=workers,
             keep_bans=keep_bans,
             event_log=event_log,
-            journal=journal,
+            journal=bool(os.environ.get("JOURNAL_STREAM")) if journal is None else journal,
         )
         asyncio.run(Supervisor(options).run())
 

@@ -116,6 +116,11 @@ class Counts:
 
 
 @dataclass(frozen=True, slots=True)
+class Recheck:
+    """Supervisor to sweeper: many were banned, so end the connections of all who are."""
+
+
+@dataclass(frozen=True, slots=True)
 class Explain:
     """Supervisor to worker: tell how a source (a tagged address) stands."""
 

@@ -67,14 +67,16 @@ class Record:
 
     def blocked(self, message: Blocked) -> None:
         """Note a ban or shun that is in force."""
-        if self.store is None:
-            return
         kind: Kind = "ban" if message.kind == "ban" else "shun"
         keep = message.keep_existing
-        element = Element(message.source, kind, message.rule, message.seconds, keep)
-        self.store.blocked(element)
-        if message.offence:
+        self.blocked_element(Element(message.source, kind, message.rule, message.seconds, keep))
+        if message.offence and self.store:
             self.store.offended(message.rule, str(message.source), message.offence)
+
+    def blocked_element(self, element: Element) -> None:
+        """Note an element that was put into its set."""
+        if self.store:
+            self.store.blocked(element)
 
     def unblocked(self, source: str) -> None:
         """Note that a source is blocked no longer."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rstguard import __version__
 from rstguard.daemon.children import Child
 from rstguard.daemon.control import ControlError, Request
+from rstguard.daemon.imports import Imports
 from rstguard.daemon.messages import Blocked
 from rstguard.engine.address import Prefix, parse_prefix
 from rstguard.engine.shedding import UNDONE, Level
@@ -44,6 +45,7 @@ class Requests:
             "ban-list": self._ban_list,
             "ban-add": self._ban_add,
             "ban-remove": self._ban_remove,
+            "ban-import": Imports(supervisor).take,
             "kill": self._kill,
             "events": self._events,
             "explain": supervisor.explanations.explain,

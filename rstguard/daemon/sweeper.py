@@ -29,6 +29,7 @@ from rstguard.daemon.messages import (
     Offences,
     Productive,
     Ready,
+    Recheck,
     Reset,
     Start,
     Stop,
@@ -191,6 +192,8 @@ class Sweeper:
                 self._sweep = Sweep(message.ruleset, self._sweep)
                 self._sweep_at = min(self._sweep_at, now + message.ruleset.sweep_every)
                 self._send(Ready(message.generation))
+            elif isinstance(message, Recheck):
+                self._end_connections_of_banned()
             elif isinstance(message, Offences):
                 self._sweep.restore(message.offences, now)
             elif isinstance(message, Stop):

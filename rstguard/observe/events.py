@@ -24,6 +24,7 @@ KINDS = MappingProxyType(
         "stop": "the guard was told to stop",
         "policy": "another policy is in force, or one was confirmed",
         "ban": "a source was banned",
+        "import": "a list of bans was imported",
         "unban": "an administrator lifted a ban",
         "shun": "a source that has not proved its address was shunned",
         "reset": "a connection was condemned, or a SYN refused",
