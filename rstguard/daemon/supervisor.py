@@ -30,6 +30,7 @@ from rstguard.daemon.messages import (
     Start,
 )
 from rstguard.daemon.requests import Requests
+from rstguard.daemon.service import Service
 from rstguard.engine.ruleset import RuleSet
 from rstguard.engine.shedding import UNDONE, Level
 from rstguard.kernel import KernelError, cookies
@@ -82,6 +83,7 @@ class Supervisor:
         self.overload: dict[int, Level] = {}
         self._kills: dict[int, asyncio.Future[Killed]] = {}
         self._stop = asyncio.Event()
+        self.service = Service(options.file, self._mute, self._summary)
 
     def _child(self, name: str, queue: int) -> Child:
         return Child(
@@ -106,6 +108,7 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
+        self.service.listen()
         claims = claim(self.options.directory)
         server: asyncio.Server | None = None
         try:
@@ -113,9 +116,12 @@ class Supervisor:
             server = await serve(self.options.directory, Requests(self).answer)
             self.events.add(Event("start", self.ruleset.name, detail=_mode(self.ruleset)))
             watching = asyncio.create_task(self._watch())
+            attending = asyncio.create_task(self.service.attend(self.change_policy))
             await self._stop.wait()
             watching.cancel()
+            attending.cancel()
         finally:
+            self.service.notifier.stopping()
             if server is not None:
                 server.close()
             await self._take_down()
@@ -126,9 +132,25 @@ class Supervisor:
         while True:
             await asyncio.sleep(1)
             for child in self.children:
-                patience = _SWEEPER_PATIENCE if child is self.sweeper else _WORKER_PATIENCE
+                patience = self._patience(child)
                 if child.silent_for() > patience:
                     child.kill(f"has not been heard of for {patience:.0f} s")
+
+    def _patience(self, child: Child) -> float:
+        return _SWEEPER_PATIENCE if child is self.sweeper else _WORKER_PATIENCE
+
+    def _mute(self) -> str:
+        """Name a process that does not answer, one that is still being started again too."""
+        for child in self.children:
+            serves = child.pid and child.ready.is_set()
+            if not serves or child.silent_for() > self._patience(child):
+                return child.name
+        return ""
+
+    def _summary(self) -> str:
+        count = len(self.workers)
+        workers = "1 worker" if count == 1 else f"{count} workers"
+        return f"filtering by policy {self.ruleset.name} ({_mode(self.ruleset)}), {workers}"
 
     async def _bring_up(self) -> None:
         tracking = self.footprint.prepare(self.ruleset)
