@@ -34,6 +34,7 @@ from rstguard.daemon.messages import (
 from rstguard.daemon.policies import Policies
 from rstguard.daemon.record import Record
 from rstguard.daemon.requests import Requests
+from rstguard.daemon.service import Service
 from rstguard.daemon.upkeep import Upkeep
 from rstguard.engine.address import Prefix
 from rstguard.engine.ruleset import RuleSet
@@ -104,6 +105,7 @@ class Supervisor:
         self.productive = Productive({})
         self._kills: dict[int, asyncio.Future[Killed]] = {}
         self._stop = asyncio.Event()
+        self.service = Service(options.file, self._mute, self._summary)
 
     def _child(self, name: str, queue: int) -> Child:
         return Child(
@@ -128,6 +130,7 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
+        self.service.listen()
         claims = claim(self.options.directory, self.options.state)
         server: asyncio.Server | None = None
         self._open_sinks()
@@ -143,11 +146,13 @@ class Supervisor:
             watching = [
                 asyncio.create_task(self._watch()),
                 asyncio.create_task(self.upkeep.watch()),
+                asyncio.create_task(self.service.attend(self.policies.reload)),
             ]
             await self._stop.wait()
             for task in watching:
                 task.cancel()
         finally:
+            self.service.notifier.stopping()
             if server is not None:
                 server.close()
             keeping.cancel()
@@ -178,9 +183,25 @@ class Supervisor:
         while True:
             await asyncio.sleep(1)
             for child in self.children:
-                patience = _SWEEPER_PATIENCE if child is self.sweeper else _WORKER_PATIENCE
+                patience = self._patience(child)
                 if child.silent_for() > patience:
                     child.kill(f"has not been heard of for {patience:.0f} s")
+
+    def _patience(self, child: Child) -> float:
+        return _SWEEPER_PATIENCE if child is self.sweeper else _WORKER_PATIENCE
+
+    def _mute(self) -> str:
+        """Name a process that does not answer, one that is still being started again too."""
+        for child in self.children:
+            serves = child.pid and child.ready.is_set()
+            if not serves or child.silent_for() > self._patience(child):
+                return child.name
+        return ""
+
+    def _summary(self) -> str:
+        count = len(self.workers)
+        workers = "1 worker" if count == 1 else f"{count} workers"
+        return f"filtering by policy {self.ruleset.name} ({_mode(self.ruleset)}), {workers}"
 
     async def _bring_up(self) -> None:
         tracking = self.footprint.prepare(self.ruleset)

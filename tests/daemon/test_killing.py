@@ -1,0 +1,120 @@
+"""Processes of the guard are killed fifty times, in the midst of work."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.daemon.conftest import Crowd, Open
+from tests.guard import Guard, leftovers, source
+from tests.netns import Lab, wait_until
+
+pytestmark = [pytest.mark.netns, pytest.mark.timeout(420)]
+
+TIMES = 50
+POLICY = """\
+version: 1
+name: killed
+protect: {interfaces: [out]}
+sweep_every: 500ms
+rules:
+  - {name: rate, measure: syn_rate, over: 10000/s, then: ban, for: 1h}
+  - {name: opened, measure: connection_rate, over: 10000/s, then: ban, for: 1h}
+  - {name: idle, measure: idle, over: 10m, then: reset}
+"""
+
+
+class Stream:
+    """Numbers that flow through one connection all the while; each must arrive, in order."""
+
+    def __init__(self, serve: Open) -> None:
+        self._link = serve(9100).connect(source(False))
+        self._over = threading.Event()
+        self.received = 0
+        self.failure = ""
+        self._threads = [threading.Thread(target=self._send), threading.Thread(target=self._read)]
+
+    def _send(self) -> None:
+        number = 0
+        while not self._over.is_set():
+            self._link.client.sendall(number.to_bytes(8, "big"))
+            number += 1
+            time.sleep(0.001)
+        self._link.client.shutdown(1)
+        self.sent = number
+
+    def _read(self) -> None:
+        self._link.server.settimeout(10)
+        with self._link.server.makefile("rb") as stream:
+            try:
+                while data := stream.read(8):
+                    if int.from_bytes(data, "big") != self.received:
+                        self.failure = f"{data!r} came after {self.received}"
+                    self.received += 1
+            except OSError as error:
+                self.failure = repr(error)
+
+    def __enter__(self) -> Stream:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+
+
+def pids(guard: Guard) -> dict[str, int]:
+    """Return the processes of the guard by their names."""
+    status = guard.status()
+    workers = {f"worker {index}": row["pid"] for index, row in enumerate(status["workers"])}
+    return {"supervisor": guard.pid, "sweeper": status["sweeper"]["pid"], **workers}
+
+
+def kill(guard: Guard, victim: str) -> float:
+    """Kill one process; return after how many seconds all of them serve again."""
+    before = pids(guard)
+    began = time.monotonic()
+    if victim == "supervisor":
+        guard.kill9()
+        guard.start()  # as the service manager does
+    else:
+        os.kill(before[victim], signal.SIGKILL)
+
+    def whole() -> bool:
+        if not guard.filtering():
+            return False
+        now = pids(guard)
+        return now[victim] not in (0, before[victim]) and guard.status()["sweeper"]["ready"]
+
+    wait_until(whole, 20)
+    return time.monotonic() - began
+
+
+def test_killed_fifty_times_under_load(lab: Lab, tmp_path: Path, serve: Open) -> None:
+    chance = random.Random(50)
+    took: dict[str, list[float]] = {}
+    with Guard(lab, POLICY, tmp_path / "guard") as guard, Stream(serve) as stream:
+        with Crowd(lab, serve(9101)).at_work() as crowd:
+            banned = source(False)
+            guard.cli("ban", "add", banned, "--for", "1h")
+            for _ in range(TIMES):
+                victim = chance.choice(("supervisor", "sweeper", "worker 0", "worker 1"))
+                took.setdefault(victim.split()[0], []).append(kill(guard, victim))
+                assert guard.block_of(banned) is not None
+                crowd.more(3)
+        for name, seconds in sorted(took.items()):
+            times, most = len(seconds), max(seconds)
+            print(f"{name}: killed {times} times, back after {min(seconds):.2f} to {most:.2f} s")
+        assert guard.stop() == 0
+    assert crowd.failures == []
+    assert stream.failure == ""
+    assert stream.received == stream.sent
+    assert leftovers(lab) == []
