@@ -43,6 +43,17 @@ def run(
     keep_bans: Annotated[
         bool, typer.Option("--keep-bans", help="Leave bans and shuns in the kernel when stopping.")
     ] = False,
+    http: Annotated[
+        str | None,
+        typer.Option(
+            envvar="RSTGUARD_HTTP",
+            metavar="ADDRESS:PORT",
+            help="Serve a read-only web page and Prometheus metrics, such as at 127.0.0.1:9788.",
+        ),
+    ] = None,
+    http_anywhere: Annotated[
+        bool, typer.Option("--http-anywhere", help="Let --http be other than loopback.")
+    ] = False,
 ) -> None:
     """Guard this network namespace until SIGTERM or Ctrl-C; then undo every change."""
     if workers is None:
@@ -55,6 +66,7 @@ def run(
     import logging
 
     from rstguard.daemon.supervisor import Options, Supervisor
+    from rstguard.daemon.web import listen
 
     logging.basicConfig(format="rstguard: %(message)s", level=logging.INFO, stream=sys.stderr)
     with errors_in_one_sentence():
@@ -62,8 +74,9 @@ def run(
             raise KernelError("guarding needs root; use sudo, or start the systemd service")
         loaded = read_policy(policy)
         directory = _make(runtime_dir)
+        web = listen(http, http_anywhere) if http else None
         options = Options(
-            loaded, str(policy.absolute()), directory, state_dir, queue, workers, keep_bans
+            loaded, str(policy.absolute()), directory, state_dir, queue, workers, keep_bans, web
         )
         asyncio.run(Supervisor(options).run())
 

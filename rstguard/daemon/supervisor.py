@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rstguard.daemon import web
 from rstguard.daemon.budget import Budget
 from rstguard.daemon.cap import BanCap
 from rstguard.daemon.children import Child, StartFailed
@@ -67,6 +68,7 @@ class Options:
     queue: int
     workers: int
     keep_bans: bool
+    web: socket.socket | None = None
 
 
 class Supervisor:
@@ -136,6 +138,7 @@ class Supervisor:
             watching = [
                 asyncio.create_task(self._watch()),
                 asyncio.create_task(self.upkeep.watch()),
+                asyncio.create_task(web.run(self.options.web, Requests(self).answer)),
             ]
             await self._stop.wait()
             for task in watching:

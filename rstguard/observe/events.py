@@ -59,6 +59,8 @@ class EventLog:
         self._clock = clock
         self._recent: deque[dict[str, object]] = deque(maxlen=_KEPT)
         self.counts: dict[str, Counter[str]] = {}
+        self.resets: Counter[tuple[str, str | None]] = Counter()
+        """Resets by rule and reason."""
         self._second = 0
         self._lines = 0
         self._left_out = 0
@@ -73,6 +75,8 @@ class EventLog:
             "why": event.reason.value if event.reason else None,
         }
         self._recent.append(record)
+        if event.kind == "reset":
+            self.resets[event.rule, event.reason.code if event.reason else None] += 1
         if int(now) != self._second:
             if self._left_out:
                 log.info("%d more events in the last second were not logged", self._left_out)
