@@ -40,6 +40,18 @@ ToJournal = Annotated[
     ),
 ]
 
+HttpAddress = Annotated[
+    str | None,
+    typer.Option(
+        envvar="RSTGUARD_HTTP",
+        metavar="ADDRESS:PORT",
+        help="Serve a read-only web page and Prometheus metrics, such as at 127.0.0.1:9788.",
+    ),
+]
+HttpAnywhere = Annotated[
+    bool, typer.Option("--http-anywhere", help="Let --http be other than loopback.")
+]
+
 
 def run(
     policy: Annotated[Path, typer.Option("--policy", help="Policy file (YAML).")],
@@ -61,6 +73,8 @@ def run(
     ] = False,
     event_log: EventLogFile = None,
     journal: ToJournal = None,
+    http: HttpAddress = None,
+    http_anywhere: HttpAnywhere = False,
 ) -> None:
     """Guard this network namespace until SIGTERM or Ctrl-C; then undo every change."""
     if workers is None:
@@ -72,7 +86,9 @@ def run(
     import asyncio
     import logging
 
-    from rstguard.daemon.supervisor import Options, Supervisor
+    from rstguard.daemon.options import Options
+    from rstguard.daemon.supervisor import Supervisor
+    from rstguard.daemon.web import listen
 
     logging.basicConfig(format="rstguard: %(message)s", level=logging.INFO, stream=sys.stderr)
     with errors_in_one_sentence():
@@ -80,6 +96,7 @@ def run(
             raise KernelError("guarding needs root; use sudo, or start the systemd service")
         loaded = read_policy(policy)
         directory = _make(runtime_dir)
+        web = listen(http, http_anywhere) if http else None
         options = Options(
             policy=loaded,
             file=str(policy.absolute()),
@@ -90,6 +107,7 @@ def run(
             keep_bans=keep_bans,
             event_log=event_log,
             journal=bool(os.environ.get("JOURNAL_STREAM")) if journal is None else journal,
+            web=web,
         )
         asyncio.run(Supervisor(options).run())
 

@@ -115,6 +115,10 @@ class Requests:
                 **{kind: dict(by_rule) for kind, by_rule in guard.events.counts.items()},
                 **dict(counts),
             },
+            "resets": [
+                {"rule": rule, "reason": reason, "count": count}
+                for (rule, reason), count in guard.events.resets.items()
+            ],
             "recent": guard.events.recent(_RECENT),
         }
 

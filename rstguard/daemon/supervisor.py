@@ -8,10 +8,10 @@ import logging
 import signal
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
+from rstguard.daemon import web
 from rstguard.daemon.budget import Budget
 from rstguard.daemon.cap import BanCap
 from rstguard.daemon.children import Child, StartFailed
@@ -31,6 +31,7 @@ from rstguard.daemon.messages import (
     Reset,
     Start,
 )
+from rstguard.daemon.options import Options
 from rstguard.daemon.policies import Policies
 from rstguard.daemon.record import Record
 from rstguard.daemon.requests import Requests
@@ -57,21 +58,6 @@ _WORKER_PATIENCE = 5.0  # it reports twice a second
 _SWEEPER_PATIENCE = 60.0  # one sweep over a million connections takes some ten seconds
 _PICKUP_SECONDS = 120.0
 """How long connections that an idle tracker could not know may still be taken up."""
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What `rstguard run` was told."""
-
-    policy: Loaded
-    file: str
-    directory: Path
-    state: Path
-    queue: int
-    workers: int
-    keep_bans: bool
-    event_log: Path | None = None
-    journal: bool = False
 
 
 class Supervisor:
@@ -147,6 +133,7 @@ class Supervisor:
                 asyncio.create_task(self._watch()),
                 asyncio.create_task(self.upkeep.watch()),
                 asyncio.create_task(self.service.attend(self.policies.reload)),
+                asyncio.create_task(web.run(self.options.web, Requests(self).answer)),
             ]
             await self._stop.wait()
             for task in watching:

@@ -109,6 +109,8 @@ class EventLog:
         self._recent: deque[dict[str, object]] = deque(maxlen=_KEPT)
         self.counts: dict[str, Counter[str]] = {}
         self.sinks: list[Sink] = []
+        self.resets: Counter[tuple[str, str | None]] = Counter()
+        """Resets by rule and reason."""
         self._number = 0
         self._second = 0
         self._in_second = 0
@@ -141,6 +143,8 @@ class EventLog:
             "enforced": event.enforced,
         }
         self._recent.append(record)
+        if event.kind == "reset":
+            self.resets[event.rule, reason.code if reason else None] += 1
         return record
 
     def _next_second(self, second: int) -> None:

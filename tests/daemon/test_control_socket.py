@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import stat
@@ -9,7 +10,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from rstguard.daemon.control import ControlError
 from tests.guard import Guard
 from tests.netns import Lab
 
@@ -132,3 +136,50 @@ def test_questions_of_many_at_once(guard: Guard, line: socket.socket) -> None:
     with line.makefile("rb") as stream:
         answers = [json.loads(stream.readline()) for _ in range(50)]
     assert all(answer["ok"] for answer in answers)
+
+
+commands = st.sampled_from(
+    ["status", "policy-apply", "policy-show", "policy-confirm", "policy-history", "ban-list",
+     "ban-add", "ban-remove", "ban-import", "kill", "events", "explain", "nothing"]
+)  # fmt: skip
+values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text(max_size=30)
+    | st.sampled_from(["192.0.2.1", "::1", "version: 1", "1.2.3.4/33", "10.0.0.0/8"]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=8,
+)
+keys = st.sampled_from(
+    ["source", "seconds", "name", "text", "bans", "after", "most", "port", "destination", "who",
+     "confirm_s", "ssh", "keep_existing", "account", "source_port"]
+)  # fmt: skip
+
+
+def asked_and_answered(guard: Guard, command: str, fields: dict[str, Any]) -> None:
+    # What is asked here is to be odd, not to end the connections of the test's own machine.
+    if command == "kill" and set(fields) & {"source", "destination", "port", "source_port"}:
+        fields = fields | {"source": "192.0.2.77"}
+    with contextlib.suppress(ControlError):
+        guard.ask(command, **fields)
+    assert guard.filtering()
+
+
+@given(commands, st.dictionaries(keys, values, max_size=6))
+@settings(max_examples=120)
+def test_requests_of_odd_fields(guard: Guard, command: str, fields: dict[str, Any]) -> None:
+    asked_and_answered(guard, command, fields)
+
+
+@pytest.mark.fuzz_long
+@given(commands, st.dictionaries(keys, values, max_size=6))
+@settings(max_examples=5000)
+def test_many_requests_of_odd_fields(guard: Guard, command: str, fields: dict[str, Any]) -> None:
+    asked_and_answered(guard, command, fields)
+
+
+def test_nothing_of_it_was_an_error_of_ours(guard: Guard) -> None:
+    """The guard answers what it cannot meet with a sentence; a trace would be in its log."""
+    assert "Traceback" not in guard.log.read_text()

@@ -1,0 +1,182 @@
+"""Prometheus metrics: one table, from which the exposition and the reference derive.
+
+Everything is read from a snapshot, what `rstguard status --json` prints, so that the page, the
+commands and the metrics can never disagree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+Snapshot = Mapping[str, Any]
+"""The data that the control socket answers to `status`."""
+Sample = tuple[tuple[str, ...], float]
+"""The values of the labels, and the value."""
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One metric; `read` takes its samples from a snapshot."""
+
+    name: str
+    kind: str
+    labels: tuple[str, ...]
+    help: str
+    read: Callable[[Snapshot], Iterable[Sample]]
+
+
+def _one(value: Callable[[Snapshot], float]) -> Callable[[Snapshot], Iterable[Sample]]:
+    return lambda data: [((), float(value(data)))]
+
+
+def _each_worker(key: str) -> Callable[[Snapshot], Iterable[Sample]]:
+    """Read a value of each worker; what is not known while a queue has no reader is left out."""
+    return lambda data: [
+        ((str(worker["queue"]),), float(worker[key]))
+        for worker in data["workers"]
+        if worker[key] is not None
+    ]
+
+
+def _counted(prefix: str) -> Callable[[Snapshot], Iterable[Sample]]:
+    """Read the counts whose names begin so, the rest of the name being the label."""
+    return lambda data: [
+        ((name.removeprefix(prefix),), float(count))
+        for name, count in data["counts"].items()
+        if name.startswith(prefix)
+    ]
+
+
+def _count(name: str) -> Callable[[Snapshot], Iterable[Sample]]:
+    return _one(lambda data: data["counts"].get(name, 0))
+
+
+def _restarts(data: Snapshot) -> Iterator[Sample]:
+    for worker in data["workers"]:
+        yield (f"worker of queue {worker['queue']}",), float(worker["restarts"])
+    yield ("sweeper",), float(data["sweeper"]["restarts"])
+
+
+def _events(data: Snapshot) -> Iterator[Sample]:
+    for kind, by_rule in data["counts"].items():
+        if isinstance(by_rule, dict):
+            for rule, count in by_rule.items():
+                yield (kind, "" if rule == kind else rule), float(count)
+
+
+def _resets(data: Snapshot) -> Iterator[Sample]:
+    for row in data["resets"]:
+        yield (row["rule"], row["reason"] or ""), float(row["count"])
+
+
+def _cookies(data: Snapshot) -> Iterator[Sample]:
+    if budget := data["syn_budget"]:
+        for outcome, count in budget["cookies"].items():
+            yield (outcome,), float(count)
+
+
+def _services(data: Snapshot) -> Iterator[Sample]:
+    if budget := data["syn_budget"]:
+        for service in budget["services"]:
+            yield (service["service"],), float(service["engaged_s"] is not None)
+
+
+def _build(data: Snapshot) -> Iterator[Sample]:
+    policy = data["policy"]
+    yield (data["version"], policy["name"], policy["mode"]), 1.0
+
+
+TABLE: tuple[Row, ...] = (
+    Row("rstguard_build_info", "gauge", ("version", "policy", "mode"),
+        "Always 1; the labels say which version guards by which policy.", _build),
+    Row("rstguard_filtering", "gauge", (),
+        "1 while the guard filters, 0 while anything that it needs for that is missing.",
+        _one(lambda data: data["filtering"])),
+    Row("rstguard_panic", "gauge", (),
+        "1 while the panic switch lets all traffic pass.", _one(lambda data: data["panic"])),
+    Row("rstguard_uptime_seconds", "gauge", (),
+        "How long the guard has been running.", _one(lambda data: data["uptime_s"])),
+    Row("rstguard_packets_total", "counter", ("queue",),
+        "Packets that the worker of a queue has judged.", _each_worker("packets")),
+    Row("rstguard_queue_waiting_packets", "gauge", ("queue",),
+        "Packets that wait in a queue for their verdict.", _each_worker("waiting")),
+    Row("rstguard_queue_overrun_total", "counter", ("queue",),
+        "Packets that the kernel did not put into a queue, or lost from it, as it was full.",
+        _each_worker("overrun")),
+    Row("rstguard_worker_overload_level", "gauge", ("queue",),
+        "How much a worker leaves undone to keep up; 0 is nothing.", _each_worker("overload")),
+    Row("rstguard_left_undone_total", "counter", (),
+        "Packets that passed or were dropped unjudged because of overload.",
+        _count("left_undone")),
+    Row("rstguard_process_restarts_total", "counter", ("process",),
+        "How often a process of the guard died and was started again.", _restarts),
+    Row("rstguard_verdicts_total", "counter", ("verdict",),
+        "Packets that crossed a rule, by verdict; in observe mode the verdict is not carried out.",
+        _counted("verdict.")),
+    Row("rstguard_rule_crossed_total", "counter", ("rule",),
+        "How often a rule was the sternest that a packet or connection crossed.",
+        _counted("rule.")),
+    Row("rstguard_events_total", "counter", ("kind", "rule"),
+        "Events by kind and rule; in observe mode those that would have been are counted.",
+        _events),
+    Row("rstguard_resets_total", "counter", ("rule", "reason"),
+        "Connections reset, by rule and reason; in observe mode those that would have been.",
+        _resets),
+    Row("rstguard_reports_left_out_total", "counter", (),
+        "Reports of workers that were counted but not told one by one.",
+        _count("reports_left_out")),
+    Row("rstguard_blocked_sources", "gauge", ("kind",),
+        "Sources blocked now, by kind: ban or shun.",
+        lambda data: [((kind,), float(count)) for kind, count in data["blocked"].items()]),
+    Row("rstguard_connections", "gauge", (),
+        "Connections in the kernel's table at the last sweep.", _count("flows")),
+    Row("rstguard_sweeps_total", "counter", (),
+        "Sweeps through the kernel's connection table.", _count("sweeps")),
+    Row("rstguard_sweep_cpu_seconds_total", "counter", (),
+        "Processor time that sweeps took.",
+        _one(lambda data: data["counts"].get("sweep_cpu_us", 0) / 1e6)),
+    Row("rstguard_syn_budget_engaged", "gauge", ("service",),
+        "1 while the kernel answers a service's SYNs with SYN cookies, else 0.", _services),
+    Row("rstguard_syn_cookies_total", "counter", ("outcome",),
+        "SYN cookies by outcome: sent, accepted, refused, or late (too late to go on).", _cookies),
+)  # fmt: skip
+"""All metrics, in the order in which they are shown."""
+
+
+class _Snapshots(Collector):
+    """Turns one snapshot into metric families."""
+
+    def __init__(self, data: Snapshot) -> None:
+        self._data = data
+
+    def collect(self) -> Iterator[Metric]:
+        for row in TABLE:
+            family = (CounterMetricFamily if row.kind == "counter" else GaugeMetricFamily)(
+                row.name, row.help, labels=row.labels
+            )
+            for labels, value in row.read(self._data):
+                family.add_metric(labels, value)
+            yield family
+
+
+def exposition(data: Snapshot) -> bytes:
+    """Return a snapshot in Prometheus's text format."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Snapshots(data))
+    return generate_latest(registry)
+
+
+def metrics_table() -> str:
+    """Return the table of metrics in Markdown, as docs/metrics.md shows it."""
+    rows = [
+        f"| `{row.name}` | {row.kind} | {', '.join(row.labels)} | {row.help} |" for row in TABLE
+    ]
+    return "\n".join(["| metric | type | labels | meaning |", "|---|---|---|---|", *rows, ""])

@@ -1,0 +1,161 @@
+"""The web page and the metrics, asked over the network as a browser and Prometheus ask."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from rstguard.daemon.web import LARGEST, listen
+from rstguard.kernel import KernelError
+from rstguard.observe.metrics import TABLE
+from tests.guard import Guard
+from tests.netns import Lab, wait_until
+
+PORT = 9788
+HOST = f"127.0.0.1:{PORT}"
+
+POLICY = """
+version: 1
+name: watched
+protect: {interfaces: [out]}
+rules:
+  - {name: crowd, measure: syn_rate, over: 1000/s, then: drop}
+"""
+
+
+@pytest.fixture(scope="module")
+def guard(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guard]:
+    directory = tmp_path_factory.mktemp("web")
+    with Guard(lab, POLICY, directory, "--http", HOST) as guard:
+        guard.ask("ban-add", source="203.0.113.9", seconds=600)
+        yield guard
+
+
+def connected(lab: Lab) -> socket.socket:
+    return lab.connect("gateway", "127.0.0.1", PORT)
+
+
+def said(lab: Lab, request: bytes) -> tuple[int, bytes, bytes]:
+    """Return status, head and body of the answer to one request."""
+    with connected(lab) as one:
+        one.sendall(request)
+        with one.makefile("rb") as stream:
+            head, _, body = stream.read().partition(b"\r\n\r\n")
+    return int(head.split()[1]), head, body
+
+
+def ask(lab: Lab, path: str, method: str = "GET", host: str = HOST) -> tuple[int, bytes, bytes]:
+    return said(lab, f"{method} {path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+
+
+@pytest.mark.netns
+def test_metrics(lab: Lab, guard: Guard) -> None:
+    status, _, body = ask(lab, "/metrics")
+    assert status == 200
+    families = list(text_string_to_metric_families(body.decode()))
+    values = {s.name: s.value for family in families for s in family.samples}
+    assert values["rstguard_filtering"] == 1
+    rest = {"syn_budget_engaged", "syn_cookies_total", "resets_total", "verdicts_total"}
+    missing = {row.name for row in TABLE} - values.keys() - {f"rstguard_{name}" for name in rest}
+    assert missing <= {"rstguard_rule_crossed_total"}
+
+
+@pytest.mark.netns
+def test_the_page_is_whole_and_safe(lab: Lab, guard: Guard) -> None:
+    status, head, body = ask(lab, "/")
+    assert status == 200
+    assert b"default-src 'none'" in head
+    assert b"http://" not in body
+    assert b"https://" not in body
+    assert b"innerHTML" not in body
+    bare, same, nothing = ask(lab, "/", "HEAD")
+    assert (bare, same, nothing) == (200, head, b"")
+
+
+@pytest.mark.netns
+@pytest.mark.parametrize(
+    ("method", "path", "host", "status"),
+    [
+        ("POST", "/", HOST, 405),
+        ("DELETE", "/status.json", HOST, 405),
+        ("GET", "/../etc/passwd", HOST, 404),
+        ("GET", "/", "rebound.example", 421),
+        ("GET", "/status.json", f"rebound.example:{PORT}", 421),
+        ("GET", "/status.json", f"localhost:{PORT}", 200),
+    ],
+)
+def test_what_is_answered(
+    lab: Lab, guard: Guard, method: str, path: str, host: str, status: int
+) -> None:
+    assert ask(lab, path, method, host)[0] == status
+
+
+@pytest.mark.netns
+def test_junk_and_too_much(lab: Lab, guard: Guard) -> None:
+    assert said(lab, b"\0\xff\r\n\r\n")[0] == 400
+    assert said(lab, b"GET / HTTP/1.1\r\nHost: x\r\nA: " + b"a" * LARGEST)[0] in (400, 431)
+    assert "Traceback" not in guard.log.read_text()
+
+
+@pytest.mark.netns
+def test_those_who_say_nothing_are_bounded_and_time_out(lab: Lab, guard: Guard) -> None:
+    crowd = [connected(lab) for _ in range(16)]
+    try:
+        with connected(lab) as one:
+            one.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            try:
+                refused = one.recv(1)
+            except ConnectionError:
+                refused = b""
+            assert refused == b""
+        for one in crowd:
+            one.settimeout(15)
+            assert one.recv(1) == b""
+    finally:
+        for one in crowd:
+            one.close()
+    assert ask(lab, "/status.json")[0] == 200
+
+
+@pytest.mark.parametrize("where", ["9788", "localhost:1", "127.0.0.1:x", "127.0.0.1:99999", ""])
+def test_no_address(where: str) -> None:
+    with pytest.raises(KernelError, match=r"say for example 127\.0\.0\.1:9788"):
+        listen(where)
+
+
+def test_only_loopback_unless_meant() -> None:
+    with pytest.raises(KernelError, match="--http-anywhere"):
+        listen("0.0.0.0:0")
+    listen("0.0.0.0:0", anywhere=True).close()
+
+
+def test_a_port_in_use_is_one_sentence() -> None:
+    with listen("127.0.0.1:0") as taken, pytest.raises(KernelError, match="in use"):
+        listen(f"127.0.0.1:{taken.getsockname()[1]}")
+
+
+@pytest.mark.netns
+def test_in_a_browser(lab: Lab, guard: Guard, tmp_path: Path) -> None:
+    browser = shutil.which("chromium")
+    if browser is None:
+        pytest.skip("needs the browser of the package chromium")
+    inside = ("ip", "netns", "exec", lab.names["gateway"], browser, "--headless", "--no-sandbox")
+    own = ("--disable-gpu", f"--user-data-dir={tmp_path}", "--virtual-time-budget=5000")
+    shot = tmp_path / "page.png"
+    for options in (("--dump-dom",), (f"--screenshot={shot}", "--window-size=390,1600")):
+        command = [*inside, *own, *options, f"http://{HOST}/"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=90)
+        if options == ("--dump-dom",):
+            dom = done.stdout
+    assert '<strong id="state" class="good">filtering</strong>' in dom
+    assert "policy watched (enforce)" in dom
+    assert "1 banned, 0 shunned" in dom
+    assert "ban 203.0.113.9" in dom
+    assert "points=" in dom
+    wait_until(lambda: shot.stat().st_size > 10_000)

@@ -1,0 +1,119 @@
+"""The metrics: one table, a valid exposition, and a reference and dashboard that fit it.
+
+After a change that is meant: GOLDEN=write pytest tests/observe/test_metrics.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from rstguard.observe.metrics import TABLE, exposition, metrics_table
+
+DOCS = Path(__file__).parent.parent.parent / "docs"
+REFERENCE = """# Metrics
+
+`rstguard run --http 127.0.0.1:9788` serves them at `/metrics`. docs/grafana-rstguard.json is a
+Grafana dashboard that shows them.
+
+"""
+SNAPSHOT: dict[str, Any] = {
+    "filtering": True,
+    "panic": False,
+    "version": "1.2.3",
+    "uptime_s": 12.5,
+    "policy": {"name": 'a "quoted"\nname', "mode": "enforce"},
+    "workers": [
+        {"queue": 5640, "packets": 7, "waiting": None, "overload": 0, "overrun": 2, "restarts": 1},
+        {"queue": 5641, "packets": 9, "waiting": 3, "overload": 2, "overrun": 0, "restarts": 0},
+    ],
+    "sweeper": {"restarts": 4},
+    "blocked": {"ban": 2, "shun": 1},
+    "syn_budget": {
+        "cookies": {"sent": 30, "accepted": 20, "refused": 1, "late": 5},
+        "services": [
+            {"service": "10.0.0.1:80", "engaged_s": 3.5},
+            {"service": "10.0.0.1:443", "engaged_s": None},
+        ],
+    },
+    "counts": {
+        "ban": {"rate": 6}, "start": {"start": 1}, "verdict.drop": 11, "rule.rate": 12,
+        "flows": 100, "sweep_cpu_us": 1_500_000,
+    },
+    "resets": [{"rule": "idle", "reason": "idle", "count": 8}],
+}  # fmt: skip
+
+
+def samples(data: dict[str, Any]) -> dict[tuple[str, tuple[str, ...]], float]:
+    return {
+        (sample.name, tuple(sample.labels.values())): sample.value
+        for family in text_string_to_metric_families(exposition(data).decode())
+        for sample in family.samples
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "value"),
+    [
+        ("build_info", ("enforce", 'a "quoted"\nname', "1.2.3"), 1),
+        ("filtering", (), 1),
+        ("panic", (), 0),
+        ("uptime_seconds", (), 12.5),
+        ("packets_total", ("5641",), 9),
+        ("queue_waiting_packets", ("5641",), 3),
+        ("queue_overrun_total", ("5640",), 2),
+        ("worker_overload_level", ("5641",), 2),
+        ("process_restarts_total", ("worker of queue 5640",), 1),
+        ("process_restarts_total", ("sweeper",), 4),
+        ("verdicts_total", ("drop",), 11),
+        ("rule_crossed_total", ("rate",), 12),
+        ("events_total", ("ban", "rate"), 6),
+        ("events_total", ("start", ""), 1),
+        ("resets_total", ("idle", "idle"), 8),
+        ("blocked_sources", ("shun",), 1),
+        ("connections", (), 100),
+        ("sweep_cpu_seconds_total", (), 1.5),
+        ("syn_budget_engaged", ("10.0.0.1:80",), 1),
+        ("syn_budget_engaged", ("10.0.0.1:443",), 0),
+        ("syn_cookies_total", ("late",), 5),
+    ],
+)
+def test_a_snapshot_comes_out_whole(name: str, labels: tuple[str, ...], value: float) -> None:
+    assert samples(SNAPSHOT)["rstguard_" + name, labels] == value
+
+
+def test_what_is_not_known_is_left_out() -> None:
+    found = samples(SNAPSHOT | {"syn_budget": None})
+    assert ("rstguard_queue_waiting_packets", ("5640",)) not in found
+    assert not any(name.startswith("rstguard_syn_") for name, _ in found)
+
+
+def test_names_follow_the_conventions() -> None:
+    for row in TABLE:
+        assert re.fullmatch(r"rstguard_[a-z_]+", row.name)
+        assert row.name.endswith("_total") == (row.kind == "counter")
+        assert row.help.endswith(".")
+    assert len({row.name for row in TABLE}) == len(TABLE)
+
+
+def test_the_reference_is_current() -> None:
+    file = DOCS / "metrics.md"
+    if os.environ.get("GOLDEN") == "write":
+        file.write_text(REFERENCE + metrics_table())
+    assert file.read_text() == REFERENCE + metrics_table()
+
+
+def test_the_dashboard_asks_only_for_metrics_that_exist() -> None:
+    dashboard = json.loads((DOCS / "grafana-rstguard.json").read_text())
+    asked = " ".join(
+        target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])
+    )
+    named = set(re.findall(r"rstguard_\w+", asked))
+    assert named
+    assert named <= {row.name for row in TABLE}
