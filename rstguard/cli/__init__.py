@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from rstguard import __version__
-from rstguard.cli import ban, events, guard, policy
+from rstguard.cli import ban, events, guard, install, policy
 from rstguard.cli.common import FAILED, Json, print_json
 from rstguard.engine.verdict import Reason
 from rstguard.kernel.queues import DEFAULT_NUMBER
@@ -36,6 +36,8 @@ app.command(
 app.command(epilog="Example: rstguard kill --source 198.51.100.7 --port 443")(guard.kill)
 app.command(epilog="Examples: rstguard panic; rstguard panic --end")(guard.panic)
 app.command()(guard.cleanup)
+app.command(epilog="Example: sudo rstguard install --interface eth0")(install.install)
+app.command(epilog="Example: sudo rstguard uninstall --purge")(install.uninstall)
 app.add_typer(policy.app, name="policy")
 app.add_typer(ban.app, name="ban")
 app.add_typer(lab_app, name="lab")

@@ -1,0 +1,205 @@
+"""``rstguard install`` and ``uninstall``: the service, its directories and a first policy."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rstguard.cli.common import FAILED, Json, errors_in_one_sentence, fail, print_json
+from rstguard.kernel import KernelError
+from rstguard.kernel.command import run
+
+_POLICY = Path("etc/rstguard/policy.yaml")
+_STATE = Path("var/lib/rstguard")
+_UNIT = Path("etc/systemd/system/rstguard.service")
+_FILES = {
+    "rstguard.service": _UNIT,
+    "rstguard.sysusers": Path("etc/sysusers.d/rstguard.conf"),
+    "rstguard.tmpfiles": Path("etc/tmpfiles.d/rstguard.conf"),
+    "rstguard.modules": Path("etc/modules-load.d/rstguard.conf"),
+}
+_FAIL2BAN = Path("etc/fail2ban/action.d")
+_FAIL2BAN_FILE = _FAIL2BAN / "rstguard.conf"
+_INTERFACE = re.compile(r"[A-Za-z0-9_.@-]{1,15}")
+_FIRST_POLICY = """\
+# The first policy: it observes, and changes nothing.  See what it would do with
+#
+#     rstguard status; rstguard events
+#
+# and then set `mode: enforce` and say `rstguard policy apply {file} --confirm 60s`.
+
+version: 1
+name: first
+mode: observe
+on_failure: open
+
+protect:
+  interfaces: [{interface}]    # where the internet comes in
+
+rules:
+  - {{name: syn-rate, measure: syn_rate, over: 100/s, burst: 200, unless: {{productive: 80%}},
+     then: ban, for: 10m}}
+  - {{name: port-scan, measure: distinct_ports, over: 15, within: 10s, then: ban, for: 1h}}
+  - {{name: hoarder, measure: connections, over: 500, unless: {{productive: 80%}}, then: reset}}
+  - {{name: idle, measure: idle, over: 2h, then: reset}}
+"""
+
+Root = Annotated[
+    Path, typer.Option("--root", help="Directory that stands for /, to make a package.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
+
+
+class Changes:
+    """Makes changes to files below a root, and tells of each."""
+
+    def __init__(self, root: Path, dry_run: bool) -> None:
+        self._root, self._dry_run = root, dry_run
+        self.told: list[str] = []
+
+    def write(self, path: Path, text: str, keep: bool = False) -> None:
+        """Write a file; with `keep` one that is there stays as it is."""
+        target = self._root / path
+        there = target.read_text(encoding="utf-8") if target.is_file() else None
+        if there == text or (there is not None and keep):
+            self.told.append(f"{target}: stays as it is")
+            return
+        self.told.append(f"{target}: {'written' if there is None else 'replaced'}")
+        if not self._dry_run:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            fresh = target.with_name(f".{target.name}.new")
+            fresh.write_text(text, encoding="utf-8")
+            fresh.replace(target)
+
+    def remove(self, path: Path) -> None:
+        """Remove a file or directory, if it is there."""
+        target = self._root / path
+        if not target.exists() and not target.is_symlink():
+            return
+        self.told.append(f"{target}: removed")
+        if self._dry_run:
+            return
+        if target.is_dir() and not target.is_symlink():
+            shutil.rmtree(target)
+        else:
+            target.unlink()
+
+    def command(self, *words: str) -> None:
+        """Run a command of this system; what it says against it is told, and no failure."""
+        if self._root != Path("/") or shutil.which(words[0]) is None:
+            return
+        self.told.append(" ".join(words))
+        if not self._dry_run:
+            try:
+                run(list(words))
+            except KernelError as error:
+                self.told.append(f"  {error}")
+
+
+def install(
+    interface: Annotated[
+        str, typer.Option(help="Interface where the internet comes in, for the first policy.")
+    ] = "eth0",
+    fail2ban: Annotated[
+        bool, typer.Option("--fail2ban", help="Put an action for fail2ban in place, too.")
+    ] = False,
+    root: Root = Path("/"),
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Put the systemd service, its directories and a first policy in place; starts nothing.
+
+    A policy that is there already stays.  The first one only observes.
+    """
+    if not _INTERFACE.fullmatch(interface):
+        raise typer.BadParameter(f"{interface!r} is no interface", param_hint="--interface")
+    changes = Changes(root, dry_run)
+    program = _program()
+    with errors_in_one_sentence(), _file_errors():
+        _require_root(root, dry_run)
+        for name, path in _FILES.items():
+            changes.write(path, _text("systemd", name).replace("/usr/bin/rstguard", program))
+        policy = _FIRST_POLICY.format(interface=interface, file=f"/{_POLICY}")
+        changes.write(_POLICY, policy, keep=True)
+        if fail2ban and (root / _FAIL2BAN).is_dir():
+            text = _text("fail2ban", "rstguard.conf").replace("/usr/bin/rstguard", program)
+            changes.write(_FAIL2BAN_FILE, text)
+        elif fail2ban:
+            changes.told.append(f"{root / _FAIL2BAN}: fail2ban is not installed here")
+        changes.command("systemd-sysusers")
+        changes.command("systemd-tmpfiles", "--create", f"/{_FILES['rstguard.tmpfiles']}")
+        changes.command("systemctl", "daemon-reload")
+    if program.startswith(("/home/", "/root/")):
+        changes.told.append(
+            f"{program}: a service cannot use it there, install it into /opt or /usr"
+        )
+    _tell(changes, as_json, "next: rstguard doctor; systemctl enable --now rstguard")
+
+
+def uninstall(
+    purge: Annotated[
+        bool, typer.Option("--purge", help="Remove policies, bans and history, too.")
+    ] = False,
+    root: Root = Path("/"),
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Stop the service and take away what `install` put in place."""
+    changes = Changes(root, dry_run)
+    with errors_in_one_sentence(), _file_errors():
+        _require_root(root, dry_run)
+        if (root / _UNIT).exists():
+            changes.command("systemctl", "disable", "--now", "rstguard")
+        for path in (*_FILES.values(), _FAIL2BAN_FILE):
+            changes.remove(path)
+        if purge:
+            changes.remove(_POLICY.parent)
+            changes.remove(_STATE)
+        changes.command("systemctl", "daemon-reload")
+    _tell(changes, as_json, "" if purge else "policies and history are left: --purge removes them")
+
+
+class _file_errors:  # noqa: N801 - used like a function
+    """Turn what the file system refuses into one sentence."""
+
+    def __enter__(self) -> None:
+        """Begin."""
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Say what was refused."""
+        if isinstance(error, OSError):
+            fail(f"{error.filename}: {error.strerror}", FAILED)
+
+
+def _require_root(root: Path, dry_run: bool) -> None:
+    if root == Path("/") and not dry_run and os.geteuid() != 0:
+        raise KernelError("this needs root; use sudo, or --root DIR for a package")
+
+
+def _program() -> str:
+    """Return the path of this program, as a service is to call it."""
+    found = Path(sys.argv[0])
+    if found.name == "rstguard" and found.exists():
+        return str(found.absolute())
+    beside = Path(sys.executable).with_name("rstguard")
+    return str(beside if beside.exists() else shutil.which("rstguard") or "/usr/bin/rstguard")
+
+
+def _text(directory: str, name: str) -> str:
+    return files("rstguard").joinpath(directory, name).read_text(encoding="utf-8")
+
+
+def _tell(changes: Changes, as_json: bool, last: str) -> None:
+    if as_json:
+        print_json({"done": changes.told, "next": last})
+        return
+    for line in changes.told:
+        typer.echo(line)
+    typer.echo(last or "nothing of rstguard is left but its program")

@@ -1,0 +1,132 @@
+"""`rstguard install` and `uninstall` below a directory, and the unit as systemd reads it."""
+
+from __future__ import annotations
+
+import configparser
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from rstguard.cli import app
+from rstguard.policy.load import load
+
+ROOT = Path(__file__).parent.parent.parent
+UNIT = ROOT / "systemd" / "rstguard.service"
+
+
+def invoke(root: Path, *words: str) -> str:
+    done = CliRunner().invoke(app, [*words, "--root", str(root)])
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def tree(root: Path) -> set[str]:
+    return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+
+
+def test_what_is_put_in_place_is_taken_away(tmp_path: Path) -> None:
+    said = invoke(tmp_path, "install", "--interface", "wan0")
+    assert tree(tmp_path) == {
+        "etc/systemd/system/rstguard.service",
+        "etc/sysusers.d/rstguard.conf",
+        "etc/tmpfiles.d/rstguard.conf",
+        "etc/modules-load.d/rstguard.conf",
+        "etc/rstguard/policy.yaml",
+    }
+    assert "policy.yaml: written" in said
+    policy = load(tmp_path / "etc/rstguard/policy.yaml").policy
+    assert policy.mode == "observe"
+    assert policy.protect.interfaces == ("wan0",)
+    assert "--purge" in invoke(tmp_path, "uninstall")
+    assert tree(tmp_path) == {"etc/rstguard/policy.yaml"}
+    invoke(tmp_path, "uninstall", "--purge")
+    assert tree(tmp_path) == set()
+
+
+def test_a_policy_is_never_overwritten_and_twice_is_once(tmp_path: Path) -> None:
+    invoke(tmp_path, "install")
+    policy = tmp_path / "etc/rstguard/policy.yaml"
+    policy.write_text("mine")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    assert "replaced" not in invoke(tmp_path, "install")
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_a_dry_run_changes_nothing(tmp_path: Path) -> None:
+    assert "rstguard.service: written" in invoke(tmp_path, "install", "--dry-run")
+    assert tree(tmp_path) == set()
+
+
+def test_the_service_calls_the_program_that_installed_it(tmp_path: Path) -> None:
+    invoke(tmp_path, "install")
+    unit = (tmp_path / "etc/systemd/system/rstguard.service").read_text()
+    program = str(Path(sys.executable).with_name("rstguard"))
+    assert f"ExecStart={program} run --policy /etc/rstguard/policy.yaml" in unit
+    assert f"ExecStopPost={program} cleanup" in unit
+
+
+def test_fail2ban(tmp_path: Path) -> None:
+    assert "fail2ban is not installed" in invoke(tmp_path, "install", "--fail2ban")
+    (tmp_path / "etc/fail2ban/action.d").mkdir(parents=True)
+    invoke(tmp_path, "install", "--fail2ban")
+    action = configparser.ConfigParser(interpolation=None)
+    action.read(tmp_path / "etc/fail2ban/action.d/rstguard.conf")
+    assert action["Definition"]["actionban"].endswith("ban add <ip> --for <bantime>s")
+
+
+def test_wrong_words(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["install", "--interface", "a b", "--root", str(tmp_path)])
+    assert done.exit_code == 2
+    (tmp_path / "etc").write_text("a file")
+    done = CliRunner().invoke(app, ["install", "--root", str(tmp_path)])
+    assert done.exit_code == 1
+    assert done.output.count("\n") == 1
+
+
+def analyze(*words: str) -> subprocess.CompletedProcess[str]:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("there is no systemd-analyze here")
+    return subprocess.run(
+        ["systemd-analyze", *words], capture_output=True, text=True, check=False, timeout=60
+    )
+
+
+def test_the_unit_is_right(tmp_path: Path) -> None:
+    copy = tmp_path / "rstguard.service"
+    copy.write_text(UNIT.read_text().replace("/usr/bin/rstguard", "/bin/true"))
+    done = analyze("verify", "--man=no", str(copy))
+    said = [line for line in done.stderr.splitlines() if "rstguard" in line]
+    assert (done.returncode, said) == (0, [])
+
+
+def test_the_unit_exposes_little() -> None:
+    done = analyze("security", "--offline=true", str(UNIT))
+    match = re.search(r"Overall exposure level.*?: ([0-9.]+)", done.stdout)
+    if match is None:
+        pytest.skip("this systemd-analyze cannot read a unit that is not loaded")
+    assert float(match[1]) <= 2.5
+
+
+@pytest.mark.skipif(shutil.which("fail2ban-client") is None, reason="there is no fail2ban here")
+def test_fail2ban_reads_the_action(tmp_path: Path) -> None:
+    home = tmp_path / "etc" / "fail2ban"
+    (home / "action.d").mkdir(parents=True)
+    for path in Path("/etc/fail2ban").iterdir():
+        if path.name != "action.d" and not path.name.endswith(".local"):
+            (home / path.name).symlink_to(path)
+    invoke(tmp_path, "install", "--fail2ban")
+    (home / "jail.local").write_text(
+        "[INCLUDES]\n[DEFAULT]\nbanaction = rstguard\n[sshd]\nenabled = true\nbackend = polling\n"
+        f"logpath = {tmp_path / 'log'}\n"
+    )
+    (tmp_path / "log").touch()
+    done = subprocess.run(
+        ["fail2ban-client", "-c", str(home), "-d"], capture_output=True, text=True, check=False
+    )
+    assert "'actionban', '" in done.stdout, done.stderr
+    assert "ban add <ip> --for <bantime>s" in done.stdout
