@@ -11,7 +11,7 @@ PYTEST := $(AS_ROOT) $(PYTHON_IN) -m pytest -p no:cacheprovider
 PYTHONS ?= $(wildcard $(foreach v,11 12 13 14,/usr/bin/python3.$(v) /usr/local/bin/python3.$(v) \
              $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.$(v).*/bin/python3))
 
-.PHONY: help setup demo test lint test-pure test-all-pythons bench fuzz soak clean
+.PHONY: help setup demo test lint test-pure test-all-pythons bench fuzz soak systemd clean
 
 help:
 	@echo "make demo              watch attackers being contained (about two minutes)"
@@ -22,6 +22,7 @@ help:
 	@echo "make bench             the figures, as ratios measured in one run"
 	@echo "make fuzz              the long form of the generated tests"
 	@echo "make soak              half an hour of attacks and honest load at once"
+	@echo "make systemd           the service in a container with a real systemd"
 	@echo "make clean             remove what these made in this directory"
 
 setup:
@@ -39,7 +40,7 @@ test: lint
 	$(PYTEST)
 
 test-pure: setup
-	$(PYTHON_IN) -m pytest -m "not netns and not fuzz_long and not soak_long"
+	$(PYTHON_IN) -m pytest -m "not netns and not fuzz_long and not soak_long and not systemd_long"
 
 test-all-pythons:
 	@./.ci/setup --packages
@@ -50,7 +51,7 @@ test-all-pythons:
 	  PYTHON="$$python" ./.ci/setup --venv ".venv-$$version"; \
 	  echo "== Python $$version ($$python)"; \
 	  ".venv-$$version/bin/python" -m pytest -q -p no:cacheprovider \
-	    -m "not netns and not fuzz_long and not soak_long" || failed="$$failed $$version"; \
+	    -m "not netns and not fuzz_long and not soak_long and not systemd_long" || failed="$$failed $$version"; \
 	done; \
 	if [ -n "$$failed" ]; then echo "failed on Python:$$failed" >&2; exit 1; fi
 
@@ -62,6 +63,9 @@ fuzz: setup
 
 soak: setup
 	$(PYTEST) -s -m soak_long --timeout=0
+
+systemd: setup
+	$(PYTEST) -m systemd_long --timeout=0
 
 clean:
 	$(AS_ROOT) rm -rf .venv .venv-* build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from rstguard import __version__
-from rstguard.cli import ban, events, guard, install, policy
+from rstguard.cli import ban, events, guard, install, man, policy, top
 from rstguard.cli.common import FAILED, Json, print_json
 from rstguard.engine.verdict import Reason
 from rstguard.kernel.queues import DEFAULT_NUMBER
@@ -35,6 +35,8 @@ app.command(
 )(events.events)
 app.command(epilog="Example: rstguard kill --source 198.51.100.7 --port 443")(guard.kill)
 app.command(epilog="Examples: rstguard panic; rstguard panic --end")(guard.panic)
+app.command(epilog="Examples: rstguard top; rstguard top --once")(top.top)
+app.command(epilog="Example: rstguard man | man -l -")(man.man)
 app.command()(guard.cleanup)
 app.command(epilog="Example: sudo rstguard install --interface eth0")(install.install)
 app.command(epilog="Example: sudo rstguard uninstall --purge")(install.uninstall)

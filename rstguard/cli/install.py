@@ -136,10 +136,8 @@ def install(
         changes.command("systemd-sysusers")
         changes.command("systemd-tmpfiles", "--create", f"/{_FILES['rstguard.tmpfiles']}")
         changes.command("systemctl", "daemon-reload")
-    if program.startswith(("/home/", "/root/")):
-        changes.told.append(
-            f"{program}: a service cannot use it there, install it into /opt or /usr"
-        )
+    if Path(program).parts[1:2] in (("home",), ("root",)):
+        changes.told.append(f"{program}: the service cannot see it there; install it into /opt")
     _tell(changes, as_json, "next: rstguard doctor; systemctl enable --now rstguard")
 
 

@@ -1,0 +1,113 @@
+"""The reference of the policy language in Markdown: keys from the models, meanings from a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import MappingProxyType
+
+from pydantic import BaseModel
+
+from rstguard.policy.base import Widths
+from rstguard.policy.model import Inspect, Policy, Protect, SynBudget
+from rstguard.policy.rules import MEASURES, Escalate, RuleBase, Unless
+
+MEANINGS = MappingProxyType(
+    {
+        "version": "of the language: 1",
+        "name": "shown in status, events and history",
+        "mode": "`enforce` (the default), or `observe`: decide, count and report, change nothing",
+        "on_failure": "`open` (the default) or `closed`: what passes while the engine is down",
+        "blocking": "what a blocked source sees: `drop` (silence, the default), `reset`, "
+        "`unreachable`",
+        "shun_for": "how long a shun lasts, `1s` to `10m`, by default `10s`",
+        "offload": "`auto` (the default): the kernel counts what it counts as the engine does; "
+        "or `never`",
+        "sweep_every": "how often the connection table is read, `500ms` to `1m`, by default `2s`",
+        "bans_per_minute": "beyond this a policy is taken for a mistake and only observes, "
+        "by default 1000",
+        "protect": "what is guarded",
+        "trusted": "networks that are never counted, reset, shunned or banned",
+        "source": "how wide one source is: by default `{ipv4: 32, ipv6: 64}`",
+        "inspect": "how much of a connection the engine sees",
+        "syn_budget": "above it the kernel answers a service's SYNs with SYN cookies",
+        "rules": "every rule sees every packet it applies to; the sternest action wins",
+        "interfaces": 'where untrusted traffic comes in; globs end in `*`, as `"wan*"`',
+        "destinations": "addresses and networks; omitted: any",
+        "ports": "numbers and ranges; omitted: any (in a rule: all that are protected)",
+        "packets": "inbound packets of a connection before it is trusted, by default 8",
+        "rate": "SYNs a second to one service",
+        "then": "what is done: `observe`, `drop`, `reset` or `ban`",
+        "for": "how long a ban lasts, `1s` to `24d`; only with `then: ban`",
+        "escalate": "each new ban lasts longer; only with `then: ban`",
+        "keep_existing": "`true`: a ban leaves the source's connections alone",
+        "ends": "who is told of a reset: `both` (the default), `source` or `destination`",
+        "factor": "how many times longer each ban is, 2 to 100",
+        "up_to": "the longest ban; under `unless` how many times the limit, 2 to 1000 (10)",
+        "memory": "how long an offence is remembered, `1m` to `90d`",
+        "productive": "share of the source's completed connections that carried data both ways, "
+        "`50%` to `100%`",
+        "per": "`{ipv4: N, ipv6: M}` counts by prefix, `service` by destination and port",
+        "over": "the limit; beyond it the rule is crossed",
+        "burst": "how much at once, by default what the limit allows in its own time",
+        "unless": "a productive source may go further",
+        "within": "how long a target, or an unfinished handshake, counts",
+        "shorter_than": "how old a connection may be and still count as short, `100ms` to `1h`",
+        "after": "how old a connection must be to be judged",
+        "under": "bytes a second that it must move",
+        "of": "whose bytes count: `client` (the default), `server` or `both`",
+        "window": "bytes of advertised window, 0 to 65535",
+        "ipv4": "bits of an IPv4 address, 8 to 32",
+        "ipv6": "bits of an IPv6 address, 24 to 128",
+    }
+)
+"""What each key means, with its default."""
+
+_PARTS: tuple[tuple[str, type[BaseModel]], ...] = (
+    ("protect", Protect),
+    ("inspect", Inspect),
+    ("syn_budget", SynBudget),
+    ("source", Widths),
+)
+_OF_RULES: tuple[tuple[str, type[BaseModel]], ...] = (("escalate", Escalate), ("unless", Unless))
+
+
+def reference() -> str:
+    """Return every key of a policy file, and of each kind of rule."""
+    parts = ["## Keys of the file", "", *_table(Policy), *_sections(_PARTS)]
+    parts += ["", "## Keys that every rule has", "", *_table(RuleBase), *_sections(_OF_RULES)]
+    parts += ["", "## Measures, and the keys that go with each"]
+    kinds: dict[type[RuleBase], list[str]] = {}
+    for measure, kind in MEASURES.items():
+        kinds.setdefault(kind, []).append(f"`{measure}`")
+    for kind, measures in kinds.items():
+        actions = ", ".join(f"`{action}`" for action in kind.actions)
+        parts += [
+            "",
+            f"### {', '.join(measures)}",
+            "",
+            f"{_sentence(kind)} Actions: {actions}.",
+            "",
+        ]
+        parts += _table(kind, without=RuleBase)
+    return "\n".join([*parts, ""])
+
+
+def _sections(models: tuple[tuple[str, type[BaseModel]], ...]) -> Iterator[str]:
+    for key, model in models:
+        yield from ("", f"### `{key}`", "", _sentence(model), "", *_table(model))
+
+
+def _sentence(model: type[BaseModel]) -> str:
+    return (model.__doc__ or "").strip().partition("\n\n")[0].replace("\n", " ")
+
+
+def _table(model: type[BaseModel], without: type[BaseModel] | None = None) -> Iterator[str]:
+    yield "| key | meaning | needed | example |"
+    yield "|---|---|---|---|"
+    for name, field in model.model_fields.items():
+        if name == "measure" or (without and name in without.model_fields):
+            continue
+        key = field.alias or name
+        needed = "yes" if field.is_required() else ""
+        example = f"`{field.examples[0]}`" if field.examples else ""
+        yield f"| `{key}` | {MEANINGS[key]} | {needed} | {example} |"
