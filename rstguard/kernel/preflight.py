@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from rstguard.kernel import KernelError
+from rstguard.kernel import KernelError, lifelines
 from rstguard.kernel.check import Check, Host, Outcome
 from rstguard.kernel.queues import owner
 from rstguard.kernel.trial import feature_checks
@@ -45,8 +45,18 @@ def checks(queue: int, queues: int = 1) -> list[Check]:
     found += feature_checks(host, deadline)
     found += [_binding(host), _tracking(host), _tracking_room(host), _queue_support(host)]
     found += [_queue_free(number) for number in range(queue, queue + queues)]
-    found.append(_reset_trace(host))
+    found += [_reset_trace(host), _lifelines()]
     return found
+
+
+def _lifelines() -> Check:
+    """Say whom the guard would spare, before it runs."""
+    try:
+        found = lifelines.find()
+    except (KernelError, OSError) as error:
+        return Check("lifelines", Outcome.WARNING, f"they could not be found: {error}")
+    shown = ", ".join(f"{line.address} ({line.what})" for line in found)
+    return Check("lifelines", Outcome.OK, f"never banned, shunned or reset: {shown or 'nobody'}")
 
 
 def _python() -> Check:
