@@ -80,11 +80,19 @@ class Channel:
             Closed: the other end is gone, and nothing is left to read.
         """
         messages: list[Any] = []
+        reset = False
         while True:
             try:
                 data = self._socket.recv(_SOCKET_BUFFER)
             except BlockingIOError:
                 return messages
+            except ConnectionResetError as error:
+                # The other end left something unread.  The kernel tells that first, and once; its
+                # own last words are still there.
+                if reset:
+                    raise Closed from error
+                reset = True
+                continue
             except OSError as error:
                 raise Closed from error
             if not data:

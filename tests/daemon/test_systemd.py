@@ -27,6 +27,10 @@ say status "$(systemctl show rstguard -p StatusText --value)"
 $R ban add 198.51.100.7 --for 1h
 sed -i 's/name: first/name: second/' /etc/rstguard/policy.yaml
 systemctl reload rstguard; say reloaded $?
+for i in $(seq 25); do
+  systemctl show rstguard -p StatusText --value | grep -q second && break
+  sleep 0.2
+done
 say status "$(systemctl show rstguard -p StatusText --value)"
 cp /etc/rstguard/policy.yaml /good; echo 'rules: [' >> /etc/rstguard/policy.yaml
 systemctl reload rstguard 2> /dev/null; say bad-reload $?
