@@ -8,6 +8,7 @@ import logging
 import signal
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -126,6 +127,7 @@ class Supervisor:
             self.loaded, self.file = self.policies.begin(self.loaded, self.file)
             self.upkeep.look_for_lifelines()
             self.ruleset = self.upkeep.spare(compile_policy(self.loaded.policy))
+            self.upkeep.spares(self.ruleset)
             await self._bring_up()
             server = await serve(self.options.directory, Requests(self).answer)
             self.events.add(Event("start", self.ruleset.name, detail=_mode(self.ruleset)))
@@ -241,25 +243,29 @@ class Supervisor:
             ControlError: something refused; the old policy is in force.
         """
         await asyncio.to_thread(self.upkeep.look_for_lifelines)
-        await self.change_ruleset(self.upkeep.spare(compile_policy(loaded.policy)))
+        new = self.upkeep.spare(compile_policy(loaded.policy))
+        await self.change_ruleset(lambda _: new)
         self.loaded, self.file, self.runaway = loaded, file, ""
         self.events.add(Event("policy", self.ruleset.name, detail=_mode(self.ruleset)))
 
-    async def change_ruleset(self, new: RuleSet) -> None:
+    async def change_ruleset(self, change: Callable[[RuleSet], RuleSet]) -> None:
         """Replace the compiled policy everywhere, kernel and processes.
+
+        `change` is given the policy in force once nobody else changes it.
 
         Raises:
             ControlError: something refused; the old one is in force.
         """
         async with self.changing:
             old = self.ruleset
-            self.ruleset = new
+            new = self.ruleset = change(old)
             try:
                 await self._adopt(new)
                 if cookies.in_force(new):
                     self.footprint.forbid_pickup()
                 self.footprint.replace(old, new, divert=not self.upkeep.panic)
                 self.budget.follow(new)
+                self.upkeep.spares(new)
             except (KernelError, TimeoutError) as error:
                 self.ruleset = old
                 with contextlib.suppress(TimeoutError):
@@ -277,7 +283,8 @@ class Supervisor:
         )
         log.error("RUNAWAY POLICY: %s", self.runaway)
         self.events.add(Event("runaway", self.ruleset.name, detail=self.runaway))
-        await self.change_ruleset(replace(self.ruleset, enforce=False))
+        # Whoever applied another policy meanwhile has judged for himself.
+        await self.change_ruleset(lambda now: replace(now, enforce=now.enforce and not self.runaway))
         lifted = self._cap.take()
         await asyncio.to_thread(self._lift, lifted)
         for source in lifted:

@@ -33,6 +33,8 @@ _AT_ONCE: Final = 3
 """Losses that are mended at once; before each further one the guard waits twice as long."""
 _LONGEST_WAIT: Final = 300.0
 _MOST_ADMINISTRATORS: Final = 16
+_SHARE: Final = 20
+"""Looking takes at most one part in so many of the time."""
 
 
 class BackOff:
@@ -67,21 +69,28 @@ class Upkeep:
         self._contested = False
         self._panic_file = guard.options.directory / PANIC_NAME
         self._administrators: list[str] = []
+        self._found: tuple[Lifeline, ...] = ()
         self.lifelines: tuple[Lifeline, ...] = ()
+        """Those that the policy in force spares."""
         self.panic = False
         """Whether all traffic passes because somebody said `rstguard panic`."""
 
     def spare(self, ruleset: RuleSet) -> RuleSet:
-        """Return a policy that spares the lifelines."""
-        spared = tuple(line.address for line in self.lifelines)
+        """Return a policy that spares the lifelines that were found last."""
+        spared = tuple(line.address for line in self._found)
         return replace(ruleset, scope=replace(ruleset.scope, spared=spared))
 
     def look_for_lifelines(self) -> None:
         """Find them anew; takes some milliseconds, and longer with many routes."""
         try:
-            self.lifelines = lifelines.find(self._administrators)
+            self._found = lifelines.find(self._administrators)
         except (KernelError, OSError) as error:
             log.error("own addresses and next hops could not be read: %s", error)
+
+    def spares(self, ruleset: RuleSet) -> None:
+        """Note that this policy is in force: only now are its lifelines told to anybody."""
+        spared = set(ruleset.scope.spared)
+        self.lifelines = tuple(line for line in self._found if line.address in spared)
 
     def administrator(self, address: object) -> None:
         """Spare from now on who gives a command over SSH; the latest few are remembered."""
@@ -104,14 +113,19 @@ class Upkeep:
 
     async def watch(self) -> None:
         """Look after the guard; does not end by itself."""
-        next_lifelines = time.monotonic() + LIFELINES_SECONDS
+        wait, lifelines_at = LOOK_SECONDS, time.monotonic() + LIFELINES_SECONDS
         while True:
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(wait)
+            began = time.monotonic()
             try:
                 await self.look()
-                if time.monotonic() >= next_lifelines:
-                    next_lifelines = time.monotonic() + LIFELINES_SECONDS
+                looked = time.monotonic()
+                # Where there are very many rules or routes, looking is dear and done less often.
+                wait = max(LOOK_SECONDS, _SHARE * (looked - began))
+                if looked >= lifelines_at:
                     await self.refresh_lifelines()
+                    took = time.monotonic() - looked
+                    lifelines_at = looked + max(LIFELINES_SECONDS, _SHARE * took)
             except KernelError as error:
                 log.error("%s", error)
             except Exception:
@@ -123,10 +137,11 @@ class Upkeep:
         Raises:
             KernelError: the sets refused.
         """
-        before = self.lifelines
         await asyncio.to_thread(self.look_for_lifelines)
-        if {line.address for line in before} != {line.address for line in self.lifelines}:
-            await self._guard.change_ruleset(self.spare(self._guard.ruleset))
+        if self.spare(self._guard.ruleset) != self._guard.ruleset:
+            await self._guard.change_ruleset(self.spare)
+        else:
+            self.spares(self._guard.ruleset)  # what an address is may have changed
 
     async def look(self) -> None:
         """Obey the panic switch, or put back what others took away.

@@ -25,7 +25,7 @@ import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from rstguard.engine.address import V6, Prefix, is_v6, parse_prefix
+from rstguard.engine.address import V6, Prefix, is_v6
 from rstguard.engine.ruleset import Divert, RuleSet
 from rstguard.kernel import KernelError, cookies
 from rstguard.kernel.elements import BAN_SETS, SHUN_SETS, Element, ipset
@@ -119,19 +119,20 @@ def apply(ruleset: RuleSet) -> None:
         KernelError: ipset is missing, or the kernel refused something.
     """
     specs = plan(ruleset)
-    present = _present()
+    present = _sets()
     clears = [f"destroy {name}" for name in present if _is_ours(name) and name.endswith(_FRESH)]
     builds: list[str] = []
     swaps: list[str] = []
     for spec in specs:
         held = present.get(spec.name)
-        if held is not None and held.kind != _wanted(spec).kind:
+        if held is not None and held.header.kind != _wanted(spec).kind:
             # Sets of different kinds cannot be swapped; such a one is of another version.
             clears.append(f"destroy {spec.name}")
             held = None
         if held is None:
             builds.append(_creation(spec, spec.name))
-        if spec.members is not None or held not in (None, _wanted(spec)):
+        differs = held is not None and held.header != _wanted(spec)
+        if spec.members is not None or differs:
             fresh = spec.name + _FRESH
             builds += [_creation(spec, fresh), *_contents(spec, fresh)]
             swaps += [f"swap {fresh} {spec.name}", f"destroy {fresh}"]
@@ -141,25 +142,21 @@ def apply(ruleset: RuleSet) -> None:
 
 def lost(ruleset: RuleSet) -> list[str]:
     """Return which sets that a policy fills are gone or have lost members, in words; quick."""
-    counts = _counts()
+    present = _sets()
     found = []
     for spec in plan(ruleset):
-        held = counts.get(spec.name)
-        members = spec.members
+        held = present.get(spec.name)
         if held is None:
             found.append(f"the set {spec.name}")
-        elif members is None:
-            continue  # the kernel or the guard's decisions fill it
-        # A bitmap's members are written as ranges, and counted one by one.
-        elif held != len(members) if spec.type == "hash:net" else members and not held:
+        elif not _holds(spec, held):
             found.append(f"what the set {spec.name} holds")
     return found
 
 
 def blocked() -> int:
     """Return how many sources are banned or shunned."""
-    counts = _counts()
-    return sum(counts.get(name, 0) for name in BAN_SETS + SHUN_SETS)
+    present = _sets()
+    return sum(present[name].entries for name in BAN_SETS + SHUN_SETS if name in present)
 
 
 def prune(ruleset: RuleSet) -> None:
@@ -194,6 +191,14 @@ class _Header:
     def kind(self) -> tuple[str, str]:
         """What must be equal for two sets to be swapped."""
         return self.type, dict(self.options).get("family", "")
+
+
+@dataclass(slots=True)
+class _Set:
+    """A set of this namespace, without what it holds."""
+
+    header: _Header
+    entries: int = 0
 
 
 def _networks(name: str, family: str, prefixes: Iterable[Prefix]) -> SetSpec:
@@ -241,9 +246,9 @@ def _options(text: str) -> frozenset[tuple[str, str]]:
     return frozenset(pair for pair in found.items() if pair != ("netmask", whole))
 
 
-def _present() -> dict[str, _Header]:
-    """Return the sets of this namespace, without what they hold."""
-    found: dict[str, _Header] = {}
+def _sets() -> dict[str, _Set]:
+    """Return the sets of this namespace by name, without what they hold."""
+    found: dict[str, _Set] = {}
     name = kind = ""
     for line in ipset("list", "-terse").splitlines():
         field, _, value = line.partition(": ")
@@ -252,21 +257,20 @@ def _present() -> dict[str, _Header]:
         elif field == "Type":
             kind = value
         elif field == "Header":
-            found[name] = _Header(kind, _options(value))
-    return found
-
-
-def _counts() -> dict[str, int]:
-    """Return how many elements each set of this namespace holds."""
-    found: dict[str, int] = {}
-    name = ""
-    for line in ipset("list", "-terse").splitlines():
-        field, _, value = line.partition(": ")
-        if field == "Name":
-            name = value
+            found[name] = _Set(_Header(kind, _options(value)))
         elif field == "Number of entries":
-            found[name] = int(value)
+            found[name].entries = int(value)
     return found
+
+
+def _holds(spec: SetSpec, held: _Set) -> bool:
+    """Tell whether a set holds as much as it should; what exactly is dear to ask."""
+    if spec.members is None:
+        return True  # the kernel or the guard's decisions fill it
+    if spec.type == "hash:net":
+        return held.entries == len(spec.members)
+    # A bitmap's members are written as ranges, and counted one by one.
+    return bool(held.entries) == bool(spec.members)
 
 
 def _creation(spec: SetSpec, name: str) -> str:
@@ -283,33 +287,20 @@ def _contents(spec: SetSpec, into: str) -> list[str]:
 
 
 def _verify(specs: tuple[SetSpec, ...]) -> None:
-    present = _present()
+    present = _sets()
     for spec in specs:
-        right = present.get(spec.name) == _wanted(spec)
-        if right and spec.members is not None:
-            held = (line.split()[2] for line in ipset("save", spec.name).splitlines()[1:])
-            right = _canonical(spec, held) == _canonical(spec, spec.members)
-        if not right:
+        held = present.get(spec.name)
+        if held is None or held.header != _wanted(spec) or not _holds(spec, held):
             raise KernelError(
                 f"the set {spec.name} is not as it was made: another program changes rstguard's "
                 "sets; stop it and start rstguard again"
             )
 
 
-def _canonical(spec: SetSpec, members: Iterable[str]) -> set[Prefix] | set[int]:
-    if spec.type != "bitmap:port":
-        return {parse_prefix(member) for member in members}
-    ports: set[int] = set()
-    for member in members:
-        first, _, last = member.partition("-")
-        ports.update(range(int(first), int(last or first) + 1))
-    return ports
-
-
 def _destroy(kept: Collection[str]) -> None:
     give_up = time.monotonic() + _RELEASE_SECONDS
     while True:
-        ours = [name for name in _present() if _is_ours(name) and name not in kept]
+        ours = [name for name in _sets() if _is_ours(name) and name not in kept]
         try:
             _restore([f"destroy {name}" for name in ours])
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from rstguard.kernel import KernelError
@@ -44,14 +45,22 @@ def read(family: int) -> Present:
     return Present(tuple(jumps), {place: tuple(rules) for place, rules in chains.items()})
 
 
+def _read_all(families: Iterable[int]) -> dict[int, Present]:
+    """Read several families at once: under load it is waiting for a processor that takes long."""
+    families = list(families)
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(families, pool.map(read, families), strict=True))
+
+
 def apply(plans: dict[int, Plan]) -> None:
     """Bring the plans (family -> plan) about and verify them; what is there already stays.
 
     Raises:
         KernelError: iptables refused, or something is missing afterwards.
     """
+    present = _read_all(plans)
     for family, plan in plans.items():
-        text = _transition(read(family), plan)
+        text = _transition(present[family], plan)
         try:
             run([f"{_COMMANDS[family]}-restore", "--noflush", "-w", _WAIT_SECONDS], text)
         except KernelError as error:
@@ -67,8 +76,8 @@ def apply(plans: dict[int, Plan]) -> None:
 def missing(plans: dict[int, Plan]) -> list[str]:
     """Return what of the plans is not in the kernel, in words; empty if all is well."""
     lacking = []
-    for family, plan in plans.items():
-        present = read(family)
+    for family, present in _read_all(plans).items():
+        plan = plans[family]
         for jump in plan.jumps:
             wanted = (jump.table, jump.builtin)
             if not any(h[:2] == wanted and _same(h[2], jump.rule) for h in present.jumps):
@@ -87,8 +96,8 @@ def remove() -> bool:
         KernelError: iptables refused.
     """
     found = False
-    for family, command in _COMMANDS.items():
-        present = read(family)
+    for family, present in _read_all(_COMMANDS).items():
+        command = _COMMANDS[family]
         if present.jumps or present.chains:
             found = True
             text = _transition(present, Plan({}))
