@@ -15,6 +15,7 @@ from typing import Any
 from rstguard.daemon import web
 from rstguard.daemon.budget import Budget
 from rstguard.daemon.cap import BanCap
+from rstguard.daemon.child import take_priority
 from rstguard.daemon.children import Child, StartFailed
 from rstguard.daemon.claims import claim
 from rstguard.daemon.control import ControlError, serve
@@ -52,6 +53,8 @@ from rstguard.policy.load import Loaded
 
 log = logging.getLogger(__name__)
 
+_PRIORITY = -5
+"""After the workers, but before others: a policy is to change during a flood, too."""
 _READY_SECONDS = 15.0
 _ADOPT_SECONDS = 10.0  # twice, if the old policy must come back, in the time a client waits
 _KILL_SECONDS = 12.0
@@ -117,6 +120,7 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
+        take_priority(_PRIORITY)
         self.service.listen()
         claims = claim(self.options.directory, self.options.state)
         server: asyncio.Server | None = None
@@ -284,7 +288,9 @@ class Supervisor:
         log.error("RUNAWAY POLICY: %s", self.runaway)
         self.events.add(Event("runaway", self.ruleset.name, detail=self.runaway))
         # Whoever applied another policy meanwhile has judged for himself.
-        await self.change_ruleset(lambda now: replace(now, enforce=now.enforce and not self.runaway))
+        await self.change_ruleset(
+            lambda now: replace(now, enforce=now.enforce and not self.runaway)
+        )
         lifted = self._cap.take()
         await asyncio.to_thread(self._lift, lifted)
         for source in lifted:

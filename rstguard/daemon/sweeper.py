@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from rstguard.daemon import condemn
 from rstguard.daemon.adopt import adopt_existing
 from rstguard.daemon.channel import Channel
-from rstguard.daemon.child import run_child
+from rstguard.daemon.child import run_child, take_priority
 from rstguard.daemon.condemn import Condemner, Result, Target
 from rstguard.daemon.messages import (
     Blocked,
@@ -325,4 +325,5 @@ def _serve(channel: Channel, start: Start) -> None:
 
 
 if __name__ == "__main__":
+    take_priority(0)  # the supervisor's is not for long work
     run_child("sweeper", _serve)

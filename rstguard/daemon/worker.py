@@ -18,7 +18,7 @@ from collections.abc import Callable
 from functools import partial
 
 from rstguard.daemon.channel import Channel
-from rstguard.daemon.child import run_child
+from rstguard.daemon.child import run_child, take_priority
 from rstguard.daemon.messages import (
     Blocked,
     Counts,
@@ -58,6 +58,7 @@ _MOST_AT_ONCE = 32
 Each spares a system call.  They wait only while more are being read: for well under a millisecond.
 """
 _PRIORITY = -10
+"""Each honest client's handshake waits for this."""
 _REPORT_EVERY = SECOND // 2
 _MOST_REPORTS = 50
 """Refused SYNs and observations of one rule that are told one by one between two counts."""
@@ -107,7 +108,7 @@ class Worker:
         # The packet path makes no reference cycles, yet the collector would walk its tables again
         # and again: a sixth of a packet's time.  Young garbage goes when nothing is to be done.
         gc.disable()
-        _go_first()
+        take_priority(_PRIORITY)
         while self._running:
             if not poll.poll(500):
                 gc.collect(1)
@@ -268,12 +269,6 @@ class Worker:
             self._engine.restore(message.offences, time.monotonic_ns())
         elif isinstance(message, Stop):
             self._running = False
-
-
-def _go_first() -> None:
-    """Ask for processor time before others: each honest client's handshake waits for this."""
-    with contextlib.suppress(PermissionError):  # all the same without
-        os.setpriority(os.PRIO_PROCESS, 0, _PRIORITY)
 
 
 def _by_cookie(packet: Packet | Malformed) -> bool:
