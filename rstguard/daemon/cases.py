@@ -7,8 +7,11 @@ What is provable, and how:
   mark and reading the counters a busy end may already have died, and dead ends count no more.
 - State CLOSE proves no more than that one RST passed.  The tracker enters it with the first RST of
   the kernel's own (nf_reject, nf_ct_set_closing) as with a RST of an end that passed its checks.
-  With no TOLD bit it was the latter: an end closed the connection itself and its RST went on to the
-  other, so there is nothing left to kill.
+  With no TOLD bit it was the latter: an end closed the connection itself, before it was condemned,
+  and its RST went on to the other, so there is nothing left to kill.
+- An end whose RST passes to another that was not told yet is dead, and the other hears of it: the
+  rule for it sets both TOLD bits.  So ends a client whose segments were on their way when its
+  server was reset: the dead server answers them with a RST of its own, and both are silent.
 - An entry in CLOSE vanishes after 10 s, so absence must not be waited for; and absence by itself
   proves nothing (the table may have been flushed).
 """

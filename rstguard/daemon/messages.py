@@ -19,6 +19,8 @@ class Start:
 
     ruleset: RuleSet
     queue: int
+    index: int = 0
+    """Of a worker: its number among the workers, from 0."""
 
 
 @dataclass(frozen=True, slots=True)

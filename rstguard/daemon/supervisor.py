@@ -98,10 +98,11 @@ class Supervisor:
         self.service = Service(options.file, self._mute, self._summary)
 
     def _child(self, name: str, queue: int) -> Child:
+        index = queue - self.options.queue
         return Child(
             name if name == "sweeper" or len(self.queues) == 1 else f"worker of queue {queue}",
             f"rstguard.daemon.{name}",
-            lambda: (Start(self.ruleset, queue), *self.record.offences(), self.productive),
+            lambda: (Start(self.ruleset, queue, index), *self.record.offences(), self.productive),
             self._heard,
             self._restarted,
         )

@@ -41,7 +41,7 @@ from rstguard.engine.segment import cookie_rst
 from rstguard.engine.shedding import Level, Shedding
 from rstguard.engine.verdict import PASS, Ban, Condemn, Decision, Reason, Shun, Verdict
 from rstguard.engine.wire import KNOWN, SYN, Malformed, Packet, parse
-from rstguard.kernel import KernelError
+from rstguard.kernel import KernelError, thinning
 from rstguard.kernel.elements import element_of
 from rstguard.kernel.inject import Injector
 from rstguard.kernel.marks import BASE, CONDEMNED_FOR, MASK, STATES, TRUSTED
@@ -82,6 +82,7 @@ class Worker:
         self._sets = Sets()
         self._injector = Injector()
         self._shedding, self._lost = Shedding(LENGTH), 0
+        self._index = start.index
         self._take_up(start.ruleset, None)
         self._pending: list[tuple[Packet, Decision]] = []
         self._packets = 0
@@ -129,9 +130,10 @@ class Worker:
         if self._left_in_row <= 0:  # else the queue was empty a moment ago
             state = states()[self._queue.number]
             waiting, self._lost = state.waiting, state.dropped_full + state.dropped_reader
-        level = self._shedding.look(waiting, self._lost, time.monotonic_ns())
+        level = self._shedding.look(waiting, self._lost, time.monotonic_ns(), self._packets)
         if level is not before:
             self._shed(level)
+            self._thin(level, before)
             self._channel.send(Overloaded(os.getpid(), level))
 
     def _shed(self, level: Level) -> None:
@@ -139,6 +141,16 @@ class Worker:
         self._decide: Callable[[Packet | Malformed, int], Decision] = engine.decide
         if level:
             self._decide = partial(engine.decide_under_load, level=level)
+
+    def _thin(self, level: Level, before: Level) -> None:
+        """Have the kernel keep from the queue what would only be passed on, or no more."""
+        try:
+            if level is Level.THINNED:
+                thinning.thin(self._sets, self._index)
+            elif before is Level.THINNED:
+                thinning.restore(self._sets, self._index)
+        except KernelError as error:
+            log.error("%s", error)
 
     def _on_packet(self, queued: QueuedPacket) -> None:
         """Judge one packet and give its verdict.  This runs for every diverted packet."""
@@ -246,6 +258,7 @@ class Worker:
         now = time.monotonic_ns()
         if now >= self._report_at:
             self._report_at = now + _REPORT_EVERY
+            self._thin(self._shedding.level, self._shedding.level)
             self._told.clear()
             extra = {
                 "packets": self._packets,

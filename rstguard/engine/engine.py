@@ -136,7 +136,9 @@ class Engine:
                 level >= Level.NEWCOMERS and not self._newcomers.knows(packet)
             ):
                 self.left_undone += 1
-                return PASS if self.ruleset.fail_open else _OVERLOADED
+                if self.ruleset.fail_open or self.ruleset.scope.spares(packet.source):
+                    return PASS
+                return _OVERLOADED
         elif state & STRAY or BAD_FLAGS[flags]:
             self.left_undone += 1
             return PASS

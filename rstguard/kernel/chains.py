@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 from rstguard.engine.address import is_v6
 from rstguard.engine.ruleset import Divert, RuleSet
-from rstguard.kernel import counting, marks
+from rstguard.kernel import counting, marks, thinning
 from rstguard.kernel.counting import PREFIX, bits
 
 SYN_ONLY = "FIN,SYN,RST,ACK SYN"
@@ -82,8 +82,9 @@ def plan(ruleset: RuleSet, family: int, queues: range) -> Plan:
             f"{PREFIX}-window": build.window(),
             f"{PREFIX}-save": _save(),
             f"{PREFIX}-queue": build.queue("source"),
+            **build.narrowed(),
         },
-        "filter": {f"{PREFIX}-condemned": _condemned()},
+        "filter": {f"{PREFIX}-condemned": condemned()},
     }
     if build.watches_outbound:
         chains["mangle"][f"{PREFIX}-out"] = build.on_interfaces(
@@ -132,13 +133,26 @@ def _save() -> tuple[str, ...]:
     return (*rules, f"-j MARK --set-xmark 0x0/0x{marks.MASK:x}")
 
 
-def _condemned() -> tuple[str, ...]:
-    """An end is noted as told just before it is: that note is the proof that it was reset."""
-    rules = ["-p tcp -m tcp --tcp-flags RST RST -j RETURN"]
-    for direction, condemned, told in (
-        ("ORIGINAL", marks.CONDEMNED_SOURCE, marks.TOLD_SOURCE),
-        ("REPLY", marks.CONDEMNED_DESTINATION, marks.TOLD_DESTINATION),
-    ):
+def condemned() -> tuple[str, ...]:
+    """Return the rules for segments of condemned connections.
+
+    An end is noted as told just before it is: that note is the proof that it was reset.
+
+    A RST to an end that was not told yet is no answer of ours: the other end has sent it, and so is
+    dead as well.  One that was just reset says so to whatever was on its way to it.
+    """
+    ends = (
+        ("ORIGINAL", "REPLY", marks.CONDEMNED_SOURCE, marks.TOLD_SOURCE),
+        ("REPLY", "ORIGINAL", marks.CONDEMNED_DESTINATION, marks.TOLD_DESTINATION),
+    )
+    rst = "-p tcp -m tcp --tcp-flags RST RST"
+    rules = [
+        f"{rst} -m conntrack --ctdir {towards} -m connmark --mark"
+        f" 0x{condemned:x}/0x{condemned | told:x} -j CONNMARK --set-xmark {bits(marks.TOLD)}"
+        for _, towards, condemned, told in ends
+    ]
+    rules.append(f"{rst} -j RETURN")
+    for direction, _, condemned, told in ends:
         match = f"-p tcp -m conntrack --ctdir {direction} -m connmark --mark {bits(condemned)}"
         rules.append(f"{match} -j CONNMARK --set-xmark {bits(told)}")
         rules.append(f"{match} -j REJECT --reject-with tcp-reset")
@@ -246,7 +260,7 @@ class _Build:
                 rules.append(
                     f"{self.in_set('proven')} -j MARK --set-xmark {bits(marks.TO_QUEUE_PROVEN)}"
                 )
-            rules.append(f"-j {PREFIX}-count" if counted else f"-j {PREFIX}-queue")
+            rules.append(f"-j {PREFIX}-count" if counted else f"-j {PREFIX}-syns")
         return tuple(rules)
 
     def first_ack(self) -> tuple[str, ...]:
@@ -330,10 +344,10 @@ class _Build:
                 )
             rules = [*self.in_scope(), *rules]
         if Divert.BAD_FLAGS in diverts and Divert.STRAY not in diverts:
-            rules += [f"-p tcp -m tcp --tcp-flags {f} -j {PREFIX}-queue" for f in _IMPOSSIBLE]
+            rules += [f"-p tcp -m tcp --tcp-flags {f} -j {PREFIX}-strays" for f in _IMPOSSIBLE]
         if Divert.STRAY in diverts:
             rules.append(f"-j MARK --set-xmark {bits(marks.TO_QUEUE_STRAY)}")
-            rules.append(f"-j {PREFIX}-queue")
+            rules.append(f"-j {PREFIX}-strays")
         return tuple(rules)
 
     def queue(self, client: str) -> tuple[str, ...]:
@@ -341,13 +355,39 @@ class _Build:
 
         Everything that is counted per source or per prefix so meets in one process.
         """
+        return tuple(
+            f"{match}{self.to_queue(number)}"
+            for match, number in zip(self.steering(client), self.queues, strict=True)
+        )
+
+    def narrowed(self) -> dict[str, tuple[str, ...]]:
+        """The ways into the queues that an overrun worker can narrow."""
+        chains: dict[str, tuple[str, ...]] = {}
+        drops = self.ruleset.enforce and not self.ruleset.fail_open
+        for index, number in enumerate(self.queues):
+            to_queue = self.to_queue(number)
+            syns = thinning.syns(self.family, index, to_queue, drops)
+            chains[f"{PREFIX}-syns-{index}"] = syns
+            strays = thinning.strays(self.family, index, to_queue)
+            chains[f"{PREFIX}-strays-{index}"] = strays
+        for name in ("syns", "strays"):
+            chains[f"{PREFIX}-{name}"] = tuple(
+                f"{match}-g {PREFIX}-{name}-{index}"
+                for index, match in enumerate(self.steering("source"))
+            )
+        return chains
+
+    def to_queue(self, number: int) -> str:
         bypass = " --queue-bypass" if self.ruleset.fail_open else ""
+        return f"-j NFQUEUE --queue-num {number}{bypass}"
+
+    def steering(self, client: str) -> tuple[str, ...]:
+        """Return for each queue what matches the packets whose client belongs to it."""
         if len(self.queues) == 1:
-            return (f"-j NFQUEUE --queue-num {self.queues[0]}{bypass}",)
+            return ("",)
         where, mask = self.steering_word(client), len(self.queues) - 1
         return tuple(
-            f'-m u32 --u32 "{where}&0x{mask:x}=0x{index:x}" -j NFQUEUE --queue-num {number}{bypass}'
-            for index, number in enumerate(self.queues)
+            f'-m u32 --u32 "{where}&0x{mask:x}=0x{index:x}" ' for index in range(len(self.queues))
         )
 
     def steering_word(self, client: str) -> str:

@@ -78,7 +78,7 @@ def with_budget(plan: Plan, ruleset: RuleSet, family: int, known: Known) -> Plan
     raw[f"{PREFIX}-answer"] = build.answer()
     raw[f"{PREFIX}-opening"] = build.opening()
     *before, last = mangle[f"{PREFIX}-syn"]
-    to_queue = (f"-j {PREFIX}-queue", f"-j {PREFIX}-count")
+    to_queue = (f"-j {PREFIX}-syns", f"-j {PREFIX}-count")
     bound = build.bound() if last in to_queue else ()
     untracked = "-m conntrack --ctstate UNTRACKED -j RETURN"
     mangle[f"{PREFIX}-syn"] = (untracked, *before, *bound, last)

@@ -37,7 +37,7 @@ class Footprint:
         """
         tracking = sysctl.read(_COUNT) != "0"
         sysctl.apply(sysctl.TRACKING, self._record)
-        ipset.apply(ruleset)
+        ipset.apply(ruleset, len(self._queues))
         return tracking
 
     def forbid_pickup(self) -> None:
@@ -62,15 +62,15 @@ class Footprint:
             KernelError: the new ones were refused; the old ones are in force.
         """
         try:
-            ipset.apply(new)
+            ipset.apply(new, len(self._queues))
             if divert:
                 self.divert(new)
         except KernelError:
-            ipset.apply(old)
+            ipset.apply(old, len(self._queues))
             if divert:
                 self.divert(old)
             raise
-        ipset.prune(new)
+        ipset.prune(new, len(self._queues))
 
     def missing(self, ruleset: RuleSet) -> list[str]:
         """Return what should be in the kernel and is not, in words."""
@@ -84,7 +84,10 @@ class Footprint:
             KernelError: the kernel could not be asked.
         """
         with self._whole:
-            return [*iptables.missing(self._plans(ruleset)), *ipset.lost(ruleset)]
+            return [
+                *iptables.missing(self._plans(ruleset)),
+                *ipset.lost(ruleset, len(self._queues)),
+            ]
 
     def mend(self, ruleset: RuleSet) -> None:
         """Put sets and rules in place again.
@@ -93,7 +96,7 @@ class Footprint:
             KernelError: something was refused.
         """
         with self._whole:
-            ipset.apply(ruleset)
+            ipset.apply(ruleset, len(self._queues))
             self.divert(ruleset)
 
     def rules(self, ruleset: RuleSet) -> dict[str, str]:

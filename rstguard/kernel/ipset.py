@@ -16,6 +16,8 @@ rstguard-close-ports        bitmap:port     ports whose FINs and RSTs a rule nee
 rstguard-engaged4, -6       hash:ip,port    services that were lately over the SYN budget; filled
                                             by the chains
 rstguard-budget-ports       bitmap:port     ports of the SYN budget, unless it means all
+rstguard-thin4-0, -thin6-0  hash:net        everything while worker 0 is overrun, else nothing;
+(-1, …: other workers)                      filled by the worker (`rstguard.kernel.thinning`)
 ==========================  ==============  ==================================================
 """
 
@@ -27,7 +29,7 @@ from dataclasses import dataclass
 
 from rstguard.engine.address import V6, Prefix, is_v6
 from rstguard.engine.ruleset import Divert, RuleSet
-from rstguard.kernel import KernelError, cookies
+from rstguard.kernel import KernelError, cookies, thinning
 from rstguard.kernel.elements import BAN_SETS, SHUN_SETS, Element, ipset
 from rstguard.kernel.sets import Sets
 
@@ -66,8 +68,8 @@ class SetSpec:
     members: tuple[str, ...] | None = None
 
 
-def plan(ruleset: RuleSet) -> tuple[SetSpec, ...]:
-    """Return the sets that a policy needs.  Pure."""
+def plan(ruleset: RuleSet, workers: int = 1) -> tuple[SetSpec, ...]:
+    """Return the sets that a policy and its workers need.  Pure."""
     scope = ruleset.scope
     everything = (Prefix(0, 0), Prefix(V6, 0))
     specs: list[SetSpec] = []
@@ -94,6 +96,14 @@ def plan(ruleset: RuleSet) -> tuple[SetSpec, ...]:
             _networks(f"{PREFIX}spared{digit}", family, scope.spared),
             _networks(f"{PREFIX}dst{digit}", family, scope.destinations or everything),
         ]
+        specs += [
+            SetSpec(
+                thinning.set_name(int(digit), index),
+                "hash:net",
+                f"family {family} maxelem 65536 timeout 0",
+            )
+            for index in range(workers)
+        ]
         if cookies.in_force(ruleset):
             engaged = f"family {family} maxelem 65536 timeout {cookies.ENGAGED_SECONDS}"
             specs.append(SetSpec(cookies.engaged_set(int(digit)), "hash:ip,port", engaged))
@@ -107,7 +117,7 @@ def plan(ruleset: RuleSet) -> tuple[SetSpec, ...]:
     return tuple(specs)
 
 
-def apply(ruleset: RuleSet) -> None:
+def apply(ruleset: RuleSet, workers: int = 1) -> None:
     """Bring the sets of this network namespace in line with a policy, and check the result.
 
     Each set that the policy fills is built beside the old one and swapped with it, so a packet
@@ -118,7 +128,7 @@ def apply(ruleset: RuleSet) -> None:
     Raises:
         KernelError: ipset is missing, or the kernel refused something.
     """
-    specs = plan(ruleset)
+    specs = plan(ruleset, workers)
     present = _sets()
     clears = [f"destroy {name}" for name in present if _is_ours(name) and name.endswith(_FRESH)]
     builds: list[str] = []
@@ -140,11 +150,11 @@ def apply(ruleset: RuleSet) -> None:
     _verify(specs)
 
 
-def lost(ruleset: RuleSet) -> list[str]:
+def lost(ruleset: RuleSet, workers: int = 1) -> list[str]:
     """Return which sets that a policy fills are gone or have lost members, in words; quick."""
     present = _sets()
     found = []
-    for spec in plan(ruleset):
+    for spec in plan(ruleset, workers):
         held = present.get(spec.name)
         if held is None:
             found.append(f"the set {spec.name}")
@@ -159,13 +169,13 @@ def blocked() -> int:
     return sum(present[name].entries for name in BAN_SETS + SHUN_SETS if name in present)
 
 
-def prune(ruleset: RuleSet) -> None:
+def prune(ruleset: RuleSet, workers: int = 1) -> None:
     """Remove the rstguard sets that a policy does not need.
 
     Raises:
         KernelError: one of them is still matched on by a rule.
     """
-    needed = {spec.name for spec in plan(ruleset)}
+    needed = {spec.name for spec in plan(ruleset, workers)}
     _destroy(needed)
 
 

@@ -111,6 +111,21 @@ class Sets:
             found = found or not error
         return found
 
+    def put(self, name: str, prefixes: Iterable[Prefix], seconds: int) -> None:
+        """Put prefixes into a set that has times but no comments, or renew them there."""
+        for prefix in prefixes:
+            timeout = attribute(_ATTR_TIMEOUT | _NETWORK_ORDER, seconds.to_bytes(4, "big"))
+            error = self._ask(_ADD, name, nest(_ATTR_DATA, _entry(prefix) + timeout))
+            if error:
+                raise _refused(name, error)
+
+    def take(self, name: str, prefixes: Iterable[Prefix]) -> None:
+        """Take prefixes out of a set; those that are not there do not matter."""
+        for prefix in prefixes:
+            error = self._ask(_DELETE, name, nest(_ATTR_DATA, _entry(prefix)))
+            if error not in (0, _EXISTS):
+                raise _refused(name, error)
+
     def list(self) -> list[Element]:
         """Return all elements, bans first, as the kernel holds them now (5,000 in about 40 ms)."""
         found: list[Element] = []

@@ -82,6 +82,12 @@ _FEATURES = (
         " --connbytes-dir original -j RETURN",
         "xt_connbytes",
     ),
+    _Feature(
+        "samples",
+        "mangle",
+        "-A PREROUTING -m statistic --mode nth --every 16 --packet 0 -j RETURN",
+        "xt_statistic",
+    ),
     _Feature("exemption from tracking", "raw", "-A OUTPUT -p tcp -j CT --notrack", "xt_CT"),
 )
 _FOR_A_BUDGET = (

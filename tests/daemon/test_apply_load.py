@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.daemon.flood import syn_flood
 from tests.guard import Guard, source
-from tests.netns import SERVER4, Lab, wait_until
+from tests.netns import Lab, wait_until
 
 pytestmark = pytest.mark.netns
 
 ROUNDS = 5
-SYNS = """{{
-  {mac}, 0x02,0x00,0x00,0x00,0x00,0x66, const16(0x0800),
-  0x45, 0, const16(40), drnd(2), 0x40, 0, 64, 6, csumip(14, 33),
-  10,128,drnd(1),drnd(1), {target},
-  drnd(2), const16(8300), drnd(4), const32(0), const16(0x5002), const16(64240),
-  csumtcp(14, 34), const16(0)
-}}
-"""
 
 
 def policy(name: str) -> str:
@@ -45,23 +34,11 @@ def handled(guard: Guard) -> tuple[int, int, int]:
 
 
 def test_apply_and_rollback_under_a_flood(lab: Lab, tmp_path: Path) -> None:
-    shown = json.loads(lab.run("gateway", "ip", "-j", "link", "show", "out"))
-    mac = ",".join(f"0x{byte}" for byte in shown[0]["address"].split(":"))
-    flood = tmp_path / "syn.trafgen"
-    flood.write_text(SYNS.format(mac=mac, target=SERVER4.replace(".", ",")))
     other = tmp_path / "other.yaml"
     other.write_text(policy("other"))
     source(False)
     with Guard(lab, policy("first"), tmp_path / "guard", workers=1) as guard:
-        command = ["trafgen", "-i", str(flood), "-o", "eth0", "-P", "1", "-C", "-t", "1us"]
-        with lab.inside("client"):
-            sender = subprocess.Popen(
-                command,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        try:
+        with syn_flood(lab, tmp_path, "10,128,drnd(1),drnd(1)", 8300):
             wait_until(lambda: handled(guard)[0] > 20_000, 30)
             began, before = time.monotonic(), handled(guard)[0]
             took = []
@@ -70,9 +47,6 @@ def test_apply_and_rollback_under_a_flood(lab: Lab, tmp_path: Path) -> None:
                 took.append(guard.json("policy", "rollback")["took_ms"])
             assert handled(guard)[0] > before + 20_000  # the flood went on
             rate = (handled(guard)[0] - before) / (time.monotonic() - began)
-        finally:
-            os.killpg(sender.pid, signal.SIGKILL)  # it sends in a process of its own
-            sender.wait()
         wait_until(lambda: handled(guard)[1] == 0)
         time.sleep(1.1)  # a worker reports twice a second
         _, waiting, overrun = handled(guard)

@@ -16,7 +16,7 @@ import pytest
 from rstguard.daemon.condemn import Condemner, Outcome, Result, Target, select
 from rstguard.engine.flow import Flow
 from rstguard.engine.verdict import Ends, Reason
-from rstguard.kernel import marks
+from rstguard.kernel import chains, marks
 from rstguard.kernel.conntrack import Conntrack
 from rstguard.kernel.inject import Injector
 from tests.netns import OUTSIDE4, OUTSIDE6, SERVER4, SERVER6, Lab, wait_until
@@ -33,23 +33,15 @@ def bits(value: int) -> str:
 
 
 def condemned_chain() -> str:
-    """Return the rules that kill by, as `rstguard.kernel.chains` makes them."""
+    """Return the rules that kill, and the jumps to them."""
     rules = [
         "*raw",
         f"-A OUTPUT -m mark --mark {bits(marks.PROBE)} -j CT --notrack",
         "COMMIT",
         "*filter",
         ":dead - [0:0]",
-        "-A dead -p tcp --tcp-flags RST RST -j RETURN",
+        *(f"-A dead {rule}" for rule in chains.condemned()),
     ]
-    for direction, condemned, told in (
-        ("ORIGINAL", marks.CONDEMNED_SOURCE, marks.TOLD_SOURCE),
-        ("REPLY", marks.CONDEMNED_DESTINATION, marks.TOLD_DESTINATION),
-    ):
-        match = f"-p tcp -m conntrack --ctdir {direction} -m connmark --mark {bits(condemned)}"
-        rules.append(f"-A dead {match} -j CONNMARK --set-xmark {bits(told)}")
-        rules.append(f"-A dead {match} -j REJECT --reject-with tcp-reset")
-    rules.append("-A dead -j DROP")
     rules += [
         f"-A {hook} -p tcp -m connmark ! --mark 0x0/{marks.CONDEMNED:#x} -j dead"
         for hook in ("INPUT", "FORWARD", "OUTPUT")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -45,13 +46,13 @@ def test_a_heavy_hitters_count_is_never_too_high_and_at_most_its_share_too_low(
 
 def test_levels_rise_with_the_queue_and_fall_one_by_one_when_it_stays_short() -> None:
     shedding, now = Shedding(4096), SECOND
-    levels = [shedding.look(waiting, 0, now) for waiting in (0, 1023, 1024, 2048, 3072)]
+    levels = [shedding.look(waiting, 0, now, 0) for waiting in (0, 1023, 1024, 2048, 3072)]
     assert levels == [0, 0, 1, 2, 3]
-    assert shedding.look(1600, 0, now) == Level.SYNS, "more than half of where it begins"
+    assert shedding.look(1600, 0, now, 0) == Level.SYNS, "more than half of where it begins"
     fallen = []
     for _ in range(70):
         now += 50 * MILLISECOND
-        fallen.append(shedding.look(0, 0, now))
+        fallen.append(shedding.look(0, 0, now, 0))
     assert sorted(set(fallen), reverse=True) == [3, 2, 1, 0]
     assert fallen.count(Level.SYNS) >= 20, "each level is held for a second"
 
@@ -59,15 +60,62 @@ def test_levels_rise_with_the_queue_and_fall_one_by_one_when_it_stays_short() ->
 def test_a_short_calm_does_not_end_it() -> None:
     shedding, now = Shedding(4096), SECOND
     for _ in range(100):
-        shedding.look(4000, 0, now)
+        shedding.look(4000, 0, now, 0)
+        shedding.look(0, 0, now, 0)
         now += 900 * MILLISECOND
-        assert shedding.look(0, 0, now) == Level.SYNS
+        assert shedding.look(0, 0, now, 0) == Level.SYNS
         now += 100 * MILLISECOND
 
 
 def test_a_lost_packet_brings_the_last_level_at_once() -> None:
     shedding = Shedding(4096)
-    assert shedding.look(10, 5, SECOND) == Level.SYNS
+    assert shedding.look(10, 5, SECOND, 0) == Level.SYNS
+
+
+def thinned(capacity: int = 100_000) -> tuple[Shedding, int]:
+    """Return one whose queue was half full for 20 ms though `capacity` a second were taken."""
+    shedding, now = Shedding(4096), SECOND
+    while shedding.level is not Level.THINNED:
+        shedding.look(2048, 0, now, capacity * (now - SECOND) // SECOND)
+        now += 5 * MILLISECOND
+    assert now - SECOND == 25 * MILLISECOND
+    return shedding, now
+
+
+def test_a_pause_of_the_worker_is_made_up_for() -> None:
+    shedding = Shedding(4096)
+    assert shedding.look(2000, 0, SECOND, 0) == Level.STRAYS
+    assert shedding.look(4000, 0, SECOND + 200 * MILLISECOND, 100) == Level.SYNS
+    assert shedding.look(1000, 0, SECOND + 220 * MILLISECOND, 5000) == Level.SYNS
+    assert shedding.look(1030, 0, SECOND + 230 * MILLISECOND, 9000) == Level.SYNS
+
+
+def go_on(shedding: Shedding, now: int, rate: int, waiting: int = 0) -> Iterator[Level]:
+    """Tell the level every 100 ms while so many packets a second come through the sample."""
+    for step in range(1, 400):
+        taken = 1_000_000 + rate * step // 10
+        yield shedding.look(waiting, 0, now + 100 * step * MILLISECOND, taken)
+
+
+def test_a_queue_that_stays_long_is_thinned_until_little_comes() -> None:
+    shedding, now = thinned()
+    lasts = list(go_on(shedding, now, rate=2000)).index(Level.SYNS)
+    assert 10 <= lasts <= 16, "of 32,000 a second it could take 100,000"
+
+
+def test_a_flood_that_goes_on_is_looked_at_every_ten_seconds() -> None:
+    shedding, now = thinned()
+    lasts = list(go_on(shedding, now, rate=20_000)).index(Level.SYNS)
+    assert 98 <= lasts <= 101
+
+
+def test_thinning_that_does_not_help_is_given_up_for_a_while() -> None:
+    shedding, now = thinned()
+    levels = list(go_on(shedding, now, rate=20_000, waiting=2048))
+    given_up = levels.index(Level.SYNS)
+    assert given_up < 6
+    assert Level.THINNED not in levels[given_up : given_up + 98]
+    assert levels[given_up + 101] is Level.THINNED
 
 
 def overloaded(rules: RuleSet = RULES) -> Engine:

@@ -88,7 +88,7 @@ def test_what_is_too_much_for_the_queue_goes_as_on_failure_says(
         "rstguard-syn"
     ]
     assert bound.endswith(f"-j {verdict}")
-    assert queue == "-j rstguard-queue"
+    assert queue == "-j rstguard-syns"
 
 
 def test_a_blocked_source_gets_no_cookie_where_it_is_to_be_refused() -> None:
