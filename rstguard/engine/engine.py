@@ -85,6 +85,8 @@ class Engine:
         self._elsewhere = {kind: self._checks(kind, None) for kind in Kind}
         self._syn_by_port = {port: _at_once(c) for port, c in self._by_port[Kind.SYN].items()}
         self._syn_elsewhere = _at_once(self._elsewhere[Kind.SYN])
+        self._of_service = {p: _of_service(c) for p, c in self._by_port[Kind.SYN].items()}
+        self._of_service_elsewhere = _of_service(self._elsewhere[Kind.SYN])
         self._newcomers = self._take_over(previous)
         self._newcomers.count = self._count_syn
         self._put_off, self._meet = self._newcomers.put_off, self._newcomers.meet
@@ -135,14 +137,21 @@ class Engine:
             if level >= Level.SYNS or (
                 level >= Level.NEWCOMERS and not self._newcomers.knows(packet)
             ):
-                self.left_undone += 1
-                if self.ruleset.fail_open or self.ruleset.scope.spares(packet.source):
-                    return PASS
-                return _OVERLOADED
+                return self._leave_undone(packet, now)
         elif state & STRAY or BAD_FLAGS[flags]:
             self.left_undone += 1
             return PASS
         return self.decide(packet, now)
+
+    def _leave_undone(self, packet: Packet, now: int) -> Decision:
+        """Let a SYN pass or not, unjudged but for what its service may get at all."""
+        self.left_undone += 1
+        for check, rule in self._of_service.get(packet[3], self._of_service_elsewhere):
+            if check(packet, now) and not self.ruleset.scope.spares(packet.source):
+                return self._dropping[rule.name]
+        if self.ruleset.fail_open or self.ruleset.scope.spares(packet.source):
+            return PASS
+        return _OVERLOADED
 
     def _is_heavy(self, packet: Packet) -> bool:
         heavy = self._heavy
@@ -261,6 +270,11 @@ def _at_once(checks: Checks) -> tuple[Checks, Checks | None]:
     """Return the checks of a SYN, and those that a newcomer's must pass too; None: all of them."""
     at_once = tuple((check, rule) for check, rule in checks if crossed_by_one(rule))
     return checks, None if len(at_once) == len(checks) else at_once
+
+
+def _of_service(checks: Checks) -> Checks:
+    """Return those of the checks of a SYN that limit a whole service."""
+    return tuple((check, rule) for check, rule in checks if rule.limits_service)
 
 
 def kind_of(packet: Packet) -> Kind:

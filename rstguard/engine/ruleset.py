@@ -151,6 +151,12 @@ class Rule:
     unless: Unless | None = None
 
     @property
+    def limits_service(self) -> bool:
+        """Whether the rule keeps SYNs from a service, whoever sends them."""
+        limits = self.measure is Measure.SYN_RATE and self.per is Per.SERVICE
+        return limits and self.action is not Action.OBSERVE
+
+    @property
     def refill(self) -> int:
         """Nanoseconds after which a source of a rate measure has its whole burst again."""
         return -(-self.period * self.burst // self.limit)

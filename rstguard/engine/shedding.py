@@ -7,7 +7,8 @@
 4. **Thinned**: the kernel does the same before the queue, so that nobody waits there behind a
    flood; one in sixteen still comes, by which the worker sees what goes on.
 
-What belongs to a connection is judged at every level.  From the first level on the sources of SYNs
+What belongs to a connection is judged at every level, and what a service may get at all (`syn_rate`
+per service) holds at every level.  From the first level on the sources of SYNs
 are watched for heavy hitters: those that hold the worker up are shunned for a few seconds (a shun
 needs no proof of address and passes by itself; nobody is banned on an estimate).
 """

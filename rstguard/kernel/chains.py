@@ -363,10 +363,9 @@ class _Build:
     def narrowed(self) -> dict[str, tuple[str, ...]]:
         """The ways into the queues that an overrun worker can narrow."""
         chains: dict[str, tuple[str, ...]] = {}
-        drops = self.ruleset.enforce and not self.ruleset.fail_open
         for index, number in enumerate(self.queues):
             to_queue = self.to_queue(number)
-            syns = thinning.syns(self.family, index, to_queue, drops)
+            syns = thinning.syns(self.ruleset, self.family, index, to_queue)
             chains[f"{PREFIX}-syns-{index}"] = syns
             strays = thinning.strays(self.family, index, to_queue)
             chains[f"{PREFIX}-strays-{index}"] = strays

@@ -32,7 +32,7 @@ from rstguard.engine.offers import Offer, Service
 from rstguard.engine.ruleset import Divert, RuleSet
 from rstguard.kernel import marks
 from rstguard.kernel.chains import SYN_ONLY, Jump, Plan, interface_names, negated
-from rstguard.kernel.counting import PREFIX, bits, gate, table_size
+from rstguard.kernel.counting import LARGEST_RATE, PREFIX, bits, gate, table_size
 
 ENGAGED_SECONDS = 60
 """How long after its last cookie a service's ACKs are still searched for cookies."""
@@ -41,8 +41,6 @@ LOG_GROUP = 5640
 _LOG_BYTES = 160  # IPv6 header, one extension header, TCP header with all options
 _BOUND_SECONDS = 2
 """How long the count of a service without cookies is kept after its last SYN."""
-_LARGEST_RATE = 1_000_000
-"""What hashlimit can count in a second (XT_HASHLIMIT_SCALE_v2)."""
 
 _SYN = f"-p tcp -m tcp --tcp-flags {SYN_ONLY}"
 _SYN_ACK = "-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK SYN,ACK"
@@ -146,7 +144,7 @@ class _Build:
         """Only SYNs come here.  Who is blocked or trusted goes the usual way."""
         budget = self.ruleset.syn_budget
         assert budget is not None
-        rate = min(budget.rate, _LARGEST_RATE)
+        rate = min(budget.rate, LARGEST_RATE)
         # A table lives on with its old rate under its name: another rate needs another name.
         table = f"{PREFIX}{self.family}-{rate}"
         over = (
@@ -171,7 +169,7 @@ class _Build:
         """
         budget = self.ruleset.syn_budget
         assert budget is not None
-        rate = min(budget.rate, _LARGEST_RATE)
+        rate = min(budget.rate, LARGEST_RATE)
         mode = "dstip" if self.ruleset.scope.ports is None else "dstip,dstport"
         verdict = "RETURN" if self.ruleset.fail_open else "DROP"
         name = f"{PREFIX}{self.family}-queue"

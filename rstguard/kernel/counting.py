@@ -6,7 +6,10 @@ from rstguard.engine.ruleset import SECOND, RuleSet
 from rstguard.kernel import marks
 
 PREFIX = "rstguard"
-_UNITS = {SECOND: "sec", 60 * SECOND: "min", 3600 * SECOND: "hour", 86400 * SECOND: "day"}
+UNITS = {SECOND: "sec", 60 * SECOND: "min", 3600 * SECOND: "hour", 86400 * SECOND: "day"}
+"""Periods that hashlimit knows, in nanoseconds, and their names."""
+LARGEST_RATE = 1_000_000
+"""What hashlimit can count in a second (XT_HASHLIMIT_SCALE_v2)."""
 _ENTRIES = 1 << 20
 """Sources or services that hashlimit's table holds, of 136 bytes each.  Full, it drops new ones."""
 _BUCKETS = 1 << 16
@@ -35,7 +38,7 @@ def syns(ruleset: RuleSet, family: int) -> tuple[str, ...]:
     # A table lives on under its name: another rate needs another name.
     table = f"{PREFIX}{family}-{rule.limit}-{rule.period // SECOND}-{rule.burst}-{length}"
     within = (
-        f"-m hashlimit --hashlimit-upto {rule.limit}/{_UNITS[rule.period]}"
+        f"-m hashlimit --hashlimit-upto {rule.limit}/{UNITS[rule.period]}"
         f" --hashlimit-burst {rule.burst} --hashlimit-mode srcip --hashlimit-srcmask {length}"
         f" --hashlimit-name {table} {table_size(lives)} -j RETURN"
     )

@@ -9,14 +9,17 @@ flood are seen.  The entries expire by themselves, so a worker that dies leaves 
 from __future__ import annotations
 
 from rstguard.engine.address import V6, Prefix
+from rstguard.engine.ruleset import SECOND, RuleSet
 from rstguard.engine.shedding import SAMPLE
 from rstguard.kernel import marks
-from rstguard.kernel.counting import PREFIX, bits
+from rstguard.kernel.counting import LARGEST_RATE, PREFIX, UNITS, bits, table_size
 from rstguard.kernel.sets import Sets
 
 SECONDS = 3
 """How long a queue stays closed without being told so again."""
 
+_MOST_PORTS = 15
+"""What the multiport match takes at once."""
 _SAMPLED = f"-m statistic --mode nth --every {SAMPLE} --packet 0"
 _EVERYTHING = {
     4: (Prefix(0, 1), Prefix(1 << 31, 1)),  # a set holds no prefix of length 0
@@ -29,18 +32,44 @@ def set_name(family: int, index: int) -> str:
     return f"{PREFIX}-thin{family}-{index}"
 
 
-def syns(family: int, index: int, to_queue: str, drops: bool) -> tuple[str, ...]:
-    """Return the chain of the new SYNs of a worker's sources.  Pure.
-
-    With `drops` those that are kept from the queue do not pass.
-    """
+def syns(ruleset: RuleSet, family: int, index: int, to_queue: str) -> tuple[str, ...]:
+    """Return the chain of the new SYNs of a worker's sources.  Pure."""
+    limits = service_limits(ruleset, family) if ruleset.enforce else ()
+    drops = ruleset.enforce and not ruleset.fail_open
     return (
         _usually(family, index, to_queue),
         f"-m mark --mark {bits(marks.TO_QUEUE_PROVEN)} {to_queue}",
         f"{_SAMPLED} {to_queue}",
         f"-m set --match-set {PREFIX}-spared{family} src {to_queue}",
+        *limits,
         "-j DROP" if drops else "-j RETURN",
     )
+
+
+def service_limits(ruleset: RuleSet, family: int) -> tuple[str, ...]:
+    """Return the rules that drop what spares the queue but is more than a service may get.
+
+    The kernel counts that apart from the engine, so a service gets its limit, and what comes
+    through the queue besides.
+    """
+    rules = []
+    for rule in ruleset.rules:
+        if not rule.limits_service or rule.period not in UNITS or rule.limit > LARGEST_RATE:
+            continue
+        lives = max(1, -(-rule.refill // SECOND))
+        table = f"{PREFIX}{family}-of-{rule.limit}-{rule.period // SECOND}-{rule.burst}"
+        limit = (
+            f"-m hashlimit --hashlimit-above {rule.limit}/{UNITS[rule.period]}"
+            f" --hashlimit-burst {min(rule.burst, LARGEST_RATE)} --hashlimit-mode dstip,dstport"
+            f" --hashlimit-name {table} {table_size(lives)} -j DROP"
+        )
+        ports = sorted(rule.ports or ())
+        several = [
+            ports[start : start + _MOST_PORTS] for start in range(0, len(ports), _MOST_PORTS)
+        ]
+        named = (f"-p tcp -m multiport --dports {','.join(map(str, some))} " for some in several)
+        rules += [match + limit for match in (named if ports else ("",))]
+    return tuple(rules)
 
 
 def strays(family: int, index: int, to_queue: str) -> tuple[str, ...]:

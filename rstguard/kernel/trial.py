@@ -83,6 +83,12 @@ _FEATURES = (
         "xt_connbytes",
     ),
     _Feature(
+        "lists of ports",
+        "mangle",
+        "-A PREROUTING -p tcp -m multiport --dports 80,443 -j RETURN",
+        "xt_multiport",
+    ),
+    _Feature(
         "samples",
         "mangle",
         "-A PREROUTING -m statistic --mode nth --every 16 --packet 0 -j RETURN",

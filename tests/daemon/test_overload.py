@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -94,3 +95,35 @@ def test_what_would_only_pass_unjudged_spares_the_queue(
         wait_until(lambda: guard.status()["workers"][0]["overload"] < Level.THINNED, 20)
         assert not thinned(lab, 4)
         wait_until(lambda: guard.status()["workers"][0]["overload"] == Level.NOTHING, 20)
+
+
+def test_no_flood_takes_away_what_a_service_may_get_at_all(
+    lab: Lab, tmp_path: Path, serve: Open
+) -> None:
+    """The worker cannot count any more, so the kernel does, service by service."""
+    serve(PORT)
+    limit = (
+        f"{{name: all, measure: syn_rate, over: 500/s, per: service, ports: [{PORT}], then: drop}}"
+    )
+    with Guard(lab, POLICY + f"  - {limit}\n", tmp_path / "run", workers=1) as guard:
+        worker = guard.status()["workers"][0]["pid"]
+        core = min(os.sched_getaffinity(0))
+        os.sched_setaffinity(worker, {core})
+        os.setpriority(os.PRIO_PROCESS, worker, 19)
+        with syn_flood(lab, tmp_path, "33,drnd(3)", PORT, core):
+            wait_until(lambda: guard.status()["workers"][0]["overload"] == Level.THINNED, 20)
+            came, arrived, began = (
+                received(lab, "gateway"),
+                received(lab, "server"),
+                time.monotonic(),
+            )
+            wait_until(lambda: received(lab, "gateway") > came + 20_000, 20)
+            seconds = time.monotonic() - began
+            arrived = received(lab, "server") - arrived
+        assert arrived < 2 * 500 * (seconds + 1) + 500, "its limit by each tier, and a burst"
+
+
+def received(lab: Lab, place: str) -> int:
+    """Return how many packets a host was sent from the client's side."""
+    device = {"gateway": "out", "server": "eth0"}[place]
+    return int(lab.run(place, "cat", f"/sys/class/net/{device}/statistics/rx_packets"))

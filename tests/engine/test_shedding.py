@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from rstguard.engine.address import parse_address
 from rstguard.engine.engine import OVERLOAD, Engine
 from rstguard.engine.heavy import HeavyHitters
-from rstguard.engine.ruleset import SECOND, Measure, RuleSet
+from rstguard.engine.ruleset import SECOND, Measure, Per, RuleSet
 from rstguard.engine.shedding import Level, Shedding
-from rstguard.engine.verdict import PASS, Ban, Condemn, Reason, Shun, Verdict
+from rstguard.engine.verdict import PASS, Action, Ban, Condemn, Reason, Shun, Verdict
 from rstguard.engine.wire import ACK, KNOWN, PROVEN, STRAY, SYN, Packet
 from tests.engine.packets import CLIENT, MILLISECOND, SERVER, rule, ruleset
 
@@ -160,6 +160,17 @@ def test_then_newcomers_then_all_unproven_syns(fail_open: bool, verdict: Verdict
     assert decide(known, SECOND, Level.SYNS).rule == ""
     assert decide(proven, SECOND, Level.SYNS).rule == "syn_rate-rule"
     assert engine.left_undone == 3
+
+
+def test_the_limit_of_a_service_holds_at_every_level() -> None:
+    limit = replace(rule(Measure.SYN_RATE, limit=10, action=Action.DROP), per=Per.SERVICE)
+    engine = Engine(ruleset(limit))
+    verdicts = Counter(
+        engine.decide_under_load(segment(number << 8), SECOND, level).verdict
+        for level in (Level.NEWCOMERS, Level.SYNS, Level.THINNED)
+        for number in range(100)
+    )
+    assert verdicts == {Verdict.ACCEPT: 10, Verdict.DROP: 290}
 
 
 def test_a_source_that_holds_the_worker_up_is_shunned_and_never_banned() -> None:
