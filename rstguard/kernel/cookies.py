@@ -31,8 +31,9 @@ from rstguard.engine.address import address_text, is_v6
 from rstguard.engine.offers import Offer, Service
 from rstguard.engine.ruleset import Divert, RuleSet
 from rstguard.kernel import marks
-from rstguard.kernel.chains import SYN_ONLY, Jump, Plan, interface_names, negated
+from rstguard.kernel.chains import Jump, Plan
 from rstguard.kernel.counting import LARGEST_RATE, PREFIX, bits, gate, table_size
+from rstguard.kernel.matching import SYN_ONLY, interface_names, negated
 
 ENGAGED_SECONDS = 60
 """How long after its last cookie a service's ACKs are still searched for cookies."""

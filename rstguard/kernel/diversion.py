@@ -1,0 +1,234 @@
+"""Which packets are diverted into which queue: the rules of mangle PREROUTING.  Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rstguard.engine.ruleset import Divert
+from rstguard.kernel import counting, marks, thinning
+from rstguard.kernel.counting import PREFIX, bits
+from rstguard.kernel.matching import SYN_ONLY, Matching
+
+# All combinations that nf_conntrack_proto_tcp.c does not list in tcp_valid_flags.
+_IMPOSSIBLE = (
+    "FIN,SYN FIN,SYN",
+    "SYN,RST SYN,RST",
+    "FIN,RST FIN,RST",
+    "FIN,ACK FIN",
+    "FIN,SYN,RST,ACK NONE",
+    "ACK,URG URG",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Diversion(Matching):
+    """The rules of each chain; `queues` are the NFQUEUE numbers of the workers."""
+
+    queues: range
+
+    @property
+    def watches_outbound(self) -> bool:
+        """Whether some rule needs to see how a server ends its connections."""
+        return Divert.CLOSE in self.ruleset.diverts
+
+    def chains(self) -> dict[str, tuple[str, ...]]:
+        """Return the chains by name."""
+        found = {
+            f"{PREFIX}-in": self.on_interfaces(f"{PREFIX}-classify", outbound=False, tcp=True),
+            f"{PREFIX}-classify": self.classify(),
+            f"{PREFIX}-syn": self.syn(),
+            f"{PREFIX}-count": counting.syns(self.ruleset, self.family),
+            f"{PREFIX}-first": self.first_ack(),
+            f"{PREFIX}-close": self.close(),
+            f"{PREFIX}-invalid": self.invalid(),
+            f"{PREFIX}-window": self.window(),
+            f"{PREFIX}-queue": self.queue("source"),
+            **self.narrowed(),
+        }
+        if self.watches_outbound:
+            out = self.on_interfaces(f"{PREFIX}-reset-out", outbound=True, tcp=True)
+            found[f"{PREFIX}-out"] = out
+            found[f"{PREFIX}-reset-out"] = self.reset_out()
+            found[f"{PREFIX}-queue-out"] = self.queue("destination")
+        return found
+
+    def classify(self) -> tuple[str, ...]:
+        """Most packets belong to connections that need nothing more: they leave first."""
+        diverts = self.ruleset.diverts
+        settled = marks.GUARDED | marks.PROVEN
+        if Divert.HANDSHAKE in diverts:
+            settled |= marks.TRUSTED
+        rules = [f"-p tcp -m tcp --tcp-flags {SYN_ONLY} -g {PREFIX}-syn"]
+        if Divert.CLOSE in diverts:
+            rules.append(f"-p tcp -m tcp ! --tcp-flags FIN,RST NONE -j {PREFIX}-close")
+        if Divert.SMALL_WINDOW in diverts:
+            rules.append(self.small_window())
+        rules += [
+            f"-m connmark --mark {bits(settled)} -j RETURN",
+            "-m conntrack --ctstate ESTABLISHED --ctdir REPLY -j RETURN",
+            f"-m connmark ! --mark 0x0/0x{marks.CONDEMNED:x} -j RETURN",
+            *self.unless_trusted(),
+            f"{self.hit('ban')} -j DROP",
+            f"-m conntrack --ctstate INVALID,NEW -g {PREFIX}-invalid",
+        ]
+        plain_ack = "-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK ACK"
+        guarded = f"-m connmark --mark {bits(marks.GUARDED)}"
+        return (*rules, f"{plain_ack} {guarded} -j {PREFIX}-first")
+
+    def syn(self) -> tuple[str, ...]:
+        """New SYNs: from here on their connections are guarded."""
+        rules = [*self.unless_trusted(), *self.in_scope()]
+        if self.ruleset.blocking != "drop":  # they are answered later, in the filter table
+            rules += [f"{self.hit(name)} -j RETURN" for name in ("ban", "shun")]
+        rules += [
+            f"-m conntrack --ctstate NEW -j CONNMARK --set-xmark {bits(marks.GUARDED)}",
+        ]
+        counted = self.ruleset.kernel_rule
+        if counted or Divert.SYN in self.ruleset.diverts:
+            if self.ruleset.bans and not counted:
+                rules.append(
+                    f"{self.in_set('proven')} -j MARK --set-xmark {bits(marks.TO_QUEUE_PROVEN)}"
+                )
+            rules.append(f"-j {PREFIX}-count" if counted else f"-j {PREFIX}-syns")
+        return tuple(rules)
+
+    def first_ack(self) -> tuple[str, ...]:
+        """The kernel accepted the client's ACK of the SYN-ACK: its address is real."""
+        known = f"-j MARK --set-xmark {bits(marks.TO_QUEUE_KNOWN | marks.TO_QUEUE_PROVEN)}"
+        rules = ["-m conntrack ! --ctstate ESTABLISHED -j RETURN"]
+        if self.ruleset.bans:
+            rules.append(f"-j SET --add-set {PREFIX}-proven{self.family} src --exist")
+        rules.append(f"-j CONNMARK --set-xmark {bits(marks.PROVEN)}")
+        if Divert.HANDSHAKE in self.ruleset.diverts:
+            # While nobody answers, a connection tries again with each packet, up to this many.
+            enough = f"-m connbytes --connbytes {self.ruleset.inspect_packets + 2}:"
+            enough += " --connbytes-mode packets --connbytes-dir original"
+            trusted = bits(marks.TRUSTED)
+            rules += [
+                f"{enough} -j CONNMARK --set-xmark {trusted}",
+                f"-m connmark --mark {trusted} -j RETURN",
+                known,
+                f"-j {PREFIX}-queue",
+            ]
+        return tuple(rules)
+
+    def close(self) -> tuple[str, ...]:
+        """FINs and RSTs of guarded connections, of the ports that ask for them."""
+        if Divert.CLOSE not in self.ruleset.diverts:
+            return ()
+        settled = marks.GUARDED | marks.PROVEN
+        state = marks.TO_QUEUE_KNOWN | marks.TO_QUEUE_PROVEN
+        wanted = self.ruleset.ports_needing(Divert.CLOSE)
+        rules = [
+            f"-m connmark ! --mark 0x0/0x{marks.CONDEMNED:x} -j RETURN",
+            f"-m connmark ! --mark {bits(settled)} -j RETURN",
+            "-m conntrack ! --ctstate ESTABLISHED -j RETURN",
+        ]
+        if wanted is not None:
+            rules.append(f"-p tcp -m set ! --match-set {PREFIX}-close-ports dst -j RETURN")
+        return (*rules, f"-j MARK --set-xmark {bits(state)}", f"-j {PREFIX}-queue")
+
+    def reset_out(self) -> tuple[str, ...]:
+        """A server's RST also ends a connection, and no client's segment may follow it."""
+        rules = [
+            "-p tcp -m tcp ! --tcp-flags RST RST -j RETURN",
+            f"-m connmark ! --mark 0x0/0x{marks.CONDEMNED:x} -j RETURN",
+            f"-m connmark ! --mark {bits(marks.GUARDED | marks.PROVEN)} -j RETURN",
+            "-m conntrack --ctdir ORIGINAL -j RETURN",
+        ]
+        if self.ruleset.ports_needing(Divert.CLOSE) is not None:
+            rules.append(f"-p tcp -m set ! --match-set {PREFIX}-close-ports src -j RETURN")
+        state = marks.TO_QUEUE_KNOWN | marks.TO_QUEUE_PROVEN | marks.TO_QUEUE_OUTBOUND
+        return (*rules, f"-j MARK --set-xmark {bits(state)}", f"-j {PREFIX}-queue-out")
+
+    def small_window(self) -> str:
+        """The window is the last half of the TCP header's fourth word; unscaled as it stands."""
+        largest = max(rule.window for rule in self.ruleset.rules)
+        where = "0>>22&0x3c@12&0xffff" if self.family == 4 else "52&0xffff"
+        most = f"0x{min(largest, 0xFFFF):x}"
+        return (
+            f"-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK ACK -m connmark --mark"
+            f' {bits(marks.GUARDED | marks.PROVEN)} -m u32 --u32 "{where}=0x0:{most}"'
+            f" -j {PREFIX}-window"
+        )
+
+    def window(self) -> tuple[str, ...]:
+        """ACKs that advertise a small window, of trusted connections too."""
+        if Divert.SMALL_WINDOW not in self.ruleset.diverts:
+            return ()
+        proven = f"-j MARK --set-xmark {bits(marks.TO_QUEUE_PROVEN)}"
+        return (
+            f"-m connmark ! --mark 0x0/0x{marks.CONDEMNED:x} -j RETURN",
+            *self.unless_trusted(),
+            proven,
+            f"-j {PREFIX}-queue",
+        )
+
+    def invalid(self) -> tuple[str, ...]:
+        """The tracker calls a segment INVALID for its flags or because it fits no connection."""
+        diverts = self.ruleset.diverts
+        rules = []
+        if Divert.STRAY in diverts or Divert.BAD_FLAGS in diverts:
+            if self.ruleset.bans:
+                rules.append(
+                    f"{self.in_set('proven')} -j MARK --set-xmark {bits(marks.TO_QUEUE_PROVEN)}"
+                )
+            rules = [*self.in_scope(), *rules]
+        if Divert.BAD_FLAGS in diverts and Divert.STRAY not in diverts:
+            rules += [f"-p tcp -m tcp --tcp-flags {f} -j {PREFIX}-strays" for f in _IMPOSSIBLE]
+        if Divert.STRAY in diverts:
+            rules.append(f"-j MARK --set-xmark {bits(marks.TO_QUEUE_STRAY)}")
+            rules.append(f"-j {PREFIX}-strays")
+        return tuple(rules)
+
+    def queue(self, client: str) -> tuple[str, ...]:
+        """One queue per worker, chosen by bits of the client's address ("source" or "destination").
+
+        Everything that is counted per source or per prefix so meets in one process.
+        """
+        return tuple(
+            f"{match}{self.to_queue(number)}"
+            for match, number in zip(self.steering(client), self.queues, strict=True)
+        )
+
+    def narrowed(self) -> dict[str, tuple[str, ...]]:
+        """The ways into the queues that an overrun worker can narrow."""
+        chains: dict[str, tuple[str, ...]] = {}
+        for index, number in enumerate(self.queues):
+            to_queue = self.to_queue(number)
+            syns = thinning.syns(self.ruleset, self.family, index, to_queue)
+            chains[f"{PREFIX}-syns-{index}"] = syns
+            strays = thinning.strays(self.family, index, to_queue)
+            chains[f"{PREFIX}-strays-{index}"] = strays
+        for name in ("syns", "strays"):
+            chains[f"{PREFIX}-{name}"] = tuple(
+                f"{match}-g {PREFIX}-{name}-{index}"
+                for index, match in enumerate(self.steering("source"))
+            )
+        return chains
+
+    def to_queue(self, number: int) -> str:
+        """Return the target of a queue."""
+        bypass = " --queue-bypass" if self.ruleset.fail_open else ""
+        return f"-j NFQUEUE --queue-num {number}{bypass}"
+
+    def steering(self, client: str) -> tuple[str, ...]:
+        """Return for each queue what matches the packets whose client belongs to it."""
+        if len(self.queues) == 1:
+            return ("",)
+        where, mask = self.steering_word(client), len(self.queues) - 1
+        return tuple(
+            f'-m u32 --u32 "{where}&0x{mask:x}=0x{index:x}" ' for index in range(len(self.queues))
+        )
+
+    def steering_word(self, client: str) -> str:
+        """The u32 expression whose low bits are the last ones of the widest counted prefix."""
+        rules = self.ruleset.rules
+        if self.family == 4:
+            start = 12 if client == "source" else 16
+            length = min([self.ruleset.source_ipv4, *(rule.ipv4_length for rule in rules)])
+        else:
+            start = 8 if client == "source" else 24
+            length = min([self.ruleset.source_ipv6, *(rule.ipv6_length for rule in rules)])
+        whole_bytes = -(-length // 8)
+        return f"{start + whole_bytes - 4}>>{whole_bytes * 8 - length}"

@@ -1,0 +1,60 @@
+"""Matches that several chains share: who is blocked, trusted, or not protected.  Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rstguard.engine.address import is_v6
+from rstguard.engine.ruleset import RuleSet
+from rstguard.kernel.counting import PREFIX
+
+SYN_ONLY = "FIN,SYN,RST,ACK SYN"
+
+
+@dataclass(frozen=True, slots=True)
+class Matching:
+    """What a policy says of packets in one address family (4 or 6)."""
+
+    ruleset: RuleSet
+    family: int
+
+    def in_set(self, name: str, direction: str = "src") -> str:
+        """Match an address ("src" or "dst") that one of our sets of this family holds."""
+        return f"-m set --match-set {PREFIX}-{name}{self.family} {direction}"
+
+    def hit(self, name: str) -> str:
+        """Match who is banned or shunned: a lifeline in the midst of a banned network is not."""
+        return f"{self.in_set(name)} {negated(self.in_set('spared'))}"
+
+    def on_interfaces(self, chain: str, outbound: bool, tcp: bool = False) -> tuple[str, ...]:
+        """Return rules that send what comes in, or goes out, on protected interfaces to a chain."""
+        protocol = "-p tcp " if tcp else ""
+        way = "-o" if outbound else "-i"
+        names = interface_names(self.ruleset)
+        return tuple(f"{way} {name} {protocol}-j {chain}" for name in names)
+
+    def unless_trusted(self) -> list[str]:
+        """Return the rule by which trusted sources leave the chain, if there are any."""
+        v6 = self.family == 6
+        trusts = any(is_v6(prefix.network) == v6 for prefix in self.ruleset.scope.trusted)
+        return [f"{self.in_set('trusted')} -j RETURN"] if trusts else []
+
+    def in_scope(self) -> list[str]:
+        """Return rules that leave the chain if the target is not protected."""
+        scope = self.ruleset.scope
+        rules = []
+        if scope.destinations:
+            rules.append(f"{negated(self.in_set('dst', 'dst'))} -j RETURN")
+        if scope.ports is not None:
+            rules.append(f"-p tcp -m set ! --match-set {PREFIX}-ports dst -j RETURN")
+        return rules
+
+
+def interface_names(ruleset: RuleSet) -> list[str]:
+    """Return the protected interfaces as iptables names them: a glob ends in "+"."""
+    return [name.replace("*", "+") for name in ruleset.scope.interfaces]
+
+
+def negated(match: str) -> str:
+    """Return a match on a set turned into its opposite."""
+    return match.replace("-m set ", "-m set ! ", 1)
