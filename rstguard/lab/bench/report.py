@@ -87,6 +87,8 @@ def _goals(runs: Sequence[Run]) -> Iterator[Goal]:
         pairs = _same_round(outside, none)
         if more := [mine.success_percent - other.success_percent for mine, other in pairs]:
             yield _least("outside: honest success, percentage points above none", more, 0)
+        yield from _p50(outside, none, "outside", "none")
+        yield from _p99(outside, none, "outside", "none")
     for name in ("one-source", "prefix", "scattered"):
         if some := ours[name]:
             yield _least(f"{name}: honest clients served", [r.success_percent for r in some], 99)
@@ -138,10 +140,30 @@ def document(runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
+def summary(runs: Sequence[Run]) -> list[str]:
+    """Return a short table in Markdown: by flood and guard, who was served, and how soon."""
+    names = [peer.name for peer in PEERS if any(run.peer == peer.name for run in runs)]
+    lines = [f"| flood | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for flood in FLOODS:
+        cells = [_served(runs_of(runs, flood.name, name)) for name in names]
+        if any(cells):
+            lines.append(f"| {flood.name} | {' | '.join(cells)} |")
+    return lines
+
+
+def _served(runs: list[Run]) -> str:
+    if not runs:
+        return ""
+    percent = _short(median(run.success_percent for run in runs))
+    late = [run.known.p99_ms for run in runs if run.known.p99_ms is not None]
+    return f"{percent} %, {_short(median(late))} ms" if late else f"{percent} %"
+
+
 def markdown(runs: Sequence[Run]) -> str:
-    """Return tables in Markdown: one row for each flood and peer, and one for each goal."""
+    """Return tables in Markdown: a summary, all figures by flood and peer, and the goals."""
     titles = [title for title, _, _ in COLUMNS]
-    lines = [f"| flood | guard | {' | '.join(titles)} |", "|---" * (len(titles) + 2) + "|"]
+    lines = [*summary(runs), ""]
+    lines += [f"| flood | guard | {' | '.join(titles)} |", "|---" * (len(titles) + 2) + "|"]
     for flood in FLOODS:
         for peer in PEERS:
             if found := runs_of(runs, flood.name, peer.name):
