@@ -192,7 +192,10 @@ class Policies:
 
     def _entries(self) -> list[Entry]:
         store = self._guard.record.store
-        return store.policies() if store else []
+        if store:
+            with _logged():
+                return store.policies()
+        return []
 
     def _write(self, who: str, action: str, loaded: Loaded, file: str, state: str) -> int:
         store = self._guard.record.store
