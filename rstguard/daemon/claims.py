@@ -5,10 +5,15 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import socket
 from pathlib import Path
 
 from rstguard.kernel import KernelError
+
+LOCKS = Path("/run/rstguard-locks")
+"""One file for each network namespace that is guarded now; for root alone.
+
+A name in the kernel, such as an abstract socket's, would be anybody's to take.
+"""
 
 
 def claim(*directories: Path) -> contextlib.ExitStack:
@@ -17,10 +22,10 @@ def claim(*directories: Path) -> contextlib.ExitStack:
     Both claims go with their process, however it ends; close what is returned to give them up.
 
     Raises:
-        KernelError: another guard runs here.
+        KernelError: another guard runs here, or the claims cannot be made.
     """
     with contextlib.ExitStack() as claims:
-        claims.enter_context(_claim_namespace())
+        _claim_namespace(claims, LOCKS)
         for directory in directories:
             if directory.is_dir():  # else no guard can be using it
                 claims.callback(os.close, _claim_directory(directory))
@@ -30,26 +35,53 @@ def claim(*directories: Path) -> contextlib.ExitStack:
 def _claim_directory(directory: Path) -> int:
     """Lock a directory: another guard's socket and sysctl record in it are not ours to replace."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not _locked(descriptor):
         os.close(descriptor)
         raise KernelError(
             f"the guard of another network namespace uses the directory {directory}; "
             "name others with --runtime-dir and --state-dir"
-        ) from None
+        )
     return descriptor
 
 
-def _claim_namespace() -> socket.socket:
-    """Bind an abstract socket name: it belongs to one namespace."""
-    claimed = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+def _claim_namespace(claims: contextlib.ExitStack, locks: Path) -> None:
+    """Lock the file that stands for this network namespace; it is removed with the claim."""
+    file = locks / f"net-{Path('/proc/thread-self/ns/net').stat().st_ino}"
     try:
-        claimed.bind("\0rstguard")
-    except OSError:
-        claimed.close()
+        locks.mkdir(mode=0o700, exist_ok=True)
+        descriptor = _lock_file(file)
+    except OSError as error:
+        raise KernelError(
+            f"{file} cannot be made ({error.strerror}), by which one guard keeps another away"
+        ) from None
+    if descriptor is None:
         raise KernelError(
             "another rstguard guards this network namespace already; stop it first, "
             "or change its policy with `rstguard policy apply FILE`"
-        ) from None
-    return claimed
+        )
+    claims.callback(os.close, descriptor)
+    claims.callback(file.unlink, missing_ok=True)  # before it is closed: nobody else's by then
+
+
+def _lock_file(file: Path) -> int | None:
+    """Return a descriptor of a locked file, or None if another process holds it."""
+    while True:
+        descriptor = os.open(file, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            if not _locked(descriptor):
+                os.close(descriptor)
+                return None
+            there = file.stat()
+            if os.path.samestat(there, os.fstat(descriptor)):
+                return descriptor
+        except FileNotFoundError:
+            pass  # its last holder removed it after it was opened here
+        os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -47,6 +47,8 @@ class Policies:
         self._before: tuple[Loaded, str] | None = None
         self._number = 0
         self._going_back: asyncio.Task[None] | None = None
+        self._one_by_one = asyncio.Lock()
+        """A policy cannot be confirmed while it is being gone back from."""
         self.commands: dict[str, Callable[[Request], Awaitable[object]]] = {
             "policy-apply": self._apply,
             "policy-confirm": self._confirm,
@@ -92,7 +94,8 @@ class Policies:
         except PolicyError as error:
             raise ControlError(str(error)) from None
         self._guard.upkeep.administrator(request.get("ssh"))
-        done = await self._change(loaded, name, _who(request), "apply", wait)
+        async with self._one_by_one:
+            done = await self._change(loaded, name, _who(request), "apply", wait)
         spared = [line._asdict() for line in self._guard.upkeep.lifelines]
         return done | {"spared": [{**row, "address": str(row["address"])} for row in spared]}
 
@@ -102,7 +105,8 @@ class Policies:
         Raises:
             ControlError: it was refused; the old policy is in force.
         """
-        await self._change(loaded, file, "the service manager", "apply", None)
+        async with self._one_by_one:
+            await self._change(loaded, file, "the service manager", "apply", None)
 
     async def _change(
         self, loaded: Loaded, file: str, who: str, action: str, wait: int | None
@@ -117,7 +121,8 @@ class Policies:
         self._disarm()
         if waiting:
             self._mark(waiting.number, UNDONE)
-        self._before = old
+        if old[0].text != loaded.text:
+            self._before = old
         self._number = self._write(who, action, loaded, file, KEPT if wait is None else PENDING)
         if wait is not None:
             alarm = asyncio.get_running_loop().call_later(wait, self._time_is_over)
@@ -130,29 +135,31 @@ class Policies:
         }
 
     async def _confirm(self, request: Request) -> object:
-        if self._waiting is None:
-            raise ControlError(
-                "no policy waits to be confirmed; `rstguard policy history` says why"
-            )
-        number = self._waiting.number
-        self._disarm()
-        self._mark(number, KEPT)
-        name = self._guard.ruleset.name
-        self._guard.events.add(Event("policy", name, detail=f"confirmed by {_who(request)}"))
-        return {"name": name, "number": number}
+        async with self._one_by_one:
+            if self._waiting is None:
+                raise ControlError(
+                    "no policy waits to be confirmed; `rstguard policy history` says why"
+                )
+            number = self._waiting.number
+            self._disarm()
+            self._mark(number, KEPT)
+            name = self._guard.ruleset.name
+            self._guard.events.add(Event("policy", name, detail=f"confirmed by {_who(request)}"))
+            return {"name": name, "number": number}
 
     async def _rollback(self, request: Request) -> object:
-        last = self._last()
-        if last is None:
-            raise ControlError("there is no earlier policy to go back to")
-        undone = self._guard.loaded.text
-        done = await self._change(*last, _who(request), "rollback", None)
-        self._before = None
-        store = self._guard.record.store
-        if store:
-            with _logged():
-                store.undo_policy(undone)
-        return done
+        async with self._one_by_one:
+            last = self._last()
+            if last is None:
+                raise ControlError("there is no earlier policy to go back to")
+            undone = self._guard.loaded.text
+            done = await self._change(*last, _who(request), "rollback", None)
+            self._before = None
+            store = self._guard.record.store
+            if store and undone != last[0].text:
+                with _logged():
+                    store.undo_policy(undone)
+            return done
 
     def _last(self) -> tuple[Loaded, str] | None:
         if self._waiting:
@@ -171,19 +178,19 @@ class Policies:
 
     def _time_is_over(self) -> None:
         # Kept in a field: a task that nobody refers to may vanish.
-        self._going_back = asyncio.ensure_future(self._go_back())
+        self._going_back = asyncio.ensure_future(self._go_back(self._waiting))
 
-    async def _go_back(self) -> None:
-        waiting = self._waiting
-        if waiting is None:
-            return
-        name = self._guard.ruleset.name
-        try:
-            await self._change(waiting.loaded, waiting.file, "the guard", "not confirmed", None)
-        except ControlError as error:
-            log.error("policy %s was not confirmed, but could not be taken back: %s", name, error)
-            return
-        log.warning("policy %s was not confirmed in time; the one before it is in force", name)
+    async def _go_back(self, late: _Waiting | None) -> None:
+        async with self._one_by_one:
+            if late is None or self._waiting is not late:
+                return  # confirmed, or gone, in this very moment
+            name = self._guard.ruleset.name
+            try:
+                await self._change(late.loaded, late.file, "the guard", "not confirmed", None)
+            except ControlError as error:
+                log.error("policy %s was not confirmed, but cannot be taken back: %s", name, error)
+                return
+            log.warning("policy %s was not confirmed in time; the one before it is in force", name)
 
     def _disarm(self) -> None:
         if self._waiting:
@@ -192,7 +199,10 @@ class Policies:
 
     def _entries(self) -> list[Entry]:
         store = self._guard.record.store
-        return store.policies() if store else []
+        if store:
+            with _logged():
+                return store.policies()
+        return []
 
     def _write(self, who: str, action: str, loaded: Loaded, file: str, state: str) -> int:
         store = self._guard.record.store

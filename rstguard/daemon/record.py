@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,8 @@ log = logging.getLogger(__name__)
 _FLUSH_SECONDS = 0.5
 _TIDY_EVERY = 1200
 """Flushes between two times that what is over is forgotten: ten minutes."""
+_CLOCK_SET = 2.0
+"""Seconds by which the clock jumps when somebody sets it; less is its steering."""
 _AT_ONCE = 1000
 """Offences in one message to a process."""
 
@@ -30,11 +33,12 @@ class Record:
         self.problem = ""
         """Why nothing is kept at present, or ""."""
         self.store: Store | None = None
+        self._ahead = _ahead()
 
     def open(self) -> None:
         """Open the store, or say why nothing will be kept."""
         try:
-            self.store = Store(self._directory)
+            self.store = Store(self._directory, lambda: time.monotonic() + self._ahead)
         except StoreError as error:
             self._fails(error)
             return
@@ -51,7 +55,19 @@ class Record:
         Raises:
             KernelError: the sets refused.
         """
-        elements = self.store.blocks() if self.store else []
+        elements: list[Element] = []
+        if self.store:
+            self._flush()
+            try:
+                elements = self.store.blocks()
+            except StoreError as error:
+                self._fails(error)
+            if self.store.unreadable:
+                log.error(
+                    "%d bans of %s were damaged and are left out",
+                    self.store.unreadable,
+                    self.store.path,
+                )
         if elements:
             with Sets() as sets:
                 sets.add(elements)
@@ -61,7 +77,11 @@ class Record:
         """Yield what a process that starts is to remember."""
         if self.store:
             self._flush()
-            known = self.store.offences()
+            try:
+                known = self.store.offences()
+            except StoreError as error:
+                self._fails(error)
+                return
             for start in range(0, len(known), _AT_ONCE):
                 yield Offences(known[start : start + _AT_ONCE])
 
@@ -89,7 +109,15 @@ class Record:
         while self.store:
             await asyncio.sleep(_FLUSH_SECONDS)
             rounds += 1
+            self._follow_the_clock(self.store)
             await asyncio.to_thread(self._flush, rounds % _TIDY_EVERY == 1)
+
+    def _follow_the_clock(self, store: Store) -> None:
+        """Bans last as long as they were to last, whatever somebody sets the clock to."""
+        jumped = _ahead() - self._ahead
+        if abs(jumped) > _CLOCK_SET:
+            store.shift(jumped)
+            self._ahead += jumped
 
     def _flush(self, tidy: bool = False) -> None:
         assert self.store is not None
@@ -112,3 +140,8 @@ class Record:
         if self.store:
             self.store.close()
             self.store = None
+
+
+def _ahead() -> float:
+    """Return the seconds by which the clock on the wall is ahead of the one nobody can set."""
+    return time.time() - time.monotonic()

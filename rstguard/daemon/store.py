@@ -2,23 +2,25 @@
 
 Changes are collected in memory and written together, by `flush`, in one transaction of the
 write-ahead log: a process that is killed loses what came after the last one, and never the file
-(https://www.sqlite.org/wal.html).  Times are seconds since 1970: they must outlive a reboot.
+(https://www.sqlite.org/wal.html).  Times are seconds since 1970: they must outlive a reboot.  As
+that clock may be set meanwhile, `shift` moves them along with it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
 from rstguard.engine.address import parse_prefix
 from rstguard.engine.sources import Offence
-from rstguard.kernel.elements import Element
+from rstguard.kernel.elements import MAX_SECONDS, Element, Kind
 
 FILE_NAME: Final = "state.db"
 MOST_OFFENCES: Final = 65_536
@@ -39,13 +41,16 @@ CREATE TABLE IF NOT EXISTS policies (
   number INTEGER PRIMARY KEY AUTOINCREMENT, time REAL NOT NULL, who TEXT NOT NULL,
   action TEXT NOT NULL, name TEXT NOT NULL, file TEXT NOT NULL, text TEXT NOT NULL,
   state TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS written (id INTEGER PRIMARY KEY CHECK (id = 1), time REAL NOT NULL);
 """
 _TABLES: Final = {
     "blocks": ["source", "kind", "rule", "expires", "keep_existing"],
     "offences": ["rule", "source", "count", "last"],
     "policies": ["number", "time", "who", "action", "name", "file", "text", "state"],
+    "written": ["id", "time"],
 }
 
+_T = TypeVar("_T")
 PENDING, KEPT, UNDONE = "pending", "kept", "undone"
 
 
@@ -90,6 +95,8 @@ class Store:
         self.path = directory / FILE_NAME
         self.set_aside: Path | None = None
         """Where a damaged file was moved to, if there was one."""
+        self.unreadable = 0
+        """Rows that were left out, as they hold what the guard never wrote."""
         self._clock = clock
         self._lock = threading.Lock()
         self._waiting: list[_Change] = []
@@ -97,16 +104,25 @@ class Store:
             directory.mkdir(mode=0o750, parents=True, exist_ok=True)
             try:
                 self._database = _open(self.path)
-            except sqlite3.DatabaseError as error:
+            except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
                 if isinstance(error, sqlite3.OperationalError) and not _is_damage(error):
                     raise
                 self.set_aside = _set_aside(self.path, clock())
                 self._database = _open(self.path)
+            self._clock_was_set_back()
         except (OSError, sqlite3.Error) as error:
             raise StoreError(
                 f"nothing will be remembered over a restart: {self.path} cannot be used ({error}); "
                 "name another directory with --state-dir"
             ) from None
+
+    def _clock_was_set_back(self) -> None:
+        """Shift all times if the last that was written lies in the future."""
+        (last,) = self._database.execute("SELECT max(time) FROM written").fetchone()
+        if isinstance(last, float) and math.isfinite(last) and last > self._clock():
+            self.shift(self._clock() - last)
+            with contextlib.suppress(StoreError):  # the next flush tries again, and says why
+                self.flush()
 
     def close(self) -> None:
         """Write what waits, and close the file."""
@@ -140,6 +156,11 @@ class Store:
             self._clock(),
         )
 
+    def shift(self, seconds: float) -> None:
+        """Move the times of bans and offences, as the clock was set forward by so much, or back."""
+        self._later("UPDATE blocks SET expires = expires + ?", seconds)
+        self._later("UPDATE offences SET last = last + ?", seconds)
+
     def flush(self) -> None:
         """Write what waits; it goes on waiting if that fails.
 
@@ -153,6 +174,9 @@ class Store:
                 with self._database:
                     for change in self._waiting:
                         self._database.execute(change.statement, change.values)
+                    self._database.execute(
+                        "INSERT OR REPLACE INTO written VALUES (1, ?)", (self._clock(),)
+                    )
             except sqlite3.Error as error:
                 # What is bounded on disk is bounded here, too.
                 del self._waiting[:-MOST_OFFENCES]
@@ -178,22 +202,34 @@ class Store:
         self.flush()
 
     def blocks(self) -> list[Element]:
-        """Return the bans and shuns whose time is not over, with what remains of it."""
-        rows = self._read("SELECT source, kind, rule, expires, keep_existing FROM blocks")
+        """Return the bans and shuns whose time is not over, with what remains of it.
+
+        Raises:
+            StoreError: the file could not be read.
+        """
         now = self._clock()
-        return [
-            Element(parse_prefix(source), kind, rule, int(expires - now), bool(keep))
-            for source, kind, rule, expires, keep in rows
-            if expires - now >= 1
-        ]
+
+        def element(source: str, kind: str, rule: str, expires: float, keep: int) -> Element | None:
+            seconds = min(int(expires - now), MAX_SECONDS)
+            one = Element(parse_prefix(source), _kind(kind), rule, seconds, bool(keep))
+            return one if one.comment and seconds >= 1 else None
+
+        return self._rows("SELECT source, kind, rule, expires, keep_existing FROM blocks", element)
 
     def offences(self) -> tuple[Offence, ...]:
-        """Return who was banned how often by which rule, and how long ago (nanoseconds)."""
-        rows = self._read("SELECT rule, source, count, last FROM offences ORDER BY last")
+        """Return who was banned how often by which rule, and how long ago (nanoseconds).
+
+        Raises:
+            StoreError: the file could not be read.
+        """
         now = self._clock()
+
+        def offence(rule: str, source: str, count: int, last: float) -> Offence:
+            age = max(0, int((now - last) * 1e9))
+            return Offence(str(rule), parse_prefix(source), int(count), age)
+
         return tuple(
-            Offence(rule, parse_prefix(source), count, max(0, int((now - last) * 1e9)))
-            for rule, source, count, last in rows
+            self._rows("SELECT rule, source, count, last FROM offences ORDER BY last", offence)
         )
 
     def add_policy(
@@ -227,8 +263,12 @@ class Store:
         self._write("UPDATE policies SET state = ? WHERE text = ?", (UNDONE, text))
 
     def policies(self) -> list[Entry]:
-        """Return the history, newest first."""
-        return [Entry(*row) for row in self._read("SELECT * FROM policies ORDER BY number DESC")]
+        """Return the history, newest first.
+
+        Raises:
+            StoreError: the file could not be read.
+        """
+        return self._rows("SELECT * FROM policies ORDER BY number DESC", _entry)
 
     def _later(self, statement: str, *values: object) -> None:
         with self._lock:
@@ -241,9 +281,37 @@ class Store:
         except sqlite3.Error as error:
             raise StoreError(f"{self.path} could not be written ({error})") from None
 
-    def _read(self, statement: str) -> list[Any]:
-        with self._lock:
-            return self._database.execute(statement).fetchall()
+    def _rows(self, statement: str, make: Callable[..., _T | None]) -> list[_T]:
+        """Return what `make` makes of each row; damage that SQLite does not notice is left out."""
+        try:
+            with self._lock:
+                rows = self._database.execute(statement).fetchall()
+        except sqlite3.Error as error:
+            raise StoreError(f"{self.path} could not be read ({error})") from None
+        found, self.unreadable = [], 0
+        for row in rows:
+            try:
+                one = make(*row)
+            except (ValueError, TypeError, OverflowError, AttributeError):
+                self.unreadable += 1
+            else:
+                if one is not None:
+                    found.append(one)
+        return found
+
+
+def _kind(text: str) -> Kind:
+    if text not in ("ban", "shun"):
+        raise ValueError(text)
+    return "ban" if text == "ban" else "shun"
+
+
+def _entry(number: int, when: float, *texts: str) -> Entry:
+    entry = Entry(number, float(when), *texts)
+    time.localtime(entry.time)  # what no calendar holds was not written by the guard
+    if entry.state not in (PENDING, KEPT, UNDONE) or not all(isinstance(t, str) for t in texts):
+        raise ValueError(entry.state)
+    return entry
 
 
 def before(history: Iterable[Entry], text: str) -> Entry | None:
@@ -259,6 +327,7 @@ def gone_back_from(history: Iterable[Entry], text: str) -> bool:
 
 def _open(path: Path) -> sqlite3.Connection:
     database = sqlite3.connect(path, timeout=_BUSY_SECONDS, check_same_thread=False)
+    database.text_factory = lambda text: text.decode(errors="replace")
     try:
         path.chmod(0o640)
         database.execute("PRAGMA journal_mode = WAL")
@@ -280,7 +349,8 @@ def _open(path: Path) -> sqlite3.Connection:
 
 def _is_damage(error: sqlite3.OperationalError) -> bool:
     """Tell a file that is none of SQLite's from a full disk, a lock or a missing permission."""
-    return error.sqlite_errorcode in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)  # Python's own have none
+    return code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
 def _set_aside(path: Path, now: float) -> Path:

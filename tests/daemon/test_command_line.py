@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from rstguard.daemon.claims import LOCKS
 from tests.daemon.conftest import Open
 from tests.guard import Guard, answer, leftovers, source
 from tests.netns import Lab, wait_until
@@ -287,6 +288,43 @@ def test_a_runtime_directory_is_one_guard_s(guard: Guard) -> None:
         assert leftovers(other) == []
     assert guard.cli("status").returncode == 0
     assert (guard.runtime / "sysctls.json").exists()
+
+
+USURPER = """
+import fcntl, os, socket, sys
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+name = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+name.bind("\\0rstguard")
+for path in sys.argv[1:]:
+    try:
+        fcntl.flock(os.open(path, os.O_RDONLY), fcntl.LOCK_EX)
+    except PermissionError:
+        print("refused", path, flush=True)
+print("done", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_no_user_can_keep_a_guard_away(tmp_path: Path) -> None:
+    with Lab("rgf6") as lab, Guard(lab, POLICY, tmp_path / "run", workers=1) as guard:
+        ours = LOCKS / f"net-{Path(f'/proc/{guard.pid}/ns/net').stat().st_ino}"
+        assert ours.stat().st_mode & 0o777 == 0o600
+        assert LOCKS.stat().st_mode & 0o777 == 0o700
+        assert guard.stop() == 0
+        assert not ours.exists()
+        places = [str(LOCKS), str(ours), "/proc/self/ns/net"]
+        command = ["ip", "netns", "exec", lab.names["gateway"], sys.executable, "-c", USURPER]
+        with subprocess.Popen(
+            [*command, *places], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as usurper:
+            assert usurper.stdout is not None
+            said = list(iter(usurper.stdout.readline, "done\n"))
+            assert said == [f"refused {place}\n" for place in places[:2]]
+            guard.start()
+            assert guard.filtering()
+            usurper.stdin.close()  # type: ignore[union-attr]
 
 
 TAKER = """

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sqlite3
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from rstguard.daemon.control import ControlError
 from tests.guard import Guard
 from tests.netns import SERVER4, Lab, wait_until
 
@@ -81,6 +83,32 @@ def test_rolling_back_goes_back_step_by_step(guard: Guard) -> None:
     assert "no earlier policy" in nothing.stderr
 
 
+def test_the_same_policy_once_more_is_no_step(guard: Guard) -> None:
+    for name in ("second", "second"):
+        guard.cli("policy", "apply", write(guard, name))
+    assert "policy first is in force again" in guard.cli("policy", "rollback").stdout
+    # Whoever goes back from a trial of what is in force keeps it, over a restart too.
+    guard.cli("policy", "apply", write(guard, "first"), "--confirm", "60s")
+    guard.cli("policy", "rollback")
+    newest = guard.json("policy", "history")[0]
+    assert (newest["name"], newest["state"], newest["in_force"]) == ("first", "kept", True)
+
+
+def test_a_late_word_is_refused_or_holds(guard: Guard) -> None:
+    """Whoever is told that the policy stays can rely on it, also if its time ended just then."""
+    for late in range(8):
+        guard.ask("policy-apply", name="second", text=policy("second"), confirm_s=1)
+        end = time.monotonic() + 1
+        wait_until(lambda end=end, late=late: time.monotonic() > end + (late - 4) * 0.01)  # type: ignore[misc]
+        try:
+            guard.ask("policy-confirm")
+        except ControlError:
+            assert in_force(guard) == "first"
+        else:
+            assert in_force(guard) == "second"
+            guard.apply(policy("first"))
+
+
 def test_an_unconfirmed_policy_does_not_return_by_a_restart(guard: Guard) -> None:
     """The file that the guard starts with was changed, applied, and the machine went down."""
     first = guard.file.read_text()
@@ -124,12 +152,11 @@ def test_bans_and_offences_survive_kill_9_and_the_loss_of_all_sets(guard: Guard,
     guard.cli("ban", "remove", "198.51.100.8")
     guard.cli("ban", "add", "2001:db8:66::/64", "--for", "1s")
 
-    def kept() -> int:
+    def kept() -> set[str]:
         database = sqlite3.connect(guard.runtime / "state" / "state.db")
-        (count,) = database.execute("SELECT count(*) FROM blocks").fetchone()
-        return int(count)
+        return {source for (source,) in database.execute("SELECT source FROM blocks")}
 
-    wait_until(lambda: kept() == 2)
+    wait_until(lambda: kept() == {"198.51.100.7", "2001:db8:66::/64"})
     guard.kill9()
     guard.cli("cleanup")  # as a reboot: nothing is left in the kernel
     wait_until(lambda: guard.cli("cleanup").stdout.startswith("there was nothing"))

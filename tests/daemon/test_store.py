@@ -7,10 +7,15 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from rstguard.daemon import record
+from rstguard.daemon.record import Record
 from rstguard.daemon.store import (
     KEPT,
     MOST_POLICIES,
@@ -22,7 +27,7 @@ from rstguard.daemon.store import (
 )
 from rstguard.daemon.store import before as policy_before
 from rstguard.engine.address import parse_prefix
-from rstguard.kernel.elements import Element, Kind
+from rstguard.kernel.elements import MAX_SECONDS, Element, Kind
 
 
 class Clock:
@@ -124,6 +129,104 @@ def test_damage_in_the_middle_is_found(tmp_path: Path) -> None:
     assert again.set_aside is not None
     assert again.blocks() == []
     again.close()
+
+
+def filled(directory: Path) -> bytes:
+    """Return the file of a store that has some of everything."""
+    store = Store(directory, Clock())
+    for number in range(200):
+        store.blocked(ban(f"198.51.100.{number}"))
+        store.offended("ssh-brute", f"198.51.100.{number}", 3)
+    for number in range(5):
+        store.add_policy("root", "apply", f"p{number}", "p.yaml", f"text {number}")
+    store.close()
+    return (directory / "state.db").read_bytes()
+
+
+def survives(directory: Path, whole: bytes, places: list[tuple[float, int]], cut: float) -> None:
+    """See that a damaged file is used as far as it can be, or set aside; it never fails."""
+    damaged = bytearray(whole)
+    for place, value in places:
+        damaged[int(place * (len(damaged) - 1))] = value
+    with tempfile.TemporaryDirectory(dir=directory) as there:
+        (Path(there) / "state.db").write_bytes(damaged[: int(cut * len(damaged))])
+        store = Store(Path(there), Clock())
+        assert all(1 <= (e.remaining or 0) <= MAX_SECONDS and e.comment for e in store.blocks())
+        store.offences()
+        store.policies()
+        store.tidy()
+        store.blocked(ban("203.0.113.7"))
+        store.flush()
+        assert "203.0.113.7" in {str(element.source) for element in store.blocks()}
+        store.close()
+
+
+places = st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=20)
+cuts = st.just(1.0) | st.floats(0, 1)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    return filled(tmp_path_factory.mktemp("whole"))
+
+
+@settings(max_examples=200)
+@given(places, cuts)
+def test_any_damage(
+    tmp_path_factory: pytest.TempPathFactory, whole: bytes, at: list[tuple[float, int]], cut: float
+) -> None:
+    survives(tmp_path_factory.getbasetemp(), whole, at, cut)
+
+
+@pytest.mark.fuzz_long
+@settings(max_examples=10_000)
+@given(places, cuts)
+def test_much_damage(
+    tmp_path_factory: pytest.TempPathFactory, whole: bytes, at: list[tuple[float, int]], cut: float
+) -> None:
+    survives(tmp_path_factory.getbasetemp(), whole, at, cut)
+
+
+def test_a_row_that_sqlite_does_not_know_to_be_damaged_is_left_out(tmp_path: Path) -> None:
+    whole = filled(tmp_path)
+    assert b"198.51.100.77" in whole
+    (tmp_path / "state.db").write_bytes(whole.replace(b"198.51.100.77", b"198.51.1\xff0.77"))
+    store = Store(tmp_path, Clock())
+    assert len(store.blocks()) == 199
+    assert store.unreadable == 1
+    assert store.set_aside is None
+    store.close()
+
+
+def test_a_clock_that_was_set_back_makes_no_ban_longer(tmp_path: Path) -> None:
+    clock = Clock()
+    store = Store(tmp_path, clock)
+    store.blocked(ban("198.51.100.7"))
+    store.offended("ssh-brute", "198.51.100.7", 3)
+    store.close()
+    clock.now -= 400 * 86_400
+    again = Store(tmp_path, clock)
+    assert [element.remaining for element in again.blocks()] == [600]
+    clock.now += 10
+    assert again.offences()[0].age == pytest.approx(10e9)
+    again.close()
+
+
+def test_a_clock_that_is_set_meanwhile_leaves_bans_as_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Record(tmp_path)
+    kept.open()
+    assert kept.store is not None
+    kept.blocked_element(ban("198.51.100.7"))
+    for jump in (400 * 86_400, -800 * 86_400, 1.5):
+        ahead = record._ahead()
+        monkeypatch.setattr(record, "_ahead", lambda was=ahead + jump: was)
+        kept._follow_the_clock(kept.store)
+        kept.store.flush()
+        (element,) = kept.store.blocks()
+        assert 500 < (element.remaining or 0) <= 600
+    kept.close()
 
 
 def test_another_program_s_database_is_set_aside(tmp_path: Path) -> None:
