@@ -35,7 +35,7 @@ app.command(
 )(events.events)
 app.command(epilog="Example: rstguard kill --source 198.51.100.7 --port 443")(guard.kill)
 app.command(epilog="Examples: rstguard panic; rstguard panic --end")(guard.panic)
-app.command(epilog="Examples: rstguard top; rstguard top --once")(top.top)
+app.command(epilog="Examples: rstguard top; rstguard top --once --json")(top.top)
 app.command(epilog="Example: rstguard man | man -l -")(man.man)
 app.command()(guard.cleanup)
 app.command(epilog="Example: sudo rstguard install --interface eth0")(install.install)

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import select
-import shutil
-import sys
-import termios
 import time
-import tty
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from rstguard.cli.common import DEFAULT_DIR, RuntimeDir, ask_guard, print_json
-from rstguard.cli.events import line as event_line
+from rstguard.cli.common import DEFAULT_DIR, RuntimeDir, errors_in_one_sentence, print_json
+from rstguard.cli.picture import Status, frame, outdated
+from rstguard.cli.screen import Screen, is_terminal, taken
+from rstguard.daemon.control import ControlError, ask
 
-Status = dict[str, Any]
-
-_ALTERNATE, _NORMAL = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
-_HOME, _REST = "\x1b[H", "\x1b[J"
-_MOST_WORKERS, _MOST_SERVICES, _MOST_SOURCES = 4, 2, 4
+_PIPE = (80, 24)
 
 
 def top(
@@ -35,120 +26,59 @@ def top(
         bool, typer.Option("--json", help="With --once: print the data of the picture.")
     ] = False,
 ) -> None:
-    """Watch the guard at work; q or Ctrl-C leaves."""
+    """Watch the guard at work, and who is nearest to which limit; q or Ctrl-C leaves.
+
+    A source at 100% has used all that a rule allows at once: what it sends beyond that crosses it.
+    """
     if as_json and not once:
         raise typer.BadParameter("goes only with --once", param_hint="--json")
-    before: Status = ask_guard(runtime_dir, "status")
-    if as_json:
-        print_json(before)
-        return
-    if once or not (sys.stdin.isatty() and sys.stdout.isatty()):
-        typer.echo("\n".join(frame(before, before, 1.0, 80, 24)))
-        return
-    with _screen():
-        began = time.monotonic()
-        while not _left(interval):
-            now: Status = ask_guard(runtime_dir, "status")
-            size = shutil.get_terminal_size()
-            seconds, began = time.monotonic() - began, time.monotonic()
-            lines = frame(now, before, seconds, size.columns, size.lines)
-            sys.stdout.write(_HOME + "".join(f"{one}\x1b[K\n" for one in lines[:-1]))
-            sys.stdout.write(f"{lines[-1]}\x1b[K{_REST}")
-            sys.stdout.flush()
-            before = now
+    with errors_in_one_sentence():
+        before = _look(runtime_dir)
+        if as_json:
+            print_json(before)
+        elif once or not is_terminal():
+            began = time.monotonic()
+            time.sleep(interval)
+            now = _look(runtime_dir)
+            lines = frame(now, before, time.monotonic() - began, _PIPE)
+            typer.echo("\n".join(line.text for line in lines))
+        else:
+            with taken() as screen:
+                Live(screen, runtime_dir, before).run(interval)
 
 
-@contextmanager
-def _screen() -> Iterator[None]:
-    """Take the terminal over, and give it back as it was, whatever happens."""
-    modes = termios.tcgetattr(sys.stdin)
-    try:
-        tty.setcbreak(sys.stdin)
-        sys.stdout.write(_ALTERNATE)
-        yield
-    except KeyboardInterrupt:
-        pass
-    finally:
-        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, modes)
-        sys.stdout.write(_NORMAL)
-        sys.stdout.flush()
+def _look(runtime_dir: Path) -> Status:
+    status: Status = ask(runtime_dir, {"command": "status"})
+    return status | {"nearest": ask(runtime_dir, {"command": "nearest"})}
 
 
-def _left(seconds: float) -> bool:
-    """Wait, and tell whether the user wants to leave meanwhile."""
-    ready, _, _ = select.select([sys.stdin], [], [], seconds)
-    return bool(ready) and sys.stdin.read(1) in ("q", "Q", "\x03", "")
+class Live:
+    """The pictures of one terminal, until its user leaves."""
 
+    def __init__(self, screen: Screen, runtime_dir: Path, first: Status) -> None:
+        self._screen, self._runtime_dir = screen, runtime_dir
+        self._now, self._before, self._seconds = first, first, 0.0
+        self._looked = time.monotonic()
+        self._trouble = ""
 
-def frame(now: Status, before: Status, seconds: float, width: int, height: int) -> list[str]:
-    """Return the lines of one picture, none longer than `width`, at most `height` of them."""
-    head = [*_head(now), "", *_rates(now, before, seconds), "", *_workers(now), *_budget(now)]
-    sources = _sources(now)
-    room = height - len(head) - len(sources) - 1
-    events = [event_line(one)[11:] for one in reversed(now["recent"])][: max(room, 0)]
-    lines = [*head, *sources, "", *(events or ["nothing has happened yet"])]
-    return [one[:width] for one in lines[:height]]
+    def run(self, interval: float) -> None:
+        """Look again and again.  A guard that is gone may come back: that is waited for."""
+        self._draw()
+        while not self._screen.wait(interval, self._draw):
+            try:
+                now = _look(self._runtime_dir)
+            except ControlError as error:
+                self._trouble = str(error)
+            else:
+                self._before, self._now, self._trouble = self._now, now, ""
+                looked = time.monotonic()
+                self._seconds, self._looked = looked - self._looked, looked
+            self._draw()
 
-
-def _head(now: Status) -> Iterator[str]:
-    policy = now["policy"]
-    state = "filtering" if now["filtering"] else "NOT FILTERING"
-    state = "PANIC: all traffic passes" if now["panic"] else state
-    named = f"policy {policy['name']} ({policy['mode']})"
-    yield f"rstguard: {state}, {named}, up {now['uptime_s']:.0f} s"
-    blocked = now["blocked"]
-    yield (
-        f"{blocked['ban']} banned, {blocked['shun']} shunned, {now['productive']} productive "
-        f"sources, {now['counts'].get('flows', 0)} connections at the last sweep"
-    )
-
-
-def _rates(now: Status, before: Status, seconds: float) -> Iterator[str]:
-    def rate(*path: str) -> str:
-        return f"{(_count(now, path) - _count(before, path)) / max(seconds, 0.001):,.0f}/s"
-
-    yield (
-        f"packets {rate('packets')}   dropped {rate('verdict.drop')}   resets {rate('reset')}   "
-        f"bans {rate('ban')}   shuns {rate('shun')}"
-    )
-
-
-def _count(status: Status, path: tuple[str, ...]) -> int:
-    found = status["counts"].get(path[0], 0)
-    return sum(found.values()) if isinstance(found, dict) else int(found)
-
-
-def _workers(now: Status) -> Iterator[str]:
-    for row in now["workers"][:_MOST_WORKERS]:
-        left = f", {row['left_undone']}" if row["overload"] else ""
-        yield (
-            f"worker {row['pid']}: {row['packets']} packets, {row['waiting']} waiting, "
-            f"{row['overrun']} overrun, {row['restarts']} restarts{left}"
-        )
-
-
-def _budget(now: Status) -> Iterator[str]:
-    budget = now["syn_budget"]
-    if budget is None:
-        yield "no SYN budget"
-        return
-    cookies = budget["cookies"]
-    yield f"SYN budget {budget['rate']}/s: {cookies['sent']} cookies, {cookies['accepted']} back"
-    for row in budget["services"][:_MOST_SERVICES]:
-        over = row["engaged_s"]
-        state = "within budget" if over is None else f"SYN cookies for {over:.0f} s"
-        yield f"  {row['service']}: {state}"
-
-
-def _sources(now: Status) -> list[str]:
-    """Return who crossed rules most often of late."""
-    counted: Counter[str] = Counter()
-    for event in now["recent"]:
-        subject = str(event["subject"]).partition(" ")[0]
-        if event["kind"] in ("ban", "shun"):
-            counted[subject] += 1
-        elif event["kind"] in ("reset", "observed"):
-            counted[subject.rpartition(":")[0].strip("[]")] += 1
-    most = counted.most_common(_MOST_SOURCES)
-    named = ", ".join(f"{source} ({times})" for source, times in most)
-    return [f"crossed rules lately: {named}"] if named else []
+    def _draw(self) -> None:
+        width, height = self._screen.size
+        before = self._before if self._seconds else None
+        lines = frame(self._now, before, self._seconds, (width, height - bool(self._trouble)))
+        if self._trouble:
+            lines = outdated(lines, self._trouble, time.monotonic() - self._looked, width)
+        self._screen.show(lines)

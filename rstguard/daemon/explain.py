@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING
 
 from rstguard.daemon.control import ControlError, Request
+from rstguard.daemon.inquiries import ANSWER_SECONDS, Inquiry
 from rstguard.daemon.messages import Explain, Explained
 from rstguard.engine.address import Prefix, address_text, is_v6, parse_address
 from rstguard.kernel.conntrack import Conntrack
@@ -16,23 +18,13 @@ from rstguard.policy.compile import describe_rule
 if TYPE_CHECKING:
     from rstguard.daemon.supervisor import Supervisor
 
-_ANSWER_SECONDS = 3.0
-
 
 class Explanations:
-    """Asks the workers how a source stands, and the kernel for the rest."""
+    """Asks workers and sweeper how a source stands, and the kernel for the rest."""
 
     def __init__(self, guard: Supervisor) -> None:
         self._guard = guard
-        self._waiting: dict[int, tuple[asyncio.Future[None], list[Explained]]] = {}
-
-    def heard(self, message: Explained) -> None:
-        """Take one worker's answer."""
-        if message.number in self._waiting:
-            done, answers = self._waiting[message.number]
-            answers.append(message)
-            if len(answers) == len(self._guard.workers) and not done.done():
-                done.set_result(None)
+        self.inquiry: Inquiry[Explained] = Inquiry()
 
     async def explain(self, request: Request) -> object:
         """Answer the request."""
@@ -62,20 +54,11 @@ class Explanations:
         }
 
     async def _used(self, source: int) -> dict[str, float]:
-        """Return the most that any worker says: one counts the source, the others do not."""
-        number = max(self._waiting, default=0) + 1
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        answers: list[Explained] = []
-        self._waiting[number] = done, answers
-        for worker in self._guard.workers:
-            worker.send(Explain(number, source))
-        try:
-            await asyncio.wait_for(done, _ANSWER_SECONDS)
-        except TimeoutError:
-            if not answers:
-                raise ControlError("no worker answered; `rstguard status` says more") from None
-        finally:
-            del self._waiting[number]
+        """Return the most that any says: one worker counts the source, the others do not."""
+        question = partial(Explain, source=source)
+        answers = await self.inquiry.ask(question, self._guard.children, ANSWER_SECONDS)
+        if not answers:
+            raise ControlError("no worker answered; `rstguard status` says more")
         used: dict[str, float] = {}
         for answer in answers:
             for name, share in answer.used.items():

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from rstguard.engine.address import Prefix
 from rstguard.engine.flow import Tuple
+from rstguard.engine.nearest import Near
 from rstguard.engine.ruleset import RuleSet
 from rstguard.engine.shedding import Level
 from rstguard.engine.sources import Offence
@@ -124,7 +125,7 @@ class Recheck:
 
 @dataclass(frozen=True, slots=True)
 class Explain:
-    """Supervisor to worker: tell how a source (a tagged address) stands."""
+    """Supervisor to worker and sweeper: tell how a source (a tagged address) stands."""
 
     number: int
     source: int
@@ -132,10 +133,26 @@ class Explain:
 
 @dataclass(frozen=True, slots=True)
 class Explained:
-    """Worker: how much of each rule's limit the source has used, 1 being all."""
+    """Worker or sweeper: how much of each rule's limit the source has used, 1 being all."""
 
     number: int
     used: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Nearest:
+    """Supervisor to worker and sweeper: tell who is nearest each limit, so many a rule at most."""
+
+    number: int
+    most: int
+
+
+@dataclass(frozen=True, slots=True)
+class NearestAre:
+    """Worker or sweeper: who is nearest."""
+
+    number: int
+    nearest: tuple[Near, ...]
 
 
 @dataclass(frozen=True, slots=True)

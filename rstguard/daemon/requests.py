@@ -49,6 +49,7 @@ class Requests:
             "kill": self._kill,
             "events": self._events,
             "explain": supervisor.explanations.explain,
+            "nearest": supervisor.closest.answer,
             **supervisor.policies.commands,
         }
 

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from rstguard.daemon import web
@@ -18,13 +19,16 @@ from rstguard.daemon.cap import BanCap
 from rstguard.daemon.child import take_priority
 from rstguard.daemon.children import Child, StartFailed
 from rstguard.daemon.claims import claim
+from rstguard.daemon.closest import Closest
 from rstguard.daemon.control import ControlError, serve
 from rstguard.daemon.explain import Explanations
+from rstguard.daemon.inquiries import Inquiry
 from rstguard.daemon.messages import (
     Blocked,
     Explained,
     Kill,
     Killed,
+    NearestAre,
     NewPolicy,
     NotKilled,
     Observed,
@@ -78,6 +82,7 @@ class Supervisor:
         self.record = Record(options.state)
         self.policies = Policies(self)
         self.explanations = Explanations(self)
+        self.closest = Closest(self)
         self.started = time.monotonic()
         self.queues = range(options.queue, options.queue + options.workers)
         self.footprint = Footprint(options.directory, self.queues)
@@ -93,7 +98,7 @@ class Supervisor:
         self._tasks: set[asyncio.Task[None]] = set()
         self.overload: dict[int, Level] = {}
         self.productive = Productive({})
-        self._kills: dict[int, asyncio.Future[Killed]] = {}
+        self._kills: Inquiry[Killed] = Inquiry()
         self._stop = asyncio.Event()
         self.service = Service(options.file, self._mute, self._summary)
 
@@ -313,16 +318,11 @@ class Supervisor:
         Raises:
             ControlError: the sweeper gave no answer in time.
         """
-        number = max(self._kills, default=0) + 1
-        answer: asyncio.Future[Killed] = asyncio.get_running_loop().create_future()
-        self._kills[number] = answer
-        self.sweeper.send(Kill(number, **conditions))
-        try:
-            return await asyncio.wait_for(answer, _KILL_SECONDS)
-        except TimeoutError:
-            raise ControlError("the sweeper gave no answer; `rstguard status` says more") from None
-        finally:
-            del self._kills[number]
+        question = partial(Kill, **conditions)
+        answers = await self._kills.ask(question, [self.sweeper], _KILL_SECONDS)
+        if not answers:
+            raise ControlError("the sweeper gave no answer; `rstguard status` says more")
+        return answers[0]
 
     @property
     def counts(self) -> Counter[str]:
@@ -335,7 +335,9 @@ class Supervisor:
             case Blocked() | Reset() | Observed():
                 self._decided(message)
             case Explained():
-                self.explanations.heard(message)
+                self.explanations.inquiry.heard(message)
+            case NearestAre():
+                self.closest.inquiry.heard(message)
             case Productive():
                 self.productive = message
                 for worker in self.workers:
@@ -343,8 +345,7 @@ class Supervisor:
             case Overloaded():
                 self._overloaded(message)
             case Killed():
-                if future := self._kills.get(message.number):
-                    future.set_result(message)
+                self._kills.heard(message)
             case NotKilled():
                 for one in message.unconfirmed:
                     self.events.add(Event("not_killed", str(one.flow), detail=one.sentence))

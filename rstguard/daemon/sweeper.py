@@ -21,8 +21,12 @@ from rstguard.daemon.condemn import Condemner, Result, Target
 from rstguard.daemon.messages import (
     Blocked,
     Counts,
+    Explain,
+    Explained,
     Kill,
     Killed,
+    Nearest,
+    NearestAre,
     NewPolicy,
     NotKilled,
     Observed,
@@ -187,6 +191,8 @@ class Sweeper:
                 reset.append(message)
             elif isinstance(message, Kill):
                 self._kill(message, now)
+            elif isinstance(message, Explain | Nearest):
+                self._tell(message)
             elif isinstance(message, NewPolicy):
                 self._ruleset = message.ruleset
                 self._sweep = Sweep(message.ruleset, self._sweep)
@@ -204,6 +210,14 @@ class Sweeper:
         except KernelError as error:
             self._counts["failed"] += 1
             log.error("%s", error)
+
+    def _tell(self, question: Explain | Nearest) -> None:
+        if isinstance(question, Explain):
+            used = self._sweep.explain(question.source)
+            self._send(Explained(question.number, used))
+        else:
+            nearest = self._sweep.nearest(question.most)
+            self._send(NearestAre(question.number, nearest))
 
     def _condemn_sources(self, banned: list[Blocked], now: int) -> None:
         """A source that is banned is gone with all its connections."""

@@ -14,7 +14,7 @@ import os
 import select
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 from rstguard.daemon.channel import Channel
@@ -24,6 +24,8 @@ from rstguard.daemon.messages import (
     Counts,
     Explain,
     Explained,
+    Nearest,
+    NearestAre,
     NewPolicy,
     Observed,
     Offences,
@@ -36,6 +38,7 @@ from rstguard.daemon.messages import (
 )
 from rstguard.engine.engine import Engine
 from rstguard.engine.flow import Tuple
+from rstguard.engine.nearest import Near, merged
 from rstguard.engine.ruleset import SECOND, Measure, RuleSet
 from rstguard.engine.segment import cookie_rst
 from rstguard.engine.shedding import Level, Shedding
@@ -91,6 +94,9 @@ class Worker:
         self._left_in_row = _MOST_IN_A_ROW
         self._passing = self._last_passing = 0
         self._report_at = 0
+        self._looking: Iterator[list[Near]] | None = None
+        self._found: list[Near] = []
+        self._asked: list[Nearest] = []
         self._running = True
         self._queue = Queue(start.queue, self._on_packet, start.ruleset.fail_open)
 
@@ -111,7 +117,7 @@ class Worker:
         gc.disable()
         take_priority(_PRIORITY)
         while self._running:
-            if not poll.poll(500):
+            if not poll.poll(500 if self._looking is None else 0) and self._looking is None:
                 gc.collect(1)
             self._left_in_row = _MOST_IN_A_ROW
             with contextlib.suppress(_Pause):
@@ -122,7 +128,20 @@ class Worker:
             self._report()
             for message in self._channel.receive():
                 self._obey(message)
+            if self._looking is not None:
+                self._look_on(self._looking)
         self._queue.close()
+
+    def _look_on(self, looking: Iterator[list[Near]]) -> None:
+        """Look through one more table for who is nearest its limit; packets go in between."""
+        try:
+            self._found += next(looking)
+        except StopIteration:
+            most = max(asked.most for asked in self._asked)
+            nearest = merged(self._found, most)
+            for asked in self._asked:
+                self._channel.send(NearestAre(asked.number, nearest))
+            self._looking, self._found, self._asked = None, [], []
 
     def _look_at_queue(self) -> None:
         """Leave more undone as the queue fills, and less as it empties."""
@@ -276,6 +295,10 @@ class Worker:
         elif isinstance(message, Explain):
             used = self._engine.explain(message.source, time.monotonic_ns())
             self._channel.send(Explained(message.number, used))
+        elif isinstance(message, Nearest):
+            self._asked.append(message)
+            if self._looking is None:
+                self._looking = self._engine.nearest(message.most, time.monotonic_ns())
         elif isinstance(message, Productive):
             self._engine.note_productive(message.percents)
         elif isinstance(message, Offences):

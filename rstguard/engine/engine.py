@@ -12,11 +12,12 @@ The order of checks, on one screen:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from rstguard.engine.address import V6, Prefix, prefix_of
 from rstguard.engine.flow import Tuple
 from rstguard.engine.heavy import HeavyHitters
+from rstguard.engine.nearest import MOST_TRUSTED, Near, told
 from rstguard.engine.newcomers import Newcomers
 from rstguard.engine.rules import REASONS, Check, Kind, Meter, crossed_by_one, make_meter
 from rstguard.engine.ruleset import RATE_MEASURES, Per, Rule, RuleSet
@@ -220,6 +221,18 @@ class Engine:
             for meter in self.meters
             if meter.used and meter.rule.per is not Per.SERVICE
         }
+
+    def nearest(self, most: int, now: int) -> Iterator[list[Near]]:
+        """Yield who has used the most of some rule's limit, so many at a time at most.
+
+        Each step looks through one table, or half of one, in some milliseconds; packets may be
+        judged between two.  What comes is to be put together by `rstguard.engine.nearest.merged`.
+        """
+        for meter in self.meters:
+            if meter.nearest is None:
+                continue
+            for found in meter.nearest(most + MOST_TRUSTED, now):
+                yield list(told(found, meter.rule, self.ruleset.scope))
 
     def note_productive(self, percents: Mapping[int, int]) -> None:
         """Take note of how productive sources are (`rstguard.engine.lenient.Standings`)."""

@@ -9,7 +9,9 @@ SYNs can neither earn nor spoil anybody's standing.  Standing widens a limit, it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from heapq import nlargest
+from operator import itemgetter
 from typing import NamedTuple
 
 from rstguard.engine.address import is_v6
@@ -23,6 +25,8 @@ LASTS = 600 * SECOND
 """How long a source keeps its standing after its last connections are gone."""
 MOST = 4096
 """Sources of whom standing is kept; those with the most connections."""
+MOST_BUSY = 64
+"""Productive sources beyond the plain limit that cannot hide one that comes near it."""
 _HEADERS4, _HEADERS6 = 52, 72
 """Bytes of a segment without data: IP header, TCP header, time stamps (RFC 7323)."""
 _SYN_MORE = 8
@@ -76,21 +80,35 @@ def _is_productive(flow: Flow, headers: int) -> bool:
 class LenientLimiter(Limiter):
     """A limiter that lets a productive source take `up_to` times as much again."""
 
-    __slots__ = ("_beyond", "_least", "_percents")
+    __slots__ = ("_beyond", "_least", "_percents", "_times")
 
     def __init__(self, rule: Rule, percents: Mapping[int, int]) -> None:
         assert rule.unless is not None
         super().__init__(rule.limit, rule.period, rule.burst)
         self._percents = percents
         self._least = rule.unless.productive
-        times = rule.unless.up_to - 1
-        self._beyond = Limiter(rule.limit * times, rule.period, rule.burst * times)
+        self._times = rule.unless.up_to - 1
+        self._beyond = Limiter(rule.limit * self._times, rule.period, rule.burst * self._times)
 
     def over(self, key: int, now: int) -> bool:
         """Count once, and tell whether it is too much for this source."""
         if not super().over(key, now):
             return False
         return self._percents.get(key, 0) < self._least or self._beyond.over(key, now)
+
+    def level(self, key: int, now: int) -> float:
+        """Return how much `key` has used, 0 to 1, of all that it may: productive ones may more."""
+        plain = super().level(key, now)
+        if self._percents.get(key, 0) < self._least:
+            return plain
+        return (plain + self._times * self._beyond.level(key, now)) / (1 + self._times)
+
+    def nearest(self, most: int, now: int) -> Iterator[list[tuple[int, float]]]:
+        """Yield who has used the most; the productive apart, as others used less and are nearer."""
+        yield from super().nearest(most + MOST_BUSY, now)
+        productive = [key for key, percent in self._percents.items() if percent >= self._least]
+        levels = ((key, self.level(key, now)) for key in productive)
+        yield nlargest(most, levels, key=itemgetter(1))
 
 
 def limit_of(rule: Rule, key: int, percents: Mapping[int, int]) -> int:

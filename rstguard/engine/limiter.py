@@ -14,8 +14,12 @@ passed says nothing, so dropping it loses nothing.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from heapq import nlargest
+from operator import itemgetter
 from typing import Generic, TypeVar
+
+from rstguard.engine.nearest import largest
 
 Value = TypeVar("Value")
 
@@ -76,7 +80,16 @@ class Limiter:
     def level(self, key: int, now: int) -> float:
         """Return how much of the burst `key` has used at `now`, from 0 to 1."""
         full_at = self._young.get(key) or self._old.get(key, 0)
-        return max(0, full_at - now) / self._depth
+        return min(max(0, full_at - now) / self._depth, 1.0)
+
+    def nearest(self, most: int, now: int) -> Iterator[list[tuple[int, float]]]:
+        """Yield keys that have used the most, with their levels: the `most` of each generation.
+
+        Each step looks through one generation; whoever counts may go on between two.
+        """
+        for generation in (self._young, self._old):
+            found = largest(generation, most)
+            yield [(key, self.level(key, now)) for key, full_at in found if full_at > now]
 
     def __len__(self) -> int:
         return len(self._young) + len(self._old)
@@ -160,6 +173,22 @@ class Distinct:
             return 0
         times = [tried[1]] if isinstance(tried, tuple) else list(tried.values())
         return sum(1 for time in times if time > now - self._within)
+
+    def nearest(self, most: int, now: int) -> Iterator[list[tuple[int, float]]]:
+        """Yield keys that tried the most targets, with the share of the limit, as `Limiter` does.
+
+        A key that tried only one is not among them: nearly all did.
+        """
+        horizon, limit = now - self._within, max(self._limit, 1)
+        for generation in (self._young, self._old):
+            live = [
+                (key, tried)
+                for key, tried in generation.items()
+                if type(tried) is dict and next(reversed(tried.values()), horizon) > horizon
+            ]
+            live = nlargest(most, live, key=lambda item: len(item[1]))
+            found = [(key, self.count(key, now) / limit) for key, _ in live]
+            yield sorted(found, key=itemgetter(1), reverse=True)
 
     def __len__(self) -> int:
         return len(self._young) + len(self._old)

@@ -8,7 +8,7 @@ counts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -47,6 +47,8 @@ class Meter:
     exhaust: Callable[[Packet, int, int], None] | None = None
     used: Callable[[int, int], float] | None = None
     """How much of the rule's limit a source (a tagged address) has used at a time, 1 being all."""
+    nearest: Callable[[int, int], Iterator[list[tuple[int, float]]]] | None = None
+    """Yields keys that have used the most of it, so many at most, with how much; see `Limiter`."""
 
 
 _SAME_HANDSHAKE = 5 * SECOND
@@ -69,8 +71,8 @@ def key_function(rule: Rule) -> Callable[[Packet], int]:
     return key
 
 
-def _shifted(rule: Rule, source: int) -> int:
-    """Return the key that a rule counts a source by."""
+def key_of(rule: Rule, source: int) -> int:
+    """Return the key that a rule counts a source (a tagged address) by."""
     return source >> (128 - rule.ipv6_length if source >= V6 else 32 - rule.ipv4_length)
 
 
@@ -110,16 +112,18 @@ def make_meter(rule: Rule, percents: Mapping[int, int]) -> Meter | None:
             limiter.exhaust(key(packet), until, now)
 
         def used(source: int, now: int) -> float:
-            return limiter.level(_shifted(rule, source), now)
+            return limiter.level(key_of(rule, source), now)
 
-        return Meter(rule, _RATE_MAKERS[rule.measure](rule, limiter), exhaust, used)
+        checks = _RATE_MAKERS[rule.measure](rule, limiter)
+        return Meter(rule, checks, exhaust, used, limiter.nearest)
     if rule.measure in _DISTINCT_MAKERS:
         distinct = Distinct(rule.limit, rule.within)
 
         def tried(source: int, now: int) -> float:
-            return distinct.count(_shifted(rule, source), now) / max(rule.limit, 1)
+            return distinct.count(key_of(rule, source), now) / max(rule.limit, 1)
 
-        return Meter(rule, _DISTINCT_MAKERS[rule.measure](rule, distinct), used=tried)
+        checks = _DISTINCT_MAKERS[rule.measure](rule, distinct)
+        return Meter(rule, checks, used=tried, nearest=distinct.nearest)
     return Meter(rule, _stalled(rule)) if rule.measure is Measure.STALLED else None
 
 

@@ -7,16 +7,22 @@ sweep from the connections present, so it is bounded by the table itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from heapq import nlargest
+from operator import itemgetter
 from typing import NamedTuple
 
 from rstguard.engine.address import is_v6, prefix_of
 from rstguard.engine.flow import Flow, TcpState, Tuple
-from rstguard.engine.lenient import Standings, limit_of
+from rstguard.engine.lenient import MOST_BUSY, Standings, limit_of
+from rstguard.engine.nearest import MOST_TRUSTED, Near, largest, merged, told
+from rstguard.engine.rules import key_of
 from rstguard.engine.ruleset import SECOND, SWEEP_MEASURES, Measure, Per, Rule, RuleSet
 from rstguard.engine.sources import Offence, Sources
 from rstguard.engine.verdict import Action, Ban, Shun
 
+_OF_SOURCES = frozenset({Measure.CONNECTIONS, Measure.BYTE_RATE})
+"""What counts per source; the other measures judge one connection."""
 _LIVE = frozenset({TcpState.ESTABLISHED, TcpState.FIN_WAIT, TcpState.CLOSE_WAIT})
 
 
@@ -57,7 +63,9 @@ class Sweep:
         self._rules = tuple(rule for rule in ruleset.rules if rule.measure in SWEEP_MEASURES)
         self._seen: dict[Tuple, Seen] = previous._seen if previous else {}
         self._swept: int = previous._swept if previous else 0
-        self._levels: dict[str, dict[int, int]] = previous._levels if previous else {}
+        used = previous._used if previous else {}
+        self._used: dict[Rule, dict[int, int]] = {rule: used.get(rule, {}) for rule in self._rules}
+        """Of each rule that counts per source: connections held, or bytes beyond its rate."""
         self._reported: set[tuple[str, Tuple]] = previous._reported if previous else set()
         self._sources: Sources = previous._sources if previous else Sources(ruleset)
         self._sources.ruleset = ruleset
@@ -66,6 +74,35 @@ class Sweep:
     def restore(self, offences: Iterable[Offence], now: int) -> None:
         """Remember offences of an earlier time, so that bans go on growing longer."""
         self._sources.restore(offences, now)
+
+    def explain(self, source: int) -> dict[str, float]:
+        """Return how much of each limit a source (a tagged address) had used at the last sweep."""
+        return {
+            rule.name: next(self._shares(rule, [key_of(rule, source)]))[1]
+            for rule in self._rules
+            if rule.measure in _OF_SOURCES and rule.per is not Per.SERVICE
+        }
+
+    def nearest(self, most: int) -> tuple[Near, ...]:
+        """Return who had used the most of each rule's limit at the last sweep."""
+        found: list[Near] = []
+        for rule in self._rules:
+            if rule.measure in _OF_SOURCES:
+                enough = most + MOST_TRUSTED
+                keys = {key for key, _ in largest(self._used[rule], enough + MOST_BUSY)}
+                if rule.unless:  # others hold fewer and are nearer to their limits
+                    keys |= self.standings.percents().keys() & self._used[rule].keys()
+                best = nlargest(enough, self._shares(rule, keys), key=itemgetter(1))
+                found += told(best, rule, self.ruleset.scope)
+        return merged(found, most)
+
+    def _shares(self, rule: Rule, keys: Iterable[int]) -> Iterator[tuple[int, float]]:
+        """Yield each key with the share of the rule's limit that it has used."""
+        used, percents = self._used[rule], self.standings.percents() if rule.unless else {}
+        for key in keys:
+            counted = rule.measure is Measure.CONNECTIONS
+            limit = limit_of(rule, key, percents) if counted else rule.burst
+            yield key, used.get(key, 0) / max(limit, 1)
 
     def judge(self, flows: Iterable[Flow], now: int) -> Judgement:
         """Judge the guarded connections, closed ones too, as they are at `now` (monotonic ns)."""
@@ -140,6 +177,7 @@ class Sweep:
         for flow in flows:
             if flow.state == TcpState.ESTABLISHED:
                 held.setdefault(key(flow), []).append(flow)
+        self._used[rule] = {source: len(of_source) for source, of_source in held.items()}
         beyond = []
         percents = self.standings.percents() if rule.unless else {}
         for source, of_source in held.items():
@@ -159,13 +197,13 @@ class Sweep:
             if news := seen[flow.original].news:
                 moved[key(flow)] = moved.get(key(flow), 0) + news
         drained = rule.limit * elapsed // rule.period
-        levels = self._levels.get(rule.name, {})
+        levels = self._used[rule]
         full = {}
         for source in moved.keys() | levels.keys():
             level = levels.get(source, 0) + moved.get(source, 0) - drained
             if level > 0:
                 full[source] = level
-        self._levels[rule.name] = full
+        self._used[rule] = full
         over = {source for source, level in full.items() if level > rule.burst}
         return [flow for flow in flows if key(flow) in over and seen[flow.original].news]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rstguard.engine.ruleset import SECOND, RuleSet
+from rstguard.engine.ruleset import SECOND, Rule, RuleSet
 from rstguard.kernel import marks
 
 PREFIX = "rstguard"
@@ -35,8 +35,7 @@ def syns(ruleset: RuleSet, family: int) -> tuple[str, ...]:
         return ()
     length = rule.ipv4_length if family == 4 else rule.ipv6_length
     lives = max(1, -(-rule.refill // SECOND))
-    # A table lives on under its name: another rate needs another name.
-    table = f"{PREFIX}{family}-{rule.limit}-{rule.period // SECOND}-{rule.burst}-{length}"
+    table = table_of(rule, family)
     within = (
         f"-m hashlimit --hashlimit-upto {rule.limit}/{UNITS[rule.period]}"
         f" --hashlimit-burst {rule.burst} --hashlimit-mode srcip --hashlimit-srcmask {length}"
@@ -45,6 +44,12 @@ def syns(ruleset: RuleSet, family: int) -> tuple[str, ...]:
     over = f"-j MARK --set-xmark {bits(marks.TO_QUEUE_OVER)}"
     queue = f"-j {PREFIX}-queue"
     return (f"{gate(f'{PREFIX}{family}-count', lives)} {queue}", within, over, queue)
+
+
+def table_of(rule: Rule, family: int) -> str:
+    """Return the name of the hashlimit table: it lives on under it, so another rate has another."""
+    length = rule.ipv4_length if family == 4 else rule.ipv6_length
+    return f"{PREFIX}{family}-{rule.limit}-{rule.period // SECOND}-{rule.burst}-{length}"
 
 
 def table_size(lives: int) -> str:

@@ -1,13 +1,23 @@
-"""`policy explain`, `policy diff`: how a source stands, and what a file would change."""
+"""`policy explain`, `policy diff`: how a source stands, and what a file would change.
+
+And who is nearest to which limit, which the same processes tell.
+"""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from rstguard.daemon.closest import Closest
+from rstguard.daemon.messages import Nearest, NearestAre
+from rstguard.engine.nearest import Near
 from tests.daemon.conftest import Open
+from tests.engine.packets import ruleset
 from tests.guard import BOTH_FAMILIES, ROUTER4, Guard, server_address, source
 from tests.netns import Lab, wait_until
 
@@ -21,6 +31,7 @@ trusted: [192.0.2.0/24]
 rules:
   - {name: rate, measure: syn_rate, over: 10/m, burst: 10, then: ban, for: 10m}
   - {name: ports, measure: distinct_ports, over: 10, within: 1m, then: drop}
+  - {name: held, measure: connections, over: 20, then: reset}
   - {name: idle, measure: idle, over: 15m, then: reset}
 """
 
@@ -36,10 +47,15 @@ def test_a_source_that_connects(guard: Guard, serve: Open, v6: bool) -> None:
     service, address = serve(8200, v6), source(v6)
     fresh = guard.json("policy", "explain", address)
     assert "has not proved its address" in fresh["state"]
-    assert [row["used_percent"] for row in fresh["rules"]] == [0, 0, None]
+    assert [row["used_percent"] for row in fresh["rules"]] == [0, 0, 0, None]
     for _ in range(5):
         service.connect(address).talk()
-    told = guard.json("policy", "explain", address)
+
+    def explained() -> Any:
+        return guard.json("policy", "explain", address)
+
+    wait_until(lambda: explained()["rules"][2]["used_percent"] == 25)  # swept
+    told = explained()
     assert told["connections"] == 5
     assert "has proved its address, so a rule may ban it" in told["state"]
     used = {row["name"]: row["used_percent"] for row in told["rules"]}
@@ -50,6 +66,44 @@ def test_a_source_that_connects(guard: Guard, serve: Open, v6: bool) -> None:
     assert "5 connections" in text
     assert "rate: " in text
     assert "syn_rate over 10 in 1m" in text
+
+
+def test_who_is_nearest(guard: Guard, serve: Open) -> None:
+    service, address = serve(8202), source(False)
+    for _ in range(8):
+        service.connect(address)
+
+    def told() -> dict[str, float]:
+        rows = guard.ask("nearest")
+        assert rows == sorted(rows, key=lambda row: -row["used_percent"])
+        return {row["rule"]: row["used_percent"] for row in rows if row["source"] == address}
+
+    wait_until(lambda: told().get("held") == 40)
+    assert told().keys() == {"rate", "held"}
+    assert 60 <= told()["rate"] <= 80
+
+
+def test_however_many_look_the_processes_are_asked_once() -> None:
+    asked: list[Nearest] = []
+
+    async def ask() -> list[object]:
+        def answer(question: Nearest) -> None:
+            asked.append(question)
+            near = Near("rate", "198.51.100.7", 0.5)
+            asyncio.get_running_loop().call_soon(
+                closest.inquiry.heard, NearestAre(question.number, (near,))
+            )
+
+        child = SimpleNamespace(pid=1, ready=asyncio.Event(), send=answer)
+        starting = SimpleNamespace(pid=1, ready=asyncio.Event(), send=answer)
+        child.ready.set()
+        guard = SimpleNamespace(children=[child, starting], ruleset=ruleset())
+        closest = Closest(guard)  # type: ignore[arg-type]
+        return await asyncio.gather(*(closest.answer({}) for _ in range(50)))
+
+    answers = asyncio.run(ask())
+    assert answers == 50 * [[{"source": "198.51.100.7", "rule": "rate", "used_percent": 50}]]
+    assert len(asked) == 1
 
 
 def test_one_that_is_blocked_trusted_or_a_lifeline(guard: Guard, serve: Open) -> None:

@@ -25,6 +25,7 @@ from tests.guard import (
     answer,
     connect,
     neighbours,
+    network_of,
     refused,
     retransmissions,
     source,
@@ -119,6 +120,22 @@ def test_syns_within_the_burst_pass_and_one_more_is_dropped(
     # The engine is asked about each SYN, or only about the one that was too many.
     assert tier.seen == seen + (1 if tier.in_kernel else 7)
     assert tier.objections(name) == 1
+
+
+@BOTH_FAMILIES
+def test_how_near_a_source_is_to_the_limit_is_told(tier: Tier, serve: Open, v6: bool) -> None:
+    tier.apply(SLOW)
+    near, nearer = source(v6), source(v6)
+    service = serve(PORT, v6)
+    hold(service, near, 3)
+    hold(service, nearer, 6)
+
+    def told() -> dict[str, int]:
+        rows = {row["source"]: row["used_percent"] for row in tier.guard.ask("nearest")}
+        # A token comes back in a minute.
+        return {one: round(rows.get(network_of(one), 0), -1) for one in (near, nearer)}
+
+    wait_until(lambda: told() == {near: 30, nearer: 60}, 3)
 
 
 def test_a_source_is_let_in_again_at_its_rate(lab: Lab, tier: Tier, serve: Open) -> None:
