@@ -142,19 +142,30 @@ def test_a_guard_says_when_it_filters_lives_and_stops(guard: Guard, listener: Li
     listener.hears("STOPPING=1")
 
 
+def held_before_it_serves(guard: Guard, child: int) -> int:
+    """Replace a process by one that is stopped before it says that it is ready; return that.
+
+    So no death of a silent process ends the state under test.
+    """
+    while True:
+        os.kill(child, signal.SIGKILL)
+        wait_until(lambda: child not in guard.children() and len(guard.children()) == 3)
+        successor = guard.children()[-1]
+        os.kill(successor, signal.SIGSTOP)
+        status = guard.status()
+        serving = {row["pid"] for row in (*status["workers"], status["sweeper"]) if row["ready"]}
+        if successor not in serving:
+            return successor
+        child = successor  # it was too quick
+
+
 @pytest.mark.netns
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["worker", "other worker", "sweeper"])
 def test_no_sign_of_life_while_a_process_does_not_answer(
     guard: Guard, listener: Listener, which: int
 ) -> None:
     listener.hears("WATCHDOG=1")
-    child = guard.children()[which]
-    # Held before it serves: stopped as soon as it exists, its successor never says that it is
-    # ready, so that no death of a silent process ends the state under test.
-    os.kill(child, signal.SIGKILL)
-    wait_until(lambda: child not in guard.children() and len(guard.children()) == 3)
-    successor = guard.children()[-1]
-    os.kill(successor, signal.SIGSTOP)
+    successor = held_before_it_serves(guard, guard.children()[which])
     wait_until(lambda: any("does not answer" in field for field in listener.all()))
     del listener.heard[:]
     with pytest.raises(TimeoutError):
