@@ -147,16 +147,18 @@ def held_before_it_serves(guard: Guard, child: int) -> int:
 
     So no death of a silent process ends the state under test.
     """
-    while True:
-        os.kill(child, signal.SIGKILL)
-        wait_until(lambda: child not in guard.children() and len(guard.children()) == 3)
-        successor = guard.children()[-1]
-        os.kill(successor, signal.SIGSTOP)
-        status = guard.status()
-        serving = {row["pid"] for row in (*status["workers"], status["sweeper"]) if row["ready"]}
-        if successor not in serving:
-            return successor
-        child = successor  # it was too quick
+    os.kill(child, signal.SIGKILL)
+    wait_until(lambda: child not in guard.children() and len(guard.children()) == 3)
+    successor = guard.children()[-1]
+    # Stopped any sooner, it would hold up the supervisor that is starting it.
+    command = Path(f"/proc/{successor}/cmdline")
+    wait_until(lambda: b"rstguard.daemon" in command.read_bytes())
+    os.kill(successor, signal.SIGSTOP)
+    status = guard.status()
+    serving = {row["pid"] for row in (*status["workers"], status["sweeper"]) if row["ready"]}
+    if successor in serving:  # it was too quick
+        return held_before_it_serves(guard, successor)
+    return successor
 
 
 @pytest.mark.netns
