@@ -136,9 +136,11 @@ def test_the_syn_budget() -> None:
 
 def test_what_is_wrong_stands_out() -> None:
     assert shown(status(filtering=False))[0].startswith("!rstguard: NOT FILTERING, policy p")
+    lacks = shown(status(filtering=False, missing=["a", "b", "c", "d"]))
+    assert lacks[1:4] == ["!missing: a", "!missing: b", "!and 2 more are missing"]
     panic = shown(status(filtering=False, panic=True, missing=["a", "b", "c"]))
     assert panic[0].startswith("!rstguard: PANIC: all traffic passes")
-    assert panic[1:3] == ["!missing: a", "!missing: b"]
+    assert panic[1].startswith("1 banned")
     waits = status(policy={"name": "p", "mode": "enforce", "confirm_s": 9.0}, runaway="it ran")
     assert shown(waits)[1].startswith("!NOT CONFIRMED: goes back in 9 s")
     assert shown(waits)[2] == "!RUNAWAY: it ran"
