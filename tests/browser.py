@@ -24,6 +24,7 @@ _OPTIONS = (
     "--headless",
     "--no-sandbox",
     "--disable-gpu",
+    "--disable-dev-shm-usage",  # in a container it may be small
     "--disable-quic",
     "--no-first-run",
     "--disable-background-networking",
