@@ -155,9 +155,9 @@ def _budget(now: Status, before: Status, seconds: float) -> Iterator[Line]:
     for row in over[:_MOST_SERVICES]:
         yield Line(f"  {row['service']}: SYN cookies for {_lasting(row['engaged_s'])}", Style.TITLE)
     if rest := over[_MOST_SERVICES:]:
-        yield Line(f"  and {len(rest)} more services over it")
+        yield Line(f"  and {len(rest)} more over it")
     elif not over:
-        yield Line(f"  all {len(budget['services'])} services that are known are within it")
+        yield Line(f"  services known: {len(budget['services'])}, none over it")
 
 
 def _nearest(rows: list[Status], width: int) -> Iterator[Line]:

@@ -128,10 +128,10 @@ def test_the_syn_budget() -> None:
     assert lines[at + 1 : at + 4] == [
         "  203.0.113.10:81: SYN cookies for 1 min 5 s",
         "  203.0.113.10:82: SYN cookies for 2 s",
-        "  and 1 more services over it",
+        "  and 1 more over it",
     ]
     calm = shown(status(syn_budget=budget(5, 5, None)))
-    assert "  all 1 services that are known are within it" in calm
+    assert "  services known: 1, none over it" in calm
 
 
 def test_what_is_wrong_stands_out() -> None:
