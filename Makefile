@@ -37,6 +37,7 @@ lint: setup
 	$(PYTHON_IN) -m mypy
 
 test: lint
+	@./.ci/setup --tests
 	$(PYTEST)
 
 test-pure: setup

@@ -11,7 +11,7 @@ from rstguard.cli.events import line as event_line
 Status = dict[str, Any]
 """What the guard answers to `status`, and with it what it answers to `nearest`."""
 
-_MOST_WORKERS, _MOST_SERVICES = 4, 2
+_MOST_WORKERS, _MOST_SERVICES, _MOST_MISSING = 4, 2, 2
 _FEWEST_NEAREST, _MOST_NEAREST = 3, 15
 _FEWEST_EVENTS = 3
 _ROOMY = 16
@@ -74,8 +74,10 @@ def _head(now: Status) -> Iterator[Line]:
         left = f"goes back in {policy['confirm_s']:.0f} s; `rstguard policy confirm`"
         yield Line(f"NOT CONFIRMED: {left}", Style.BAD)
     runaway = f"RUNAWAY: {now['runaway']}" if now["runaway"] else ""
-    missing = [f"missing: {lack}" for lack in now["missing"]]
-    for lack in filter(None, (runaway, now["not_remembered"], *missing[:2])):
+    missing = [] if now["panic"] else [f"missing: {lack}" for lack in now["missing"]]
+    if len(missing) > _MOST_MISSING:
+        missing[_MOST_MISSING:] = [f"and {len(missing) - _MOST_MISSING} more are missing"]
+    for lack in filter(None, (runaway, now["not_remembered"], *missing)):
         yield Line(lack, Style.BAD)
     blocked, productive = now["blocked"], now["productive"]
     sources = "source" if productive == 1 else "sources"
@@ -153,9 +155,9 @@ def _budget(now: Status, before: Status, seconds: float) -> Iterator[Line]:
     for row in over[:_MOST_SERVICES]:
         yield Line(f"  {row['service']}: SYN cookies for {_lasting(row['engaged_s'])}", Style.TITLE)
     if rest := over[_MOST_SERVICES:]:
-        yield Line(f"  and {len(rest)} more services over it")
+        yield Line(f"  and {len(rest)} more over it")
     elif not over:
-        yield Line(f"  all {len(budget['services'])} services that are known are within it")
+        yield Line(f"  services known: {len(budget['services'])}, none over it")
 
 
 def _nearest(rows: list[Status], width: int) -> Iterator[Line]:

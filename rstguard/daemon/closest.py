@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 MOST: Final = 5
 """Sources told of each rule."""
+_LEAST: Final = 0.01
+"""Who has used less than this share of a limit is not near it."""
 _FRESH: Final = 1.0
 """Seconds for which an answer serves all who ask."""
 
@@ -53,4 +55,5 @@ class Closest:
                 "used_percent": round(100 * near.used, 1),
             }
             for near in merged([*found, *in_kernel], MOST)
+            if near.used >= _LEAST
         ]

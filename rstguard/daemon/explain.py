@@ -10,6 +10,7 @@ from rstguard.daemon.control import ControlError, Request
 from rstguard.daemon.inquiries import ANSWER_SECONDS, Inquiry
 from rstguard.daemon.messages import Explain, Explained
 from rstguard.engine.address import Prefix, address_text, is_v6, parse_address
+from rstguard.kernel import counted
 from rstguard.kernel.conntrack import Conntrack
 from rstguard.kernel.elements import Element
 from rstguard.kernel.sets import Sets
@@ -34,6 +35,7 @@ class Explanations:
         except ValueError as error:
             raise ControlError(f"{text!r} is no address ({error})") from None
         used = await self._used(source)
+        used |= await asyncio.to_thread(counted.explain, self._guard.ruleset, source)
         elements, connections, proven = await asyncio.to_thread(_in_kernel, source)
         guard = self._guard
         shift = 128 - guard.ruleset.source_ipv6 if is_v6(source) else 32 - guard.ruleset.source_ipv4

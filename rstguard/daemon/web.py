@@ -151,7 +151,8 @@ class Web:
                 page = files("rstguard.observe").joinpath("page.html").read_bytes()
                 return 200, "text/html; charset=utf-8", page
             case b"/status.json":
-                body = json.dumps(await self._status()).encode()
+                nearest = await self._answer({"command": "nearest"})
+                body = json.dumps(await self._status() | {"nearest": nearest}).encode()
                 return 200, "application/json", body
             case b"/metrics":
                 return 200, CONTENT_TYPE, exposition(await self._status())

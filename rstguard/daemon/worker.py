@@ -133,7 +133,7 @@ class Worker:
         self._queue.close()
 
     def _look_on(self, looking: Iterator[list[Near]]) -> None:
-        """Look through one more table for who is nearest its limit; packets go in between."""
+        """Go one step on in looking for who is nearest; packets are judged in between."""
         try:
             self._found += next(looking)
         except StopIteration:

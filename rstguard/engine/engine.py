@@ -225,8 +225,8 @@ class Engine:
     def nearest(self, most: int, now: int) -> Iterator[list[Near]]:
         """Yield who has used the most of some rule's limit, so many at a time at most.
 
-        Each step looks through one table, or half of one, in some milliseconds; packets may be
-        judged between two.  What comes is to be put together by `rstguard.engine.nearest.merged`.
+        Each step takes a millisecond or two if the tables are full; packets may be judged between
+        two.  What comes is to be put together by `rstguard.engine.nearest.merged`.
         """
         for meter in self.meters:
             if meter.nearest is None:

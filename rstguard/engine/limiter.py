@@ -25,6 +25,8 @@ Value = TypeVar("Value")
 
 CAPACITY = 1 << 16
 """Default entries per generation of what is counted."""
+_AT_ONCE = 1 << 13
+"""Keys that are looked at one by one in a step: a millisecond at most."""
 REMEMBERED = 1 << 15
 """Default entries per generation of what is remembered: these hold objects, not just numbers."""
 
@@ -177,18 +179,22 @@ class Distinct:
     def nearest(self, most: int, now: int) -> Iterator[list[tuple[int, float]]]:
         """Yield keys that tried the most targets, with the share of the limit, as `Limiter` does.
 
-        A key that tried only one is not among them: nearly all did.
+        Each step looks at some of the keys.  One that tried only one target is not among them:
+        nearly all did.
         """
         horizon, limit = now - self._within, max(self._limit, 1)
         for generation in (self._young, self._old):
-            live = [
-                (key, tried)
-                for key, tried in generation.items()
-                if type(tried) is dict and next(reversed(tried.values()), horizon) > horizon
-            ]
-            live = nlargest(most, live, key=lambda item: len(item[1]))
-            found = [(key, self.count(key, now) / limit) for key, _ in live]
-            yield sorted(found, key=itemgetter(1), reverse=True)
+            keys, values = list(generation), list(generation.values())
+            for at in range(0, len(keys), _AT_ONCE):
+                end = at + _AT_ONCE
+                live = [
+                    (key, tried)
+                    for key, tried in zip(keys[at:end], values[at:end], strict=True)
+                    if type(tried) is dict and next(reversed(tried.values()), horizon) > horizon
+                ]
+                live = nlargest(most, live, key=lambda item: len(item[1]))
+                found = [(key, self.count(key, now) / limit) for key, _ in live]
+                yield sorted(found, key=itemgetter(1), reverse=True)
 
     def __len__(self) -> int:
         return len(self._young) + len(self._old)

@@ -1,7 +1,8 @@
-"""Reads what the kernel counted by itself: who is nearest the limit of the rule it counts for."""
+"""Reads what the kernel counted by itself: how near sources are to the limit it counts for."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from heapq import nlargest
 from operator import itemgetter
 from pathlib import Path
@@ -23,16 +24,28 @@ def nearest(ruleset: RuleSet, most: int) -> list[Near]:
     rule = ruleset.kernel_rule
     if rule is None:
         return []
-    shares: list[tuple[int, float]] = []
+    best = nlargest(most + MOST_TRUSTED, _shares(rule), key=itemgetter(1))
+    return list(told(best, rule, ruleset.scope))
+
+
+def explain(ruleset: RuleSet, source: int) -> dict[str, float]:
+    """Return how much of it a source (a tagged address) has used, if the kernel knows of it."""
+    rule = ruleset.kernel_rule
+    if rule is None:
+        return {}
+    shares = dict(_shares(rule))
+    key = key_of(rule, source)
+    return {rule.name: shares[key]} if key in shares else {}
+
+
+def _shares(rule: Rule) -> Iterator[tuple[int, float]]:
     for family, directory in _TABLES.items():
         try:
             with (directory / table_of(rule, family)).open("rb") as file:
                 text = file.read(LARGEST).decode()
         except OSError:
             continue  # no rule of the family is in place
-        shares += filter(None, (_share(rule, line) for line in text.splitlines()))
-    best = nlargest(most + MOST_TRUSTED, shares, key=itemgetter(1))
-    return list(told(best, rule, ruleset.scope))
+        yield from filter(None, (_share(rule, line) for line in text.splitlines()))
 
 
 def _share(rule: Rule, line: str) -> tuple[int, float] | None:

@@ -59,6 +59,11 @@ def _count(name: str) -> Callable[[Snapshot], Iterable[Sample]]:
     return _one(lambda data: data["counts"].get(name, 0))
 
 
+def _named(*names: str) -> Callable[[Snapshot], Iterable[Sample]]:
+    """Read these counts, the name being the label."""
+    return lambda data: [((name,), float(data["counts"].get(name, 0))) for name in names]
+
+
 def _restarts(data: Snapshot) -> Iterator[Sample]:
     for worker in data["workers"]:
         yield (f"worker of queue {worker['queue']}",), float(worker["restarts"])
@@ -130,6 +135,13 @@ TABLE: tuple[Row, ...] = (
     Row("rstguard_resets_total", "counter", ("rule", "reason"),
         "Connections reset, by rule and reason; in observe mode those that would have been.",
         _resets),
+    Row("rstguard_kills_total", "counter", ("outcome",),
+        "Condemned connections by outcome: confirmed (seen to die) or unconfirmed.",
+        _named("confirmed", "unconfirmed")),
+    Row("rstguard_failures_total", "counter", ("what",),
+        "What went wrong, and the log tells of: failed (a packet or a sweep could not be judged), "
+        "block_failed (a ban or shun was not set), lost_reports (a process was not heard in time).",
+        _named("failed", "block_failed", "lost_reports")),
     Row("rstguard_reports_left_out_total", "counter", (),
         "Reports of workers that were counted but not told one by one.",
         _count("reports_left_out")),

@@ -128,17 +128,19 @@ def test_the_syn_budget() -> None:
     assert lines[at + 1 : at + 4] == [
         "  203.0.113.10:81: SYN cookies for 1 min 5 s",
         "  203.0.113.10:82: SYN cookies for 2 s",
-        "  and 1 more services over it",
+        "  and 1 more over it",
     ]
     calm = shown(status(syn_budget=budget(5, 5, None)))
-    assert "  all 1 services that are known are within it" in calm
+    assert "  services known: 1, none over it" in calm
 
 
 def test_what_is_wrong_stands_out() -> None:
     assert shown(status(filtering=False))[0].startswith("!rstguard: NOT FILTERING, policy p")
+    lacks = shown(status(filtering=False, missing=["a", "b", "c", "d"]))
+    assert lacks[1:4] == ["!missing: a", "!missing: b", "!and 2 more are missing"]
     panic = shown(status(filtering=False, panic=True, missing=["a", "b", "c"]))
     assert panic[0].startswith("!rstguard: PANIC: all traffic passes")
-    assert panic[1:3] == ["!missing: a", "!missing: b"]
+    assert panic[1].startswith("1 banned")
     waits = status(policy={"name": "p", "mode": "enforce", "confirm_s": 9.0}, runaway="it ran")
     assert shown(waits)[1].startswith("!NOT CONFIRMED: goes back in 9 s")
     assert shown(waits)[2] == "!RUNAWAY: it ran"

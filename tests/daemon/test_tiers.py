@@ -136,6 +136,8 @@ def test_how_near_a_source_is_to_the_limit_is_told(tier: Tier, serve: Open, v6: 
         return {one: round(rows.get(network_of(one), 0), -1) for one in (near, nearer)}
 
     wait_until(lambda: told() == {near: 30, nearer: 60}, 3)
+    explained = tier.guard.json("policy", "explain", nearer)["rules"][0]
+    assert round(explained["used_percent"], -1) == 60
 
 
 def test_a_source_is_let_in_again_at_its_rate(lab: Lab, tier: Tier, serve: Open) -> None:

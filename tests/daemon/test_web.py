@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 import socket
-import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -15,7 +12,7 @@ from rstguard.daemon.web import LARGEST, listen
 from rstguard.kernel import KernelError
 from rstguard.observe.metrics import TABLE
 from tests.guard import Guard
-from tests.netns import Lab, wait_until
+from tests.netns import Lab
 
 PORT = 9788
 HOST = f"127.0.0.1:{PORT}"
@@ -138,24 +135,3 @@ def test_only_loopback_unless_meant() -> None:
 def test_a_port_in_use_is_one_sentence() -> None:
     with listen("127.0.0.1:0") as taken, pytest.raises(KernelError, match="in use"):
         listen(f"127.0.0.1:{taken.getsockname()[1]}")
-
-
-@pytest.mark.netns
-def test_in_a_browser(lab: Lab, guard: Guard, tmp_path: Path) -> None:
-    browser = shutil.which("chromium")
-    if browser is None:
-        pytest.skip("needs the browser of the package chromium")
-    inside = ("ip", "netns", "exec", lab.names["gateway"], browser, "--headless", "--no-sandbox")
-    own = ("--disable-gpu", f"--user-data-dir={tmp_path}", "--virtual-time-budget=5000")
-    shot = tmp_path / "page.png"
-    for options in (("--dump-dom",), (f"--screenshot={shot}", "--window-size=390,1600")):
-        command = [*inside, *own, *options, f"http://{HOST}/"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=90)
-        if options == ("--dump-dom",):
-            dom = done.stdout
-    assert '<strong id="state" class="good">filtering</strong>' in dom
-    assert "policy watched (enforce)" in dom
-    assert "1 banned, 0 shunned" in dom
-    assert "ban 203.0.113.9" in dom
-    assert "points=" in dom
-    wait_until(lambda: shot.stat().st_size > 10_000)

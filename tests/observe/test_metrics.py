@@ -5,7 +5,6 @@ After a change that is meant: GOLDEN=write pytest tests/observe/test_metrics.py
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from rstguard.observe.metrics import TABLE, exposition, metrics_table
+from tests import dashboard
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 REFERENCE = """# Metrics
@@ -44,7 +44,7 @@ SNAPSHOT: dict[str, Any] = {
     },
     "counts": {
         "ban": {"rate": 6}, "start": {"start": 1}, "verdict.drop": 11, "rule.rate": 12,
-        "flows": 100, "sweep_cpu_us": 1_500_000,
+        "flows": 100, "unconfirmed": 3, "block_failed": 2, "sweep_cpu_us": 1_500_000,
     },
     "resets": [{"rule": "idle", "reason": "idle", "count": 8}],
 }  # fmt: skip
@@ -76,6 +76,9 @@ def samples(data: dict[str, Any]) -> dict[tuple[str, tuple[str, ...]], float]:
         ("events_total", ("ban", "rate"), 6),
         ("events_total", ("start", ""), 1),
         ("resets_total", ("idle", "idle"), 8),
+        ("kills_total", ("confirmed",), 0),
+        ("kills_total", ("unconfirmed",), 3),
+        ("failures_total", ("block_failed",), 2),
         ("blocked_sources", ("shun",), 1),
         ("connections", (), 100),
         ("sweep_cpu_seconds_total", (), 1.5),
@@ -109,11 +112,20 @@ def test_the_reference_is_current() -> None:
     assert file.read_text() == REFERENCE + metrics_table()
 
 
-def test_the_dashboard_asks_only_for_metrics_that_exist() -> None:
-    dashboard = json.loads((DOCS / "grafana-rstguard.json").read_text())
-    asked = " ".join(
-        target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])
-    )
-    named = set(re.findall(r"rstguard_\w+", asked))
-    assert named
-    assert named <= {row.name for row in TABLE}
+def test_the_dashboard_asks_only_for_what_exists() -> None:
+    labels = {row.name: {*row.labels, "instance"} for row in TABLE}
+    asked = dashboard.asked()
+    assert len(asked) > 15
+    for expression, legend in asked:
+        found = dashboard.selectors(expression)
+        assert found, expression
+        for name, _ in found:
+            assert name in labels, f"there is no metric {name}"
+        known = set.intersection(*(labels[name] for name, _ in found))
+        assert {label for _, wanted in found for label in wanted} <= known, expression
+        assert set(re.findall(r"{{(\w+)}}", legend)) <= known, legend
+        for grouped in re.findall(r" by \(([^)]*)\)", expression):
+            assert set(grouped.split(", ")) <= known, expression
+        # A metric that is shown otherwise than as it is must be a counter, and the other way round.
+        counted = bool(re.search(r"\b(rate|increase)\(", expression))
+        assert all(name.endswith("_total") == counted for name, _ in found), expression
