@@ -1,5 +1,8 @@
 """What the kernel is told: a compiled policy becomes the text of iptables-restore.  Pure.
 
+Rules are written as iptables-save prints them, so that a table that is already as it should be can
+be told from one that is not, and left alone.
+
 Own chains only, each reached by one jump from a built-in chain.  The way of a packet:
 
 - raw PREROUTING drops the SYNs, and all that is not TCP, of banned sources, and the SYNs of
@@ -258,7 +261,7 @@ class _Build:
         rules.append(f"-j CONNMARK --set-xmark {bits(marks.PROVEN)}")
         if Divert.HANDSHAKE in self.ruleset.diverts:
             # While nobody answers, a connection tries again with each packet, up to this many.
-            enough = f"-m connbytes --connbytes {self.ruleset.inspect_packets + 2}:"
+            enough = f"-m connbytes --connbytes {self.ruleset.inspect_packets + 2}"
             enough += " --connbytes-mode packets --connbytes-dir original"
             trusted = bits(marks.TRUSTED)
             rules += [
@@ -300,7 +303,7 @@ class _Build:
     def small_window(self) -> str:
         """The window is the last half of the TCP header's fourth word; unscaled as it stands."""
         largest = max(rule.window for rule in self.ruleset.rules)
-        where = "0>>22&0x3c@12&0xffff" if self.family == 4 else "52&0xffff"
+        where = "0x0>>0x16&0x3c@0xc&0xffff" if self.family == 4 else "0x34&0xffff"
         most = f"0x{min(largest, 0xFFFF):x}"
         return (
             f"-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK ACK -m connmark --mark"
@@ -360,7 +363,7 @@ class _Build:
             start = 8 if client == "source" else 24
             length = min([self.ruleset.source_ipv6, *(rule.ipv6_length for rule in rules)])
         whole_bytes = -(-length // 8)
-        return f"{start + whole_bytes - 4}>>{whole_bytes * 8 - length}"
+        return f"0x{start + whole_bytes - 4:x}>>0x{whole_bytes * 8 - length:x}"
 
 
 def interface_names(ruleset: RuleSet) -> list[str]:
