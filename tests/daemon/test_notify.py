@@ -142,24 +142,45 @@ def test_a_guard_says_when_it_filters_lives_and_stops(guard: Guard, listener: Li
     listener.hears("STOPPING=1")
 
 
+def held(guard: Guard, child: int) -> int:
+    """Kill a process and stop its successor before it serves.
+
+    So that one never says that it is ready, and no death of a silent process ends this state.
+    """
+    while True:
+        before = guard.children()
+        os.kill(child, signal.SIGKILL)
+        child = successor(guard, before)
+        os.kill(child, signal.SIGSTOP)
+        status = guard.status()
+        if not all(row["ready"] for row in (*status["workers"], status["sweeper"])):
+            return child
+
+
+def successor(guard: Guard, before: list[int]) -> int:
+    """Wait for a new process that runs its own program: until then the supervisor waits for it."""
+    new: list[int] = []
+
+    def begun() -> bool:
+        new[:] = set(guard.children()) - set(before)
+        return any(b"rstguard.daemon" in Path(f"/proc/{p}/cmdline").read_bytes() for p in new)
+
+    wait_until(begun)
+    return new[0]
+
+
 @pytest.mark.netns
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["worker", "other worker", "sweeper"])
 def test_no_sign_of_life_while_a_process_does_not_answer(
     guard: Guard, listener: Listener, which: int
 ) -> None:
     listener.hears("WATCHDOG=1")
-    child = guard.children()[which]
-    # Held before it serves: stopped as soon as it exists, its successor never says that it is
-    # ready, so that no death of a silent process ends the state under test.
-    os.kill(child, signal.SIGKILL)
-    wait_until(lambda: child not in guard.children() and len(guard.children()) == 3)
-    successor = guard.children()[-1]
-    os.kill(successor, signal.SIGSTOP)
+    stopped = held(guard, guard.children()[which])
     wait_until(lambda: any("does not answer" in field for field in listener.all()))
     del listener.heard[:]
     with pytest.raises(TimeoutError):
         wait_until(lambda: "WATCHDOG=1" in listener.all(), 1.5)
-    os.kill(successor, signal.SIGCONT)
+    os.kill(stopped, signal.SIGCONT)
     listener.hears("WATCHDOG=1")
     assert not any("does not answer" in field for field in listener.all())
 
