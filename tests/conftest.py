@@ -23,6 +23,13 @@ settings.register_profile(
 settings.load_profile("same")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Let programs that a test starts keep their compiled modules, as where they are installed."""
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    os.environ["PYTHONPYCACHEPREFIX"] = str(tmp_path_factory.mktemp("compiled"))
+
+
 @cache
 def why_no_namespaces() -> str:
     """Return what keeps network namespaces from working here, or "" if nothing does."""

@@ -8,11 +8,10 @@ from typing import Annotated
 import typer
 
 from rstguard import __version__
-from rstguard.cli import ban, events, guard, install, man, policy, top
+from rstguard.cli import ban, events, guard, install, lab, man, policy, top
 from rstguard.cli.common import FAILED, Json, print_json
 from rstguard.engine.verdict import Reason
 from rstguard.kernel.queues import DEFAULT_NUMBER
-from rstguard.lab.cli import app as lab_app
 
 EPILOG = (
     "Exit status: 0 done, 1 failed or not filtering, 2 wrong use, 3 no guard running, "
@@ -42,7 +41,7 @@ app.command(epilog="Example: sudo rstguard install --interface eth0")(install.in
 app.command(epilog="Example: sudo rstguard uninstall --purge")(install.uninstall)
 app.add_typer(policy.app, name="policy")
 app.add_typer(ban.app, name="ban")
-app.add_typer(lab_app, name="lab")
+app.add_typer(lab.app, name="lab")
 
 
 @app.command()

@@ -10,20 +10,17 @@ from __future__ import annotations
 
 import fnmatch
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection
 
-from pyroute2 import IPRoute
-from pyroute2.netlink.exceptions import NetlinkError
-
-from rstguard.engine.address import address_text
 from rstguard.engine.ruleset import Scope
 from rstguard.kernel.conntrack import Conntrack
 from rstguard.kernel.marks import GUARDED, PROVEN
+from rstguard.kernel.routes import ways
 
 log = logging.getLogger(__name__)
 
-_MOST_ROUTES = 20_000
-"""Different clients whose route is asked for, at about 0.3 ms each."""
+_MOST_ROUTES = 100_000
+"""Different clients whose route is asked for, at about 10 µs each."""
 
 
 def adopt_existing(table: Conntrack, scope: Scope) -> int:
@@ -45,7 +42,7 @@ def adopt_existing(table: Conntrack, scope: Scope) -> int:
     return sum(1 for code in table.set_mark(adopted, bits, bits) if code == 0) if adopted else 0
 
 
-def _outside(clients: set[int], patterns: Iterable[str]) -> set[int]:
+def _outside(clients: set[int], patterns: Collection[str]) -> set[int]:
     """Return the clients to whom the route leads out of an interface that fits a pattern."""
     if len(clients) > _MOST_ROUTES:
         log.warning(
@@ -54,21 +51,10 @@ def _outside(clients: set[int], patterns: Iterable[str]) -> set[int]:
             _MOST_ROUTES,
         )
         clients = set(list(clients)[:_MOST_ROUTES])
-    found: set[int] = set()
-    if not clients:
-        return found
-    with IPRoute() as routes:
-        names = {link["index"]: link.get_attr("IFLA_IFNAME") for link in routes.get_links()}
-        wanted = {
-            index
-            for index, name in names.items()
-            if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-        }
-        for client in clients:
-            try:
-                (route,) = routes.route("get", dst=address_text(client))
-            except (NetlinkError, ValueError):
-                continue  # no way back to it: then it is not on a protected interface either
-            if route.get_attr("RTA_OIF") in wanted:
-                found.add(client)
-    return found
+    asked = list(clients)
+    # Where no way leads back to it, a client is not on a protected interface either.
+    return {
+        client
+        for client, name in zip(asked, ways(asked), strict=True)
+        if name and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    }

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from rstguard.daemon.channel import Channel, Closed, pair
-from rstguard.daemon.child import CHANNEL_FD
+from rstguard.daemon.channel import Channel, Closed
 from rstguard.daemon.messages import Counts, Failed, NewPolicy, Ready, Stop
+from rstguard.daemon.spawn import Spawned, spawn
 
 log = logging.getLogger(__name__)
 
@@ -34,17 +32,18 @@ class Child:
     def __init__(
         self,
         name: str,
-        module: str,
+        first: Spawned,
         start: Callable[[], Iterable[object]],
         on_message: Callable[[Any], None],
         on_restart: Callable[[str], None],
     ) -> None:
-        """Describe a process that runs `module`; `start` gives its first messages each time."""
+        """Look after `first` and its successors; `start` gives the first messages to each."""
         self.name = name
         self.restarts = 0
         self.heard_at = 0.0
         self.ready = asyncio.Event()
-        self._module = module
+        self._kind = first.kind
+        self._first: Spawned | None = first
         self._start = start
         self._on_message = on_message
         self._on_restart = on_restart
@@ -68,17 +67,11 @@ class Child:
         return self._before + self._now
 
     def launch(self) -> None:
-        """Start the process."""
-        ours, theirs = pair()
-        self._channel = Channel(ours)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", self._module],
-            pass_fds=[theirs.fileno()],
-            env={**os.environ, CHANNEL_FD: str(theirs.fileno())},
-            stdin=subprocess.DEVNULL,
-        )
-        theirs.close()
-        asyncio.get_running_loop().add_reader(ours.fileno(), self._readable, self._channel)
+        """Start the process, and tell it what to do."""
+        _, self._process, self._channel = self._first or spawn(self._kind)
+        self._first = None
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._channel.fileno(), self._readable, self._channel)
         for message in self._start():
             self.send(message)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import socket
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from rstguard.daemon.control import Answer
+from rstguard.daemon.spawn import Spawned
 from rstguard.policy.load import Loaded
 
 
@@ -18,8 +21,10 @@ class Options:
     directory: Path
     state: Path
     queue: int
-    workers: int
+    spawned: tuple[Spawned, ...]
+    """The first workers, and last the first sweeper."""
     keep_bans: bool
     event_log: Path | None = None
     journal: bool = False
-    web: socket.socket | None = None
+    web: Callable[[Answer], Coroutine[Any, Any, None]] | None = None
+    """Serves the web page for as long as it is let, given what answers requests."""

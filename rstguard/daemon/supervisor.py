@@ -13,10 +13,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from rstguard.daemon import web
 from rstguard.daemon.budget import Budget
 from rstguard.daemon.cap import BanCap
-from rstguard.daemon.child import take_priority
 from rstguard.daemon.children import Child, StartFailed
 from rstguard.daemon.claims import claim
 from rstguard.daemon.closest import Closest
@@ -42,6 +40,7 @@ from rstguard.daemon.policies import Policies
 from rstguard.daemon.record import Record
 from rstguard.daemon.requests import Requests
 from rstguard.daemon.service import Service
+from rstguard.daemon.spawn import Spawned
 from rstguard.daemon.upkeep import Upkeep
 from rstguard.engine.address import Prefix
 from rstguard.engine.ruleset import RuleSet
@@ -57,8 +56,6 @@ from rstguard.policy.load import Loaded
 
 log = logging.getLogger(__name__)
 
-_PRIORITY = -5
-"""After the workers, but before others: a policy is to change during a flood, too."""
 _READY_SECONDS = 15.0
 _ADOPT_SECONDS = 10.0  # twice, if the old policy must come back, in the time a client waits
 _KILL_SECONDS = 12.0
@@ -84,10 +81,11 @@ class Supervisor:
         self.explanations = Explanations(self)
         self.closest = Closest(self)
         self.started = time.monotonic()
-        self.queues = range(options.queue, options.queue + options.workers)
+        *workers, sweeper = options.spawned
+        self.queues = range(options.queue, options.queue + len(workers))
         self.footprint = Footprint(options.directory, self.queues)
-        self.workers = [self._child("worker", queue) for queue in self.queues]
-        self.sweeper = self._child("sweeper", options.queue)
+        self.workers = list(map(self._child, workers, self.queues))
+        self.sweeper = self._child(sweeper, options.queue)
         self.budget = Budget(self.footprint, self.events, self._rewrite)
         self.changing = asyncio.Lock()
         """Held by whoever changes rules or policy: they must not meet half-way."""
@@ -102,11 +100,12 @@ class Supervisor:
         self._stop = asyncio.Event()
         self.service = Service(options.file, self._mute, self._summary)
 
-    def _child(self, name: str, queue: int) -> Child:
+    def _child(self, first: Spawned, queue: int) -> Child:
+        several = first.kind == "worker" and len(self.queues) > 1
         index = queue - self.options.queue
         return Child(
-            name if name == "sweeper" or len(self.queues) == 1 else f"worker of queue {queue}",
-            f"rstguard.daemon.{name}",
+            f"worker of queue {queue}" if several else first.kind,
+            first,
             lambda: (Start(self.ruleset, queue, index), *self.record.offences(), self.productive),
             self._heard,
             self._restarted,
@@ -126,7 +125,6 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
-        take_priority(_PRIORITY)
         self.service.listen()
         claims = claim(self.options.directory, self.options.state)
         server: asyncio.Server | None = None
@@ -139,14 +137,16 @@ class Supervisor:
             self.ruleset = self.upkeep.spare(compile_policy(self.loaded.policy))
             self.upkeep.spares(self.ruleset)
             await self._bring_up()
-            server = await serve(self.options.directory, Requests(self).answer)
+            answer = Requests(self).answer
+            server = await serve(self.options.directory, answer)
             self.events.add(Event("start", self.ruleset.name, detail=_mode(self.ruleset)))
             watching = [
                 asyncio.create_task(self._watch()),
                 asyncio.create_task(self.upkeep.watch()),
                 asyncio.create_task(self.service.attend(self.policies.reload)),
-                asyncio.create_task(web.run(self.options.web, Requests(self).answer)),
             ]
+            if self.options.web is not None:
+                watching.append(asyncio.create_task(self.options.web(answer)))
             await self._stop.wait()
             for task in watching:
                 task.cancel()
@@ -210,15 +210,16 @@ class Supervisor:
             self.footprint.forbid_pickup()
         else:
             asyncio.get_running_loop().call_later(_PICKUP_SECONDS, self._forbid_pickup)
-        # Readers first: from the moment packets are diverted, somebody answers for them.
         for child in self.children:
             child.launch()
         try:
-            for child in self.children:
-                await child.wait_ready(_READY_SECONDS)
+            # Readers first: from the moment packets are diverted, somebody answers for them.
+            for worker in self.workers:
+                await worker.wait_ready(_READY_SECONDS)
+            await self.upkeep.begin()
+            await self.sweeper.wait_ready(_READY_SECONDS)
         except StartFailed as error:
             raise KernelError(str(error)) from None
-        await self.upkeep.begin()
         self.budget.follow(self.ruleset)
 
     async def _rewrite(self) -> None:

@@ -335,9 +335,9 @@ def _named(original: Tuple) -> Flow:
 def _serve(channel: Channel, start: Start) -> None:
     sweeper = Sweeper(channel, start)
     channel.send(Ready(0))
+    take_priority(0)  # the supervisor's, which it began with, is not for long work
     sweeper.run()
 
 
 if __name__ == "__main__":
-    take_priority(0)  # the supervisor's is not for long work
     run_child("sweeper", _serve)

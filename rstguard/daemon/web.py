@@ -12,12 +12,12 @@ import json
 import logging
 import socket
 import time
-from collections.abc import Awaitable, Callable
 from importlib.resources import files
 from typing import Any, Final
 
 import h11
 
+from rstguard.daemon.control import Answer
 from rstguard.kernel import KernelError
 from rstguard.observe.metrics import CONTENT_TYPE, exposition
 
@@ -43,7 +43,6 @@ _HEADERS: Final = (
     ("Connection", "close"),
 )
 
-Answer = Callable[[dict[str, Any]], Awaitable[object]]
 Reply = tuple[int, str, bytes]
 
 
@@ -78,10 +77,8 @@ def listen(where: str, anywhere: bool = False) -> socket.socket:
         ) from None
 
 
-async def run(listener: socket.socket | None, answer: Answer) -> None:
-    """Serve until cancelled; return at once if there is nothing to listen at."""
-    if listener is None:
-        return
+async def run(listener: socket.socket, answer: Answer) -> None:
+    """Serve until cancelled."""
     web = Web(listener.getsockname()[0], answer)
     server = await asyncio.start_server(web.talk, sock=listener, limit=LARGEST)
     async with server:

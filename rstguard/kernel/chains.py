@@ -1,5 +1,8 @@
 """What the kernel is told: a compiled policy becomes the text of iptables-restore.  Pure.
 
+Rules are written as iptables-save prints them, so that a table that is already as it should be can
+be told from one that is not, and left alone.
+
 Own chains only, each reached by one jump from a built-in chain.  The way of a packet:
 
 - raw PREROUTING drops the SYNs, and all that is not TCP, of banned sources, and the SYNs of

@@ -46,6 +46,7 @@ _BOUND_SECONDS = 2
 _SYN = f"-p tcp -m tcp --tcp-flags {SYN_ONLY}"
 _SYN_ACK = "-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK SYN,ACK"
 _PLAIN_ACK = "-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK ACK"
+_TIMESTAMP = 8  # TCPOPT_TIMESTAMP
 _NO_SOCKET = "-m owner ! --socket-exists"
 _PROVED = marks.GUARDED | marks.PROVEN
 _COOKIE_SYN = marks.TO_QUEUE_KNOWN | marks.TO_QUEUE_PROVEN
@@ -220,7 +221,7 @@ class _Build:
         It is sent before the tracker is told by how much to shift what follows (nf_ct_seqadj_init);
         sent later, it would be shifted as well.
         """
-        return ("-p tcp -j TCPOPTSTRIP --strip-options timestamp",)
+        return (f"-p tcp -j TCPOPTSTRIP --strip-options {_TIMESTAMP}",)
 
     def sample(self) -> tuple[str, ...]:
         """One SYN-ACK a second of each service, and one of those that offer a window scale.

@@ -39,7 +39,7 @@ def syns(ruleset: RuleSet, family: int) -> tuple[str, ...]:
     within = (
         f"-m hashlimit --hashlimit-upto {rule.limit}/{UNITS[rule.period]}"
         f" --hashlimit-burst {rule.burst} --hashlimit-mode srcip --hashlimit-srcmask {length}"
-        f" --hashlimit-name {table} {table_size(lives)} -j RETURN"
+        f" --hashlimit-name {table} {table_size(lives, rule.period // SECOND)} -j RETURN"
     )
     over = f"-j MARK --set-xmark {bits(marks.TO_QUEUE_OVER)}"
     queue = f"-j {PREFIX}-queue"
@@ -52,12 +52,14 @@ def table_of(rule: Rule, family: int) -> str:
     return f"{PREFIX}{family}-{rule.limit}-{rule.period // SECOND}-{rule.burst}-{length}"
 
 
-def table_size(lives: int) -> str:
-    """Return the options of a hashlimit table whose entries live for this many idle seconds."""
-    return (
-        f"--hashlimit-htable-size {_BUCKETS} --hashlimit-htable-max {_ENTRIES}"
-        f" --hashlimit-htable-expire {1000 * lives}"
-    )
+def table_size(lives: int, usually: int = 1) -> str:
+    """Return the options of a hashlimit table whose entries live for this many idle seconds.
+
+    `usually` is how long they do by themselves, the seconds of the rate's unit: iptables does not
+    print that.
+    """
+    size = f"--hashlimit-htable-size {_BUCKETS} --hashlimit-htable-max {_ENTRIES}"
+    return size if lives == usually else f"{size} --hashlimit-htable-expire {1000 * lives}"
 
 
 def gate(name: str, lives: int) -> str:

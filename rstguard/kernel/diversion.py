@@ -101,7 +101,7 @@ class Diversion(Matching):
         rules.append(f"-j CONNMARK --set-xmark {bits(marks.PROVEN)}")
         if Divert.HANDSHAKE in self.ruleset.diverts:
             # While nobody answers, a connection tries again with each packet, up to this many.
-            enough = f"-m connbytes --connbytes {self.ruleset.inspect_packets + 2}:"
+            enough = f"-m connbytes --connbytes {self.ruleset.inspect_packets + 2}"
             enough += " --connbytes-mode packets --connbytes-dir original"
             trusted = bits(marks.TRUSTED)
             rules += [
@@ -144,7 +144,7 @@ class Diversion(Matching):
     def small_window(self) -> str:
         """The window is the last half of the TCP header's fourth word; unscaled as it stands."""
         largest = max(rule.window for rule in self.ruleset.rules)
-        where = "0>>22&0x3c@12&0xffff" if self.family == 4 else "52&0xffff"
+        where = "0x0>>0x16&0x3c@0xc&0xffff" if self.family == 4 else "0x34&0xffff"
         most = f"0x{min(largest, 0xFFFF):x}"
         return (
             f"-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK ACK -m connmark --mark"
@@ -231,4 +231,4 @@ class Diversion(Matching):
             start = 8 if client == "source" else 24
             length = min([self.ruleset.source_ipv6, *(rule.ipv6_length for rule in rules)])
         whole_bytes = -(-length // 8)
-        return f"{start + whole_bytes - 4}>>{whole_bytes * 8 - length}"
+        return f"0x{start + whole_bytes - 4:x}>>0x{whole_bytes * 8 - length:x}"

@@ -55,17 +55,21 @@ def _read_all(families: Iterable[int]) -> dict[int, Present]:
 def apply(plans: dict[int, Plan]) -> None:
     """Bring the plans (family -> plan) about and verify them; what is there already stays.
 
+    A table that is as planned is not touched: to replace one takes the kernel some 15 ms.
+
     Raises:
         KernelError: iptables refused, or something is missing afterwards.
     """
     present = _read_all(plans)
-    for family, plan in plans.items():
-        text = _transition(present[family], plan)
+    texts = {family: _transition(present[family], plan) for family, plan in plans.items()}
+    for family, text in texts.items():
+        if not text:
+            continue
         try:
             run([f"{_COMMANDS[family]}-restore", "--noflush", "-w", _WAIT_SECONDS], text)
         except KernelError as error:
             raise KernelError(f"{error}; `rstguard doctor` says what this machine lacks") from error
-    lacking = missing(plans)
+    lacking = missing(plans) if any(texts.values()) else []
     if lacking:
         raise KernelError(
             f"iptables accepted the rules but {lacking[0]} is not there; another tool may be "
@@ -110,7 +114,10 @@ def _same(left: str, right: str) -> bool:
 
 
 def _transition(present: Present, plan: Plan) -> str:
-    """Return the restore text from what is there to the plan: one transaction per table."""
+    """Return the restore text from what is there to the plan: one transaction per table.
+
+    Only the tables that differ from the plan are in it.
+    """
     wanted = [(jump.table, jump.builtin, jump.rule) for jump in plan.jumps]
     kept: set[tuple[str, str, str]] = set()
     stale = []
@@ -133,14 +140,18 @@ def _table_text(
     stale: Iterable[tuple[str, str, str]],
 ) -> str:
     chains = plan.chains.get(table, {})
-    gone = [chain for where, chain in present.chains if where == table and chain not in chains]
+    held = {chain: rules for (where, chain), rules in present.chains.items() if where == table}
+    jumps = [j for j in plan.jumps if j.table == table and (table, j.builtin, j.rule) not in kept]
+    stale = [jump for jump in stale if jump[0] == table]
+    if held == chains and not jumps and not stale:
+        return ""
+    gone = [chain for chain in held if chain not in chains]
     lines = [f"*{table}"]
     lines += [f":{chain} - [0:0]" for chain in (*chains, *gone)]
-    lines += [f"-D {builtin} {rule}" for where, builtin, rule in stale if where == table]
+    lines += [f"-D {builtin} {rule}" for _, builtin, rule in stale]
     lines += [f"-A {chain} {rule}" for chain, rules in chains.items() for rule in rules]
-    for jump in plan.jumps:
-        if jump.table == table and (table, jump.builtin, jump.rule) not in kept:
-            place = f"-A {jump.builtin}" if jump.last else f"-I {jump.builtin} 1"
-            lines.append(f"{place} {jump.rule}")
+    for jump in jumps:
+        place = f"-A {jump.builtin}" if jump.last else f"-I {jump.builtin} 1"
+        lines.append(f"{place} {jump.rule}")
     lines += [f"-X {chain}" for chain in gone]
     return "\n".join([*lines, "COMMIT", ""])

@@ -1,7 +1,7 @@
-"""Raw netlink to the netfilter subsystems: requests in batches, and dumps.
+"""Raw netlink, to the netfilter subsystems above all: requests in batches, and dumps.
 
-Only what the connection table needs: messages (linux/netlink.h), attributes, one socket per
-conversation.  Attribute headers are in host order, netfilter's values in network order.
+Only what the tables of connections and routes need: messages (linux/netlink.h), attributes, one
+socket per conversation.  Attribute headers are in host order, netfilter's values in network order.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Final, NamedTuple
 
 from rstguard.kernel import KernelError
 
+NETLINK_ROUTE: Final = 0
 NETLINK_NETFILTER: Final = 12
 SOL_NETLINK: Final = 270
 NETLINK_CAP_ACK: Final = 10
@@ -81,16 +82,16 @@ def encode(request: Request, flags: int, sequence: int) -> bytes:
 
 
 class Netlink:
-    """One netfilter netlink socket, in the network namespace of the thread that makes it.
+    """One netlink socket, in the network namespace of the thread that makes it.
 
     Raises:
         KernelError: the kernel has no netfilter netlink, or privileges are missing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, protocol: int = NETLINK_NETFILTER) -> None:
         try:
             self._socket = socket.socket(
-                socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER
+                socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol
             )
         except OSError as error:
             raise KernelError(

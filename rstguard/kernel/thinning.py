@@ -61,7 +61,7 @@ def service_limits(ruleset: RuleSet, family: int) -> tuple[str, ...]:
         limit = (
             f"-m hashlimit --hashlimit-above {rule.limit}/{UNITS[rule.period]}"
             f" --hashlimit-burst {min(rule.burst, LARGEST_RATE)} --hashlimit-mode dstip,dstport"
-            f" --hashlimit-name {table} {table_size(lives)} -j DROP"
+            f" --hashlimit-name {table} {table_size(lives, rule.period // SECOND)} -j DROP"
         )
         ports = sorted(rule.ports or ())
         several = [

@@ -142,23 +142,31 @@ def test_a_guard_says_when_it_filters_lives_and_stops(guard: Guard, listener: Li
     listener.hears("STOPPING=1")
 
 
-def held_before_it_serves(guard: Guard, child: int) -> int:
-    """Replace a process by one that is stopped before it says that it is ready; return that.
+def held(guard: Guard, child: int) -> int:
+    """Kill a process and stop its successor before it serves.
 
-    So no death of a silent process ends the state under test.
+    So that one never says that it is ready, and no death of a silent process ends this state.
     """
-    os.kill(child, signal.SIGKILL)
-    wait_until(lambda: child not in guard.children() and len(guard.children()) == 3)
-    successor = guard.children()[-1]
-    # Stopped any sooner, it would hold up the supervisor that is starting it.
-    command = Path(f"/proc/{successor}/cmdline")
-    wait_until(lambda: b"rstguard.daemon" in command.read_bytes())
-    os.kill(successor, signal.SIGSTOP)
-    status = guard.status()
-    serving = {row["pid"] for row in (*status["workers"], status["sweeper"]) if row["ready"]}
-    if successor in serving:  # it was too quick
-        return held_before_it_serves(guard, successor)
-    return successor
+    while True:
+        before = guard.children()
+        os.kill(child, signal.SIGKILL)
+        child = successor(guard, before)
+        os.kill(child, signal.SIGSTOP)
+        status = guard.status()
+        if not all(row["ready"] for row in (*status["workers"], status["sweeper"])):
+            return child
+
+
+def successor(guard: Guard, before: list[int]) -> int:
+    """Wait for a new process that runs its own program: until then the supervisor waits for it."""
+    new: list[int] = []
+
+    def begun() -> bool:
+        new[:] = set(guard.children()) - set(before)
+        return any(b"rstguard.daemon" in Path(f"/proc/{p}/cmdline").read_bytes() for p in new)
+
+    wait_until(begun)
+    return new[0]
 
 
 @pytest.mark.netns
@@ -167,12 +175,12 @@ def test_no_sign_of_life_while_a_process_does_not_answer(
     guard: Guard, listener: Listener, which: int
 ) -> None:
     listener.hears("WATCHDOG=1")
-    successor = held_before_it_serves(guard, guard.children()[which])
+    stopped = held(guard, guard.children()[which])
     wait_until(lambda: any("does not answer" in field for field in listener.all()))
     del listener.heard[:]
     with pytest.raises(TimeoutError):
         wait_until(lambda: "WATCHDOG=1" in listener.all(), 1.5)
-    os.kill(successor, signal.SIGCONT)
+    os.kill(stopped, signal.SIGCONT)
     listener.hears("WATCHDOG=1")
     assert not any("does not answer" in field for field in listener.all())
 

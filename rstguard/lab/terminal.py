@@ -1,11 +1,10 @@
-"""``rstguard lab``: list and run the scenarios."""
+"""What ``rstguard lab`` shows in a terminal while it works, and afterwards."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -13,28 +12,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from rstguard.lab import LabError, run
-from rstguard.lab.bench.cli import bench
 from rstguard.lab.report import Result, document, guard_lines, table
 from rstguard.lab.scenarios import DEMO, SCENARIOS, Scenario, find
 from rstguard.lab.topology import ended_by_signals, require_root
 
-app = typer.Typer(
-    help="Attack a server behind a guarded gateway, in network namespaces of its own.",
-    no_args_is_help=True,
-)
 
-app.command()(bench)
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
-Seconds = Annotated[
-    int | None,
-    typer.Option("--seconds", min=1, max=600, help="Length of each half instead of the usual."),
-]
-
-
-@app.command("list")
-def list_scenarios(as_json: Json = False) -> None:
-    """List the scenarios."""
+def list_scenarios(*, as_json: bool) -> None:
+    """Show the scenarios there are."""
     if as_json:
         rows = [{"name": s.name, "summary": s.summary, "seconds": s.seconds} for s in SCENARIOS]
         typer.echo(json.dumps(rows, indent=2))
@@ -47,23 +31,13 @@ def list_scenarios(as_json: Json = False) -> None:
     Console().print(shown)
 
 
-@app.command("run")
-def run_scenarios(
-    names: Annotated[list[str], typer.Argument(metavar="SCENARIO...", help="Names, or 'all'.")],
-    as_json: Json = False,
-    seconds: Seconds = None,
-) -> None:
-    """Run scenarios, each without and with the guard; exit 1 if the guard fell short."""
-    _run(names, as_json=as_json, seconds=seconds)
+def run_demo(*, as_json: bool) -> None:
+    """Run those scenarios that say most in little time."""
+    run_scenarios(list(DEMO), as_json=as_json, seconds=None)
 
 
-@app.command()
-def demo(as_json: Json = False) -> None:
-    """Run a chosen few in under two minutes."""
-    _run(list(DEMO), as_json=as_json, seconds=None)
-
-
-def _run(names: list[str], *, as_json: bool, seconds: int | None) -> None:
+def run_scenarios(names: list[str], *, as_json: bool, seconds: int | None) -> None:
+    """Run scenarios and show what came of them; leaves with 1 if the guard fell short."""
     try:
         chosen = list(SCENARIOS) if names == ["all"] else [find(name) for name in names]
         for scenario in chosen:

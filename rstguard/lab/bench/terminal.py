@@ -1,4 +1,4 @@
-"""``rstguard lab bench``: rounds of floods against peers, in turn."""
+"""What ``rstguard lab bench`` does, and shows in a terminal and in files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -23,34 +22,18 @@ from rstguard.lab.topology import ended_by_signals, require_root
 _FALLS_SHORT, _FAILED, _INTERRUPTED = 1, 2, 130
 
 
-def bench(
-    flood: Annotated[
-        list[str] | None, typer.Option(help="Only this flood; may be repeated.")
-    ] = None,
-    peer: Annotated[
-        list[str] | None, typer.Option(help="Only this guard; may be repeated.")
-    ] = None,
-    rounds: Annotated[int, typer.Option(min=1, max=100, help="Runs of each pair.")] = 3,
-    seconds: Annotated[float, typer.Option(min=2, max=600, help="Length of each flood.")] = 5,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Write the JSON to a file, too.")] = None,
-    table: Annotated[Path | None, typer.Option(help="Write the tables in Markdown.")] = None,
-    svg: Annotated[Path | None, typer.Option("--chart", help="Write a chart (SVG).")] = None,
-    show_configs: Annotated[
-        bool, typer.Option("--show-configs", help="Show how each guard is configured, and end.")
-    ] = False,
+def compare(
+    flood: list[str] | None,
+    peer: list[str] | None,
+    rounds: int,
+    seconds: float,
+    *,
+    as_json: bool,
+    out: Path | None,
+    table: Path | None,
+    svg: Path | None,
 ) -> None:
-    """Compare guards under the same floods; exit 1 if rstguard missed a goal.
-
-    Each round runs each flood against each guard, in an order that changes from round to round.
-    All of it takes about 25 minutes.
-
-    Examples: `rstguard lab bench --flood forged --rounds 1`;
-    `rstguard lab bench --out bench.json --table bench.md --chart bench.svg`.
-    """
-    if show_configs:
-        _show_configs()
-        return
+    """Run all rounds, write and show what was measured; leaves with 1 if rstguard missed a goal."""
     runs: list[Run] = []
     failed = 0
     try:
@@ -142,7 +125,8 @@ def _show(runs: Sequence[Run]) -> None:
         console.print(f"{state}: {goal.name}: {shown_value}, {goal.goal}", highlight=False)
 
 
-def _show_configs() -> None:
+def show_configs() -> None:
+    """Show how each guard is set up."""
     for guard in PEERS:
         for name in guard.files:
             typer.echo(f"# {guard.name}: {name}\n{peers.configuration(name)}")
