@@ -134,7 +134,7 @@ def policy_learn(
         print_json(lesson_data(lesson) | {"file": str(out)})
         return
     sources = "source" if lesson.productive == 1 else "sources"
-    found = f"{lesson.productive:,} productive {sources} in {lesson.frames:,} packets"
+    found = f"{lesson.productive:,} productive {sources} in {lesson.packets:,} packets"
     typer.echo(f"{out}: limits from {found}")
     for one in lesson_data(lesson)["rules"]:
         kept = f"kept: {one['kept_because']}"

@@ -49,7 +49,7 @@ class Meter:
     """How much of the rule's limit a source (a tagged address) has used at a time, 1 being all."""
 
 
-_SAME_HANDSHAKE = 5 * SECOND
+SAME_HANDSHAKE = 5 * SECOND
 """No stack opens a connection from the same port anew so soon (RFC 9293, 3.4.2: TIME-WAIT)."""
 
 REASONS = {measure: Reason[measure.name] for measure in Measure}
@@ -167,7 +167,7 @@ def _connection_rate(rule: Rule, limiter: Limiter) -> dict[Kind, Check]:
     def completed(packet: Packet, now: int) -> bool:
         flow = _flow_key(packet)
         last = counted.get(flow)
-        if last is not None and now - last[0] < _SAME_HANDSHAKE:
+        if last is not None and now - last[0] < SAME_HANDSHAKE:
             if last[1]:
                 counted.put(flow, (now, True))
             return last[1]
