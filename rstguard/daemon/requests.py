@@ -50,6 +50,7 @@ class Requests:
             "events": self._events,
             "explain": supervisor.explanations.explain,
             **supervisor.policies.commands,
+            **supervisor.learning.commands,
         }
 
     async def answer(self, request: Request) -> object:
@@ -111,6 +112,7 @@ class Requests:
             },
             "syn_budget": _budget(guard),
             "productive": _productive(guard),
+            "learning": guard.learning.status,
             "counts": {
                 **{kind: dict(by_rule) for kind, by_rule in guard.events.counts.items()},
                 **dict(counts),
@@ -194,7 +196,7 @@ class Requests:
             raise ControlError(
                 "say which connections: --source, --source-port, --destination or --port"
             )
-        killed = await self._guard.kill(**conditions)
+        killed = await self._guard.kills.kill(**conditions)
         subject = ", ".join(f"{key} {value}" for key, value in conditions.items())
         self._guard.events.add(
             Event("kill", subject, MANUAL, Reason.KILLED, f"{killed.confirmed} confirmed")

@@ -20,10 +20,11 @@ from rstguard.daemon.children import Child, StartFailed
 from rstguard.daemon.claims import claim
 from rstguard.daemon.control import ControlError, serve
 from rstguard.daemon.explain import Explanations
+from rstguard.daemon.kills import Kills
+from rstguard.daemon.learning import Learning
 from rstguard.daemon.messages import (
     Blocked,
     Explained,
-    Kill,
     Killed,
     NewPolicy,
     NotKilled,
@@ -57,7 +58,6 @@ _PRIORITY = -5
 """After the workers, but before others: a policy is to change during a flood, too."""
 _READY_SECONDS = 15.0
 _ADOPT_SECONDS = 10.0  # twice, if the old policy must come back, in the time a client waits
-_KILL_SECONDS = 12.0
 _WORKER_PATIENCE = 5.0  # it reports twice a second
 _SWEEPER_PATIENCE = 60.0  # one sweep over a million connections takes some ten seconds
 _PICKUP_SECONDS = 120.0
@@ -93,7 +93,8 @@ class Supervisor:
         self._tasks: set[asyncio.Task[None]] = set()
         self.overload: dict[int, Level] = {}
         self.productive = Productive({})
-        self._kills: dict[int, asyncio.Future[Killed]] = {}
+        self.kills = Kills(self)
+        self.learning = Learning(self)
         self._stop = asyncio.Event()
         self.service = Service(options.file, self._mute, self._summary)
 
@@ -101,7 +102,12 @@ class Supervisor:
         return Child(
             name if name == "sweeper" or len(self.queues) == 1 else f"worker of queue {queue}",
             f"rstguard.daemon.{name}",
-            lambda: (Start(self.ruleset, queue), *self.record.offences(), self.productive),
+            lambda: (
+                Start(self.ruleset, queue),
+                *self.record.offences(),
+                self.productive,
+                *self.learning.first(),
+            ),
             self._heard,
             self._restarted,
         )
@@ -239,6 +245,7 @@ class Supervisor:
 
     def _restarted(self, sentence: str) -> None:
         self.events.add(Event("restart", "process", detail=sentence))
+        self.learning.died()
 
     async def change_policy(self, loaded: Loaded, file: str) -> None:
         """Replace the policy everywhere; unchanged rules keep their counts, no packet is lost.
@@ -270,6 +277,7 @@ class Supervisor:
                 self.footprint.replace(old, new, divert=not self.upkeep.panic)
                 self.budget.follow(new)
                 self.upkeep.spares(new)
+                self.learning.follow(old, new)
             except (KernelError, TimeoutError) as error:
                 self.ruleset = old
                 with contextlib.suppress(TimeoutError):
@@ -306,23 +314,6 @@ class Supervisor:
         message = NewPolicy(ruleset, self.generation)
         await asyncio.gather(*(child.adopt(message, _ADOPT_SECONDS) for child in self.children))
 
-    async def kill(self, **conditions: Any) -> Killed:
-        """End the connections that fit all conditions (see `Kill`), and wait for the outcome.
-
-        Raises:
-            ControlError: the sweeper gave no answer in time.
-        """
-        number = max(self._kills, default=0) + 1
-        answer: asyncio.Future[Killed] = asyncio.get_running_loop().create_future()
-        self._kills[number] = answer
-        self.sweeper.send(Kill(number, **conditions))
-        try:
-            return await asyncio.wait_for(answer, _KILL_SECONDS)
-        except TimeoutError:
-            raise ControlError("the sweeper gave no answer; `rstguard status` says more") from None
-        finally:
-            del self._kills[number]
-
     @property
     def counts(self) -> Counter[str]:
         """What all processes counted since the guard started."""
@@ -342,11 +333,12 @@ class Supervisor:
             case Overloaded():
                 self._overloaded(message)
             case Killed():
-                if future := self._kills.get(message.number):
-                    future.set_result(message)
+                self.kills.heard(message)
             case NotKilled():
                 for one in message.unconfirmed:
                     self.events.add(Event("not_killed", str(one.flow), detail=one.sentence))
+            case _:
+                self.learning.heard(message)
 
     def _decided(self, message: Blocked | Reset | Observed) -> None:
         if isinstance(message, Blocked):
@@ -363,6 +355,8 @@ class Supervisor:
         alive = {worker.pid for worker in self.workers}
         self.overload = {pid: level for pid, level in self.overload.items() if pid in alive}
         self.overload[message.pid] = message.level
+        if message.level:
+            self.learning.overrun()
         self.events.add(Event("overload", f"worker {message.pid}", detail=UNDONE[message.level]))
 
     def blocked(self, message: Blocked) -> None:

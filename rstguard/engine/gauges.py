@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from rstguard.engine.address import V6
 from rstguard.engine.engine import kind_of
-from rstguard.engine.flow import Flow, TcpState, Tuple
+from rstguard.engine.flow import LIVE, Flow, TcpState, Tuple
 from rstguard.engine.limiter import Distinct, Memory
 from rstguard.engine.rules import SAME_HANDSHAKE, Kind, key_function
 from rstguard.engine.ruleset import SECOND, SWEEP_MEASURES, Measure, Per, Rule, RuleSet
@@ -246,7 +246,7 @@ class Gauges:
         """
         seen: dict[Tuple, tuple[int, int, int]] = {}
         news: dict[Tuple, tuple[int, int]] = {}
-        flows = list(flows)
+        flows = [flow for flow in flows if flow.state in LIVE]
         elapsed = now - self._swept if self._swept else self._every
         for flow in flows:
             packets = flow.client_packets + flow.server_packets

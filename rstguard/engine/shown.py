@@ -67,10 +67,14 @@ def _name(rule: Rule, key: int) -> str:
 
 
 class Breadth:
-    """How much of an address tells all sources of a policy apart that any rule counts."""
+    """How much of an address tells all sources of a policy apart that any rule counts.
 
-    def __init__(self, ruleset: RuleSet) -> None:
-        rules = [rule for rule in ruleset.rules if rule.per is not Per.SERVICE]
+    With `source_only` it is the policy's own width of a source.
+    """
+
+    def __init__(self, ruleset: RuleSet, *, source_only: bool = False) -> None:
+        counting = () if source_only else ruleset.rules
+        rules = [rule for rule in counting if rule.per is not Per.SERVICE]
         self._shift4 = 32 - max([ruleset.source_ipv4, *(rule.ipv4_length for rule in rules)])
         self._shift6 = 128 - max([ruleset.source_ipv6, *(rule.ipv6_length for rule in rules)])
 

@@ -11,13 +11,11 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from rstguard.engine.address import is_v6, prefix_of
-from rstguard.engine.flow import Flow, TcpState, Tuple
+from rstguard.engine.flow import LIVE, Flow, TcpState, Tuple
 from rstguard.engine.lenient import Standings, limit_of
 from rstguard.engine.ruleset import SECOND, SWEEP_MEASURES, Measure, Per, Rule, RuleSet
 from rstguard.engine.sources import Offence, Sources
 from rstguard.engine.verdict import Action, Ban, Shun
-
-_LIVE = frozenset({TcpState.ESTABLISHED, TcpState.FIN_WAIT, TcpState.CLOSE_WAIT})
 
 
 class Seen(NamedTuple):
@@ -72,7 +70,7 @@ class Sweep:
         flows = list(flows)
         if self.ruleset.lenient:
             self.standings.look(flows, self.ruleset, now)
-        flows = [flow for flow in flows if flow.state in _LIVE]
+        flows = [flow for flow in flows if flow.state in LIVE]
         seen = {flow.original: self._note(flow, now) for flow in flows}
         objections: dict[Tuple, Objection] = {}
         observed = []
