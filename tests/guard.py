@@ -135,10 +135,11 @@ class Guard:
         words = ("run", "--policy", str(self.file), *state, *self._options)
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                self._command(*words), stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                self.command(*words), stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
 
-    def _command(self, *words: str) -> list[str]:
+    def command(self, *words: str) -> list[str]:
+        """Return what runs a command of `rstguard` inside the namespace."""
         inside = ["ip", "netns", "exec", self.lab.names["gateway"]]
         directory = ["--runtime-dir", str(self.runtime)]
         return [*inside, sys.executable, "-m", "rstguard", *words, *directory]
@@ -201,7 +202,7 @@ class Guard:
 
     def cli(self, *words: str) -> subprocess.CompletedProcess[str]:
         """Run a command of `rstguard` inside the namespace."""
-        command = self._command(*words)
+        command = self.command(*words)
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
     def json(self, *words: str) -> Any:

@@ -78,10 +78,13 @@ def fail(sentence: str, status: int) -> NoReturn:
     raise typer.Exit(status)
 
 
-def ask_guard(directory: Path, command: str, **request: Any) -> Any:
-    """Ask the running guard and return its answer, or say why there is none."""
+def ask_guard(directory: Path, command: str, *, patience: float = 30.0, **request: Any) -> Any:
+    """Ask the running guard and return its answer, or say why there is none.
+
+    `patience` is in seconds.
+    """
     with errors_in_one_sentence():
-        return ask(directory, {"command": command, **request})
+        return ask(directory, {"command": command, **request}, patience)
 
 
 def ssh_client() -> str:

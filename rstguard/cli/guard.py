@@ -181,6 +181,12 @@ def _show_status(data: dict[str, Any]) -> None:
         f"  sweeper {sweeper['pid']}: {counts.get('flows', 0)} connections at the last sweep, "
         f"{sweeper['restarts']} restarts"
     )
+    if learning := data["learning"]:
+        left = f"{learning['left_s']:.0f} s to go" if learning["left_s"] else "done"
+        typer.echo(
+            f"  learning limits: {learning['productive']} productive sources in "
+            f"{learning['seconds']:.0f} s, {left}; take them with `rstguard policy learn --live`"
+        )
     blocked = data["blocked"]
     typer.echo(f"  blocked now: {blocked['ban']} banned, {blocked['shun']} shunned")
     if budget := data["syn_budget"]:

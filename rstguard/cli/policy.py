@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rstguard.cli import replay
+from rstguard.cli import learn, replay
 from rstguard.cli.common import (
     BAD_POLICY,
     DEFAULT_DIR,
@@ -33,8 +33,8 @@ app.command(
 )(replay.policy_replay)
 app.command(
     "learn",
-    epilog="Example: rstguard policy learn yesterday.pcap --out proposed.yaml --margin 2",
-)(replay.policy_learn)
+    epilog=learn.EXAMPLES,
+)(learn.policy_learn)
 
 
 @app.command("check", epilog="Example: rstguard policy check policies/web-edge.yaml")

@@ -1,4 +1,4 @@
-"""``rstguard policy replay`` and ``rstguard policy learn``."""
+"""``rstguard policy replay``."""
 
 from __future__ import annotations
 
@@ -88,69 +88,6 @@ def policy_replay(
     pieces = [piece for report in reports for piece in shown(report, top, brief=bool(against))]
     for piece in pieces + ([*compared(found, top)] if found else []):
         console.print(piece)
-
-
-def policy_learn(
-    capture: CaptureFile,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Where to write the proposed policy.")],
-    base: Annotated[
-        Path | None,
-        typer.Option(metavar="POLICY", help="Whose rules are measured; else those of web-edge."),
-    ] = None,
-    margin: Annotated[
-        float, typer.Option(min=1.0, max=100.0, help="How far limits are from honest sources.")
-    ] = 2.0,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite FILE.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Propose limits: what 99.9 % of a capture's productive sources do, doubled.
-
-    Writes a policy whose comments say what was measured, and how many sources
-    other limits would have hit. Take the capture on an ordinary busy day, read
-    which sources showed most, and try it with `rstguard policy replay`.
-    """
-    from rstguard.policy.compile import compile_policy
-    from rstguard.policy.load import PolicyError, parse
-    from rstguard.replay.capture import CaptureError
-    from rstguard.replay.learn import learn, lesson_data
-    from rstguard.replay.proposal import everywhere, policy_text
-
-    if out.exists() and not force:
-        fail(f"{out} exists: name another file, or overwrite it with --force", FAILED)
-    try:
-        text = base.read_text() if base else everywhere(_sample())
-        ruleset = compile_policy(parse(text, str(base or "web-edge.yaml")).policy)
-        with progress_on_stderr() as progress:
-            lesson = learn(ruleset, capture, margin, progress)
-        out.write_text(policy_text(text, lesson))
-    except PolicyError as error:
-        fail(str(error), BAD_POLICY)
-    except CaptureError as error:
-        fail(str(error), FAILED)
-    except (OSError, UnicodeDecodeError) as error:
-        name = getattr(error, "filename", None) or base
-        fail(f"{name} cannot be read or written ({error}): is the path right?", FAILED)
-    if as_json:
-        print_json(lesson_data(lesson) | {"file": str(out)})
-        return
-    sources = "source" if lesson.productive == 1 else "sources"
-    found = f"{lesson.productive:,} productive {sources} in {lesson.frames:,} packets"
-    typer.echo(f"{out}: limits from {found}")
-    for one in lesson_data(lesson)["rules"]:
-        kept = f"kept: {one['kept_because']}"
-        typer.echo(f"  {one['rule']}: {one['limit'] or kept}")
-
-
-def _sample() -> str:
-    """Return the sample policy web-edge, from the package or from beside it."""
-    from importlib.resources import files
-
-    package = Path(str(files("rstguard")))
-    places = [place / "policies" / "web-edge.yaml" for place in (package, package.parent)]
-    found = [file for file in places if file.is_file()]
-    if not found:
-        fail("the sample policies are not installed: name a policy with --base", FAILED)
-    return found[0].read_text()
 
 
 def _played(rulesets: list[RuleSet], file: Path, events: Path | None) -> list[Report]:

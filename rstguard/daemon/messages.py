@@ -195,3 +195,53 @@ class NotKilled:
 @dataclass(frozen=True, slots=True)
 class Stop:
     """Supervisor: finish what is in hand and leave."""
+
+
+@dataclass(frozen=True, slots=True)
+class Learn:
+    """Supervisor to worker and sweeper: measure what sources show, or forget what was measured.
+
+    While it `rests`, what was measured is kept, and nothing is added to it.
+    """
+
+    on: bool
+    rests: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Tell:
+    """Supervisor to worker and sweeper: tell what was measured."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Worker or sweeper: a part of what sources showed of a rule's measure, by their keys."""
+
+    number: int
+    rule: str
+    shown: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LookProductive:
+    """Sweeper: a part of the sources that look productive (`rstguard.engine.shown.Breadth`)."""
+
+    number: int
+    sources: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AllMeasured:
+    """Worker or sweeper: all was told; so often a source had to make room for others."""
+
+    number: int
+    left_out: int
+
+
+@dataclass(frozen=True, slots=True)
+class FoundProductive:
+    """Sweeper: so many sources look productive by now."""
+
+    count: int

@@ -51,6 +51,7 @@ class Requests:
             "explain": supervisor.explanations.explain,
             "nearest": supervisor.closest.answer,
             **supervisor.policies.commands,
+            **supervisor.learning.commands,
         }
 
     async def answer(self, request: Request) -> object:
@@ -112,6 +113,7 @@ class Requests:
             },
             "syn_budget": _budget(guard),
             "productive": _productive(guard),
+            "learning": guard.learning.status,
             "counts": {
                 **{kind: dict(by_rule) for kind, by_rule in guard.events.counts.items()},
                 **dict(counts),
@@ -195,7 +197,7 @@ class Requests:
             raise ControlError(
                 "say which connections: --source, --source-port, --destination or --port"
             )
-        killed = await self._guard.kill(**conditions)
+        killed = await self._guard.kills.kill(**conditions)
         subject = ", ".join(f"{key} {value}" for key, value in conditions.items())
         self._guard.events.add(
             Event("kill", subject, MANUAL, Reason.KILLED, f"{killed.confirmed} confirmed")

@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from rstguard.daemon.budget import Budget
@@ -20,11 +19,11 @@ from rstguard.daemon.claims import claim
 from rstguard.daemon.closest import Closest
 from rstguard.daemon.control import ControlError, serve
 from rstguard.daemon.explain import Explanations
-from rstguard.daemon.inquiries import Inquiry
+from rstguard.daemon.kills import Kills
+from rstguard.daemon.learning import Learning
 from rstguard.daemon.messages import (
     Blocked,
     Explained,
-    Kill,
     Killed,
     NearestAre,
     NewPolicy,
@@ -58,7 +57,6 @@ log = logging.getLogger(__name__)
 
 _READY_SECONDS = 15.0
 _ADOPT_SECONDS = 10.0  # twice, if the old policy must come back, in the time a client waits
-_KILL_SECONDS = 12.0
 _WORKER_PATIENCE = 5.0  # it reports twice a second
 _SWEEPER_PATIENCE = 60.0  # one sweep over a million connections takes some ten seconds
 _PICKUP_SECONDS = 120.0
@@ -96,7 +94,8 @@ class Supervisor:
         self._tasks: set[asyncio.Task[None]] = set()
         self.overload: dict[int, Level] = {}
         self.productive = Productive({})
-        self._kills: Inquiry[Killed] = Inquiry()
+        self.kills = Kills(self)
+        self.learning = Learning(self)
         self._stop = asyncio.Event()
         self.service = Service(options.file, self._mute, self._summary)
 
@@ -106,7 +105,12 @@ class Supervisor:
         return Child(
             f"worker of queue {queue}" if several else first.kind,
             first,
-            lambda: (Start(self.ruleset, queue, index), *self.record.offences(), self.productive),
+            lambda: (
+                Start(self.ruleset, queue, index),
+                *self.record.offences(),
+                self.productive,
+                *self.learning.first(),
+            ),
             self._heard,
             self._restarted,
         )
@@ -246,6 +250,7 @@ class Supervisor:
 
     def _restarted(self, sentence: str) -> None:
         self.events.add(Event("restart", "process", detail=sentence))
+        self.learning.died()
 
     async def change_policy(self, loaded: Loaded, file: str) -> None:
         """Replace the policy everywhere; unchanged rules keep their counts, no packet is lost.
@@ -277,6 +282,7 @@ class Supervisor:
                 self.footprint.replace(old, new, divert=not self.upkeep.panic)
                 self.budget.follow(new)
                 self.upkeep.spares(new)
+                self.learning.follow(old, new)
             except (KernelError, TimeoutError) as error:
                 self.ruleset = old
                 with contextlib.suppress(TimeoutError):
@@ -313,18 +319,6 @@ class Supervisor:
         message = NewPolicy(ruleset, self.generation)
         await asyncio.gather(*(child.adopt(message, _ADOPT_SECONDS) for child in self.children))
 
-    async def kill(self, **conditions: Any) -> Killed:
-        """End the connections that fit all conditions (see `Kill`), and wait for the outcome.
-
-        Raises:
-            ControlError: the sweeper gave no answer in time.
-        """
-        question = partial(Kill, **conditions)
-        answers = await self._kills.ask(question, [self.sweeper], _KILL_SECONDS)
-        if not answers:
-            raise ControlError("the sweeper gave no answer; `rstguard status` says more")
-        return answers[0]
-
     @property
     def counts(self) -> Counter[str]:
         """What all processes counted since the guard started."""
@@ -346,10 +340,12 @@ class Supervisor:
             case Overloaded():
                 self._overloaded(message)
             case Killed():
-                self._kills.heard(message)
+                self.kills.heard(message)
             case NotKilled():
                 for one in message.unconfirmed:
                     self.events.add(Event("not_killed", str(one.flow), detail=one.sentence))
+            case _:
+                self.learning.heard(message)
 
     def _decided(self, message: Blocked | Reset | Observed) -> None:
         if isinstance(message, Blocked):
@@ -366,6 +362,8 @@ class Supervisor:
         alive = {worker.pid for worker in self.workers}
         self.overload = {pid: level for pid, level in self.overload.items() if pid in alive}
         self.overload[message.pid] = message.level
+        if message.level:
+            self.learning.overrun()
         self.events.add(Event("overload", f"worker {message.pid}", detail=UNDONE[message.level]))
 
     def blocked(self, message: Blocked) -> None:

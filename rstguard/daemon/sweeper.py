@@ -18,13 +18,16 @@ from rstguard.daemon.adopt import adopt_existing
 from rstguard.daemon.channel import Channel
 from rstguard.daemon.child import run_child, take_priority
 from rstguard.daemon.condemn import Condemner, Result, Target
+from rstguard.daemon.measuring import Measuring
 from rstguard.daemon.messages import (
     Blocked,
     Counts,
     Explain,
     Explained,
+    FoundProductive,
     Kill,
     Killed,
+    Learn,
     Nearest,
     NearestAre,
     NewPolicy,
@@ -37,13 +40,14 @@ from rstguard.daemon.messages import (
     Reset,
     Start,
     Stop,
+    Tell,
     Unconfirmed,
 )
 from rstguard.daemon.worker import blocked_message
 from rstguard.engine.address import Prefix
 from rstguard.engine.flow import Flow, TcpState, Tuple
 from rstguard.engine.rules import REASONS
-from rstguard.engine.ruleset import SECOND, RuleSet
+from rstguard.engine.ruleset import SECOND, SWEEP_MEASURES, RuleSet
 from rstguard.engine.sweep import Judgement, Objection, Sweep
 from rstguard.engine.verdict import Ends, Reason
 from rstguard.kernel import KernelError
@@ -76,6 +80,7 @@ class Sweeper:
         self._sets = Sets()
         self._condemner = Condemner(self._table, Injector())
         self._sweep = Sweep(start.ruleset)
+        self._measuring = Measuring(start.ruleset, SWEEP_MEASURES)
         self._ruleset: RuleSet = start.ruleset
         self._counts: Counter[str] = Counter()
         self._kills: dict[int, Killed] = {}
@@ -94,7 +99,11 @@ class Sweeper:
         poll.register(self._channel.fileno(), select.POLLIN)
         while self._running:
             poll.poll(self._milliseconds_to_wait())
-            self._obey(self._channel.receive())
+            messages = self._channel.receive()
+            for message in messages:
+                if isinstance(message, Learn | Tell):
+                    self._measuring.obey(message)
+            self._obey(messages)
             now = time.monotonic_ns()
             try:
                 if now >= self._sweep_at:
@@ -112,8 +121,11 @@ class Sweeper:
                 log.error("%s", error)
                 poll.poll(100)
             self._report(now)
+            self._measuring.step(self._channel)
 
     def _milliseconds_to_wait(self) -> int:
+        if self._measuring.telling:
+            return 1
         now = time.monotonic_ns()
         at = min(self._sweep_at, now + _MOST_WAIT, self._condemner.next_step_at or now + _MOST_WAIT)
         return max(0, (at - now + 999_999) // 1_000_000)
@@ -138,7 +150,8 @@ class Sweeper:
 
     def _judge(self, now: int) -> None:
         """One sweep: read, judge, carry out."""
-        if not self._ruleset.sweeps and not self._ruleset.lenient:
+        ruleset, measuring = self._ruleset, self._measuring
+        if not (ruleset.sweeps or ruleset.lenient or measuring.active):
             return
         began = time.process_time_ns()
         flows = list(self._table.dump(GUARDED | PROVEN, GUARDED | PROVEN | CONDEMNED))
@@ -148,6 +161,11 @@ class Sweeper:
         if percents != self._percents:
             self._percents = percents
             self._send(Productive(percents))
+        if measuring.active:
+            found = measuring.productive
+            measuring.look(flows, now)
+            if measuring.productive != found:
+                self._send(FoundProductive(measuring.productive))
         self._counts["sweeps"] += 1
         self._counts["sweep_cpu_us"] += (time.process_time_ns() - began) // 1000
         self._counts["flows"] = len(flows)
@@ -196,6 +214,7 @@ class Sweeper:
             elif isinstance(message, NewPolicy):
                 self._ruleset = message.ruleset
                 self._sweep = Sweep(message.ruleset, self._sweep)
+                self._measuring.follow(message.ruleset)
                 self._sweep_at = min(self._sweep_at, now + message.ruleset.sweep_every)
                 self._send(Ready(message.generation))
             elif isinstance(message, Recheck):

@@ -19,11 +19,13 @@ from functools import partial
 
 from rstguard.daemon.channel import Channel
 from rstguard.daemon.child import run_child, take_priority
+from rstguard.daemon.measuring import Measuring
 from rstguard.daemon.messages import (
     Blocked,
     Counts,
     Explain,
     Explained,
+    Learn,
     Nearest,
     NearestAre,
     NewPolicy,
@@ -35,11 +37,12 @@ from rstguard.daemon.messages import (
     Reset,
     Start,
     Stop,
+    Tell,
 )
 from rstguard.engine.engine import Engine
 from rstguard.engine.flow import Tuple
 from rstguard.engine.nearest import Near, merged
-from rstguard.engine.ruleset import SECOND, Measure, RuleSet
+from rstguard.engine.ruleset import NEEDS, SECOND, Measure, RuleSet
 from rstguard.engine.segment import cookie_rst
 from rstguard.engine.shedding import Level, Shedding
 from rstguard.engine.verdict import PASS, Ban, Condemn, Decision, Reason, Shun, Verdict
@@ -86,6 +89,7 @@ class Worker:
         self._injector = Injector()
         self._shedding, self._lost = Shedding(LENGTH), 0
         self._index = start.index
+        self._measuring = Measuring(start.ruleset, NEEDS)
         self._take_up(start.ruleset, None)
         self._pending: list[tuple[Packet, Decision]] = []
         self._packets = 0
@@ -102,6 +106,7 @@ class Worker:
 
     def _take_up(self, ruleset: RuleSet, previous: Engine | None) -> None:
         self._engine = Engine(ruleset, previous)
+        self._measuring.follow(ruleset)
         self._shed(self._shedding.level)
         self._enforce = ruleset.enforce
         self._fail_open = ruleset.fail_open
@@ -117,7 +122,8 @@ class Worker:
         gc.disable()
         take_priority(_PRIORITY)
         while self._running:
-            if not poll.poll(500 if self._looking is None else 0) and self._looking is None:
+            wait = 0 if self._looking is not None else 1 if self._measuring.telling else 500
+            if not poll.poll(wait) and self._looking is None:
                 gc.collect(1)
             self._left_in_row = _MOST_IN_A_ROW
             with contextlib.suppress(_Pause):
@@ -126,6 +132,7 @@ class Worker:
             self._perform()
             self._look_at_queue()
             self._report()
+            self._measuring.step(self._channel)
             for message in self._channel.receive():
                 self._obey(message)
             if self._looking is not None:
@@ -156,10 +163,13 @@ class Worker:
             self._channel.send(Overloaded(os.getpid(), level))
 
     def _shed(self, level: Level) -> None:
+        """Choose what judges the packets; what learns limits does so only while there is time."""
         engine = self._engine
-        self._decide: Callable[[Packet | Malformed, int], Decision] = engine.decide
-        if level:
-            self._decide = partial(engine.decide_under_load, level=level)
+        self._decide: Callable[[Packet | Malformed, int], Decision] = (
+            partial(engine.decide_under_load, level=level)
+            if level
+            else self._measuring.beside(engine.decide)
+        )
 
     def _thin(self, level: Level, before: Level) -> None:
         """Have the kernel keep from the queue what would only be passed on, or no more."""
@@ -303,6 +313,9 @@ class Worker:
             self._engine.note_productive(message.percents)
         elif isinstance(message, Offences):
             self._engine.restore(message.offences, time.monotonic_ns())
+        elif isinstance(message, Learn | Tell):
+            self._measuring.obey(message)
+            self._shed(self._shedding.level)
         elif isinstance(message, Stop):
             self._running = False
 

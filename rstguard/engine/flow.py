@@ -23,6 +23,10 @@ class TcpState(IntEnum):
     SYN_SENT2 = 9
 
 
+LIVE = frozenset({TcpState.ESTABLISHED, TcpState.FIN_WAIT, TcpState.CLOSE_WAIT})
+"""States in which an established connection is still to be judged."""
+
+
 class Tuple(NamedTuple):
     """Addresses (tagged integers) and ports of one direction of a connection."""
 

@@ -56,7 +56,7 @@ class Standings:
             v6 = is_v6(source)
             counted = tally.setdefault(source >> (shift6 if v6 else shift4), [0, 0])
             counted[0] += 1
-            counted[1] += _is_productive(flow, _HEADERS6 if v6 else _HEADERS4)
+            counted[1] += is_productive(flow)
         for key, (total, productive) in tally.items():
             if total >= LEAST:
                 self._known[key] = Standing(100 * productive // total, total, now + LASTS)
@@ -70,7 +70,9 @@ class Standings:
         return {key: known.percent for key, known in self._known.items()}
 
 
-def _is_productive(flow: Flow, headers: int) -> bool:
+def is_productive(flow: Flow) -> bool:
+    """Tell whether both ends of a connection have sent data, by what the kernel counted of it."""
+    headers = _HEADERS6 if is_v6(flow.original.source) else _HEADERS4
     return (
         flow.client_bytes > flow.client_packets * headers + _SYN_MORE
         and flow.server_bytes > flow.server_packets * headers + _SYN_MORE

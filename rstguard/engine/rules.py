@@ -51,7 +51,7 @@ class Meter:
     """Yields keys that have used the most of it, so many at most, with how much; see `Limiter`."""
 
 
-_SAME_HANDSHAKE = 5 * SECOND
+SAME_HANDSHAKE = 5 * SECOND
 """No stack opens a connection from the same port anew so soon (RFC 9293, 3.4.2: TIME-WAIT)."""
 
 REASONS = {measure: Reason[measure.name] for measure in Measure}
@@ -171,7 +171,7 @@ def _connection_rate(rule: Rule, limiter: Limiter) -> dict[Kind, Check]:
     def completed(packet: Packet, now: int) -> bool:
         flow = _flow_key(packet)
         last = counted.get(flow)
-        if last is not None and now - last[0] < _SAME_HANDSHAKE:
+        if last is not None and now - last[0] < SAME_HANDSHAKE:
             if last[1]:
                 counted.put(flow, (now, True))
             return last[1]

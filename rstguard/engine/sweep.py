@@ -13,7 +13,7 @@ from operator import itemgetter
 from typing import NamedTuple
 
 from rstguard.engine.address import is_v6, prefix_of
-from rstguard.engine.flow import Flow, TcpState, Tuple
+from rstguard.engine.flow import LIVE, Flow, TcpState, Tuple
 from rstguard.engine.lenient import MOST_BUSY, Standings, limit_of
 from rstguard.engine.nearest import MOST_TRUSTED, Near, largest, merged, told
 from rstguard.engine.rules import key_of
@@ -23,7 +23,6 @@ from rstguard.engine.verdict import Action, Ban, Shun
 
 _OF_SOURCES = frozenset({Measure.CONNECTIONS, Measure.BYTE_RATE})
 """What counts per source; the other measures judge one connection."""
-_LIVE = frozenset({TcpState.ESTABLISHED, TcpState.FIN_WAIT, TcpState.CLOSE_WAIT})
 
 
 class Seen(NamedTuple):
@@ -109,7 +108,7 @@ class Sweep:
         flows = list(flows)
         if self.ruleset.lenient:
             self.standings.look(flows, self.ruleset, now)
-        flows = [flow for flow in flows if flow.state in _LIVE]
+        flows = [flow for flow in flows if flow.state in LIVE]
         seen = {flow.original: self._note(flow, now) for flow in flows}
         objections: dict[Tuple, Objection] = {}
         observed = []

@@ -21,7 +21,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from rstguard.engine.address import V6, packed
-from rstguard.engine.flow import Flow, TcpState, Tuple
+from rstguard.engine.flow import LIVE, Flow, TcpState, Tuple
 from rstguard.engine.ruleset import SECOND
 from rstguard.engine.wire import ACK, FIN, RST, SYN, Packet
 from rstguard.replay.hits import Hit
@@ -48,8 +48,6 @@ TIMEOUTS = {
 }
 """How long a silent connection is remembered (nanoseconds), by its state."""
 
-LIVE = frozenset({_S.ESTABLISHED, _S.FIN_WAIT, _S.CLOSE_WAIT})
-"""States in which an established connection is still to be judged."""
 _OVER = frozenset({_S.TIME_WAIT, _S.CLOSE})
 _ON_FIN = {
     _S.SYN_RECV: _S.FIN_WAIT,

@@ -1,23 +1,25 @@
-"""Propose limits: what honest sources showed in a capture, with a margin.
+"""Propose limits: what honest sources showed in a capture, or to the running guard, with a margin.
 
-A source looks productive if it brought a connection to a good end with data both ways, or still
-holds one on which both ends have spoken.  Whoever attacks with whole connections (password
+In a capture a source looks productive if it brought a connection to a good end with data both
+ways, or still holds one on which both ends have spoken.  The running guard has it from the kernel's
+table: a sweep met a connection of the source, open or lately closed, on which both ends have sent
+data (one that ends in a RST counts there, too).  Whoever attacks with whole connections (password
 guessing, say) looks productive as well: the highest sources are named, for a person to judge.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil, floor
 from pathlib import Path
 from typing import Any
 
-from rstguard.engine.address import V6, Prefix
-from rstguard.engine.flow import endpoint
-from rstguard.engine.ruleset import RATE_MEASURES, SECOND, Measure, Per, Rule, RuleSet
+from rstguard.engine.gauges import LARGEST_COUNT, LEARNED, Gauges
+from rstguard.engine.ruleset import RATE_MEASURES, SECOND, Measure, Rule, RuleSet
+from rstguard.engine.shown import Shown, sum_up
 from rstguard.policy.quantities import DAY, HOUR, MINUTE, duration_text
 from rstguard.replay.capture import open_capture
-from rstguard.replay.gauges import LARGEST_COUNT, LEARNED, Gauge, Gauges
 from rstguard.replay.play import BASE, Replay
 from rstguard.replay.run import Progress, play
 
@@ -25,7 +27,7 @@ TIMES = frozenset({Measure.IDLE, Measure.AGE})
 _LONGEST = 30 * DAY
 _HIGHEST_NAMED = 3
 _LONG_ENOUGH = 4
-"""A capture tells of a time if it is so many times as long."""
+"""What was watched tells of a time if it is so many times as long."""
 _RANKS = (("99 %", 990), ("99.9 %", 999), ("highest", 1000))
 """What candidate limits are made of, in thousandths of the sources."""
 _TAKEN = "99.9 %"
@@ -45,7 +47,7 @@ _DURATIONS = tuple(
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A limit that one could set, and whom it would have hit in this capture, at most."""
+    """A limit that one could set, and whom it would have hit in this time, at most."""
 
     basis: str
     limit: int
@@ -76,15 +78,19 @@ class Proposal:
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """All proposals, and what they were learned from; `length` is in nanoseconds."""
+    """All proposals, and what they were learned from; `length` is in nanoseconds.
+
+    `capture` is its name, or "" if the running guard was asked.  `packets` are those of the
+    capture, or those that came to the guard.  `notes` are what a reader of the limits should know.
+    """
 
     capture: str
-    frames: int
+    packets: int
     length: int
     productive: int
     margin: float
     proposals: tuple[Proposal, ...]
-    damage: str
+    notes: tuple[str, ...]
 
 
 def learn(ruleset: RuleSet, file: Path, margin: float, progress: Progress | None = None) -> Lesson:
@@ -98,52 +104,65 @@ def learn(ruleset: RuleSet, file: Path, margin: float, progress: Progress | None
     with open_capture(file) as capture:
         play(capture, [replay], progress)
     length = max(0, replay.now - BASE)
-    by_rule = {gauge.rule.name: gauge for gauge in gauges.gauges}
-    proposals = [
-        propose(rule, by_rule.get(rule.name), replay, length, margin)
-        for rule in replay.ruleset.rules
-    ]
+    productive = replay.productive
+    shown = {
+        gauge.rule.name: sum_up(gauge.rule, gauge.shown, productive) for gauge in gauges.gauges
+    }
+    notes = [capture.damage, left_out_text(gauges.left_out)]
     return Lesson(
         capture.name,
         capture.frames,
         length,
-        len({*map(replay.source_key, replay.productive)}),
+        len({*map(replay.source_key, productive)}),
         margin,
-        tuple(proposals),
-        capture.damage,
+        tuple(propose(rule, shown.get(rule.name), length, margin) for rule in ruleset.rules),
+        tuple(filter(None, notes)),
     )
 
 
-def propose(
-    rule: Rule, gauge: Gauge | None, replay: Replay, length: int, margin: float
-) -> Proposal:
-    """Return what a gauge says about a rule's limit."""
-    if gauge is None or rule.measure not in LEARNED:
+def lesson_of_guard(ruleset: RuleSet, told: Mapping[str, Any], margin: float) -> Lesson:
+    """Return what the running guard has learned; `told` is its answer to "learned"."""
+    shown = {row["rule"]: _shown(row) for row in told["rules"]}
+    length = round(told["seconds"] * SECOND)
+    notes = [*told["notes"], left_out_text(told["left_out"])]
+    return Lesson(
+        "",
+        told["packets"],
+        length,
+        told["productive"],
+        margin,
+        tuple(propose(rule, shown.get(rule.name), length, margin) for rule in ruleset.rules),
+        tuple(filter(None, notes)),
+    )
+
+
+def _shown(row: Mapping[str, Any]) -> Shown:
+    amounts = tuple((amount, good, others) for amount, good, others in row["amounts"])
+    return Shown(amounts, tuple((name, amount) for name, amount in row["highest"]))
+
+
+def left_out_text(count: int) -> str:
+    """Return what it means that sources had to make room for others, or ""."""
+    if not count:
+        return ""
+    return f"{count:,} times a source that showed little was forgotten: limits err on the wide side"
+
+
+def propose(rule: Rule, shown: Shown | None, length: int, margin: float) -> Proposal:
+    """Return what sources have shown about a rule's limit, in so many nanoseconds."""
+    if shown is None or rule.measure not in LEARNED:
         return Proposal(rule, (), (), None, "this measure is not learned", ())
-    good = _productive_keys(rule, gauge, replay)
-    least = rule.measure is Measure.SLOW
-    values = sorted((gauge.shown[key] for key in good), reverse=least)
-    sign = 1 if least else -1
-    everybody = sorted(gauge.shown.items(), key=lambda i: (sign * i[1], i[0] not in good, i[0]))
-    highest = tuple((_name(rule, key), amount) for key, amount in everybody[:_HIGHEST_NAMED])
+    amounts = shown.amounts[:: -1 if rule.measure is Measure.SLOW else 1]
+    values = [amount for amount, productive, _ in amounts for _ in range(productive)]
     kept = _why_kept(rule, values, length)
     candidates = []
     for basis, thousandths in _RANKS if values else ():
         limit = limit_for(rule.measure, percentile(values, thousandths), margin)
-        hit = [key for key, amount in gauge.shown.items() if crosses(rule.measure, amount, limit)]
-        productive = sum(key in good for key in hit)
-        candidates.append(Candidate(basis, limit, len(hit), productive))
+        hit = [counts for amount, *counts in amounts if crosses(rule.measure, amount, limit)]
+        productive = sum(good for good, _ in hit)
+        candidates.append(Candidate(basis, limit, sum(map(sum, hit)), productive))
     taken = next((one for one in candidates if one.basis == _TAKEN and not kept), None)
-    return Proposal(rule, tuple(values), tuple(candidates), taken, kept, highest)
-
-
-def _productive_keys(rule: Rule, gauge: Gauge, replay: Replay) -> set[int]:
-    """Return the keys of a gauge that belong to productive sources; all, if it is per service."""
-    if rule.per is Per.SERVICE:
-        return set(gauge.shown)
-    shifts = (32 - rule.ipv4_length, 128 - rule.ipv6_length)
-    good = {source >> shifts[source >= V6] for source in replay.productive}
-    return good & gauge.shown.keys()
+    return Proposal(rule, tuple(values), tuple(candidates), taken, kept, shown.highest)
 
 
 def _why_kept(rule: Rule, values: list[int], length: int) -> str:
@@ -153,7 +172,7 @@ def _why_kept(rule: Rule, values: list[int], length: int) -> str:
     wanted = {Measure.IDLE: rule.limit, Measure.AGE: rule.limit, Measure.SLOW: rule.after}
     if length < _LONG_ENOUGH * wanted.get(rule.measure, 0):
         return (
-            f"the capture is too short to tell: it takes {_LONG_ENOUGH} times "
+            f"the time is too short to tell: it takes {_LONG_ENOUGH} times "
             f"{duration_text(wanted[rule.measure])}"
         )
     if rule.measure is Measure.SLOW and not values[-1]:
@@ -211,24 +230,15 @@ def quantity(rule: Rule, amount: int) -> str:
     return str(amount)
 
 
-def _name(rule: Rule, key: int) -> str:
-    """Return the source or service that a gauge's key stands for."""
-    if rule.per is Per.SERVICE:
-        return endpoint(key >> 16, key & 0xFFFF)
-    v6 = key >= 1 << rule.ipv4_length
-    length = rule.ipv6_length if v6 else rule.ipv4_length
-    return str(Prefix(key << (128 if v6 else 32) - length, length))
-
-
 def lesson_data(lesson: Lesson) -> dict[str, Any]:
     """Return a lesson as plain values for JSON."""
     return {
-        "capture": lesson.capture,
-        "packets": lesson.frames,
+        "capture": lesson.capture or None,
+        "packets": lesson.packets,
         "seconds": round(lesson.length / SECOND, 6),
         "productive_sources": lesson.productive,
         "margin": lesson.margin,
-        "damage": lesson.damage,
+        "notes": list(lesson.notes),
         "rules": [
             {
                 "rule": one.rule.name,

@@ -18,7 +18,7 @@ from struct import Struct
 from typing import Protocol
 
 from rstguard.engine.engine import Engine
-from rstguard.engine.flow import Flow, TcpState
+from rstguard.engine.flow import LIVE, Flow, TcpState
 from rstguard.engine.ruleset import SECOND, Measure, RuleSet
 from rstguard.engine.sweep import Judgement, Sweep
 from rstguard.engine.verdict import Decision
@@ -37,7 +37,7 @@ from rstguard.engine.wire import (
     parse,
 )
 from rstguard.replay.capture import Batch
-from rstguard.replay.connections import LIVE, MOST, Connection, Table, key_of, turned
+from rstguard.replay.connections import MOST, Connection, Table, key_of, turned
 from rstguard.replay.effects import Effects
 from rstguard.replay.hits import Hit
 from rstguard.replay.way import Way, without_kernel

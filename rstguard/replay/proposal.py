@@ -77,16 +77,15 @@ def _replace(rule: Any, proposal: Proposal) -> None:
 
 def _head(lesson: Lesson) -> Iterator[str]:
     seconds = duration_text(lesson.length // SECOND * SECOND)
-    name = Path(lesson.capture).name
-    yield f"Limits proposed from {name}: {lesson.frames:,} packets in {seconds},"
+    name = Path(lesson.capture).name if lesson.capture else "what the running guard saw"
+    yield f"Limits proposed from {name}: {lesson.packets:,} packets in {seconds},"
     sources = "source that looks" if lesson.productive == 1 else "sources that look"
     yield f"{lesson.productive:,} {sources} productive. Each limit is what 99.9 % of"
     yield f"those do not exceed, times {lesson.margin:g}, rounded. How many a limit would have hit"
     yield "is what it is at most: bursts are left out of account. Read who showed most of all:"
     yield "whoever guesses passwords looks productive, too. A limit far below the base's wants a"
-    yield "longer capture."
-    if lesson.damage:
-        yield f"Note: {lesson.damage}."
+    yield "longer capture." if lesson.capture else "longer time."
+    yield from (f"Note: {note}." for note in lesson.notes)
 
 
 def _why(proposal: Proposal, margin: float) -> Iterator[str]:

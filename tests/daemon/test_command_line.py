@@ -257,7 +257,7 @@ def test_a_second_guard_is_refused(lab: Lab, guard: Guard, serve: Open, tmp_path
         1,
         "another rstguard guards this network namespace",
     )
-    same = guard._command("run", "--policy", str(guard.file))
+    same = guard.command("run", "--policy", str(guard.file))
     done = subprocess.run(same, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 1
     assert guard.cli("status").returncode == 0

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import socket
-import struct
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rstguard.engine.ruleset import SECOND
 from rstguard.policy.compile import compile_policy
 from rstguard.policy.load import load
-from rstguard.replay.capture import Batch
 from rstguard.replay.run import replay
 from tests.guard import Guard, Service, give_sources, neighbours, segments, source
 from tests.netns import Lab, wait_until
-from tests.replay.captures import pcap
+from tests.replay.tap import captured
 
 pytestmark = pytest.mark.netns
 
@@ -41,41 +35,6 @@ rules:
   - {{name: stray, measure: out_of_state, over: 30/m, then: ban, for: 60s}}
   - {{name: idle, measure: idle, ports: [{IDLE}], over: 2s, then: reset}}
 """
-_SO_TIMESTAMPNS = 35
-
-
-@contextmanager
-def captured(lab: Lab, file: Path) -> Iterator[Callable[[], int]]:
-    """Write what passes the gateway's outer interface to a file; give a count of its packets."""
-    with lab.inside("gateway"):
-        tap = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
-    tap.setsockopt(socket.SOL_SOCKET, 33, 1 << 26)  # SO_RCVBUFFORCE
-    tap.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
-    tap.bind(("out", 3))
-    tap.settimeout(0.2)
-    frames: Batch = []
-    over = threading.Event()
-
-    def read() -> None:
-        while True:
-            try:
-                data, ancillary, _, _ = tap.recvmsg(1 << 17, 64)
-            except TimeoutError:
-                if over.is_set():
-                    return
-                continue
-            seconds, rest = struct.unpack("=qq", ancillary[0][2])
-            frames.append((seconds * SECOND + rest, data[:256]))
-
-    thread = threading.Thread(target=read)
-    thread.start()
-    try:
-        yield lambda: len(frames)
-    finally:
-        over.set()
-        thread.join()
-        tap.close()
-        file.write_bytes(pcap(frames, link=1))
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rstguard.engine.gauges import Gauges
 from rstguard.engine.ruleset import SECOND
 from rstguard.policy.compile import compile_policy
 from rstguard.policy.load import parse
 from rstguard.replay.capture import Batch
-from rstguard.replay.gauges import Gauges
 from rstguard.replay.play import Replay
 from tests.engine.packets import ipv4, ipv6, tcp
 from tests.replay.captures import START
