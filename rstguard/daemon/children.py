@@ -42,6 +42,7 @@ class Child:
         """Describe a process that runs `module`; `start` gives its first messages each time."""
         self.name = name
         self.restarts = 0
+        self.reader = ""
         self.heard_at = 0.0
         self.ready = asyncio.Event()
         self._module = module
@@ -146,6 +147,7 @@ class Child:
         self.heard_at = time.monotonic()
         for message in messages:
             if isinstance(message, Ready):
+                self.reader = message.reader
                 self._is_ready(message.generation)
             elif isinstance(message, Failed):
                 self._failure = message.sentence

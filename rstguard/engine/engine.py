@@ -12,7 +12,7 @@ The order of checks, on one screen:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from rstguard.engine.address import V6, Prefix, prefix_of
 from rstguard.engine.flow import Tuple
@@ -51,6 +51,7 @@ from rstguard.engine.wire import (
 _HANDSHAKE_FLAGS = FIN | SYN | RST | ACK
 # Only TCP is diverted, and with all its headers: what cannot be read is made not to be.
 _NO_USUAL_SYN = OUTBOUND | KNOWN
+_NO_UNPROVEN_SYN = _NO_USUAL_SYN | PROVEN | OVER
 _UNREADABLE = Decision(Verdict.DROP, Reason.UNREADABLE)
 _TRUSTED = Decision(Verdict.ACCEPT, Reason.TRUSTED)
 _SPARED = Decision(Verdict.ACCEPT, Reason.SPARED)
@@ -65,7 +66,10 @@ _HEAVY = 16
 """A source that sends more than 1 in so many SYNs under overload is shunned."""
 _WATCH_FOR = 4096
 """SYNs over which that is watched."""
+_TOO_HEAVY = _WATCH_FOR // _HEAVY
 
+Decide = Callable[[Packet | Malformed, int], Decision]
+"""Judge a packet that arrives at a time (nanoseconds)."""
 Checks = tuple[tuple[Check, Rule], ...]
 
 
@@ -89,6 +93,7 @@ class Engine:
         self._newcomers.count = self._count_syn
         self._put_off, self._meet = self._newcomers.put_off, self._newcomers.meet
         self._heavy = HeavyHitters(_WATCHED)
+        self._shift4, self._shift6 = 32 - ruleset.source_ipv4, 128 - ruleset.source_ipv6
         self.left_undone: int = previous.left_undone if previous else 0
         self._exhausting = {meter.rule: meter.exhaust for meter in self.meters}
         self._dropping = {
@@ -123,32 +128,44 @@ class Engine:
                 crossed = rule
         return calm if crossed is None else self._object(packet, crossed, calm, now)
 
-    def decide_under_load(self, packet: Packet | Malformed, now: int, level: Level) -> Decision:
-        """Return what `decide` does, or leave a packet unjudged (`rstguard.engine.shedding`)."""
-        if type(packet) is Malformed:
-            return _UNREADABLE
-        assert type(packet) is Packet
-        flags, state = packet.flags, packet.state
-        if flags & _HANDSHAKE_FLAGS == SYN and not state & (_NO_USUAL_SYN | PROVEN | OVER):
-            if self._is_heavy(packet) and not self.ruleset.scope.spares(packet.source):
-                return self._shun_heavy(packet, now)
-            if level >= Level.SYNS or (
-                level >= Level.NEWCOMERS and not self._newcomers.knows(packet)
-            ):
-                self.left_undone += 1
-                return PASS if self.ruleset.fail_open else _OVERLOADED
-        elif state & STRAY or BAD_FLAGS[flags]:
-            self.left_undone += 1
-            return PASS
-        return self.decide(packet, now)
+    def at(self, level: Level) -> Decide:
+        """Return `decide`, or what leaves packets unjudged at a level of overload.
 
-    def _is_heavy(self, packet: Packet) -> bool:
+        What is left undone at which level is told in `rstguard.engine.shedding`.
+        """
+        if level is Level.NOTHING:
+            return self.decide
+        knows, is_heavy, leave = self._newcomers.knows, self._is_heavy, self._leave
+        all_syns, newcomers = level >= Level.SYNS, level >= Level.NEWCOMERS
+
+        def decide_under_load(packet: Packet | Malformed, now: int) -> Decision:
+            if type(packet) is Malformed:
+                return _UNREADABLE
+            assert type(packet) is Packet
+            flags, state = packet[6], packet[9]
+            if flags & _HANDSHAKE_FLAGS == SYN and not state & _NO_UNPROVEN_SYN:
+                if is_heavy(packet[0]) and not self.ruleset.scope.spares(packet[0]):
+                    return self._shun_heavy(packet, now)
+                if all_syns or (newcomers and not knows(packet)):
+                    return leave()
+            elif state & STRAY or BAD_FLAGS[flags]:
+                self.left_undone += 1
+                return PASS
+            return self.decide(packet, now)
+
+        return decide_under_load
+
+    def _leave(self) -> Decision:
+        """Leave a SYN unjudged."""
+        self.left_undone += 1
+        return PASS if self.ruleset.fail_open else _OVERLOADED
+
+    def _is_heavy(self, source: int) -> bool:
+        """Count a SYN; tell whether its source sends more than its share."""
         heavy = self._heavy
         if heavy.total >= _WATCH_FOR:
             heavy.clear()
-        scope = self.ruleset
-        shift = 128 - scope.source_ipv6 if packet.source >= V6 else 32 - scope.source_ipv4
-        return heavy.add(packet.source >> shift) > _WATCH_FOR // _HEAVY
+        return heavy.add(source >> (self._shift6 if source >= V6 else self._shift4)) > _TOO_HEAVY
 
     def _shun_heavy(self, packet: Packet, now: int) -> Decision:
         """Shun a source for as long as its rest of the SYNs waits in the queue, and some more."""

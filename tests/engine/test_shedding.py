@@ -81,8 +81,8 @@ def test_what_belongs_to_a_connection_is_judged_at_every_level() -> None:
     for level in Level:
         engine = Engine(RULES)
         verdicts = [
-            engine.decide_under_load(
-                segment(OFFENDER, ACK, KNOWN | PROVEN)._replace(source_port=port), SECOND, level
+            engine.at(level)(
+                segment(OFFENDER, ACK, KNOWN | PROVEN)._replace(source_port=port), SECOND
             )
             for port in (1, 2)
         ]
@@ -93,10 +93,10 @@ def test_what_belongs_to_a_connection_is_judged_at_every_level() -> None:
 def test_strays_go_first() -> None:
     engine = overloaded()
     for _ in range(5):
-        decision = engine.decide_under_load(segment(OFFENDER, ACK, STRAY), SECOND, Level.STRAYS)
+        decision = engine.at(Level.STRAYS)(segment(OFFENDER, ACK, STRAY), SECOND)
         assert decision is PASS
     assert engine.left_undone == 5
-    assert engine.decide_under_load(segment(OFFENDER), SECOND, Level.STRAYS).rule == "syn_rate-rule"
+    assert engine.at(Level.STRAYS)(segment(OFFENDER), SECOND).rule == "syn_rate-rule"
 
 
 @pytest.mark.parametrize(("fail_open", "verdict"), [(True, Verdict.ACCEPT), (False, Verdict.DROP)])
@@ -104,13 +104,12 @@ def test_then_newcomers_then_all_unproven_syns(fail_open: bool, verdict: Verdict
     engine = overloaded(replace(RULES, fail_open=fail_open))
     new, known = segment(OFFENDER + 1), segment(OFFENDER)
     proven = segment(OFFENDER, SYN, PROVEN)
-    decide = engine.decide_under_load
-    assert decide(new, SECOND, Level.STRAYS) is PASS
-    assert decide(segment(OFFENDER + 2), SECOND, Level.NEWCOMERS).verdict is verdict
-    assert decide(known, SECOND, Level.NEWCOMERS).rule == "syn_rate-rule"
-    assert decide(known, SECOND, Level.SYNS).verdict is verdict
-    assert decide(known, SECOND, Level.SYNS).rule == ""
-    assert decide(proven, SECOND, Level.SYNS).rule == "syn_rate-rule"
+    assert engine.at(Level.STRAYS)(new, SECOND) is PASS
+    assert engine.at(Level.NEWCOMERS)(segment(OFFENDER + 2), SECOND).verdict is verdict
+    assert engine.at(Level.NEWCOMERS)(known, SECOND).rule == "syn_rate-rule"
+    assert engine.at(Level.SYNS)(known, SECOND).verdict is verdict
+    assert engine.at(Level.SYNS)(known, SECOND).rule == ""
+    assert engine.at(Level.SYNS)(proven, SECOND).rule == "syn_rate-rule"
     assert engine.left_undone == 3
 
 
@@ -118,9 +117,9 @@ def test_a_source_that_holds_the_worker_up_is_shunned_and_never_banned() -> None
     engine = Engine(RULES)
     effects: list[Ban | Shun | Condemn] = []
     for number in range(2000):
-        engine.decide_under_load(segment(number << 8), SECOND, Level.SYNS)
+        engine.at(Level.SYNS)(segment(number << 8), SECOND)
         for _ in range(2):
-            decision = engine.decide_under_load(segment(OFFENDER), SECOND, Level.SYNS)
+            decision = engine.at(Level.SYNS)(segment(OFFENDER), SECOND)
             effects += decision.effects
     assert [type(effect) for effect in effects] == [Shun]
     assert (effects[0].rule, effects[0].reason) == (OVERLOAD, Reason.OVERLOAD)
@@ -131,12 +130,12 @@ def test_a_source_that_holds_the_worker_up_is_shunned_and_never_banned() -> None
 def test_sources_that_send_the_like_of_each_other_are_not_shunned() -> None:
     engine = Engine(RULES)
     for number in range(20_000):
-        decision = engine.decide_under_load(segment(number % 100 << 8), SECOND, Level.SYNS)
+        decision = engine.at(Level.SYNS)(segment(number % 100 << 8), SECOND)
         assert not decision.effects
 
 
 def test_a_proven_source_is_not_watched() -> None:
     engine = Engine(ruleset(rule(Measure.SYN_RATE, limit=1_000_000)))
     for _ in range(5000):
-        decision = engine.decide_under_load(segment(OFFENDER, SYN, PROVEN), SECOND, Level.SYNS)
+        decision = engine.at(Level.SYNS)(segment(OFFENDER, SYN, PROVEN), SECOND)
         assert decision is PASS
