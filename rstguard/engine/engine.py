@@ -62,11 +62,10 @@ OVERLOAD = "overload"
 
 _WATCHED = 255
 """Sources that may be heavy hitters at once: each more than 1 in 256 of the SYNs."""
-_HEAVY = 16
-"""A source that sends more than 1 in so many SYNs under overload is shunned."""
 _WATCH_FOR = 4096
 """SYNs over which that is watched."""
-_TOO_HEAVY = _WATCH_FOR // _HEAVY
+_TOO_HEAVY = _WATCH_FOR // 16
+"""A source that sends more of them is shunned."""
 
 Decide = Callable[[Packet | Malformed, int], Decision]
 """Judge a packet that arrives at a time (nanoseconds)."""
@@ -92,8 +91,7 @@ class Engine:
         self._newcomers = self._take_over(previous)
         self._newcomers.count = self._count_syn
         self._put_off, self._meet = self._newcomers.put_off, self._newcomers.meet
-        self._heavy = HeavyHitters(_WATCHED)
-        self._shift4, self._shift6 = 32 - ruleset.source_ipv4, 128 - ruleset.source_ipv6
+        self._heavy = HeavyHitters(_WATCHED, _WATCH_FOR)
         self.left_undone: int = previous.left_undone if previous else 0
         self._exhausting = {meter.rule: meter.exhaust for meter in self.meters}
         self._dropping = {
@@ -103,9 +101,8 @@ class Engine:
 
     def decide(self, packet: Packet | Malformed, now: int) -> Decision:
         """Return what is to be done about a packet that arrives at `now` (nanoseconds)."""
-        if type(packet) is Malformed:
+        if type(packet) is not Packet:
             return _UNREADABLE
-        assert type(packet) is Packet
         if packet[6] & _HANDSHAKE_FLAGS == SYN and not packet[9] & _NO_USUAL_SYN:
             checks, at_once = self._syn_by_port.get(packet[3], self._syn_elsewhere)
             if at_once is not None and self._put_off(packet, now):
@@ -135,37 +132,28 @@ class Engine:
         """
         if level is Level.NOTHING:
             return self.decide
-        knows, is_heavy, leave = self._newcomers.knows, self._is_heavy, self._leave
+        ruleset, count, knows = self.ruleset, self._heavy.add, self._newcomers.knows
+        shift4, shift6 = 32 - ruleset.source_ipv4, 128 - ruleset.source_ipv6
+        left = PASS if ruleset.fail_open else _OVERLOADED
         all_syns, newcomers = level >= Level.SYNS, level >= Level.NEWCOMERS
 
         def decide_under_load(packet: Packet | Malformed, now: int) -> Decision:
-            if type(packet) is Malformed:
+            if type(packet) is not Packet:
                 return _UNREADABLE
-            assert type(packet) is Packet
-            flags, state = packet[6], packet[9]
-            if flags & _HANDSHAKE_FLAGS == SYN and not state & _NO_UNPROVEN_SYN:
-                if is_heavy(packet[0]) and not self.ruleset.scope.spares(packet[0]):
+            if packet[6] & _HANDSHAKE_FLAGS == SYN and not packet[9] & _NO_UNPROVEN_SYN:
+                source = packet[0]
+                sent = count(source >> (shift6 if source >= V6 else shift4))
+                if sent > _TOO_HEAVY and not ruleset.scope.spares(source):
                     return self._shun_heavy(packet, now)
                 if all_syns or (newcomers and not knows(packet)):
-                    return leave()
-            elif state & STRAY or BAD_FLAGS[flags]:
+                    self.left_undone += 1
+                    return left
+            elif packet.state & STRAY or BAD_FLAGS[packet.flags]:
                 self.left_undone += 1
                 return PASS
             return self.decide(packet, now)
 
         return decide_under_load
-
-    def _leave(self) -> Decision:
-        """Leave a SYN unjudged."""
-        self.left_undone += 1
-        return PASS if self.ruleset.fail_open else _OVERLOADED
-
-    def _is_heavy(self, source: int) -> bool:
-        """Count a SYN; tell whether its source sends more than its share."""
-        heavy = self._heavy
-        if heavy.total >= _WATCH_FOR:
-            heavy.clear()
-        return heavy.add(source >> (self._shift6 if source >= V6 else self._shift4)) > _TOO_HEAVY
 
     def _shun_heavy(self, packet: Packet, now: int) -> Decision:
         """Shun a source for as long as its rest of the SYNs waits in the queue, and some more."""

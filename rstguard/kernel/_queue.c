@@ -26,9 +26,20 @@ enum {
 	SYN = 2,
 };
 
+/* The last integer made for a field that hardly changes: to make it anew costs more. */
+struct memo {
+	unsigned long value;
+	PyObject *object;
+};
+
+struct memos {
+	struct memo destination, port, window;
+};
+
 struct reader {
 	PyObject_HEAD
 	PyTypeObject *packet;
+	struct memos memos;
 	int descriptor;
 	uint8_t states[STATES];
 	struct mmsghdr messages[MOST];
@@ -50,6 +61,22 @@ static unsigned long big16(const uint8_t *at)
 static unsigned long big32(const uint8_t *at)
 {
 	return big16(at) << 16 | big16(at + 2);
+}
+
+static PyObject *recall(struct memo *memo, unsigned long value)
+{
+	if (!memo->object || memo->value != value) {
+		Py_XSETREF(memo->object, PyLong_FromUnsignedLong(value));
+		memo->value = value;
+	}
+	return Py_XNewRef(memo->object);
+}
+
+static void forget(struct memos *memos)
+{
+	Py_CLEAR(memos->destination.object);
+	Py_CLEAR(memos->port.object);
+	Py_CLEAR(memos->window.object);
 }
 
 /* An IPv6 address and its tag, 2**128 (rstguard/engine/address.py). */
@@ -95,45 +122,47 @@ static size_t usual_header(const uint8_t *data, size_t length, unsigned long *pa
 }
 
 /* Returns a Packet, None if the packet is not usual, or NULL with an exception set. */
-static PyObject *read_packet(PyTypeObject *type, const uint8_t *data, size_t length, int state,
-			     int scales)
+static PyObject *read_packet(PyTypeObject *type, struct memos *memos, const uint8_t *data,
+			     size_t length, int state, int scales)
 {
 	unsigned long payload = 0;
 	size_t start = usual_header(data, length, &payload);
 	const uint8_t *tcp = data + start;
-	PyObject *packet;
+	int v4 = start == 20, whole = 1;
+	PyTupleObject *packet = NULL;
 
 	if (!start || (scales && tcp[13] & SYN))
 		Py_RETURN_NONE;
-	packet = type->tp_alloc(type, FIELDS);
-	if (!packet)
-		return NULL;
 	PyObject *fields[FIELDS] = {
-		start == 20 ? PyLong_FromUnsignedLong(big32(data + 12)) : tagged(data + 8),
-		start == 20 ? PyLong_FromUnsignedLong(big32(data + 16)) : tagged(data + 24),
+		v4 ? PyLong_FromUnsignedLong(big32(data + 12)) : tagged(data + 8),
+		v4 ? recall(&memos->destination, big32(data + 16)) : tagged(data + 24),
 		PyLong_FromUnsignedLong(big16(tcp)),
-		PyLong_FromUnsignedLong(big16(tcp + 2)),
+		recall(&memos->port, big16(tcp + 2)),
 		PyLong_FromUnsignedLong(big32(tcp + 4)),
 		PyLong_FromUnsignedLong(big32(tcp + 8)),
 		PyLong_FromUnsignedLong(tcp[13]),
-		PyLong_FromUnsignedLong(big16(tcp + 14)),
+		recall(&memos->window, big16(tcp + 14)),
 		PyLong_FromUnsignedLong(payload),
 		PyLong_FromLong(state),
 		PyLong_FromLong(-1),
 	};
-	int whole = 1;
 
-	for (int i = 0; i < FIELDS; i++) {
-		PyTuple_SET_ITEM(packet, i, fields[i]);
+	for (int i = 0; i < FIELDS; i++)
 		whole &= fields[i] != NULL;
+	/* It holds integers only, so it is in no cycle: the collector need not know of it. */
+	if (whole)
+		packet = PyObject_GC_NewVar(PyTupleObject, type, FIELDS);
+	for (int i = 0; i < FIELDS; i++) {
+		if (packet)
+			PyTuple_SET_ITEM(packet, i, fields[i]);
+		else
+			Py_XDECREF(fields[i]);
 	}
-	if (!whole) {
-		Py_DECREF(packet);
-		return NULL;
-	}
-	/* It holds integers only, so it is in no cycle: the collector need not know it. */
-	PyObject_GC_UnTrack(packet);
-	return packet;
+#if PY_VERSION_HEX >= 0x030e0000
+	if (packet)
+		packet->ob_hash = -1; /* not known yet */
+#endif
+	return (PyObject *)packet;
 }
 
 /* Reads one message of `size` bytes; returns whether it brings a packet.  If it is cut off, what is
@@ -186,17 +215,24 @@ static PyObject *as_tuple(struct reader *reader, const struct queued *queued, in
 	int state = reader->states[queued->mark >> 24];
 	PyObject *packet, *number, *mark, *tuple;
 
-	packet = read_packet(reader->packet, queued->data, queued->length, state, scales);
+	packet = read_packet(reader->packet, &reader->memos, queued->data, queued->length, state,
+			     scales);
 	if (packet == Py_None) {
 		Py_DECREF(packet);
 		packet = PyBytes_FromStringAndSize((const char *)queued->data, queued->length);
 	}
 	number = PyLong_FromUnsignedLong(queued->number);
 	mark = PyLong_FromUnsignedLong(queued->mark);
-	tuple = packet && number && mark ? PyTuple_Pack(3, number, mark, packet) : NULL;
-	Py_XDECREF(number);
-	Py_XDECREF(mark);
-	Py_XDECREF(packet);
+	tuple = packet && number && mark ? PyTuple_New(3) : NULL;
+	if (!tuple) {
+		Py_XDECREF(number);
+		Py_XDECREF(mark);
+		Py_XDECREF(packet);
+		return NULL;
+	}
+	PyTuple_SET_ITEM(tuple, 0, number);
+	PyTuple_SET_ITEM(tuple, 1, mark);
+	PyTuple_SET_ITEM(tuple, 2, packet);
 	return tuple;
 }
 
@@ -277,6 +313,7 @@ static void free_reader(struct reader *reader)
 {
 	PyTypeObject *type = Py_TYPE(reader);
 
+	forget(&reader->memos);
 	Py_XDECREF(reader->packet);
 	type->tp_free(reader);
 	Py_DECREF(type);
@@ -288,6 +325,7 @@ PyDoc_STRVAR(parse_doc,
 
 static PyObject *parse(PyObject *module, PyObject *args)
 {
+	struct memos memos = { 0 };
 	PyTypeObject *type;
 	Py_buffer data;
 	int state, scales;
@@ -297,9 +335,10 @@ static PyObject *parse(PyObject *module, PyObject *args)
 	if (!PyArg_ParseTuple(args, "O!y*ip:parse", &PyType_Type, &type, &data, &state, &scales))
 		return NULL;
 	if (PyType_IsSubtype(type, &PyTuple_Type))
-		packet = read_packet(type, data.buf, data.len, state, scales);
+		packet = read_packet(type, &memos, data.buf, data.len, state, scales);
 	else
 		packet = PyErr_Format(PyExc_TypeError, "packet_type must be a type of tuple");
+	forget(&memos);
 	PyBuffer_Release(&data);
 	return packet;
 }

@@ -34,7 +34,7 @@ def segment(source: int, flags: int = SYN, state: int = 0) -> Packet:
 def test_a_heavy_hitters_count_is_never_too_high_and_at_most_its_share_too_low(
     keys: list[int], size: int
 ) -> None:
-    heavy, exact = HeavyHitters(size), Counter[int]()
+    heavy, exact = HeavyHitters(size, 10**9), Counter[int]()
     for key in keys:
         exact[key] += 1
         assert heavy.add(key) <= exact[key]
