@@ -16,7 +16,7 @@ PYTHONS ?= $(wildcard $(foreach v,11 12 13 14,/usr/bin/python3.$(v) /usr/local/b
 help:
 	@echo "make demo              watch attackers being contained (about two minutes)"
 	@echo "make test              lint and every test, also those that need the kernel"
-	@echo "make lint              ruff and mypy"
+	@echo "make lint              ruff, mypy, and the compiler's warnings"
 	@echo "make test-pure         the tests that need no root"
 	@echo "make test-all-pythons  those, on each Python 3.11 or later found here"
 	@echo "make bench             the figures, as ratios measured in one run"
@@ -35,6 +35,8 @@ lint: setup
 	$(PYTHON_IN) -m ruff check .
 	$(PYTHON_IN) -m ruff format --check .
 	$(PYTHON_IN) -m mypy
+	cc -Wall -Wextra -Werror -fsyntax-only \
+	  -I"$$($(PYTHON_IN) -c 'import sysconfig; print(sysconfig.get_path("include"))')" rstguard/kernel/_queue.c
 
 test: lint
 	@./.ci/setup --tests
@@ -70,4 +72,5 @@ systemd: setup
 
 clean:
 	$(AS_ROOT) rm -rf .venv .venv-* build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	$(AS_ROOT) rm -f rstguard/kernel/_queue.*.so
 	$(AS_ROOT) find rstguard tests -name __pycache__ -type d -prune -exec rm -rf {} +

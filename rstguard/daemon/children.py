@@ -40,6 +40,7 @@ class Child:
         """Look after `first` and its successors; `start` gives the first messages to each."""
         self.name = name
         self.restarts = 0
+        self.reader = ""
         self.heard_at = 0.0
         self.ready = asyncio.Event()
         self._kind = first.kind
@@ -139,6 +140,7 @@ class Child:
         self.heard_at = time.monotonic()
         for message in messages:
             if isinstance(message, Ready):
+                self.reader = message.reader
                 self._is_ready(message.generation)
             elif isinstance(message, Failed):
                 self._failure = message.sentence

@@ -40,9 +40,13 @@ class Productive:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """Worker or sweeper: the policy numbered `generation` is in force here."""
+    """Worker or sweeper: the policy numbered `generation` is in force here.
+
+    A worker says what its packets are read by (`rstguard.kernel.readers`).
+    """
 
     generation: int
+    reader: str = ""
 
 
 @dataclass(frozen=True, slots=True)

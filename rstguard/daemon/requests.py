@@ -252,6 +252,7 @@ def _worker_status(
         "ready": worker.ready.is_set(),
         "restarts": worker.restarts,
         "queue": number,
+        "reader": worker.reader,
         "packets": worker.totals["packets"],
         "waiting": queue.waiting if queue else None,
         "overload": int(level),

@@ -1,21 +1,19 @@
 """The worker: one process, one queue.
 
-For every packet: parse, decide, give the verdict, in this order and with exactly one verdict
-whatever happens.  What a decision asks for besides (a ban, a report) is carried out right after
-the verdict, outside the queue's callback, and batched.
+Packets come in batches, of one if no more wait.  Each is parsed and judged, then all get their
+verdicts with one system call, exactly one whatever happens.  What decisions ask for besides (a ban,
+a report) is carried out right after the verdicts of a batch, all at once.
 """
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import logging
 import os
 import select
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 
 from rstguard.daemon.channel import Channel
 from rstguard.daemon.child import run_child, take_priority
@@ -51,17 +49,17 @@ from rstguard.kernel import KernelError, thinning
 from rstguard.kernel.elements import element_of
 from rstguard.kernel.inject import Injector
 from rstguard.kernel.marks import BASE, CONDEMNED_FOR, MASK, STATES, TRUSTED
-from rstguard.kernel.nfqueue import LENGTH, Queue, QueuedPacket, states
+from rstguard.kernel.nfqueue import LENGTH, MOST, Queue, Queued, states
+from rstguard.kernel.nfqueue import Verdict as NumberedVerdict
 from rstguard.kernel.sets import Sets
 
 log = logging.getLogger(__name__)
 
-_MOST_IN_A_ROW = 512
-"""Packets after which the worker looks for messages even if more are waiting."""
-_MOST_AT_ONCE = 32
-"""Packets that may wait for the next one message that lets them all pass.
+_BATCHES_IN_A_ROW = 8
+"""Batches of packets after which the worker looks for messages even if more are waiting.
 
-Each spares a system call.  They wait only while more are being read: for well under a millisecond.
+A batch is what waits already, at most 64 packets: the first of them has its verdict when the last
+is judged, well under a millisecond later.
 """
 _PRIORITY = -10
 """Each honest client's handshake waits for this."""
@@ -69,10 +67,9 @@ _REPORT_EVERY = SECOND // 2
 _MOST_REPORTS = 50
 """Refused SYNs and observations of one rule that are told one by one between two counts."""
 _OTHER_BITS = 0xFFFFFFFF ^ MASK
-
-
-class _Pause(Exception):
-    """Leave the queue for a moment; raised only after the packet has its verdict."""
+_NOT_JUDGED = Malformed("not judged")
+_DROPPED = Decision(Verdict.DROP, Reason.PASSED)
+"""For a packet that could not be judged, under `on_failure: closed`, also in observe mode."""
 
 
 class Worker:
@@ -95,19 +92,17 @@ class Worker:
         self._packets = 0
         self._counts: Counter[str] = Counter()
         self._told: dict[str, int] = {}
-        self._left_in_row = _MOST_IN_A_ROW
-        self._passing = self._last_passing = 0
         self._report_at = 0
         self._looking: Iterator[list[Near]] | None = None
         self._found: list[Near] = []
         self._asked: list[Nearest] = []
         self._running = True
-        self._queue = Queue(start.queue, self._on_packet, start.ruleset.fail_open)
+        self._queue = Queue(start.queue, start.ruleset.fail_open)
 
     def _take_up(self, ruleset: RuleSet, previous: Engine | None) -> None:
         self._engine = Engine(ruleset, previous)
         self._measuring.follow(ruleset)
-        self._shed(self._shedding.level)
+        self._choose()
         self._enforce = ruleset.enforce
         self._fail_open = ruleset.fail_open
         self._want_scale = any(rule.measure is Measure.STALLED for rule in ruleset.rules)
@@ -121,16 +116,12 @@ class Worker:
         # and again: a sixth of a packet's time.  Young garbage goes when nothing is to be done.
         gc.disable()
         take_priority(_PRIORITY)
+        self._channel.send(Ready(0, self._queue.reader))
         while self._running:
             wait = 0 if self._looking is not None else 1 if self._measuring.telling else 500
             if not poll.poll(wait) and self._looking is None:
                 gc.collect(1)
-            self._left_in_row = _MOST_IN_A_ROW
-            with contextlib.suppress(_Pause):
-                self._queue.drain()
-            self._pass_on()
-            self._perform()
-            self._look_at_queue()
+            self._look_at_queue(emptied=self._work_off())
             self._report()
             self._measuring.step(self._channel)
             for message in self._channel.receive():
@@ -150,26 +141,34 @@ class Worker:
                 self._channel.send(NearestAre(asked.number, nearest))
             self._looking, self._found, self._asked = None, [], []
 
-    def _look_at_queue(self) -> None:
+    def _work_off(self) -> bool:
+        """Judge what waits, with a look at messages now and then; tell whether nothing is left."""
+        for _ in range(_BATCHES_IN_A_ROW):
+            batch = self._queue.receive(MOST, self._want_scale)
+            self._judge(batch)
+            if self._pending:
+                self._perform()
+            if len(batch) < MOST:
+                return True
+        return False
+
+    def _look_at_queue(self, emptied: bool) -> None:
         """Leave more undone as the queue fills, and less as it empties."""
         before, waiting = self._shedding.level, 0
-        if self._left_in_row <= 0:  # else the queue was empty a moment ago
+        if not emptied:
             state = states()[self._queue.number]
             waiting, self._lost = state.waiting, state.dropped_full + state.dropped_reader
         level = self._shedding.look(waiting, self._lost, time.monotonic_ns(), self._packets)
         if level is not before:
-            self._shed(level)
+            self._choose()
             self._thin(level, before)
             self._channel.send(Overloaded(os.getpid(), level))
 
-    def _shed(self, level: Level) -> None:
+    def _choose(self) -> None:
         """Choose what judges the packets; what learns limits does so only while there is time."""
-        engine = self._engine
-        self._decide: Callable[[Packet | Malformed, int], Decision] = (
-            partial(engine.decide_under_load, level=level)
-            if level
-            else self._measuring.beside(engine.decide)
-        )
+        level = self._shedding.level
+        decide = self._engine.at(level)
+        self._decide = decide if level else self._measuring.beside(decide)
 
     def _thin(self, level: Level, before: Level) -> None:
         """Have the kernel keep from the queue what would only be passed on, or no more."""
@@ -181,66 +180,58 @@ class Worker:
         except KernelError as error:
             log.error("%s", error)
 
-    def _on_packet(self, queued: QueuedPacket) -> None:
-        """Judge one packet and give its verdict.  This runs for every diverted packet."""
-        mark = queued.mark
-        try:
-            packet = parse(queued.get_payload(), STATES[mark >> BASE & 127], self._want_scale)
-            decision = self._decide(packet, time.monotonic_ns())
-        except Exception as error:  # noqa: BLE001 - every packet gets a verdict, come what may
-            self._fail(queued, mark, error)
-            raise _Pause from None
-        self._packets += 1
-        if decision is not PASS:
-            self._give(queued, mark & _OTHER_BITS, decision, packet)
+    def _judge(self, batch: list[Queued]) -> None:
+        """Judge packets and give their verdicts.  This runs for every diverted packet."""
+        decide, now = self._decide, time.monotonic_ns()  # they all were there by now
+        verdicts: list[NumberedVerdict] = []
+        passing = 0
+        for number, mark, data in batch:
+            try:
+                packet = self._parse(data, mark) if isinstance(data, bytes) else data
+                decision = decide(packet, now)
+            except Exception as error:  # noqa: BLE001 - every packet gets a verdict, come what may
+                packet, decision = _NOT_JUDGED, self._failed(error)
+            if decision is PASS and not mark & MASK:
+                passing = number
+                continue
+            if passing:
+                verdicts.append((passing, True, None))
+                passing = 0
+            verdicts.append((number, *self._verdict(mark & _OTHER_BITS, decision, packet)))
             if decision.rule:
                 self._note(packet, decision)
             elif decision.reason is Reason.UNREADABLE:
                 self._counts["unreadable"] += 1
-        elif mark & MASK:
-            queued.set_mark(mark & _OTHER_BITS)
-            queued.accept()
-        else:
-            self._last_passing = queued.id
-            self._passing += 1
-            if self._passing >= _MOST_AT_ONCE:
-                self._pass_on()
-        self._left_in_row -= 1
-        if self._left_in_row <= 0 or self._pending:
-            raise _Pause
+        if passing:
+            verdicts.append((passing, True, None))
+        if verdicts:
+            self._queue.give(verdicts)
+            self._packets += len(batch)
 
-    def _pass_on(self) -> None:
-        """Let the packets pass that wait for it; others already have their verdicts."""
-        if self._passing:
-            self._passing = 0
-            self._queue.accept_up_to(self._last_passing)
+    def _parse(self, data: bytes, mark: int) -> Packet | Malformed:
+        return parse(data, STATES[mark >> BASE & 127], self._want_scale)
 
-    def _give(
-        self, queued: QueuedPacket, mark: int, decision: Decision, packet: Packet | Malformed
-    ) -> None:
+    def _verdict(
+        self, mark: int, decision: Decision, packet: Packet | Malformed
+    ) -> tuple[bool, int | None]:
+        """Return whether a packet passes, and with which mark."""
         # A policy that only observes still spares trusted connections the way through the queue.
-        verdict = decision.verdict if self._enforce else Verdict.ACCEPT
+        verdict = decision.verdict if self._enforce or decision is _DROPPED else Verdict.ACCEPT
         if verdict is Verdict.DROP or (verdict is Verdict.RESET and _by_cookie(packet)):
-            queued.drop()
-            return
+            return False, None
         if verdict is Verdict.RESET:
             mark |= CONDEMNED_FOR[decision.ends]
         elif decision.trust:
             mark |= TRUSTED
-        queued.set_mark(mark)
-        queued.accept()
+        return True, mark
 
-    def _fail(self, queued: QueuedPacket, mark: int, error: Exception) -> None:
+    def _failed(self, error: Exception) -> Decision:
         """The engine failed on a packet: it passes or not as the policy's on_failure says."""
-        queued.set_mark(mark & _OTHER_BITS)
-        if self._fail_open:
-            queued.accept()
-        else:
-            queued.drop()
         self._counts["failed"] += 1
         if self._counts["failed"] == 1:
             text = "a packet could not be judged; on_failure applies (reported once)"
             log.error(text, exc_info=error)
+        return PASS if self._fail_open else _DROPPED
 
     def _note(self, packet: Packet | Malformed, decision: Decision) -> None:
         self._counts[f"verdict.{decision.verdict.name.lower()}"] += 1
@@ -301,7 +292,7 @@ class Worker:
         if isinstance(message, NewPolicy):
             self._take_up(message.ruleset, self._engine)
             self._queue.set_fail_open(message.ruleset.fail_open)
-            self._channel.send(Ready(message.generation))
+            self._channel.send(Ready(message.generation, self._queue.reader))
         elif isinstance(message, Explain):
             used = self._engine.explain(message.source, time.monotonic_ns())
             self._channel.send(Explained(message.number, used))
@@ -315,7 +306,7 @@ class Worker:
             self._engine.restore(message.offences, time.monotonic_ns())
         elif isinstance(message, Learn | Tell):
             self._measuring.obey(message)
-            self._shed(self._shedding.level)
+            self._choose()
         elif isinstance(message, Stop):
             self._running = False
 
@@ -342,9 +333,7 @@ def blocked_message(effect: Ban | Shun, enforced: bool, by_worker: bool = True) 
 
 
 def _serve(channel: Channel, start: Start) -> None:
-    worker = Worker(channel, start)
-    channel.send(Ready(0))
-    worker.run()
+    Worker(channel, start).run()
 
 
 if __name__ == "__main__":

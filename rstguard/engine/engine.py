@@ -12,7 +12,7 @@ The order of checks, on one screen:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from rstguard.engine.address import V6, Prefix, prefix_of
 from rstguard.engine.flow import Tuple
@@ -52,6 +52,7 @@ from rstguard.engine.wire import (
 _HANDSHAKE_FLAGS = FIN | SYN | RST | ACK
 # Only TCP is diverted, and with all its headers: what cannot be read is made not to be.
 _NO_USUAL_SYN = OUTBOUND | KNOWN
+_NO_UNPROVEN_SYN = _NO_USUAL_SYN | PROVEN | OVER
 _UNREADABLE = Decision(Verdict.DROP, Reason.UNREADABLE)
 _TRUSTED = Decision(Verdict.ACCEPT, Reason.TRUSTED)
 _SPARED = Decision(Verdict.ACCEPT, Reason.SPARED)
@@ -62,11 +63,13 @@ OVERLOAD = "overload"
 
 _WATCHED = 255
 """Sources that may be heavy hitters at once: each more than 1 in 256 of the SYNs."""
-_HEAVY = 16
-"""A source that sends more than 1 in so many SYNs under overload is shunned."""
 _WATCH_FOR = 4096
 """SYNs over which that is watched."""
+_TOO_HEAVY = _WATCH_FOR // 16
+"""A source that sends more of them is shunned."""
 
+Decide = Callable[[Packet | Malformed, int], Decision]
+"""Judge a packet that arrives at a time (nanoseconds)."""
 Checks = tuple[tuple[Check, Rule], ...]
 
 
@@ -91,7 +94,7 @@ class Engine:
         self._newcomers = self._take_over(previous)
         self._newcomers.count = self._count_syn
         self._put_off, self._meet = self._newcomers.put_off, self._newcomers.meet
-        self._heavy = HeavyHitters(_WATCHED)
+        self._heavy = HeavyHitters(_WATCHED, _WATCH_FOR)
         self.left_undone: int = previous.left_undone if previous else 0
         self._exhausting = {meter.rule: meter.exhaust for meter in self.meters}
         self._dropping = {
@@ -101,9 +104,8 @@ class Engine:
 
     def decide(self, packet: Packet | Malformed, now: int) -> Decision:
         """Return what is to be done about a packet that arrives at `now` (nanoseconds)."""
-        if type(packet) is Malformed:
+        if type(packet) is not Packet:
             return _UNREADABLE
-        assert type(packet) is Packet
         if packet[6] & _HANDSHAKE_FLAGS == SYN and not packet[9] & _NO_USUAL_SYN:
             checks, at_once = self._syn_by_port.get(packet[3], self._syn_elsewhere)
             if at_once is not None and self._put_off(packet, now):
@@ -126,41 +128,44 @@ class Engine:
                 crossed = rule
         return calm if crossed is None else self._object(packet, crossed, calm, now)
 
-    def decide_under_load(self, packet: Packet | Malformed, now: int, level: Level) -> Decision:
-        """Return what `decide` does, or leave a packet unjudged (`rstguard.engine.shedding`)."""
-        if type(packet) is Malformed:
-            return _UNREADABLE
-        assert type(packet) is Packet
-        flags, state = packet.flags, packet.state
-        if flags & _HANDSHAKE_FLAGS == SYN and not state & (_NO_USUAL_SYN | PROVEN | OVER):
-            if self._is_heavy(packet) and not self.ruleset.scope.spares(packet.source):
-                return self._shun_heavy(packet, now)
-            if level >= Level.SYNS or (
-                level >= Level.NEWCOMERS and not self._newcomers.knows(packet)
-            ):
-                return self._leave_undone(packet, now)
-        elif state & STRAY or BAD_FLAGS[flags]:
-            self.left_undone += 1
-            return PASS
-        return self.decide(packet, now)
+    def at(self, level: Level) -> Decide:
+        """Return `decide`, or what leaves packets unjudged at a level of overload.
+
+        What is left undone at which level is told in `rstguard.engine.shedding`.
+        """
+        if level is Level.NOTHING:
+            return self.decide
+        ruleset, count, knows = self.ruleset, self._heavy.add, self._newcomers.knows
+        shift4, shift6 = 32 - ruleset.source_ipv4, 128 - ruleset.source_ipv6
+        all_pass = ruleset.fail_open and not any(rule.limits_service for rule in ruleset.rules)
+        all_syns, newcomers = level >= Level.SYNS, level >= Level.NEWCOMERS
+
+        def decide_under_load(packet: Packet | Malformed, now: int) -> Decision:
+            if type(packet) is not Packet:
+                return _UNREADABLE
+            if packet[6] & _HANDSHAKE_FLAGS == SYN and not packet[9] & _NO_UNPROVEN_SYN:
+                source = packet[0]
+                sent = count(source >> (shift6 if source >= V6 else shift4))
+                if sent > _TOO_HEAVY and not ruleset.scope.spares(source):
+                    return self._shun_heavy(packet, now)
+                if all_syns or (newcomers and not knows(packet)):
+                    self.left_undone += 1
+                    return PASS if all_pass else self._leave_undone(packet, now)
+            elif packet.state & STRAY or BAD_FLAGS[packet.flags]:
+                self.left_undone += 1
+                return PASS
+            return self.decide(packet, now)
+
+        return decide_under_load
 
     def _leave_undone(self, packet: Packet, now: int) -> Decision:
         """Let a SYN pass or not, unjudged but for what its service may get at all."""
-        self.left_undone += 1
         for check, rule in self._of_service.get(packet[3], self._of_service_elsewhere):
             if check(packet, now) and not self.ruleset.scope.spares(packet.source):
                 return self._dropping[rule.name]
         if self.ruleset.fail_open or self.ruleset.scope.spares(packet.source):
             return PASS
         return _OVERLOADED
-
-    def _is_heavy(self, packet: Packet) -> bool:
-        heavy = self._heavy
-        if heavy.total >= _WATCH_FOR:
-            heavy.clear()
-        scope = self.ruleset
-        shift = 128 - scope.source_ipv6 if packet.source >= V6 else 32 - scope.source_ipv4
-        return heavy.add(packet.source >> shift) > _WATCH_FOR // _HEAVY
 
     def _shun_heavy(self, packet: Packet, now: int) -> Decision:
         """Shun a source for as long as its rest of the SYNs waits in the queue, and some more."""

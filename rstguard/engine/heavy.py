@@ -13,17 +13,21 @@ class HeavyHitters:
 
     Args:
         size: keys held at most, at least 1.
+        window: after so many it begins anew, at least 1.
     """
 
-    __slots__ = ("_counts", "_size", "total")
+    __slots__ = ("_counts", "_size", "_window", "total")
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, window: int) -> None:
         self._size = size
+        self._window = window
         self._counts: dict[int, int] = {}
         self.total = 0
 
     def add(self, key: int) -> int:
         """Count a key; return its count so far, never more than it really came."""
+        if self.total >= self._window:
+            self.clear()
         self.total += 1
         counts = self._counts
         count = counts.get(key)

@@ -50,11 +50,15 @@ PATIENCE: Final = 5.0
 
 
 class Request(NamedTuple):
-    """One request: message type (subsystem in the high byte), address family, attributes."""
+    """One request: message type (subsystem in the high byte), address family, attributes.
+
+    `resource` is the number of the queue or group that is spoken of, where there are several.
+    """
 
     kind: int
     family: int
     attributes: bytes
+    resource: int = 0
 
 
 class Answer(NamedTuple):
@@ -78,7 +82,23 @@ def encode(request: Request, flags: int, sequence: int) -> bytes:
     """Return a request as it goes through the socket."""
     length = HEADER.size + NFGEN.size + len(request.attributes)
     head = HEADER.pack(length, request.kind, flags | NLM_F_REQUEST, sequence, 0)
-    return head + NFGEN.pack(request.family, 0, 0) + request.attributes
+    family = NFGEN.pack(request.family, 0, socket.htons(request.resource))
+    return head + family + request.attributes
+
+
+def configure(channel: socket.socket, request: Request) -> None:
+    """Send one request on a socket that brings nothing else yet, and wait until it is done.
+
+    Raises:
+        OSError: the kernel refused.
+    """
+    channel.sendto(encode(request, NLM_F_ACK, 0), (0, 0))
+    chunk = channel.recv(CHUNK)
+    for start, _, kind, _, _ in messages(chunk):
+        if kind == NLMSG_ERROR:
+            code = -_ERROR.unpack_from(chunk, start + HEADER.size)[0]
+            if code:
+                raise OSError(code, os.strerror(code))
 
 
 class Netlink:

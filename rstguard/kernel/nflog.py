@@ -16,10 +16,9 @@ from rstguard.kernel.netlink import (
     NETLINK_NETFILTER,
     NFGEN,
     NLA_TYPE_MASK,
-    NLM_F_ACK,
-    NLM_F_REQUEST,
-    NLMSG_ERROR,
+    Request,
     attribute,
+    configure,
     messages,
 )
 
@@ -88,16 +87,8 @@ class PacketLog:
             packets += _payloads(chunk)
 
     def _configure(self, attributes: bytes) -> None:
-        body = NFGEN.pack(socket.AF_UNSPEC, 0, socket.htons(self._group)) + attributes
         kind = _SUBSYSTEM << 8 | _CONFIG
-        flags = NLM_F_REQUEST | NLM_F_ACK
-        self._socket.sendto(HEADER.pack(16 + len(body), kind, flags, 0, 0) + body, (0, 0))
-        chunk = self._socket.recv(CHUNK)
-        for start, _, answer, _, _ in messages(chunk):
-            if answer == NLMSG_ERROR:
-                (code,) = struct.unpack_from("=i", chunk, start + HEADER.size)
-                if code:
-                    raise OSError(-code, "refused")
+        configure(self._socket, Request(kind, socket.AF_UNSPEC, attributes, self._group))
 
 
 def _payloads(chunk: bytes) -> Iterator[bytes]:

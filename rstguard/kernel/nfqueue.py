@@ -1,56 +1,32 @@
-"""The queue: bind it, set the flags that the binding has no call for, read its depth and losses."""
+"""The queue: its settings, its packets and their verdicts, its depth and losses."""
 
 from __future__ import annotations
 
-import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
-
-from netfilterqueue import NetfilterQueue
+from typing import NamedTuple
 
 from rstguard.kernel import KernelError
+from rstguard.kernel.netlink import attribute, encode
 from rstguard.kernel.queues import owner
+from rstguard.kernel.readers import CONFIG, LENGTH, MOST, Queued, bind, request
 
-LENGTH = 4096
-"""Packets the kernel holds for a worker before the policy's `on_failure` applies."""
+__all__ = ["LENGTH", "MOST", "Queue", "QueueState", "Queued", "Verdict", "states"]
 
-_COPY_BYTES = 1024  # all headers, also of an IPv6 packet with long extension headers
-_RECEIVE_BUFFER = 8 << 20
 _TABLE = Path("/proc/self/net/netfilter/nfnetlink_queue")
 
-# linux/netfilter/nfnetlink.h and nfnetlink_queue.h
-_NFNL_SUBSYS_QUEUE = 3
-_NFQNL_MSG_CONFIG = 2
-_NFQNL_MSG_VERDICT_BATCH = 3
-_NFQA_VERDICT_HDR = 2
-_NFQA_CFG_MASK, _NFQA_CFG_FLAGS = 4, 5
+# linux/netfilter/nfnetlink_queue.h
+_VERDICT_BATCH = 3
+_MARK, _VERDICT_HDR = 3, 2
+_CFG_MASK, _CFG_FLAGS = 4, 5
 _FAIL_OPEN, _GSO = 1, 4
-_NLM_F_REQUEST = 1
-_NF_ACCEPT = 1
-_SOL_NETLINK, _NETLINK_NO_ENOBUFS = 270, 5
+_NF_DROP, _NF_ACCEPT = 0, 1
+_MARK_HEAD = attribute(_MARK, bytes(4))[:4]
+_NUMBER, _NUMBER_AND_MARK = struct.Struct(">I"), struct.Struct(">I4sI")
 
-
-class QueuedPacket(Protocol):
-    """What the binding hands to the callback for each packet."""
-
-    id: int
-    """The packet's number in its queue, from 1 on; the kernel counts up."""
-    mark: int
-    """The mark it came with."""
-
-    def get_payload(self) -> bytes:
-        """Return the packet from its IP header on."""
-
-    def set_mark(self, mark: int) -> None:
-        """Set the mark that goes with the verdict."""
-
-    def accept(self) -> None:
-        """Let the packet pass."""
-
-    def drop(self) -> None:
-        """Drop the packet."""
+Verdict = tuple[int, bool, int | None]
+"""The number of the last packet it is for, whether they pass, and their new mark, if any."""
 
 
 class QueueState(NamedTuple):
@@ -78,11 +54,9 @@ def states() -> dict[int, QueueState]:
 
 
 class Queue:
-    """One bound queue.  Each packet that the callback gets must be given one verdict by it."""
+    """One bound queue.  Each packet that `receive` returns is owed one verdict."""
 
-    def __init__(
-        self, number: int, on_packet: Callable[[QueuedPacket], None], fail_open: bool
-    ) -> None:
+    def __init__(self, number: int, fail_open: bool) -> None:
         """Bind queue `number` (0-65535).
 
         Raises:
@@ -91,10 +65,7 @@ class Queue:
         self.number = number
         taken = states().get(number)
         try:
-            self._queue = NetfilterQueue()
-            self._queue.bind(
-                number, on_packet, max_len=LENGTH, range=_COPY_BYTES, sock_len=_RECEIVE_BUFFER
-            )
+            self._reader = bind(number)
         except OSError as error:
             if taken is not None:
                 raise KernelError(
@@ -104,45 +75,45 @@ class Queue:
             raise KernelError(
                 f"cannot bind queue {number} ({error}); `rstguard doctor` says what is missing"
             ) from error
-        self._socket = socket.socket(fileno=socket.dup(self._queue.get_fd()))
-        # A full socket buffer is counted by the kernel; it must not end the reading.
-        self._socket.setsockopt(_SOL_NETLINK, _NETLINK_NO_ENOBUFS, 1)
+        self.reader = self._reader.name
+        self.receive = self._reader.receive
+        self._socket = self._reader.socket
+        self._drop, self._accept = (self._verdict(code)[:-4] for code in (_NF_DROP, _NF_ACCEPT))
+        self._accept_marked = self._verdict(_NF_ACCEPT, attribute(_MARK, bytes(4)))[:-12]
         self.set_fail_open(fail_open)
-        self._batch = _message_head(_NFQNL_MSG_VERDICT_BATCH, number, 12)
-        self._batch += struct.pack("=HH", 12, _NFQA_VERDICT_HDR) + struct.pack(">I", _NF_ACCEPT)
 
     def fileno(self) -> int:
         """The descriptor to wait on."""
-        return int(self._queue.get_fd())
+        return self._socket.fileno()
 
-    def accept_up_to(self, packet_id: int) -> None:
-        """Let every packet pass, unchanged, that has no verdict yet and no higher number.
+    def give(self, verdicts: Sequence[Verdict]) -> None:
+        """Give verdicts, in the order of their numbers, with one system call.
 
-        One message for many packets: nfqnl_recv_verdict_batch in nfnetlink_queue.c.
+        Each is for all packets up to its number that have none yet, so it need not be told for
+        each of several in a row that fare alike (nfqnl_recv_verdict_batch in nfnetlink_queue.c).
         """
-        self._socket.sendto(self._batch + struct.pack(">I", packet_id), (0, 0))
+        following = (*verdicts[1:], (0, None, None))
+        ends = (v for v, after in zip(verdicts, following, strict=True) if v[1:] != after[1:])
+        self._socket.sendto(b"".join(map(self._message, ends)), (0, 0))
+
+    def _message(self, verdict: Verdict) -> bytes:
+        number, passes, mark = verdict
+        if mark is None:
+            return (self._accept if passes else self._drop) + _NUMBER.pack(number)
+        return self._accept_marked + _NUMBER_AND_MARK.pack(number, _MARK_HEAD, mark)
+
+    def _verdict(self, code: int, more: bytes = b"") -> bytes:
+        """Return the message for packets up to number 0."""
+        attributes = attribute(_VERDICT_HDR, struct.pack(">II", code, 0)) + more
+        return encode(request(_VERDICT_BATCH, self.number, attributes), 0, 0)
 
     def set_fail_open(self, fail_open: bool) -> None:
         """Choose what happens to a packet that finds the queue full: pass (True) or drop."""
         flags = struct.pack(">I", (_FAIL_OPEN if fail_open else 0) | _GSO)
         mask = struct.pack(">I", _FAIL_OPEN | _GSO)
-        attributes = struct.pack("=HH", 8, _NFQA_CFG_MASK) + mask
-        attributes += struct.pack("=HH", 8, _NFQA_CFG_FLAGS) + flags
-        head = _message_head(_NFQNL_MSG_CONFIG, self.number, len(attributes))
-        self._socket.sendto(head + attributes, (0, 0))
-
-    def drain(self) -> None:
-        """Hand every waiting packet to the callback; what the callback raises comes out here."""
-        self._queue.run(block=False)
+        attributes = attribute(_CFG_MASK, mask) + attribute(_CFG_FLAGS, flags)
+        self._socket.sendto(encode(request(CONFIG, self.number, attributes), 0, 0), (0, 0))
 
     def close(self) -> None:
         """Give the queue up; packets still in it are dropped by the kernel."""
-        self._queue.unbind()
-        self._socket.close()
-
-
-def _message_head(kind: int, number: int, attribute_bytes: int) -> bytes:
-    """Return the headers of a message to the kernel about a queue, its attributes to follow."""
-    length = 16 + 4 + attribute_bytes
-    header = struct.pack("=IHHII", length, _NFNL_SUBSYS_QUEUE << 8 | kind, _NLM_F_REQUEST, 0, 0)
-    return header + struct.pack(">BBH", socket.AF_UNSPEC, 0, number)
+        self._reader.close()

@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from rstguard.kernel import KernelError, lifelines
+from rstguard.kernel import KernelError, lifelines, readers
 from rstguard.kernel.check import Check, Host, Outcome
 from rstguard.kernel.queues import owner
 from rstguard.kernel.trial import feature_checks
@@ -43,7 +43,13 @@ def checks(queue: int, queues: int = 1) -> list[Check]:
     found = [_python(), _privileges(host)]
     found += [_tool(host, tool) for tool in ("iptables", "ip6tables", "ipset")]
     found += feature_checks(host, deadline)
-    found += [_binding(host), _tracking(host), _tracking_room(host), _queue_support(host)]
+    found += [
+        _binding(host),
+        _reader(host),
+        _tracking(host),
+        _tracking_room(host),
+        _queue_support(host),
+    ]
     found += [_queue_free(number) for number in range(queue, queue + queues)]
     found += [_reset_trace(host), _lifelines()]
     return found
@@ -113,6 +119,25 @@ def _binding(host: Host) -> Check:
             f"{sys.executable} -m pip install netfilterqueue",
         )
     return Check("netfilterqueue", Outcome.OK, "the Python package netfilterqueue loads")
+
+
+def _reader(host: Host) -> Check:
+    """Without the extension the guard works as well, at more cost a packet."""
+    try:
+        found = readers.extension()
+    except KernelError as problem:
+        return Check("packet reader", Outcome.MISSING, str(problem), f"unset {readers.CHOICE}")
+    if found is not None:
+        return Check("packet reader", Outcome.OK, "packets are read by rstguard's own extension")
+    if os.environ.get(readers.CHOICE):
+        sentence = f"packets are read by netfilterqueue, as {readers.CHOICE} asks"
+        return Check("packet reader", Outcome.OK, sentence)
+    return Check(
+        "packet reader",
+        Outcome.WARNING,
+        "packets are read by netfilterqueue, at more cost: rstguard's extension was not built",
+        f"{host.install('gcc', 'libc6-dev', 'python3-dev')}, and install rstguard again",
+    )
 
 
 def _tracking(host: Host) -> Check:

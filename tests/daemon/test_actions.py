@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from rstguard.kernel.readers import BINDING, BUILT_IN, CHOICE
 from tests.daemon.conftest import Open
 from tests.guard import (
     BOTH_FAMILIES,
@@ -55,10 +56,16 @@ rules:
 """
 
 
-@pytest.fixture(scope="module")
-def guard(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guard]:
-    with Guard(lab, POLICY, tmp_path_factory.mktemp("actions")) as guard:
-        yield guard
+@pytest.fixture(scope="module", params=[BUILT_IN, BINDING])
+def guard(
+    request: pytest.FixtureRequest, lab: Lab, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Guard]:
+    """The guard, once with each of the ways to read a queue."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CHOICE, request.param)
+        with Guard(lab, POLICY, tmp_path_factory.mktemp("actions")) as guard:
+            assert {worker["reader"] for worker in guard.status()["workers"]} == {request.param}
+            yield guard
 
 
 def test_drop_by_subnet(lab: Lab, guard: Guard, serve: Open, v6: bool) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from rstguard.engine.shedding import UNDONE, Level
+from rstguard.kernel.readers import BINDING, BUILT_IN, CHOICE
 from tests.daemon.conftest import Crowd, Open
 from tests.daemon.flood import syn_flood
 from tests.guard import BOTH_FAMILIES, Guard, network_of, segments, source
@@ -33,9 +34,11 @@ def overloads(guard: Guard) -> list[str]:
 
 
 @BOTH_FAMILIES
+@pytest.mark.parametrize("reader", [BUILT_IN, BINDING])
 def test_a_backlog_is_worked_off_and_its_sender_shunned(
-    lab: Lab, tmp_path: Path, serve: Open, v6: bool
+    lab: Lab, tmp_path: Path, serve: Open, v6: bool, reader: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv(CHOICE, reader)
     service, attacker = serve(PORT, v6), source(v6)
     with Guard(lab, POLICY, tmp_path / "run", workers=1) as guard:
         link = service.connect(source(v6))

@@ -35,7 +35,7 @@ def segment(source: int, flags: int = SYN, state: int = 0) -> Packet:
 def test_a_heavy_hitters_count_is_never_too_high_and_at_most_its_share_too_low(
     keys: list[int], size: int
 ) -> None:
-    heavy, exact = HeavyHitters(size), Counter[int]()
+    heavy, exact = HeavyHitters(size, 10**9), Counter[int]()
     for key in keys:
         exact[key] += 1
         assert heavy.add(key) <= exact[key]
@@ -129,8 +129,8 @@ def test_what_belongs_to_a_connection_is_judged_at_every_level() -> None:
     for level in Level:
         engine = Engine(RULES)
         verdicts = [
-            engine.decide_under_load(
-                segment(OFFENDER, ACK, KNOWN | PROVEN)._replace(source_port=port), SECOND, level
+            engine.at(level)(
+                segment(OFFENDER, ACK, KNOWN | PROVEN)._replace(source_port=port), SECOND
             )
             for port in (1, 2)
         ]
@@ -141,10 +141,10 @@ def test_what_belongs_to_a_connection_is_judged_at_every_level() -> None:
 def test_strays_go_first() -> None:
     engine = overloaded()
     for _ in range(5):
-        decision = engine.decide_under_load(segment(OFFENDER, ACK, STRAY), SECOND, Level.STRAYS)
+        decision = engine.at(Level.STRAYS)(segment(OFFENDER, ACK, STRAY), SECOND)
         assert decision is PASS
     assert engine.left_undone == 5
-    assert engine.decide_under_load(segment(OFFENDER), SECOND, Level.STRAYS).rule == "syn_rate-rule"
+    assert engine.at(Level.STRAYS)(segment(OFFENDER), SECOND).rule == "syn_rate-rule"
 
 
 @pytest.mark.parametrize(("fail_open", "verdict"), [(True, Verdict.ACCEPT), (False, Verdict.DROP)])
@@ -152,13 +152,12 @@ def test_then_newcomers_then_all_unproven_syns(fail_open: bool, verdict: Verdict
     engine = overloaded(replace(RULES, fail_open=fail_open))
     new, known = segment(OFFENDER + 1), segment(OFFENDER)
     proven = segment(OFFENDER, SYN, PROVEN)
-    decide = engine.decide_under_load
-    assert decide(new, SECOND, Level.STRAYS) is PASS
-    assert decide(segment(OFFENDER + 2), SECOND, Level.NEWCOMERS).verdict is verdict
-    assert decide(known, SECOND, Level.NEWCOMERS).rule == "syn_rate-rule"
-    assert decide(known, SECOND, Level.SYNS).verdict is verdict
-    assert decide(known, SECOND, Level.SYNS).rule == ""
-    assert decide(proven, SECOND, Level.SYNS).rule == "syn_rate-rule"
+    assert engine.at(Level.STRAYS)(new, SECOND) is PASS
+    assert engine.at(Level.NEWCOMERS)(segment(OFFENDER + 2), SECOND).verdict is verdict
+    assert engine.at(Level.NEWCOMERS)(known, SECOND).rule == "syn_rate-rule"
+    assert engine.at(Level.SYNS)(known, SECOND).verdict is verdict
+    assert engine.at(Level.SYNS)(known, SECOND).rule == ""
+    assert engine.at(Level.SYNS)(proven, SECOND).rule == "syn_rate-rule"
     assert engine.left_undone == 3
 
 
@@ -166,7 +165,7 @@ def test_the_limit_of_a_service_holds_at_every_level() -> None:
     limit = replace(rule(Measure.SYN_RATE, limit=10, action=Action.DROP), per=Per.SERVICE)
     engine = Engine(ruleset(limit))
     verdicts = Counter(
-        engine.decide_under_load(segment(number << 8), SECOND, level).verdict
+        engine.at(level)(segment(number << 8), SECOND).verdict
         for level in (Level.NEWCOMERS, Level.SYNS, Level.THINNED)
         for number in range(100)
     )
@@ -177,9 +176,9 @@ def test_a_source_that_holds_the_worker_up_is_shunned_and_never_banned() -> None
     engine = Engine(RULES)
     effects: list[Ban | Shun | Condemn] = []
     for number in range(2000):
-        engine.decide_under_load(segment(number << 8), SECOND, Level.SYNS)
+        engine.at(Level.SYNS)(segment(number << 8), SECOND)
         for _ in range(2):
-            decision = engine.decide_under_load(segment(OFFENDER), SECOND, Level.SYNS)
+            decision = engine.at(Level.SYNS)(segment(OFFENDER), SECOND)
             effects += decision.effects
     assert [type(effect) for effect in effects] == [Shun]
     assert (effects[0].rule, effects[0].reason) == (OVERLOAD, Reason.OVERLOAD)
@@ -190,12 +189,12 @@ def test_a_source_that_holds_the_worker_up_is_shunned_and_never_banned() -> None
 def test_sources_that_send_the_like_of_each_other_are_not_shunned() -> None:
     engine = Engine(RULES)
     for number in range(20_000):
-        decision = engine.decide_under_load(segment(number % 100 << 8), SECOND, Level.SYNS)
+        decision = engine.at(Level.SYNS)(segment(number % 100 << 8), SECOND)
         assert not decision.effects
 
 
 def test_a_proven_source_is_not_watched() -> None:
     engine = Engine(ruleset(rule(Measure.SYN_RATE, limit=1_000_000)))
     for _ in range(5000):
-        decision = engine.decide_under_load(segment(OFFENDER, SYN, PROVEN), SECOND, Level.SYNS)
+        decision = engine.at(Level.SYNS)(segment(OFFENDER, SYN, PROVEN), SECOND)
         assert decision is PASS

@@ -204,6 +204,23 @@ def test_a_module_that_is_not_installed(
     assert "reboot first" in upgraded.load_module("no_such_module")
 
 
+def test_the_packet_reader_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {}
+    for choice in ("", "netfilterqueue", "fast"):
+        monkeypatch.setenv("RSTGUARD_READER", choice)
+        check = by_name(preflight.checks(0))["packet reader"]
+        said[choice] = (check.outcome, check.sentence)
+    assert said[""] == (Outcome.OK, "packets are read by rstguard's own extension")
+    assert said["netfilterqueue"][0] is Outcome.OK
+    assert said["fast"][0] is Outcome.MISSING
+    monkeypatch.delenv("RSTGUARD_READER")
+    monkeypatch.setitem(sys.modules, "rstguard.kernel._queue", None)  # as if it was not built
+    check = by_name(preflight.checks(0))["packet reader"]
+    assert check.outcome is Outcome.WARNING
+    assert "was not built" in check.sentence
+    assert "install rstguard again" in check.mend
+
+
 def test_every_lack_has_a_mend() -> None:
     found = preflight.checks(0)
     assert all(check.mend for check in found if check.outcome is Outcome.MISSING)

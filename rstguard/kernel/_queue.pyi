@@ -1,0 +1,9 @@
+from rstguard.engine.wire import Packet
+
+MOST: int
+
+class Reader:
+    def __new__(cls, descriptor: int, packet_type: type[Packet], states: bytes, /) -> Reader: ...
+    def receive(self, most: int, scales: bool, /) -> list[tuple[int, int, Packet | bytes]]: ...
+
+def parse(packet_type: type[Packet], data: bytes, state: int, scales: bool, /) -> Packet | None: ...
