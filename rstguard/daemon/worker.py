@@ -2,7 +2,7 @@
 
 Packets come in batches, of one if no more wait.  Each is parsed and judged, then all get their
 verdicts with one system call, exactly one whatever happens.  What decisions ask for besides (a ban,
-a report) is carried out right after the verdicts of a batch, all at once.
+a report) is carried out right after, the first of a batch at once, the others together.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import select
 import time
 from collections import Counter
+from collections.abc import Iterator
 
 from rstguard.daemon.channel import Channel
 from rstguard.daemon.child import run_child, take_priority
@@ -35,7 +36,7 @@ from rstguard.engine.engine import Engine
 from rstguard.engine.flow import Tuple
 from rstguard.engine.ruleset import SECOND, Measure, RuleSet
 from rstguard.engine.segment import cookie_rst
-from rstguard.engine.shedding import Shedding
+from rstguard.engine.shedding import Level, Shedding
 from rstguard.engine.verdict import PASS, Ban, Condemn, Decision, Reason, Shun, Verdict
 from rstguard.engine.wire import KNOWN, SYN, Malformed, Packet, parse
 from rstguard.kernel import KernelError
@@ -104,12 +105,14 @@ class Worker:
         gc.disable()
         take_priority(_PRIORITY)
         self._channel.send(Ready(0, self._queue.reader))
+        channel = self._channel.fileno()
         while self._running:
-            if not poll.poll(500):
+            ready = dict(poll.poll(500))
+            if not ready:
                 gc.collect(1)
             self._look_at_queue(emptied=self._work_off())
             self._report()
-            for message in self._channel.receive():
+            for message in self._channel.receive() if channel in ready else ():
                 self._obey(message)
         self._queue.close()
 
@@ -117,9 +120,14 @@ class Worker:
         """Judge what waits, with a look at messages now and then; tell whether nothing is left."""
         for _ in range(_BATCHES_IN_A_ROW):
             batch = self._queue.receive(MOST, self._want_scale)
-            self._judge(batch)
+            packets = iter(batch)
+            self._judge(packets, until_objection=True)
             if self._pending:
+                # The first is carried out at once, those behind it together.
                 self._perform()
+                self._judge(packets, until_objection=False)
+                self._perform()
+            self._packets += len(batch)
             if len(batch) < MOST:
                 return True
         return False
@@ -127,6 +135,8 @@ class Worker:
     def _look_at_queue(self, emptied: bool) -> None:
         """Leave more undone as the queue fills, and less as it empties."""
         before, waiting = self._shedding.level, 0
+        if emptied and before is Level.NOTHING:
+            return
         if not emptied:
             state = states()[self._queue.number]
             waiting, self._lost = state.waiting, state.dropped_full + state.dropped_reader
@@ -135,12 +145,15 @@ class Worker:
             self._decide = self._engine.at(level)
             self._channel.send(Overloaded(os.getpid(), level))
 
-    def _judge(self, batch: list[Queued]) -> None:
-        """Judge packets and give their verdicts.  This runs for every diverted packet."""
+    def _judge(self, packets: Iterator[Queued], until_objection: bool) -> None:
+        """Judge packets and give their verdicts.  This runs for every diverted packet.
+
+        With `until_objection`, those behind the first that asks for more than a verdict are left.
+        """
         decide, now = self._decide, time.monotonic_ns()  # they all were there by now
         verdicts: list[NumberedVerdict] = []
         passing = 0
-        for number, mark, data in batch:
+        for number, mark, data in packets:
             try:
                 packet = self._parse(data, mark) if isinstance(data, bytes) else data
                 decision = decide(packet, now)
@@ -155,13 +168,14 @@ class Worker:
             verdicts.append((number, *self._verdict(mark & _OTHER_BITS, decision, packet)))
             if decision.rule:
                 self._note(packet, decision)
+                if self._pending and until_objection:
+                    break
             elif decision.reason is Reason.UNREADABLE:
                 self._counts["unreadable"] += 1
         if passing:
             verdicts.append((passing, True, None))
         if verdicts:
             self._queue.give(verdicts)
-            self._packets += len(batch)
 
     def _parse(self, data: bytes, mark: int) -> Packet | Malformed:
         return parse(data, STATES[mark >> BASE & 127], self._want_scale)
