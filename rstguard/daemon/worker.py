@@ -2,7 +2,7 @@
 
 Packets come in batches, of one if no more wait.  Each is parsed and judged, then all get their
 verdicts with one system call, exactly one whatever happens.  What decisions ask for besides (a ban,
-a report) is carried out right after the verdicts of a batch, all at once.
+a report) is carried out right after, the first of a batch at once, the others together.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Iterator
 
 from rstguard.daemon.channel import Channel
 from rstguard.daemon.child import run_child, take_priority
+from rstguard.daemon.looking import Looking
 from rstguard.daemon.measuring import Measuring
 from rstguard.daemon.messages import (
     Blocked,
@@ -25,7 +26,6 @@ from rstguard.daemon.messages import (
     Explained,
     Learn,
     Nearest,
-    NearestAre,
     NewPolicy,
     Observed,
     Offences,
@@ -39,7 +39,6 @@ from rstguard.daemon.messages import (
 )
 from rstguard.engine.engine import Engine
 from rstguard.engine.flow import Tuple
-from rstguard.engine.nearest import Near, merged
 from rstguard.engine.ruleset import NEEDS, SECOND, Measure, RuleSet
 from rstguard.engine.segment import cookie_rst
 from rstguard.engine.shedding import Level, Shedding
@@ -93,9 +92,7 @@ class Worker:
         self._counts: Counter[str] = Counter()
         self._told: dict[str, int] = {}
         self._report_at = 0
-        self._looking: Iterator[list[Near]] | None = None
-        self._found: list[Near] = []
-        self._asked: list[Nearest] = []
+        self._looking = Looking()
         self._running = True
         self._queue = Queue(start.queue, start.ruleset.fail_open)
 
@@ -117,37 +114,32 @@ class Worker:
         gc.disable()
         take_priority(_PRIORITY)
         self._channel.send(Ready(0, self._queue.reader))
+        channel = self._channel.fileno()
         while self._running:
-            wait = 0 if self._looking is not None else 1 if self._measuring.telling else 500
-            if not poll.poll(wait) and self._looking is None:
+            wait = 0 if self._looking.active else 1 if self._measuring.telling else 500
+            ready = dict(poll.poll(wait))
+            if not ready and wait == 500:
                 gc.collect(1)
             self._look_at_queue(emptied=self._work_off())
             self._report()
             self._measuring.step(self._channel)
-            for message in self._channel.receive():
+            self._looking.step(self._channel)
+            for message in self._channel.receive() if channel in ready else ():
                 self._obey(message)
-            if self._looking is not None:
-                self._look_on(self._looking)
         self._queue.close()
-
-    def _look_on(self, looking: Iterator[list[Near]]) -> None:
-        """Go one step on in looking for who is nearest; packets are judged in between."""
-        try:
-            self._found += next(looking)
-        except StopIteration:
-            most = max(asked.most for asked in self._asked)
-            nearest = merged(self._found, most)
-            for asked in self._asked:
-                self._channel.send(NearestAre(asked.number, nearest))
-            self._looking, self._found, self._asked = None, [], []
 
     def _work_off(self) -> bool:
         """Judge what waits, with a look at messages now and then; tell whether nothing is left."""
         for _ in range(_BATCHES_IN_A_ROW):
             batch = self._queue.receive(MOST, self._want_scale)
-            self._judge(batch)
+            packets = iter(batch)
+            self._judge(packets, until_objection=True)
             if self._pending:
+                # The first is carried out at once, those behind it together.
                 self._perform()
+                self._judge(packets, until_objection=False)
+                self._perform()
+            self._packets += len(batch)
             if len(batch) < MOST:
                 return True
         return False
@@ -155,6 +147,8 @@ class Worker:
     def _look_at_queue(self, emptied: bool) -> None:
         """Leave more undone as the queue fills, and less as it empties."""
         before, waiting = self._shedding.level, 0
+        if emptied and before is Level.NOTHING:
+            return
         if not emptied:
             state = states()[self._queue.number]
             waiting, self._lost = state.waiting, state.dropped_full + state.dropped_reader
@@ -180,12 +174,15 @@ class Worker:
         except KernelError as error:
             log.error("%s", error)
 
-    def _judge(self, batch: list[Queued]) -> None:
-        """Judge packets and give their verdicts.  This runs for every diverted packet."""
+    def _judge(self, packets: Iterator[Queued], until_objection: bool) -> None:
+        """Judge packets and give their verdicts.  This runs for every diverted packet.
+
+        With `until_objection`, those behind the first that asks for more than a verdict are left.
+        """
         decide, now = self._decide, time.monotonic_ns()  # they all were there by now
         verdicts: list[NumberedVerdict] = []
         passing = 0
-        for number, mark, data in batch:
+        for number, mark, data in packets:
             try:
                 packet = self._parse(data, mark) if isinstance(data, bytes) else data
                 decision = decide(packet, now)
@@ -200,13 +197,14 @@ class Worker:
             verdicts.append((number, *self._verdict(mark & _OTHER_BITS, decision, packet)))
             if decision.rule:
                 self._note(packet, decision)
+                if self._pending and until_objection:
+                    break
             elif decision.reason is Reason.UNREADABLE:
                 self._counts["unreadable"] += 1
         if passing:
             verdicts.append((passing, True, None))
         if verdicts:
             self._queue.give(verdicts)
-            self._packets += len(batch)
 
     def _parse(self, data: bytes, mark: int) -> Packet | Malformed:
         return parse(data, STATES[mark >> BASE & 127], self._want_scale)
@@ -297,9 +295,8 @@ class Worker:
             used = self._engine.explain(message.source, time.monotonic_ns())
             self._channel.send(Explained(message.number, used))
         elif isinstance(message, Nearest):
-            self._asked.append(message)
-            if self._looking is None:
-                self._looking = self._engine.nearest(message.most, time.monotonic_ns())
+            if self._looking.ask(message):
+                self._looking.begin(self._engine.nearest(message.most, time.monotonic_ns()))
         elif isinstance(message, Productive):
             self._engine.note_productive(message.percents)
         elif isinstance(message, Offences):

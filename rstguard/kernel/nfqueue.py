@@ -92,9 +92,12 @@ class Queue:
         Each is for all packets up to its number that have none yet, so it need not be told for
         each of several in a row that fare alike (nfqnl_recv_verdict_batch in nfnetlink_queue.c).
         """
-        following = (*verdicts[1:], (0, None, None))
-        ends = (v for v, after in zip(verdicts, following, strict=True) if v[1:] != after[1:])
-        self._socket.sendto(b"".join(map(self._message, ends)), (0, 0))
+        if len(verdicts) > 1:
+            following = (*verdicts[1:], (0, None, None))
+            ends = [v for v, after in zip(verdicts, following, strict=True) if v[1:] != after[1:]]
+            self._socket.sendto(b"".join(map(self._message, ends)), (0, 0))
+        else:
+            self._socket.sendto(self._message(verdicts[0]), (0, 0))
 
     def _message(self, verdict: Verdict) -> bytes:
         number, passes, mark = verdict

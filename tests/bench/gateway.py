@@ -8,7 +8,6 @@ It is the tests' network, with a client network and a server address that the po
 from __future__ import annotations
 
 import itertools
-import os
 import re
 import signal
 import socket
@@ -212,9 +211,12 @@ def end(program: subprocess.Popen[str]) -> None:
 
 
 def cpu_seconds(pid: int) -> float:
-    """Return the processor time a process has used (proc(5), /proc/pid/stat)."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    """Return the processor time that a process's threads have used (/proc/pid/task/*/schedstat).
+
+    To the nanosecond: /proc/pid/stat counts in hundredths of a second.
+    """
+    threads = Path(f"/proc/{pid}/task").glob("*/schedstat")
+    return sum(int(thread.read_text().split()[0]) for thread in threads) / 1e9
 
 
 def memory_mb(pid: int, field: str = "VmHWM") -> float:

@@ -18,7 +18,7 @@ from rstguard.daemon.channel import Channel, pair
 from rstguard.daemon.messages import Start
 from rstguard.daemon.worker import Worker
 from rstguard.engine.ruleset import RuleSet
-from rstguard.engine.verdict import PASS, Decision
+from rstguard.engine.verdict import PASS, PASS_AND_TRUST, Decision, Reason, Verdict
 from rstguard.engine.wire import ACK, Malformed, Packet, parse
 from rstguard.kernel import KernelError
 from rstguard.kernel.nfqueue import LENGTH, MOST, Queue, Queued, states
@@ -31,6 +31,7 @@ NUMBER, PORT, OTHER = 7, 8001, 8002
 MARK = 5 << 24
 HOME = "127.0.0.1"
 SO_SNDBUFFORCE = 32
+DROPPED = Decision(Verdict.DROP, Reason.SYN_RATE)
 
 
 def run(*command: str) -> str:
@@ -226,21 +227,25 @@ def test_a_reader_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_cannot_be_judged_fares_as_on_failure_says(
     diverted: None, arrivals: socket.socket, fail_open: bool, enforce: bool
 ) -> None:
-    """An engine that fails in the middle of a batch costs no other packet its verdict."""
+    """An engine that fails in the middle of a batch costs no other packet its own verdict."""
     rules: RuleSet = replace(ruleset(), fail_open=fail_open, enforce=enforce)
     ours, _theirs = pair()
     worker = Worker(Channel(ours), Start(rules, NUMBER))
 
     def decide(packet: Packet | Malformed, now: int) -> Decision:
-        if isinstance(packet, Packet) and packet.source_port % 5 == 0:
+        assert isinstance(packet, Packet)
+        if packet.source_port % 5 == 0:
             raise RuntimeError("as if the engine had a bug")
-        return PASS
+        return (PASS, PASS_AND_TRUST, DROPPED)[packet.source_port % 3]
 
     worker._decide = decide
     send(*range(1, 101))
     assert worker._work_off()
-    expected = [port for port in range(1, 101) if fail_open or port % 5]
-    assert arrived(arrivals) == expected
+    assert arrived(arrivals) == [
+        port
+        for port in range(1, 101)
+        if (fail_open if port % 5 == 0 else port % 3 != 2 or not enforce)
+    ]
     assert worker._counts == Counter(failed=20)
     assert states()[NUMBER].waiting == 0
     worker._queue.close()

@@ -33,6 +33,10 @@ STEMS = [
     ipv6(tcp(), length=0),
     ipv6(extension(6) + tcp(), following=0),
     ipv6(fragment_header(6) + tcp(), following=44),
+    ipv4(tcp(), total=39),
+    ipv6(tcp(), length=19),
+    *(ipv4(tcp(offset=words)) for words in (4, 6, 15)),
+    *(ipv6(tcp(offset=words)) for words in (4, 6, 15)),
 ]
 first_bytes = st.sampled_from([b"\x45", b"\x46", b"\x60", b"\x6f", b""])
 
@@ -45,6 +49,13 @@ def same(data: bytes, state: int = 0, scales: bool = False) -> bool:
     assert type(found) is Packet
     assert found == parse(data, state, scales)
     return True
+
+
+@pytest.mark.parametrize("scales", [False, True])
+def test_packets_cut_off_anywhere(scales: bool) -> None:
+    for data in STEMS:
+        for end in range(len(data) + 1):
+            same(data[:end], 5, scales)
 
 
 @given(first_bytes, st.binary(max_size=120), st.integers(0, 31), st.booleans())
@@ -150,6 +161,20 @@ def test_a_batch_comes_in_order(wire: Wire) -> None:
     assert [(number, mark) for number, mark, _ in found] == [(n, MARK) for n in range(5)]
     assert found[0][2] == odd
     assert found[1][2] == parse(usual, STATES[MARK >> 24])
+
+
+@given(st.lists(st.tuples(st.ip_addresses(v=4), ports, ports), max_size=MOST))
+def test_what_a_packet_shares_with_the_one_before_is_no_older(
+    wire: Wire, packets: list[tuple[object, int, int]]
+) -> None:
+    bodies = [
+        ipv4(tcp(destination_port=port, window=window), destination=str(destination))
+        for destination, port, window in packets
+    ]
+    found = wire.read(*map(packet_message, bodies))
+    assert [packet for _, _, packet in found] == [
+        parse(body, STATES[MARK >> 24]) for body in bodies
+    ]
 
 
 def test_no_mark_is_mark_0_and_nothing_there_is_no_packet(wire: Wire) -> None:
