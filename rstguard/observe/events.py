@@ -36,7 +36,7 @@ KINDS = MappingProxyType(
         "cookies_on": "a service is over its SYN budget: the kernel answers with SYN cookies",
         "cookies_off": "a service has been within its SYN budget for some seconds",
         "learned": "a service offers something new in its SYN-ACKs",
-        "mended": "rules or sets that another program had removed were put back",
+        "mended": "rules or sets that another program had removed, or passed over, were put back",
         "contested": "another program removes them again and again",
         "runaway": "the policy banned too many in a minute, and only observes now",
         "panic": "all traffic passes on an administrator's word, or no longer",

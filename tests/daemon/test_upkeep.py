@@ -212,6 +212,40 @@ def test_what_another_tool_removed_comes_back(guard: Guard, lab: Lab, commands: 
 
 
 @pytest.mark.netns
+def test_rules_that_pass_it_over_are_overtaken(guard: Guard, lab: Lab) -> None:
+    """What comes first and accepts, as Docker does, keeps packets from the guard."""
+    accept = "-m conntrack --ctstate ESTABLISHED -j ACCEPT"
+    for rule in (
+        "-t raw -I PREROUTING -i out -j ACCEPT",
+        f"-t filter -I FORWARD {accept}",
+        "-t mangle -A PREROUTING -j MARK --set-mark 0x1/0x1",
+    ):
+        lab.run("gateway", "iptables", "-w", *rule.split())
+    assert "which is to come first" in str(guard.status()["missing"])
+    wait_until(lambda: guard.events("mended", "mended") > 0, 6)
+    wait_until(guard.filtering)
+    rules = {
+        (table, chain): lab.run("gateway", "iptables", "-w", "-t", table, "-S", chain).splitlines()
+        for table, chain in (("raw", "PREROUTING"), ("filter", "FORWARD"), ("mangle", "PREROUTING"))
+    }
+    assert rules["raw", "PREROUTING"][1].endswith("-j rstguard-raw")
+    assert rules["filter", "FORWARD"][1].endswith("-j rstguard-condemned")
+    assert rules["mangle", "PREROUTING"][-1].endswith("-j rstguard-in")
+    assert f"-A FORWARD {accept}" in rules["filter", "FORWARD"]  # others' rules are left
+    banned = source(False)
+    guard.cli("ban", "add", banned)
+    with services(service := Service(lab, 8080)), pytest.raises(TimeoutError):
+        service.connect(banned, timeout=0.4)
+
+
+@pytest.mark.netns
+def test_rules_that_only_look_on_may_come_first(guard: Guard, lab: Lab) -> None:
+    for rule in ("-t raw -I PREROUTING -j LOG", "-t filter -I FORWARD -p tcp"):
+        lab.run("gateway", "iptables", "-w", *rule.split())
+    assert guard.status()["missing"] == []
+
+
+@pytest.mark.netns
 def test_it_does_not_fight(guard: Guard, lab: Lab) -> None:
     def flush() -> bool:
         lab.run("gateway", "iptables", "-w", "-t", "mangle", "-F")
