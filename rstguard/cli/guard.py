@@ -52,6 +52,8 @@ HttpAnywhere = Annotated[
     bool, typer.Option("--http-anywhere", help="Let --http be other than loopback.")
 ]
 
+_MOST_MISSING = 8
+
 
 def run(
     policy: Annotated[Path, typer.Option("--policy", help="Policy file (YAML).")],
@@ -154,8 +156,11 @@ def _show_status(data: dict[str, Any]) -> None:
         typer.echo(f"  RUNAWAY: {data['runaway']}")
     if data["not_remembered"]:
         typer.echo(f"  {data['not_remembered']}")
-    for lack in data["missing"]:
+    missing = [] if data["panic"] else data["missing"]
+    for lack in missing[:_MOST_MISSING]:
         typer.echo(f"  missing: {lack}")
+    if len(missing) > _MOST_MISSING:
+        typer.echo(f"  missing: {len(missing) - _MOST_MISSING} more")
     for worker in data["workers"]:
         typer.echo(
             f"  worker {worker['pid']}: {worker['packets']} packets, {worker['waiting']} waiting, "
@@ -231,6 +236,7 @@ def panic(
         bool, typer.Option("--end", help="Put the guard to work again, within seconds.")
     ] = False,
     runtime_dir: RuntimeDir = DEFAULT_DIR,
+    as_json: Json = False,
 ) -> None:
     """Let all traffic pass at once: takes the guard's rules away, whatever state it is in.
 
@@ -243,15 +249,41 @@ def panic(
     with errors_in_one_sentence():
         if os.geteuid() != 0:
             raise KernelError("this needs root; use sudo")
-        file = _make(runtime_dir) / PANIC_NAME
+        file = runtime_dir / PANIC_NAME
         if end:
             there = file.exists()
             file.unlink(missing_ok=True)
-            typer.echo("the guard takes up its work" if there else "there was no panic")
+            _say(there, "the guard takes up its work" if there else "there was no panic", as_json)
             return
+        problem = _note(file)
+        Footprint(runtime_dir, range(1)).withdraw()  # first of all, whatever the file system says
+        if problem:
+            raise KernelError(f"all traffic passes now, but {problem}")
+    said = "all traffic passes; `rstguard panic --end` puts the guard to work again"
+    _say(True, said, as_json)
+
+
+def _note(file: Path) -> str:
+    """Make the file that a running guard looks for, or return why it will not see it."""
+    from rstguard.daemon.claims import is_claimed
+    from rstguard.daemon.control import listens
+
+    back = "the guard that runs here puts its rules back within seconds: "
+    try:
+        _make(file.parent)
         file.touch()
-        Footprint(runtime_dir, range(1)).withdraw()
-    typer.echo("all traffic passes; `rstguard panic --end` puts the guard to work again")
+    except (KernelError, OSError) as error:
+        return f"{back}stop it, as {file} cannot be made ({getattr(error, 'strerror', error)})"
+    if not listens(file.parent) and is_claimed():
+        return f"{back}it has another runtime directory, name that with --runtime-dir"
+    return ""
+
+
+def _say(done: bool, sentence: str, as_json: bool) -> None:
+    if as_json:
+        print_json({"changed": done, "said": sentence})
+    else:
+        typer.echo(sentence)
 
 
 def cleanup(

@@ -108,6 +108,19 @@ def _line(value: object) -> bytes:
     return json.dumps(value).encode() + b"\n"
 
 
+def listens(directory: Path) -> bool:
+    """Tell whether a guard has its socket in a directory, also one that does not answer."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        client.settimeout(1)
+        try:
+            client.connect(str(directory / SOCKET_NAME))
+        except BlockingIOError:  # it is there, and many wait for it
+            return True
+        except OSError:
+            return False
+    return True
+
+
 def ask(directory: Path, request: Request, timeout: float = 30.0) -> Any:
     """Send one request to the guard of a runtime directory and return the data it answers.
 

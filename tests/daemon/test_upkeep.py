@@ -163,7 +163,8 @@ def test_panic_lets_all_traffic_pass_until_it_ends(guard: Guard, lab: Lab) -> No
         wait_until(lambda: guard.status()["panic"])
         guard.apply(policy("other"))  # does not bring the rules back
         service.connect(banned).talk()
-        assert "PANIC" in guard.cli("status").stdout
+        assert "PANIC" in (shown := guard.cli("status").stdout)
+        assert "missing" not in shown
         assert guard.cli("panic", "--end").returncode == 0
         wait_until(guard.filtering)
         with pytest.raises(TimeoutError):
@@ -181,6 +182,30 @@ def test_panic_works_when_the_guard_hangs(guard: Guard, lab: Lab) -> None:
             service.connect(banned).talk()
     finally:
         os.kill(guard.pid, 18)
+
+
+@pytest.mark.netns
+def test_panic_works_on_a_full_disk_and_says_what_it_cannot(
+    guard: Guard, lab: Lab, tmp_path: Path
+) -> None:
+    """The rules go first; a guard that will put them back is named."""
+    elsewhere = tmp_path / "elsewhere"
+    no_place = tmp_path / "file"
+    no_place.write_text("")
+    for directory, sentence in (
+        (no_place / "run", "cannot be made"),
+        (elsewhere, "it has another runtime directory"),
+    ):
+        wait_until(guard.filtering)
+        mended = guard.events("mended", "mended")
+        command = [*guard_words(), "panic", "--runtime-dir", str(directory)]
+        inside = ["ip", "netns", "exec", lab.names["gateway"], *command]
+        done = subprocess.run(inside, capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        wait_until(lambda before=mended: guard.events("mended", "mended") > before)  # type: ignore[misc]
+        assert "all traffic passes now, but" in done.stderr
+        assert sentence in done.stderr
+        assert done.stderr.count("\n") == 1
 
 
 # Reconciliation
