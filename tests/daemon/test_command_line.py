@@ -93,10 +93,13 @@ def test_bans(lab: Lab, guard: Guard, serve: Open) -> None:
     assert guard.cli("ban", "list").stdout == "nobody is banned or shunned\n"
     link = service.connect(address)
     done = guard.cli("ban", "add", address, "--for", "2h")
-    assert (done.returncode, done.stdout) == (0, f"{address} is banned for 7200 s\n")
+    assert (done.returncode, done.stdout) == (
+        0,
+        f"{address} is banned for 7200 s; its connections are reset\n",
+    )
     link.wait_reset()
     done = guard.cli("ban", "add", "2001:dba::/48")
-    assert done.stdout == "2001:dba::/48 is banned for 600 s\n"
+    assert done.stdout == "2001:dba::/48 is banned for 600 s; its connections are reset\n"
     listed = {row["source"]: row for row in guard.json("ban", "list")}
     assert set(listed) == {address, "2001:dba::/48"}
     assert listed[address]["kind"] == "ban"

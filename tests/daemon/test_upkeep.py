@@ -80,7 +80,8 @@ def test_own_addresses_and_next_hops_are_found_and_told(guard: Guard) -> None:
 def test_a_lifeline_is_neither_banned_nor_reset_and_others_are(guard: Guard, lab: Lab) -> None:
     with services(service := Service(lab, 8080)):
         links = [service.connect(ROUTER4) for _ in range(6)]
-        guard.cli("ban", "add", f"{ROUTER4.rpartition('.')[0]}.0/24")
+        done = guard.cli("ban", "add", f"{ROUTER4.rpartition('.')[0]}.0/24")
+        assert f"but {ROUTER4} is a next hop, which is never banned" in done.stdout
         for link in links:
             link.talk()
         service.connect(ROUTER4).talk()
