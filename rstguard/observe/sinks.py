@@ -41,10 +41,12 @@ class JsonLines:
         """Raises OSError if the file cannot be opened."""
         self._path = path
         self._failed = False
+        self._torn = False
         self._file = self._open()
 
     def _open(self) -> int:
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        # A pipe that nobody reads must not hold up the guard.
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
         return os.open(self._path, flags, 0o640)
 
     def write(self, record: Record, text: str) -> None:
@@ -52,7 +54,10 @@ class JsonLines:
         line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
         try:
             self._follow()
-            os.write(self._file, line)
+            if self._torn:
+                line = b"\n" + line
+            written = os.write(self._file, line)
+            self._torn = written < len(line)
             self._failed = False
         except OSError as error:
             if not self._failed:
