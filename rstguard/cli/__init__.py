@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import sys
 from typing import Annotated
 
 import typer
@@ -18,6 +21,7 @@ EPILOG = (
     "Exit status: 0 done, 1 failed or not filtering, 2 wrong use, 3 no guard running, "
     "4 the policy has errors."
 )
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF)
 
 app = typer.Typer(
     name="rstguard",
@@ -97,4 +101,12 @@ def main() -> None:
     """Run the command line."""
     # `su` and cron leave out where iptables and ipset live.
     os.environ["PATH"] = f"{os.environ.get('PATH', os.defpath)}:/usr/local/sbin:/usr/sbin:/sbin"
-    app()
+    try:
+        app()
+    except OSError as error:
+        if not error.filename and error.errno in _UNWRITABLE:
+            with contextlib.suppress(OSError):  # what is left would fail again at exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            typer.echo(f"rstguard: the output cannot be written ({error.strerror})", err=True)
+            sys.exit(FAILED)
+        raise

@@ -186,6 +186,17 @@ def test_what_needs_no_guard(tmp_path: Path) -> None:
     assert run("--help").returncode == 0
 
 
+@pytest.mark.parametrize("words", [("reasons",), ("man",), ("lab", "list", "--json")], ids=" ".join)
+def test_output_into_a_full_disk(words: tuple[str, ...]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "rstguard", *words],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=60,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr == "rstguard: the output cannot be written (No space left on device)\n"
+
+
 @pytest.mark.parametrize(
     "words",
     [
