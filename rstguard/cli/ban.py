@@ -120,7 +120,8 @@ def ban_import(
     if not dry_run and not (strict and wrong):
         for start in range(0, len(bans), MOST_AT_ONCE):
             some = [(str(b.source), b.seconds or default) for b in bans[start:][:MOST_AT_ONCE]]
-            done = ask_guard(runtime_dir, "ban-import", bans=some)
+            so_far = f"{banned} of {len(bans)} were banned before this" if banned else ""
+            done = ask_guard(runtime_dir, "ban-import", failed=so_far, bans=some)
             banned += done["banned"]
             refused += done["refused"]
             if len(bans) > MOST_AT_ONCE and sys.stderr.isatty():

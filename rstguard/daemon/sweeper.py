@@ -178,6 +178,7 @@ class Sweeper:
         now = time.monotonic_ns()
         banned: list[Blocked] = []
         reset: list[Reset] = []
+        recheck = False  # once for all: an import of a long list asks again and again
         for message in messages:
             if isinstance(message, Blocked):
                 self._half_open_of[message.source] = message
@@ -193,12 +194,14 @@ class Sweeper:
                 self._sweep_at = min(self._sweep_at, now + message.ruleset.sweep_every)
                 self._send(Ready(message.generation))
             elif isinstance(message, Recheck):
-                self._end_connections_of_banned()
+                recheck = True
             elif isinstance(message, Offences):
                 self._sweep.restore(message.offences, now)
             elif isinstance(message, Stop):
                 self._running = False
         try:
+            if recheck:
+                self._end_connections_of_banned()
             self._condemn_sources(banned, now)
             self._condemn_known(reset, now)
         except KernelError as error:
