@@ -15,7 +15,7 @@ import os
 import pwd
 import socket
 import struct
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ GROUP = "rstguard"
 _LARGEST = 8 << 20  # a policy of 1 MiB, as JSON
 _IDLE_SECONDS = 60
 _BACKLOG = 1024
+_MOST_CONNECTED = 64
 _CREDENTIALS = struct.Struct("iII")
 
 Request = dict[str, Any]
@@ -45,10 +46,18 @@ async def serve(directory: Path, answer: Answer) -> asyncio.Server:
     path = directory / SOCKET_NAME
     path.unlink(missing_ok=True)
 
+    crowd = _Crowd()
+
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError, asyncio.TimeoutError):
-            await _talk(reader, writer, answer)
-        writer.close()
+        crowd.enter(writer)
+        try:
+            with contextlib.suppress(ConnectionError):
+                await _talk(reader, writer, answer, crowd)
+            writer.close()
+        except TimeoutError:
+            writer.transport.abort()  # else it would go on waiting for its reader
+        finally:
+            crowd.leave(writer)
 
     old = os.umask(0o177)
     try:
@@ -61,7 +70,36 @@ async def serve(directory: Path, answer: Answer) -> asyncio.Server:
     return server
 
 
-async def _talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, answer: Answer) -> None:
+class _Crowd:
+    """Who is connected: not more than `_MOST_CONNECTED`, each of whom may hold a long request."""
+
+    def __init__(self) -> None:
+        self._silent: dict[asyncio.StreamWriter, None] = {}
+        """Those who wait for no answer, the longest silent first."""
+
+    def enter(self, writer: asyncio.StreamWriter) -> None:
+        """Let somebody in; whoever has been silent longest goes if there are too many."""
+        self._silent[writer] = None
+        if len(self._silent) > _MOST_CONNECTED:
+            longest = next(iter(self._silent))
+            del self._silent[longest]
+            longest.transport.abort()
+
+    def leave(self, writer: asyncio.StreamWriter) -> None:
+        """Forget somebody."""
+        self._silent.pop(writer, None)
+
+    @contextlib.contextmanager
+    def served(self, writer: asyncio.StreamWriter) -> Iterator[None]:
+        """Count somebody who has asked as not silent until the answer is read."""
+        self.leave(writer)
+        yield
+        self.enter(writer)
+
+
+async def _talk(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, answer: Answer, crowd: _Crowd
+) -> None:
     account = _account(writer)
     while True:
         try:
@@ -72,8 +110,9 @@ async def _talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, answ
             return
         if not line:
             return
-        writer.write(_line(await _answered(line, answer, account)))
-        await writer.drain()
+        with crowd.served(writer):
+            writer.write(_line(await _answered(line, answer, account)))
+            await asyncio.wait_for(writer.drain(), _IDLE_SECONDS)
 
 
 def _account(writer: asyncio.StreamWriter) -> str:
@@ -142,6 +181,12 @@ def ask(directory: Path, request: Request, timeout: float = 30.0) -> Any:
             raise ControlError(
                 f"you may not talk to the guard at {path}; run this as root or join group {GROUP}"
             ) from None
+        except (BlockingIOError, TimeoutError):
+            raise ControlError(
+                f"too many wait for the guard at {path}, or it hangs; try again"
+            ) from None
+        except OSError as error:
+            raise ControlError(f"{path} cannot be used ({error.strerror or error})") from None
         try:
             client.sendall(_line(request))
             with client.makefile("rb") as stream:
