@@ -19,6 +19,8 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from rstguard.kernel import KernelError
+
 log = logging.getLogger(__name__)
 
 SOCKET_NAME = "control.sock"
@@ -42,7 +44,11 @@ class NoDaemon(ControlError):
 
 
 async def serve(directory: Path, answer: Answer) -> asyncio.Server:
-    """Listen in `directory`; the socket is for root, and for the group rstguard if there is one."""
+    """Listen in `directory`; the socket is for root, and for the group rstguard if there is one.
+
+    Raises:
+        KernelError: no socket can be made there.
+    """
     path = directory / SOCKET_NAME
     path.unlink(missing_ok=True)
 
@@ -62,6 +68,11 @@ async def serve(directory: Path, answer: Answer) -> asyncio.Server:
     old = os.umask(0o177)
     try:
         server = await asyncio.start_unix_server(talk, path, limit=_LARGEST, backlog=_BACKLOG)
+    except OSError as error:
+        raise KernelError(
+            f"the control socket {path} cannot be made ({error.strerror or error}); "
+            "name another --runtime-dir"
+        ) from None
     finally:
         os.umask(old)
     with contextlib.suppress(KeyError, PermissionError):

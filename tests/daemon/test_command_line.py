@@ -370,6 +370,13 @@ def test_what_keeps_it_from_starting(tmp_path: Path) -> None:
         missing = Guard(lab, POLICY, tmp_path / "missing", workers=1)
         missing.file.unlink()
         starts_not(missing, 4, "policy.yaml")
+        starts_not(
+            Guard(lab, POLICY, tmp_path / ("long" * 30), workers=1),
+            1,
+            "the control socket",
+            "AF_UNIX path too long",
+        )
+        assert leftovers(lab) == []
         file = tmp_path / "file"
         file.write_text("")
         done = subprocess.run(
