@@ -31,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command(epilog="Example: rstguard run --policy /etc/rstguard/policy.yaml")(guard.run)
-app.command()(guard.status)
+app.command(epilog="Example: rstguard status --json | jq .blocked")(guard.status)
 app.command(
     epilog="Examples: rstguard events -f --kind ban --kind reset; "
     "rstguard events --source 198.51.100.0/24; "
@@ -41,7 +41,7 @@ app.command(epilog="Example: rstguard kill --source 198.51.100.7 --port 443")(gu
 app.command(epilog="Examples: rstguard panic; rstguard panic --end")(guard.panic)
 app.command(epilog="Examples: rstguard top; rstguard top --once")(top.top)
 app.command(epilog="Example: rstguard man | man -l -")(man.man)
-app.command()(guard.cleanup)
+app.command(epilog="Example: sudo rstguard cleanup --keep-bans")(guard.cleanup)
 app.command(epilog="Example: sudo rstguard install --interface eth0")(install.install)
 app.command(epilog="Example: sudo rstguard uninstall --purge")(install.uninstall)
 app.add_typer(policy.app, name="policy")
@@ -49,9 +49,12 @@ app.add_typer(ban.app, name="ban")
 app.add_typer(lab_app, name="lab")
 
 
-@app.command()
+@app.command(epilog="Example: sudo rstguard doctor")
 def doctor(
-    queue: Annotated[int, typer.Option(min=0, max=65535)] = DEFAULT_NUMBER, as_json: Json = False
+    queue: Annotated[
+        int, typer.Option(min=0, max=65535, help="Number of the first NFQUEUE to be used.")
+    ] = DEFAULT_NUMBER,
+    as_json: Json = False,
 ) -> None:
     """Tell what this machine lacks, and the command that mends it."""
     from rstguard.kernel.preflight import Outcome, checks
@@ -72,7 +75,7 @@ def doctor(
         raise typer.Exit(FAILED)
 
 
-@app.command()
+@app.command(epilog="Example: rstguard reasons --json")
 def reasons(as_json: Json = False) -> None:
     """List every reason for which a packet or connection can meet its fate."""
     if as_json:

@@ -24,7 +24,7 @@ _MOST_NAMED = 20
 app = typer.Typer(help="List, add, import and remove banned sources.", no_args_is_help=True)
 
 
-@app.command("list")
+@app.command("list", epilog="Example: rstguard ban list --json")
 def ban_list(runtime_dir: RuntimeDir = DEFAULT_DIR, as_json: Json = False) -> None:
     """List banned and shunned sources, by which rule, and for how long yet."""
     rows = ask_guard(runtime_dir, "ban-list")

@@ -23,7 +23,7 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-app.command()(bench)
+app.command(epilog="Example: sudo rstguard lab bench --show-configs")(bench)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 Seconds = Annotated[
@@ -32,7 +32,7 @@ Seconds = Annotated[
 ]
 
 
-@app.command("list")
+@app.command("list", epilog="Example: rstguard lab list")
 def list_scenarios(as_json: Json = False) -> None:
     """List the scenarios."""
     if as_json:
@@ -47,7 +47,9 @@ def list_scenarios(as_json: Json = False) -> None:
     Console().print(shown)
 
 
-@app.command("run")
+@app.command(
+    "run", epilog="Examples: sudo rstguard lab run all; sudo rstguard lab run syn-flood --json"
+)
 def run_scenarios(
     names: Annotated[list[str], typer.Argument(metavar="SCENARIO...", help="Names, or 'all'.")],
     as_json: Json = False,
@@ -57,7 +59,7 @@ def run_scenarios(
     _run(names, as_json=as_json, seconds=seconds)
 
 
-@app.command()
+@app.command(epilog="Example: sudo rstguard lab demo")
 def demo(as_json: Json = False) -> None:
     """Run a chosen few in under two minutes."""
     _run(list(DEMO), as_json=as_json, seconds=None)
