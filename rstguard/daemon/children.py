@@ -76,6 +76,8 @@ class Child:
             pass_fds=[theirs.fileno()],
             env={**os.environ, CHANNEL_FD: str(theirs.fileno())},
             stdin=subprocess.DEVNULL,
+            # A terminal's Ctrl-C is for the supervisor, also before the child can ignore it.
+            process_group=0,
         )
         theirs.close()
         asyncio.get_running_loop().add_reader(ours.fileno(), self._readable, self._channel)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -398,3 +399,28 @@ def test_ctrl_c_stops_it_like_sigterm(tmp_path: Path) -> None:
         assert guard.wait() == 0
         wait_until(lambda: leftovers(lab) == [])
         assert "Traceback" not in guard.log.read_text()
+
+
+def test_ctrl_c_in_the_midst_of_starting(tmp_path: Path) -> None:
+    with Lab("rgf7") as lab:
+        guard = Guard(lab, POLICY, tmp_path / "run", workers=1)
+        command = guard._command(
+            "run", "--policy", str(guard.file), "--state-dir", str(tmp_path / "state")
+        )
+        with subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, start_new_session=True
+        ) as run:
+            listed = Path(f"/proc/{run.pid}/task/{run.pid}/children")
+
+            def child_begins() -> bool:
+                with contextlib.suppress(OSError):
+                    commands = [Path(f"/proc/{pid}/cmdline") for pid in listed.read_text().split()]
+                    return any(b"rstguard.daemon" in path.read_bytes() for path in commands)
+                return False
+
+            wait_until(child_begins)
+            os.killpg(run.pid, signal.SIGINT)  # as a terminal does
+            assert run.wait(20) == 0
+            assert run.stderr is not None
+            assert "Traceback" not in run.stderr.read()
+        assert leftovers(lab) == []
