@@ -98,10 +98,10 @@ class Journal:
             raise
         self._socket.setblocking(False)
         self.lost = 0
-        """Entries that a busy journal did not take."""
+        """Entries that a busy journal has not taken since it last took one."""
 
     def write(self, record: Record, text: str) -> None:
-        """Send an event; one that the journal does not take at once is lost and counted."""
+        """Send an event; one that the journal does not take at once is lost, counted, and told."""
         warns = record["kind"] in _WARNINGS
         fields = {
             "MESSAGE": text,
@@ -117,6 +117,10 @@ class Journal:
             self._socket.send(b"".join(_field(key, str(value)) for key, value in fields.items()))
         except OSError:
             self.lost += 1
+            return
+        if self.lost:
+            log.warning("the journal was busy, and %d events did not get into it", self.lost)
+            self.lost = 0
 
     def close(self) -> None:
         """Close the socket."""

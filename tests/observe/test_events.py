@@ -152,6 +152,25 @@ def test_the_journal_gets_fields(tmp_path: Path) -> None:
     assert b"RSTGUARD_DETAIL\n\x09\0\0\0\0\0\0\0two\nlines\n" in second
 
 
+def test_a_busy_journal_loses_events_and_that_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = str(tmp_path / "journal")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journal:
+        journal.bind(path)
+        sink = Journal(path)
+        written = 0
+        while not sink.lost:
+            sink.write({"kind": "ban"}, "one")
+            written += 1
+        for _ in range(written - 1):
+            journal.recv(4096)
+        sink.write({"kind": "ban"}, "one")
+        sink.close()
+    assert sink.lost == 0
+    assert "1 events did not get into it" in caplog.text
+
+
 def test_without_a_journal() -> None:
     with pytest.raises(OSError, match="No such file"):
         Journal("/nonexistent/journal")
