@@ -15,6 +15,7 @@ from typing import Any
 from rstguard.daemon.channel import Channel, Closed, pair
 from rstguard.daemon.child import CHANNEL_FD
 from rstguard.daemon.messages import Counts, Failed, NewPolicy, Ready, Stop
+from rstguard.kernel.command import spawn
 
 log = logging.getLogger(__name__)
 
@@ -71,13 +72,11 @@ class Child:
         """Start the process."""
         ours, theirs = pair()
         self._channel = Channel(ours)
-        self._process = subprocess.Popen(
+        self._process = spawn(
             [sys.executable, "-m", self._module],
             pass_fds=[theirs.fileno()],
             env={**os.environ, CHANNEL_FD: str(theirs.fileno())},
             stdin=subprocess.DEVNULL,
-            # A terminal's Ctrl-C is for the supervisor, also before the child can ignore it.
-            process_group=0,
         )
         theirs.close()
         asyncio.get_running_loop().add_reader(ours.fileno(), self._readable, self._channel)

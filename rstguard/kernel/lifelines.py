@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rstguard.engine.address import Prefix, is_v6, parse_prefix
-from rstguard.kernel.command import run
+from rstguard.kernel.command import run, spawn
 
 _RESOLVERS = (Path("/etc/resolv.conf"), Path("/run/systemd/resolve/resolv.conf"))
 _SESSIONS = Path("/run/systemd/sessions")
@@ -83,7 +83,7 @@ def _listed(wanted: re.Pattern[str], *words: str) -> set[str]:
     with contextlib.ExitStack() as both:
         # Both are started before one is read: together they take as long as one.
         for process in [
-            both.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+            both.enter_context(spawn(command, stdout=subprocess.PIPE, text=True))
             for command in (["ip", "-o", family, *words] for family in ("-4", "-6"))
         ]:
             assert process.stdout is not None
