@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from rstguard.cli import app, common
 from rstguard.cli.banlist import Ban, Wrong, read
 from rstguard.daemon.control import ControlError
+from rstguard.daemon.imports import MOST_AT_ONCE
 from tests.guard import ROUTER4, Guard, give_sources
 from tests.netns import Lab
 
@@ -131,17 +132,18 @@ def test_a_list_that_fails_half_way_says_how_much_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "list"
-    path.write_text("".join(f"204.0.{n >> 8}.{n & 255}\n" for n in range(10_001)))
+    path.write_text("".join(f"204.0.{n >> 8}.{n & 255}\n" for n in range(MOST_AT_ONCE + 1)))
 
     def full(_directory: Path, request: dict[str, list[object]]) -> dict[str, object]:
         if len(request["bans"]) == 1:
             raise ControlError("the set is full")
-        return {"banned": 10_000, "refused": []}
+        return {"banned": MOST_AT_ONCE, "refused": []}
 
     monkeypatch.setattr(common, "ask", full)
     done = CliRunner().invoke(app, ["ban", "import", str(path)])
     assert done.exit_code == 1
-    assert "the set is full; 10000 of 10001 were banned before this" in done.output
+    said = f"{MOST_AT_ONCE} of {MOST_AT_ONCE + 1} were banned before this"
+    assert f"the set is full; {said}" in done.output
 
 
 @pytest.mark.netns
