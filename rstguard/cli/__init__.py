@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import sys
 from typing import Annotated
 
 import typer
@@ -17,6 +20,7 @@ EPILOG = (
     "Exit status: 0 done, 1 failed or not filtering, 2 wrong use, 3 no guard running, "
     "4 the policy has errors."
 )
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF)
 
 app = typer.Typer(
     name="rstguard",
@@ -26,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command(epilog="Example: rstguard run --policy /etc/rstguard/policy.yaml")(guard.run)
-app.command()(guard.status)
+app.command(epilog="Example: rstguard status --json | jq .blocked")(guard.status)
 app.command(
     epilog="Examples: rstguard events -f --kind ban --kind reset; "
     "rstguard events --source 198.51.100.0/24; "
@@ -36,7 +40,7 @@ app.command(epilog="Example: rstguard kill --source 198.51.100.7 --port 443")(gu
 app.command(epilog="Examples: rstguard panic; rstguard panic --end")(guard.panic)
 app.command(epilog="Examples: rstguard top; rstguard top --once --json")(top.top)
 app.command(epilog="Example: rstguard man | man -l -")(man.man)
-app.command()(guard.cleanup)
+app.command(epilog="Example: sudo rstguard cleanup --keep-bans")(guard.cleanup)
 app.command(epilog="Example: sudo rstguard install --interface eth0")(install.install)
 app.command(epilog="Example: sudo rstguard uninstall --purge")(install.uninstall)
 app.add_typer(policy.app, name="policy")
@@ -44,9 +48,12 @@ app.add_typer(ban.app, name="ban")
 app.add_typer(lab.app, name="lab")
 
 
-@app.command()
+@app.command(epilog="Example: sudo rstguard doctor")
 def doctor(
-    queue: Annotated[int, typer.Option(min=0, max=65535)] = DEFAULT_NUMBER, as_json: Json = False
+    queue: Annotated[
+        int, typer.Option(min=0, max=65535, help="Number of the first NFQUEUE to be used.")
+    ] = DEFAULT_NUMBER,
+    as_json: Json = False,
 ) -> None:
     """Tell what this machine lacks, and the command that mends it."""
     from rstguard.kernel.preflight import Outcome, checks
@@ -67,7 +74,7 @@ def doctor(
         raise typer.Exit(FAILED)
 
 
-@app.command()
+@app.command(epilog="Example: rstguard reasons --json")
 def reasons(as_json: Json = False) -> None:
     """List every reason for which a packet or connection can meet its fate."""
     if as_json:
@@ -96,4 +103,12 @@ def main() -> None:
     """Run the command line."""
     # `su` and cron leave out where iptables and ipset live.
     os.environ["PATH"] = f"{os.environ.get('PATH', os.defpath)}:/usr/local/sbin:/usr/sbin:/sbin"
-    app()
+    try:
+        app()
+    except OSError as error:
+        if not error.filename and error.errno in _UNWRITABLE:
+            with contextlib.suppress(OSError):  # what is left would fail again at exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            typer.echo(f"rstguard: the output cannot be written ({error.strerror})", err=True)
+            sys.exit(FAILED)
+        raise

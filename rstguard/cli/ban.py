@@ -24,7 +24,7 @@ _MOST_NAMED = 20
 app = typer.Typer(help="List, add, import and remove banned sources.", no_args_is_help=True)
 
 
-@app.command("list")
+@app.command("list", epilog="Example: rstguard ban list --json")
 def ban_list(runtime_dir: RuntimeDir = DEFAULT_DIR, as_json: Json = False) -> None:
     """List banned and shunned sources, by which rule, and for how long yet."""
     rows = ask_guard(runtime_dir, "ban-list")
@@ -34,15 +34,18 @@ def ban_list(runtime_dir: RuntimeDir = DEFAULT_DIR, as_json: Json = False) -> No
     if not rows:
         typer.echo("nobody is banned or shunned")
         return
-    from rich.console import Console
-    from rich.table import Table
+    # As plain as can be: there may be a million, and scripts may read this, too.
+    titles = ("source", "kind", "rule")
+    widths = [max(len(title), *(len(row[title]) for row in rows)) for title in titles]
+    lines = [(*titles, "seconds left")]
+    lines += [(r["source"], r["kind"], r["rule"], _left(r["remaining_s"])) for r in rows]
+    for *words, left in lines:
+        cells = [word.ljust(width) for word, width in zip(words, widths, strict=True)]
+        typer.echo("  ".join([*cells, f"{left:>12}"]))
 
-    table = Table()
-    for title in ("source", "kind", "rule", "remaining s"):
-        table.add_column(title, justify="right" if title == "remaining s" else "left")
-    for row in rows:
-        table.add_row(row["source"], row["kind"], row["rule"], str(row["remaining_s"]))
-    Console().print(table)
+
+def _left(seconds: int | None) -> str:
+    return "for ever" if seconds is None else str(seconds)
 
 
 @app.command("add", epilog="Example: rstguard ban add 198.51.100.0/24 --for 2h")
@@ -63,7 +66,10 @@ def ban_add(
     if as_json:
         print_json(done)
     else:
-        typer.echo(f"{done['source']} is banned for {done['seconds']} s")
+        kept = "its connections stay" if keep_existing else "its connections are reset"
+        typer.echo(f"{done['source']} is banned for {done['seconds']} s; {kept}")
+        for row in done["spared"]:
+            typer.echo(f"  but {row['address']} is {row['what']}, which is never banned")
 
 
 def _seconds(duration: str) -> int:
@@ -114,7 +120,8 @@ def ban_import(
     if not dry_run and not (strict and wrong):
         for start in range(0, len(bans), MOST_AT_ONCE):
             some = [(str(b.source), b.seconds or default) for b in bans[start:][:MOST_AT_ONCE]]
-            done = ask_guard(runtime_dir, "ban-import", bans=some)
+            so_far = f"{banned} of {len(bans)} were banned before this" if banned else ""
+            done = ask_guard(runtime_dir, "ban-import", failed=so_far, bans=some)
             banned += done["banned"]
             refused += done["refused"]
             if len(bans) > MOST_AT_ONCE and sys.stderr.isatty():

@@ -14,7 +14,9 @@ from rstguard.kernel.elements import MAX_SECONDS
 
 _SOURCES = ("source", "ip", "address", "value", "network", "cidr", "range", "prefix")
 _DURATIONS = ("duration", "seconds", "remaining", "for", "timeout", "ttl")
-_GO_DURATION = re.compile(r"-?(?:(\d+)h)?(?:(\d+)m(?!s))?(?:(\d+)(?:\.\d+)?s)?(?:\d+(?:\.\d+)?ms)?")
+_GO_DURATION = re.compile(
+    r"-?(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m(?!s))?(?:(\d+)(?:\.\d+)?s)?(?:\d+(?:\.\d+)?ms)?"
+)
 _COMMENT = re.compile(r"[#;].*")
 
 
@@ -95,6 +97,9 @@ def _json(text: str) -> Iterator[Entry]:
         if kind != "ban" or scope not in ("ip", "range"):
             yield Wrong(number, f"a decision of type {kind} and scope {scope} cannot be imported")
             continue
+        if decision.get("simulated") is True:
+            yield Wrong(number, "it is only simulated")
+            continue
         yield _entry(number, str(decision.get("value", "")), str(decision.get("duration", "")))
 
 
@@ -129,7 +134,7 @@ def _entry(line: int, source: str, duration: str) -> Entry:
 
 
 def _duration(text: str) -> int | None:
-    """Read seconds, or a time as Go writes it: 3h59m51.2s."""
+    """Read seconds, or a time as Go writes it: 3h59m51.2s, or with days before."""
     if len(text) > 40:
         return None
     readers: tuple[Callable[[str], int], ...] = (int, lambda value: int(float(value)))
@@ -141,6 +146,6 @@ def _duration(text: str) -> int | None:
     match = _GO_DURATION.fullmatch(text)
     if match is None or not text.strip("-"):
         return None
-    hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    total = 3600 * hours + 60 * minutes + seconds
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    total = 86_400 * days + 3600 * hours + 60 * minutes + seconds
     return -total if text.startswith("-") else total

@@ -62,14 +62,18 @@ def read_policy(file: Path) -> Loaded:
 
 
 @contextmanager
-def errors_in_one_sentence() -> Iterator[None]:
-    """Turn the errors that are the user's to mend into a sentence and an exit status."""
+def errors_in_one_sentence(more: str = "") -> Iterator[None]:
+    """Turn the errors that are the user's to mend into a sentence and an exit status.
+
+    `more` is said after the sentence.
+    """
+    more = f"; {more}" if more else ""
     try:
         yield
     except NoDaemon as error:
-        fail(str(error), NO_DAEMON)
+        fail(f"{error}{more}", NO_DAEMON)
     except (ControlError, KernelError) as error:
-        fail(str(error), FAILED)
+        fail(f"{error}{more}", FAILED)
 
 
 def fail(sentence: str, status: int) -> NoReturn:
@@ -78,12 +82,14 @@ def fail(sentence: str, status: int) -> NoReturn:
     raise typer.Exit(status)
 
 
-def ask_guard(directory: Path, command: str, *, patience: float = 30.0, **request: Any) -> Any:
-    """Ask the running guard and return its answer, or say why there is none.
+def ask_guard(
+    directory: Path, command: str, failed: str = "", *, patience: float = 30.0, **request: Any
+) -> Any:
+    """Ask the running guard and return its answer, or say why there is none, and `failed`.
 
     `patience` is in seconds.
     """
-    with errors_in_one_sentence():
+    with errors_in_one_sentence(failed):
         return ask(directory, {"command": command, **request}, patience)
 
 

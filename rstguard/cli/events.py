@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import select
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from rstguard.cli.common import DEFAULT_DIR, FAILED, RuntimeDir, ask_guard, fail
+from rstguard.daemon.control import ControlError, NoDaemon, ask
 from rstguard.engine.address import Prefix, parse_address, parse_prefix
 from rstguard.observe.events import KINDS
 
@@ -53,12 +55,42 @@ def events(
     number = records[-1]["number"] if records else 0
     chosen = [record for record in records if wanted.takes(record)]
     _show(chosen[-most:] if most else [], as_json)
-    while follow:
-        time.sleep(_LOOK_SECONDS)
-        records = ask_guard(runtime_dir, "events", after=number, most=4096)
-        if records:
-            number = records[-1]["number"]
+    if follow:
+        for records in _following(runtime_dir, number):
             _show(filter(wanted.takes, records), as_json)
+
+
+def _following(runtime_dir: Path, number: int) -> Iterator[list[Record]]:
+    """Yield what happens after the event of a number, as long as the output is read.
+
+    A guard that is started again counts its events anew.
+    """
+    gone = False
+    while not _hung_up():
+        time.sleep(_LOOK_SECONDS)
+        try:
+            records = ask(runtime_dir, {"command": "events", "after": number, "most": 4096})
+        except ControlError as error:
+            if not isinstance(error, NoDaemon):
+                fail(str(error), FAILED)
+            if not gone:
+                typer.echo("rstguard: the guard has stopped; waiting for the next", err=True)
+            gone, number = True, 0
+            continue
+        gone = False
+        if records:
+            left_out = records[0]["number"] - number - 1
+            if left_out > 0:
+                typer.echo(f"rstguard: {left_out} events came too fast to be shown", err=True)
+            number = records[-1]["number"]
+            yield records
+
+
+def _hung_up() -> bool:
+    """Tell whether the output is a pipe whose reader has gone."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(state & select.POLLERR for _, state in poll.poll(0))
 
 
 class _Filter:

@@ -23,6 +23,7 @@ from rstguard.cli.common import (
     print_json,
     read_policy,
 )
+from rstguard.cli.status import lines
 from rstguard.kernel import KernelError
 from rstguard.kernel.queues import DEFAULT_NUMBER
 
@@ -148,64 +149,10 @@ def status(runtime_dir: RuntimeDir = DEFAULT_DIR, as_json: Json = False) -> None
     if as_json:
         print_json(data)
     else:
-        _show_status(data)
+        for line in lines(data):
+            typer.echo(line)
     if not data["filtering"]:
         raise typer.Exit(FAILED)
-
-
-def _show_status(data: dict[str, Any]) -> None:
-    policy, sweeper = data["policy"], data["sweeper"]
-    counts = data["counts"]
-    mark = "filtering" if data["filtering"] else "NOT FILTERING"
-    typer.echo(f"{mark}, policy {policy['name']} ({policy['mode']}), up {data['uptime_s']:.0f} s")
-    if policy["confirm_s"] is not None:
-        typer.echo(
-            f"  NOT CONFIRMED: goes back in {policy['confirm_s']:.0f} s; `rstguard policy confirm`"
-        )
-    if data["panic"]:
-        typer.echo("  PANIC: all traffic passes; `rstguard panic --end` ends it")
-    if data["runaway"]:
-        typer.echo(f"  RUNAWAY: {data['runaway']}")
-    if data["not_remembered"]:
-        typer.echo(f"  {data['not_remembered']}")
-    for lack in data["missing"]:
-        typer.echo(f"  missing: {lack}")
-    for worker in data["workers"]:
-        typer.echo(
-            f"  worker {worker['pid']}: {worker['packets']} packets, {worker['waiting']} waiting, "
-            f"{worker['overrun']} overrun, {worker['restarts']} restarts"
-        )
-        if worker["overload"]:
-            typer.echo(f"    overloaded: {worker['left_undone']}")
-    typer.echo(
-        f"  sweeper {sweeper['pid']}: {counts.get('flows', 0)} connections at the last sweep, "
-        f"{sweeper['restarts']} restarts"
-    )
-    if learning := data["learning"]:
-        left = f"{learning['left_s']:.0f} s to go" if learning["left_s"] else "done"
-        typer.echo(
-            f"  learning limits: {learning['productive']} productive sources in "
-            f"{learning['seconds']:.0f} s, {left}; take them with `rstguard policy learn --live`"
-        )
-    blocked = data["blocked"]
-    typer.echo(f"  blocked now: {blocked['ban']} banned, {blocked['shun']} shunned")
-    if budget := data["syn_budget"]:
-        cookies = budget["cookies"]
-        typer.echo(
-            f"  SYN budget {budget['rate']}/s: {cookies['sent']} cookies sent, "
-            f"{cookies['accepted']} came back"
-        )
-        for service in budget["services"]:
-            over, offers = service["engaged_s"], service["offers"]
-            state = "within budget" if over is None else f"SYN cookies for {over:.0f} s"
-            scale = f", wscale {offers['scale']}" if offers["scale"] >= 0 else ""
-            typer.echo(f"    {service['service']}: {state} (mss {offers['mss']}{scale})")
-    for event in data["recent"][-10:]:
-        rule = f" by {event['rule']}" if event["rule"] else ""
-        why = f": {event['why']}" if event["why"] else ""
-        detail = f" ({event['detail']})" if event["detail"] else ""
-        would = "" if event["enforced"] else "would "
-        typer.echo(f"  {would}{event['kind']} {event['subject']}{rule}{detail}{why}")
 
 
 def kill(
@@ -251,6 +198,7 @@ def panic(
         bool, typer.Option("--end", help="Put the guard to work again, within seconds.")
     ] = False,
     runtime_dir: RuntimeDir = DEFAULT_DIR,
+    as_json: Json = False,
 ) -> None:
     """Let all traffic pass at once: takes the guard's rules away, whatever state it is in.
 
@@ -263,15 +211,41 @@ def panic(
     with errors_in_one_sentence():
         if os.geteuid() != 0:
             raise KernelError("this needs root; use sudo")
-        file = _make(runtime_dir) / PANIC_NAME
+        file = runtime_dir / PANIC_NAME
         if end:
             there = file.exists()
             file.unlink(missing_ok=True)
-            typer.echo("the guard takes up its work" if there else "there was no panic")
+            _say(there, "the guard takes up its work" if there else "there was no panic", as_json)
             return
+        problem = _note(file)
+        Footprint(runtime_dir, range(1)).withdraw()  # first of all, whatever the file system says
+        if problem:
+            raise KernelError(f"all traffic passes now, but {problem}")
+    said = "all traffic passes; `rstguard panic --end` puts the guard to work again"
+    _say(True, said, as_json)
+
+
+def _note(file: Path) -> str:
+    """Make the file that a running guard looks for, or return why it will not see it."""
+    from rstguard.daemon.claims import is_claimed
+    from rstguard.daemon.control import listens
+
+    back = "the guard that runs here puts its rules back within seconds: "
+    try:
+        _make(file.parent)
         file.touch()
-        Footprint(runtime_dir, range(1)).withdraw()
-    typer.echo("all traffic passes; `rstguard panic --end` puts the guard to work again")
+    except (KernelError, OSError) as error:
+        return f"{back}stop it, as {file} cannot be made ({getattr(error, 'strerror', error)})"
+    if not listens(file.parent) and is_claimed():
+        return f"{back}it has another runtime directory, name that with --runtime-dir"
+    return ""
+
+
+def _say(done: bool, sentence: str, as_json: bool) -> None:
+    if as_json:
+        print_json({"changed": done, "said": sentence})
+    else:
+        typer.echo(sentence)
 
 
 def cleanup(

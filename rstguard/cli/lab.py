@@ -19,7 +19,7 @@ Seconds = Annotated[
 ]
 
 
-@app.command("list")
+@app.command("list", epilog="Example: rstguard lab list")
 def list_scenarios(as_json: Json = False) -> None:
     """List the scenarios."""
     from rstguard.lab import terminal
@@ -27,7 +27,9 @@ def list_scenarios(as_json: Json = False) -> None:
     terminal.list_scenarios(as_json=as_json)
 
 
-@app.command("run")
+@app.command(
+    "run", epilog="Examples: sudo rstguard lab run all; sudo rstguard lab run syn-flood --json"
+)
 def run_scenarios(
     names: Annotated[list[str], typer.Argument(metavar="SCENARIO...", help="Names, or 'all'.")],
     as_json: Json = False,
@@ -39,7 +41,7 @@ def run_scenarios(
     terminal.run_scenarios(names, as_json=as_json, seconds=seconds)
 
 
-@app.command()
+@app.command(epilog="Example: sudo rstguard lab demo")
 def demo(as_json: Json = False) -> None:
     """Run a chosen few in under two minutes."""
     from rstguard.lab import terminal
@@ -47,7 +49,7 @@ def demo(as_json: Json = False) -> None:
     terminal.run_demo(as_json=as_json)
 
 
-@app.command()
+@app.command(epilog="Example: sudo rstguard lab bench --show-configs")
 def bench(
     flood: Annotated[
         list[str] | None, typer.Option(help="Only this flood; may be repeated.")

@@ -25,11 +25,27 @@ def claim(*directories: Path) -> contextlib.ExitStack:
         KernelError: another guard runs here, or the claims cannot be made.
     """
     with contextlib.ExitStack() as claims:
-        _claim_namespace(claims, LOCKS)
+        _claim_namespace(claims)
         for directory in directories:
             if directory.is_dir():  # else no guard can be using it
                 claims.callback(os.close, _claim_directory(directory))
         return claims.pop_all()
+
+
+def is_claimed() -> bool:
+    """Tell whether a guard has claimed this network namespace."""
+    try:
+        descriptor = os.open(_lock_of_namespace(), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        return not _locked(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _lock_of_namespace() -> Path:
+    return LOCKS / f"net-{Path('/proc/thread-self/ns/net').stat().st_ino}"
 
 
 def _claim_directory(directory: Path) -> int:
@@ -44,11 +60,11 @@ def _claim_directory(directory: Path) -> int:
     return descriptor
 
 
-def _claim_namespace(claims: contextlib.ExitStack, locks: Path) -> None:
+def _claim_namespace(claims: contextlib.ExitStack) -> None:
     """Lock the file that stands for this network namespace; it is removed with the claim."""
-    file = locks / f"net-{Path('/proc/thread-self/ns/net').stat().st_ino}"
+    file = _lock_of_namespace()
     try:
-        locks.mkdir(mode=0o700, exist_ok=True)
+        LOCKS.mkdir(mode=0o700, exist_ok=True)
         descriptor = _lock_file(file)
     except OSError as error:
         raise KernelError(

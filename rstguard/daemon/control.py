@@ -15,9 +15,11 @@ import os
 import pwd
 import socket
 import struct
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from rstguard.kernel import KernelError
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +28,7 @@ GROUP = "rstguard"
 _LARGEST = 8 << 20  # a policy of 1 MiB, as JSON
 _IDLE_SECONDS = 60
 _BACKLOG = 1024
+_MOST_CONNECTED = 64
 _CREDENTIALS = struct.Struct("iII")
 
 Request = dict[str, Any]
@@ -41,18 +44,35 @@ class NoDaemon(ControlError):
 
 
 async def serve(directory: Path, answer: Answer) -> asyncio.Server:
-    """Listen in `directory`; the socket is for root, and for the group rstguard if there is one."""
+    """Listen in `directory`; the socket is for root, and for the group rstguard if there is one.
+
+    Raises:
+        KernelError: no socket can be made there.
+    """
     path = directory / SOCKET_NAME
     path.unlink(missing_ok=True)
 
+    crowd = _Crowd()
+
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError, asyncio.TimeoutError):
-            await _talk(reader, writer, answer)
-        writer.close()
+        crowd.enter(writer)
+        try:
+            with contextlib.suppress(ConnectionError):
+                await _talk(reader, writer, answer, crowd)
+            writer.close()
+        except TimeoutError:
+            writer.transport.abort()  # else it would go on waiting for its reader
+        finally:
+            crowd.leave(writer)
 
     old = os.umask(0o177)
     try:
         server = await asyncio.start_unix_server(talk, path, limit=_LARGEST, backlog=_BACKLOG)
+    except OSError as error:
+        raise KernelError(
+            f"the control socket {path} cannot be made ({error.strerror or error}); "
+            "name another --runtime-dir"
+        ) from None
     finally:
         os.umask(old)
     with contextlib.suppress(KeyError, PermissionError):
@@ -61,7 +81,36 @@ async def serve(directory: Path, answer: Answer) -> asyncio.Server:
     return server
 
 
-async def _talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, answer: Answer) -> None:
+class _Crowd:
+    """Who is connected: not more than `_MOST_CONNECTED`, each of whom may hold a long request."""
+
+    def __init__(self) -> None:
+        self._silent: dict[asyncio.StreamWriter, None] = {}
+        """Those who wait for no answer, the longest silent first."""
+
+    def enter(self, writer: asyncio.StreamWriter) -> None:
+        """Let somebody in; whoever has been silent longest goes if there are too many."""
+        self._silent[writer] = None
+        if len(self._silent) > _MOST_CONNECTED:
+            longest = next(iter(self._silent))
+            del self._silent[longest]
+            longest.transport.abort()
+
+    def leave(self, writer: asyncio.StreamWriter) -> None:
+        """Forget somebody."""
+        self._silent.pop(writer, None)
+
+    @contextlib.contextmanager
+    def served(self, writer: asyncio.StreamWriter) -> Iterator[None]:
+        """Count somebody who has asked as not silent until the answer is read."""
+        self.leave(writer)
+        yield
+        self.enter(writer)
+
+
+async def _talk(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, answer: Answer, crowd: _Crowd
+) -> None:
     account = _account(writer)
     while True:
         try:
@@ -72,8 +121,9 @@ async def _talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, answ
             return
         if not line:
             return
-        writer.write(_line(await _answered(line, answer, account)))
-        await writer.drain()
+        with crowd.served(writer):
+            writer.write(_line(await _answered(line, answer, account)))
+            await asyncio.wait_for(writer.drain(), _IDLE_SECONDS)
 
 
 def _account(writer: asyncio.StreamWriter) -> str:
@@ -108,6 +158,19 @@ def _line(value: object) -> bytes:
     return json.dumps(value).encode() + b"\n"
 
 
+def listens(directory: Path) -> bool:
+    """Tell whether a guard has its socket in a directory, also one that does not answer."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        client.settimeout(1)
+        try:
+            client.connect(str(directory / SOCKET_NAME))
+        except BlockingIOError:  # it is there, and many wait for it
+            return True
+        except OSError:
+            return False
+    return True
+
+
 def ask(directory: Path, request: Request, timeout: float = 30.0) -> Any:
     """Send one request to the guard of a runtime directory and return the data it answers.
 
@@ -129,6 +192,12 @@ def ask(directory: Path, request: Request, timeout: float = 30.0) -> Any:
             raise ControlError(
                 f"you may not talk to the guard at {path}; run this as root or join group {GROUP}"
             ) from None
+        except (BlockingIOError, TimeoutError):
+            raise ControlError(
+                f"too many wait for the guard at {path}, or it hangs; try again"
+            ) from None
+        except OSError as error:
+            raise ControlError(f"{path} cannot be used ({error.strerror or error})") from None
         try:
             client.sendall(_line(request))
             with client.makefile("rb") as stream:

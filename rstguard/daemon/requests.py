@@ -16,7 +16,7 @@ from rstguard.daemon.messages import Blocked
 from rstguard.engine.address import Prefix, parse_prefix
 from rstguard.engine.shedding import UNDONE, Level
 from rstguard.engine.verdict import Reason
-from rstguard.kernel import KernelError
+from rstguard.kernel import KernelError, ipset
 from rstguard.kernel.cookies import in_force
 from rstguard.kernel.elements import MAX_SECONDS, Element
 from rstguard.kernel.nfqueue import QueueState, states
@@ -74,7 +74,7 @@ class Requests:
         missing = await asyncio.to_thread(guard.footprint.lost, guard.ruleset)
         queues = states()
         counts = guard.counts
-        listed = await asyncio.to_thread(self._listed) if not missing else []
+        blocked = await asyncio.to_thread(ipset.blocked_by_kind)
         return {
             "filtering": not missing
             and not guard.upkeep.panic
@@ -107,10 +107,7 @@ class Requests:
                 "ready": guard.sweeper.ready.is_set(),
                 "restarts": guard.sweeper.restarts,
             },
-            "blocked": {
-                "ban": sum(1 for element in listed if element.kind == "ban"),
-                "shun": sum(1 for element in listed if element.kind == "shun"),
-            },
+            "blocked": blocked,
             "syn_budget": _budget(guard),
             "productive": _productive(guard),
             "learning": guard.learning.status,
@@ -164,7 +161,17 @@ class Requests:
         with Sets() as sets:
             sets.add([element], shorten=True)
         self._guard.blocked(Blocked("ban", source, seconds, MANUAL, Reason.KILLED, keep))
-        return {"source": str(source), "seconds": seconds}
+        spared = [
+            {"address": str(line.address), "what": line.what}
+            for line in self._guard.upkeep.lifelines
+            if source.covers(line.address.network)
+        ]
+        return {
+            "source": str(source),
+            "seconds": seconds,
+            "keep_existing": keep,
+            "spared": spared,
+        }
 
     async def _ban_remove(self, request: Request) -> object:
         source = _prefix(request)

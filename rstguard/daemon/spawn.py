@@ -13,6 +13,7 @@ from typing import Final, NamedTuple
 
 from rstguard.daemon.channel import Channel, pair
 from rstguard.daemon.child import CHANNEL_FD, take_priority
+from rstguard.kernel.command import spawn as start
 
 _PRIORITY: Final = -5
 """After the workers, but before others: a policy is to change during a flood, too."""
@@ -29,7 +30,7 @@ class Spawned(NamedTuple):
 def spawn(kind: str) -> Spawned:
     """Start a "worker" or a "sweeper"."""
     ours, theirs = pair()
-    process = subprocess.Popen(
+    process = start(
         [sys.executable, "-m", f"rstguard.daemon.{kind}"],
         pass_fds=[theirs.fileno()],
         env={**os.environ, CHANNEL_FD: str(theirs.fileno())},

@@ -185,6 +185,7 @@ class Supervisor:
         """End a process that has stopped telling of itself: it answers for no packet either."""
         while True:
             await asyncio.sleep(1)
+            self.events.tick()
             for child in self.children:
                 patience = self._patience(child)
                 if child.silent_for() > patience:

@@ -200,6 +200,7 @@ class Sweeper:
         now = time.monotonic_ns()
         banned: list[Blocked] = []
         reset: list[Reset] = []
+        recheck = False  # once for all: an import of a long list asks again and again
         for message in messages:
             if isinstance(message, Blocked):
                 self._half_open_of[message.source] = message
@@ -209,26 +210,33 @@ class Sweeper:
                 reset.append(message)
             elif isinstance(message, Kill):
                 self._kill(message, now)
-            elif isinstance(message, Explain | Nearest):
-                self._tell(message)
-            elif isinstance(message, NewPolicy):
-                self._ruleset = message.ruleset
-                self._sweep = Sweep(message.ruleset, self._sweep)
-                self._measuring.follow(message.ruleset)
-                self._sweep_at = min(self._sweep_at, now + message.ruleset.sweep_every)
-                self._send(Ready(message.generation))
             elif isinstance(message, Recheck):
-                self._end_connections_of_banned()
-            elif isinstance(message, Offences):
-                self._sweep.restore(message.offences, now)
-            elif isinstance(message, Stop):
-                self._running = False
+                recheck = True
+            else:
+                self._attend(message, now)
         try:
+            if recheck:
+                self._end_connections_of_banned()
             self._condemn_sources(banned, now)
             self._condemn_known(reset, now)
         except KernelError as error:
             self._counts["failed"] += 1
             log.error("%s", error)
+
+    def _attend(self, message: object, now: int) -> None:
+        """Do what concerns no connection."""
+        if isinstance(message, Explain | Nearest):
+            self._tell(message)
+        elif isinstance(message, NewPolicy):
+            self._ruleset = message.ruleset
+            self._sweep = Sweep(message.ruleset, self._sweep)
+            self._measuring.follow(message.ruleset)
+            self._sweep_at = min(self._sweep_at, now + message.ruleset.sweep_every)
+            self._send(Ready(message.generation))
+        elif isinstance(message, Offences):
+            self._sweep.restore(message.offences, now)
+        elif isinstance(message, Stop):
+            self._running = False
 
     def _tell(self, question: Explain | Nearest) -> None:
         if isinstance(question, Explain):

@@ -164,15 +164,15 @@ class Upkeep:
             await asyncio.to_thread(guard.footprint.mend, guard.ruleset)
             await asyncio.to_thread(guard.record.bring_back)
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
-        guard.events.add(Event("mended", "rules", detail=f"{lost[0]}{more} had been removed"))
+        guard.events.add(Event("mended", "rules", detail=f"{lost[0]}{more} had been taken away"))
         if not fight:
             self._contested = False
         elif not self._contested:
             self._contested = True
             log.error(
-                "another program removes rstguard's rules again and again (%s): find it, such as a "
-                "firewall that is reloaded by a timer, or stop one of the two; they are put back "
-                "less and less often",
+                "another program takes rstguard's rules away again and again (%s): find it, such "
+                "as a firewall that is reloaded by a timer, or stop one of the two; they are put "
+                "back less and less often",
                 lost[0],
             )
             guard.events.add(Event("contested", "rules", detail=lost[0]))

@@ -8,6 +8,7 @@ be the same for an IPv4 and an IPv6 source, whatever an attacker puts into the h
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Iterable
 from typing import NamedTuple
 
 V6 = 1 << 128
@@ -59,6 +60,36 @@ class Prefix(NamedTuple):
         """Return ``192.0.2.1`` for a whole address, ``192.0.2.0/24`` for a wider network."""
         text = address_text(self.network)
         return text if self.shift == 0 else f"{text}/{self.length}"
+
+
+class Networks:
+    """Many prefixes, of which one that meets another is found without a look at each."""
+
+    def __init__(self, prefixes: Iterable[Prefix]) -> None:
+        """Take the prefixes; equal ones count once."""
+        self._prefixes = tuple(dict.fromkeys(prefixes))
+        self._by_length: dict[int, dict[int, Prefix]] = {}
+        """Length -> network -> the prefix itself."""
+        for prefix in self._prefixes:
+            self._by_length.setdefault(prefix.length, {})[prefix.network] = prefix
+        self._inside: dict[int, dict[int, Prefix]] = {}
+        """Length -> network of that length -> a longer prefix that lies in it."""
+
+    def meets(self, prefix: Prefix) -> Prefix | None:
+        """Return one that covers a prefix or lies in it, or None."""
+        for length, networks in self._by_length.items():
+            if length <= prefix.length:
+                shift = prefix.shift + prefix.length - length
+                if found := networks.get(prefix.network >> shift << shift):
+                    return found
+        inside = self._inside.get(prefix.length)
+        if inside is None:
+            inside = self._inside[prefix.length] = {
+                prefix_of(one.network, prefix.length, prefix.length).network: one
+                for one in self._prefixes
+                if one.length > prefix.length
+            }
+        return inside.get(prefix.network)
 
 
 def parse_prefix(text: str) -> Prefix:

@@ -131,7 +131,8 @@ class Footprint:
         except KernelError as error:
             problems.append(str(error))
         try:
-            ipset.destroy(keep_bans)
+            if removed := ipset.destroy(keep_bans):
+                done.append(f"sets removed: {', '.join(sorted(removed))}")
         except KernelError as error:
             problems.append(str(error))
         try:

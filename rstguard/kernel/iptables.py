@@ -6,9 +6,10 @@ import shlex
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from rstguard.kernel import KernelError
-from rstguard.kernel.chains import Plan
+from rstguard.kernel.chains import Jump, Plan
 from rstguard.kernel.command import run
 from rstguard.kernel.counting import PREFIX
 
@@ -16,20 +17,45 @@ _COMMANDS = {4: "iptables", 6: "ip6tables"}
 _WAIT_SECONDS = "10"  # another tool may hold the xtables lock
 
 
+_GO_ON = ("LOG", "NFLOG", "MARK", "CONNMARK")
+"""Targets after which a packet goes on to the next rule."""
+
+
+class Held(NamedTuple):
+    """A jump to a chain of ours, and what of others is around it in its built-in chain."""
+
+    table: str
+    builtin: str
+    rule: str
+    """Without the ``-A CHAIN``."""
+    ending_before: int
+    """Rules before it that may end a packet's way, so that it never comes here."""
+    after: int
+
+    def answers_for(self, jump: Jump) -> bool:
+        """Tell whether it is the jump that a plan wants, be it at its place or not."""
+        same = (self.table, self.builtin) == (jump.table, jump.builtin)
+        return same and shlex.split(self.rule) == shlex.split(jump.rule)
+
+    def at_its_place(self, jump: Jump) -> bool:
+        """Tell whether no rule of others keeps packets from it, or is itself passed over."""
+        return not (self.after if jump.last else self.ending_before)
+
+
 @dataclass(frozen=True, slots=True)
 class Present:
     """What of ours is in the kernel: rules of built-in chains that name us, and our chains."""
 
-    jumps: tuple[tuple[str, str, str], ...]
-    """Table, built-in chain, rule without the ``-A CHAIN``."""
+    jumps: tuple[Held, ...]
     chains: dict[tuple[str, str], tuple[str, ...]]
     """(table, chain) -> rules."""
 
 
 def read(family: int) -> Present:
     """Return what of ours one address family holds."""
-    jumps: list[tuple[str, str, str]] = []
+    jumps: list[Held] = []
     chains: dict[tuple[str, str], list[str]] = {}
+    others: dict[tuple[str, str], list[str]] = {}
     table = ""
     for line in run([f"{_COMMANDS[family]}-save"]).splitlines():
         if line.startswith("*"):
@@ -38,11 +64,23 @@ def read(family: int) -> Present:
             chains[table, line[1:].split()[0]] = []
         elif line.startswith("-A "):
             _, chain, rule = line.split(" ", 2)
-            if (table, chain) in chains:
-                chains[table, chain].append(rule)
+            place = (table, chain)
+            if place in chains:
+                chains[place].append(rule)
             elif f" {PREFIX}-" in rule and rule.split()[-1].startswith(f"{PREFIX}-"):
-                jumps.append((table, chain, rule))
-    return Present(tuple(jumps), {place: tuple(rules) for place, rules in chains.items()})
+                before = others.get(place, [])
+                jumps.append(Held(*place, rule, sum(map(_may_end, before)), -len(before)))
+            else:
+                others.setdefault(place, []).append(rule)
+    counted = (held._replace(after=held.after + len(others.get(held[:2], ()))) for held in jumps)
+    return Present(tuple(counted), {place: tuple(rules) for place, rules in chains.items()})
+
+
+def _may_end(rule: str) -> bool:
+    """Tell whether a packet may not come to the rule after this one."""
+    words = rule.split()
+    target = next((words[at + 1] for at, word in enumerate(words) if word in ("-j", "-g")), "")
+    return target not in ("", *_GO_ON)
 
 
 def _read_all(families: Iterable[int]) -> dict[int, Present]:
@@ -83,9 +121,13 @@ def missing(plans: dict[int, Plan]) -> list[str]:
     for family, present in _read_all(plans).items():
         plan = plans[family]
         for jump in plan.jumps:
-            wanted = (jump.table, jump.builtin)
-            if not any(h[:2] == wanted and _same(h[2], jump.rule) for h in present.jumps):
-                lacking.append(f"the jump from {jump.table} {jump.builtin} (IPv{family})")
+            held = [held for held in present.jumps if held.answers_for(jump)]
+            where = f"{jump.table} {jump.builtin} (IPv{family})"
+            if not held:
+                lacking.append(f"the jump from {where}")
+            elif not held[0].at_its_place(jump):
+                place = "last" if jump.last else "first"
+                lacking.append(f"the place of the jump from {where}, which is to come {place}")
         for table, chains in plan.chains.items():
             for chain, rules in chains.items():
                 if len(present.chains.get((table, chain), ())) != len(rules):
@@ -109,26 +151,21 @@ def remove() -> bool:
     return found
 
 
-def _same(left: str, right: str) -> bool:
-    return shlex.split(left) == shlex.split(right)
-
-
 def _transition(present: Present, plan: Plan) -> str:
     """Return the restore text from what is there to the plan: one transaction per table.
 
     Only the tables that differ from the plan are in it.
     """
-    wanted = [(jump.table, jump.builtin, jump.rule) for jump in plan.jumps]
-    kept: set[tuple[str, str, str]] = set()
+    kept: set[Jump] = set()
     stale = []
     for held in present.jumps:
-        match = next((w for w in wanted if w[:2] == held[:2] and _same(w[2], held[2])), None)
-        if match is None or match in kept:
+        jump = next((jump for jump in plan.jumps if held.answers_for(jump)), None)
+        if jump is None or jump in kept or not held.at_its_place(jump):
             stale.append(held)
         else:
-            kept.add(match)
+            kept.add(jump)
     tables = dict.fromkeys([*plan.chains, *(place[0] for place in present.chains)])
-    tables.update(dict.fromkeys(table for table, _, _ in stale))
+    tables.update(dict.fromkeys(held.table for held in stale))
     return "".join(_table_text(table, present, plan, kept, stale) for table in tables)
 
 
@@ -136,19 +173,19 @@ def _table_text(
     table: str,
     present: Present,
     plan: Plan,
-    kept: set[tuple[str, str, str]],
-    stale: Iterable[tuple[str, str, str]],
+    kept: set[Jump],
+    stale: Iterable[Held],
 ) -> str:
     chains = plan.chains.get(table, {})
     held = {chain: rules for (where, chain), rules in present.chains.items() if where == table}
-    jumps = [j for j in plan.jumps if j.table == table and (table, j.builtin, j.rule) not in kept]
-    stale = [jump for jump in stale if jump[0] == table]
+    jumps = [jump for jump in plan.jumps if jump.table == table and jump not in kept]
+    stale = [jump for jump in stale if jump.table == table]
     if held == chains and not jumps and not stale:
         return ""
     gone = [chain for chain in held if chain not in chains]
     lines = [f"*{table}"]
     lines += [f":{chain} - [0:0]" for chain in (*chains, *gone)]
-    lines += [f"-D {builtin} {rule}" for _, builtin, rule in stale]
+    lines += [f"-D {jump.builtin} {jump.rule}" for jump in stale]
     lines += [f"-A {chain} {rule}" for chain, rules in chains.items() for rule in rules]
     for jump in jumps:
         place = f"-A {jump.builtin}" if jump.last else f"-I {jump.builtin} 1"

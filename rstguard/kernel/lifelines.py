@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rstguard.engine.address import Prefix, is_v6, parse_prefix
-from rstguard.kernel.command import run
+from rstguard.kernel.command import run, spawn
 
 _RESOLVERS = (Path("/etc/resolv.conf"), Path("/run/systemd/resolve/resolv.conf"))
 _SESSIONS = Path("/run/systemd/sessions")
@@ -83,7 +83,7 @@ def _listed(wanted: re.Pattern[str], *words: str) -> set[str]:
     with contextlib.ExitStack() as both:
         # Both are started before one is read: together they take as long as one.
         for process in [
-            both.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+            both.enter_context(spawn(command, stdout=subprocess.PIPE, text=True))
             for command in (["ip", "-o", family, *words] for family in ("-4", "-6"))
         ]:
             assert process.stdout is not None
@@ -120,12 +120,15 @@ def _of_processes(processes: Path) -> set[str]:
 
 
 def ssh_connection(environment: Path) -> tuple[str, str, str, str] | None:
-    """Return what SSH_CONNECTION says in a process's environment file, or None."""
+    """Return what SSH_CONNECTION says in a process's environment file, or None.
+
+    Addresses come without a zone ("%eth0").
+    """
     for variable in _read(environment).split("\0"):
         name, _, value = variable.partition("=")
         words = value.split()
         if name == "SSH_CONNECTION" and len(words) == 4:
-            return words[0], words[1], words[2], words[3]
+            return _bare(words[0]), words[1], _bare(words[2]), words[3]
     return None
 
 
@@ -141,13 +144,17 @@ def _established() -> set[tuple[str, str, str, str]]:
 
 def _end(text: str) -> tuple[str, str]:
     address, _, port = text.rpartition(":")
-    return address.strip("[]").partition("%")[0].removeprefix("::ffff:"), port
+    return _bare(address), port
+
+
+def _bare(text: str) -> str:
+    """Return an address without brackets, zone, or the prefix of IPv4 in IPv6 sockets."""
+    return text.partition("%")[0].strip("[]").removeprefix("::ffff:")
 
 
 def _host(text: str) -> Prefix | None:
-    text = text.partition("%")[0].removeprefix("::ffff:")
     try:
-        prefix = parse_prefix(text)
+        prefix = parse_prefix(_bare(text))
     except ValueError:
         return None
     whole = 128 if is_v6(prefix.network) else 32

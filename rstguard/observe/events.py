@@ -36,7 +36,7 @@ KINDS = MappingProxyType(
         "cookies_on": "a service is over its SYN budget: the kernel answers with SYN cookies",
         "cookies_off": "a service has been within its SYN budget for some seconds",
         "learned": "a service offers something new in its SYN-ACKs",
-        "mended": "rules or sets that another program had removed were put back",
+        "mended": "rules or sets that another program had removed, or passed over, were put back",
         "contested": "another program removes them again and again",
         "runaway": "the policy banned too many in a minute, and only observes now",
         "panic": "all traffic passes on an administrator's word, or no longer",
@@ -128,6 +128,12 @@ class EventLog:
         if self._in_second <= _RECORDS_A_SECOND:
             self._write(record, event.text)
 
+    def tick(self) -> None:
+        """Tell what was left out, also if nothing more happens; call it once a second."""
+        now = int(self._clock())
+        if now != self._second:
+            self._next_second(now)
+
     def _keep(self, event: Event, now: float) -> dict[str, object]:
         self._number += 1
         reason = event.reason
@@ -166,8 +172,11 @@ class EventLog:
         return list(self._recent)[-most:]
 
     def after(self, number: int, most: int) -> list[dict[str, object]]:
-        """Return at most `most` events that came after the one of this number, oldest first."""
-        missing = self._number - number
+        """Return at most `most` events that came after the one of this number, oldest first.
+
+        A number that was not reached yet is one of an earlier guard: all events came after it.
+        """
+        missing = self._number - (number if number <= self._number else 0)
         return list(self._recent)[-missing:][:most] if missing > 0 else []
 
     def close(self) -> None:

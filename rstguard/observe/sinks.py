@@ -41,10 +41,12 @@ class JsonLines:
         """Raises OSError if the file cannot be opened."""
         self._path = path
         self._failed = False
+        self._torn = False
         self._file = self._open()
 
     def _open(self) -> int:
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        # A pipe that nobody reads must not hold up the guard.
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
         return os.open(self._path, flags, 0o640)
 
     def write(self, record: Record, text: str) -> None:
@@ -52,7 +54,10 @@ class JsonLines:
         line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
         try:
             self._follow()
-            os.write(self._file, line)
+            if self._torn:
+                line = b"\n" + line
+            written = os.write(self._file, line)
+            self._torn = written < len(line)
             self._failed = False
         except OSError as error:
             if not self._failed:
@@ -93,10 +98,10 @@ class Journal:
             raise
         self._socket.setblocking(False)
         self.lost = 0
-        """Entries that a busy journal did not take."""
+        """Entries that a busy journal has not taken since it last took one."""
 
     def write(self, record: Record, text: str) -> None:
-        """Send an event; one that the journal does not take at once is lost and counted."""
+        """Send an event; one that the journal does not take at once is lost, counted, and told."""
         warns = record["kind"] in _WARNINGS
         fields = {
             "MESSAGE": text,
@@ -112,6 +117,10 @@ class Journal:
             self._socket.send(b"".join(_field(key, str(value)) for key, value in fields.items()))
         except OSError:
             self.lost += 1
+            return
+        if self.lost:
+            log.warning("the journal was busy, and %d events did not get into it", self.lost)
+            self.lost = 0
 
     def close(self) -> None:
         """Close the socket."""

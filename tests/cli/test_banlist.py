@@ -10,8 +10,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from rstguard.cli import app, common
 from rstguard.cli.banlist import Ban, Wrong, read
+from rstguard.daemon.control import ControlError
+from rstguard.daemon.imports import MOST_AT_ONCE
 from tests.guard import ROUTER4, Guard, give_sources
 from tests.netns import Lab
 
@@ -80,9 +84,16 @@ def test_crowdsec(data: object) -> None:
 
 def test_decisions_that_are_no_bans() -> None:
     others = [DECISION | {"type": "captcha"}, DECISION | {"scope": "country", "value": "XX"}, 5]
-    assert wrong(json.dumps(others)) == [1, 2, 3]
+    others.append(DECISION | {"simulated": True})
+    assert wrong(json.dumps(others)) == [1, 2, 3, 4]
+    assert len(bans(json.dumps([DECISION | {"simulated": False}]))) == 1
     assert wrong("[1, 2") == [1]
     assert list(read("null")) == []
+
+
+def test_times_are_written_as_the_options_want_them() -> None:
+    text = "ip,duration\n198.51.100.7,7d\n198.51.100.8,1d2h\n198.51.100.9,10m\n"
+    assert [seconds for _, seconds in bans(text)] == [604_800, 93_600, 600]
 
 
 @given(
@@ -117,6 +128,24 @@ def test_trusted_and_lifelines_are_left_out(guard: Guard, tmp_path: Path) -> Non
     assert guard.ask("ban-list") == []
 
 
+def test_a_list_that_fails_half_way_says_how_much_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "list"
+    path.write_text("".join(f"204.0.{n >> 8}.{n & 255}\n" for n in range(MOST_AT_ONCE + 1)))
+
+    def full(_directory: Path, request: dict[str, list[object]]) -> dict[str, object]:
+        if len(request["bans"]) == 1:
+            raise ControlError("the set is full")
+        return {"banned": MOST_AT_ONCE, "refused": []}
+
+    monkeypatch.setattr(common, "ask", full)
+    done = CliRunner().invoke(app, ["ban", "import", str(path)])
+    assert done.exit_code == 1
+    said = f"{MOST_AT_ONCE} of {MOST_AT_ONCE + 1} were banned before this"
+    assert f"the set is full; {said}" in done.output
+
+
 @pytest.mark.netns
 def test_a_hundred_thousand(guard: Guard, tmp_path: Path) -> None:
     path = tmp_path / "list"
@@ -139,8 +168,6 @@ def test_a_hundred_thousand(guard: Guard, tmp_path: Path) -> None:
     [{}, {"bans": []}, {"bans": [["198.51.100.7", 0]]}, {"bans": [["::/0", 5]]}, {"bans": ["x"]}],
 )
 def test_odd_requests_are_refused(guard: Guard, request_: dict[str, object]) -> None:
-    from rstguard.daemon.control import ControlError
-
     with pytest.raises(ControlError):
         guard.ask("ban-import", **request_)
     assert guard.filtering()

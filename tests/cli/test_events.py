@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -71,13 +72,32 @@ json_values = st.recursive(
 )
 
 
-@given(st.dictionaries(st.sampled_from(sorted(RECORD)), json_values))
+def both_or_one_are_shown(directory: Path, odd: dict[str, object]) -> None:
+    path = directory / "file"
+    path.write_text(json.dumps(RECORD | odd) + "\n" + json.dumps(RECORD) + "\n")
+    assert len(shown(path)) in (1, 2)
+
+
+odd_fields = st.dictionaries(st.sampled_from(sorted(RECORD)), json_values)
+
+
+@given(odd_fields)
 def test_records_of_odd_values(
     tmp_path_factory: pytest.TempPathFactory, odd: dict[str, object]
 ) -> None:
-    path = tmp_path_factory.mktemp("events") / "file"
-    path.write_text(json.dumps(RECORD | odd) + "\n" + json.dumps(RECORD) + "\n")
-    assert len(shown(path)) in (1, 2)
+    both_or_one_are_shown(tmp_path_factory.mktemp("events"), odd)
+
+
+@pytest.mark.fuzz_long
+@settings(max_examples=20_000)
+@given(odd_fields, st.lists(st.binary(max_size=2000), max_size=5))
+def test_many_odd_files(
+    tmp_path_factory: pytest.TempPathFactory, odd: dict[str, object], rows: list[bytes]
+) -> None:
+    with tempfile.TemporaryDirectory(dir=tmp_path_factory.getbasetemp()) as directory:
+        both_or_one_are_shown(Path(directory), odd)
+        (Path(directory) / "junk").write_bytes(b"\n".join(rows))
+        shown(Path(directory) / "junk")
 
 
 def test_wrong_words() -> None:
@@ -114,3 +134,19 @@ def test_a_running_guard_is_followed_and_writes_its_log(lab: Lab, tmp_path: Path
                 following.kill()
     kinds = [json.loads(line)["kind"] for line in written.read_text().splitlines()]
     assert kinds == ["start", "ban", "unban", "ban", "stop"]
+
+
+@pytest.mark.netns
+def test_it_follows_the_next_guard_too_and_ends_with_its_reader(lab: Lab, tmp_path: Path) -> None:
+    with Guard(lab, POLICY, tmp_path / "guard", workers=1) as guard:
+        words = [sys.executable, "-m", "rstguard", "events", "-f", "-n", "1"]
+        words += ["--runtime-dir", str(guard.runtime)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with subprocess.Popen(words, text=True, **pipes) as following:  # type: ignore[call-overload]
+            assert "start told" in following.stdout.readline()
+            guard.kill9()
+            assert "waiting for the next" in following.stderr.readline()
+            guard.start()
+            assert "start told" in following.stdout.readline()
+            following.stdout.close()
+            assert following.wait(10) == 0

@@ -76,7 +76,7 @@ def test_fail2ban(tmp_path: Path) -> None:
     invoke(tmp_path, "install", "--fail2ban")
     action = configparser.ConfigParser(interpolation=None)
     action.read(tmp_path / "etc/fail2ban/action.d/rstguard.conf")
-    assert action["Definition"]["actionban"].endswith("ban add <ip> --for <bantime>s")
+    assert action["Definition"]["actionban"].endswith('ban add <ip> --for "$t"s')
 
 
 def test_wrong_words(tmp_path: Path) -> None:
@@ -112,6 +112,22 @@ def test_the_unit_exposes_little() -> None:
     assert float(match[1]) <= 2.5
 
 
+@pytest.mark.parametrize(
+    ("bantime", "seconds"),
+    [("600", 600), ("-1", 2_147_483), ("3000000", 2_147_483), ("0", 2_147_483)],
+)
+def test_fail2ban_s_times_are_those_that_the_kernel_takes(
+    tmp_path: Path, bantime: str, seconds: int
+) -> None:
+    """For fail2ban -1 is for ever, and repeated offenders may get months."""
+    action = configparser.ConfigParser(interpolation=None)
+    action.read_string((ROOT / "rstguard" / "fail2ban" / "rstguard.conf").read_text())
+    command = action["Definition"]["actionban"].replace("<ip>", "198.51.100.7")
+    command = command.replace("<bantime>", bantime).replace("/usr/bin/rstguard", "echo")
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout == f"ban add 198.51.100.7 --for {seconds}s\n"
+
+
 @pytest.mark.skipif(shutil.which("fail2ban-client") is None, reason="there is no fail2ban here")
 def test_fail2ban_reads_the_action(tmp_path: Path) -> None:
     home = tmp_path / "etc" / "fail2ban"
@@ -129,4 +145,4 @@ def test_fail2ban_reads_the_action(tmp_path: Path) -> None:
         ["fail2ban-client", "-c", str(home), "-d"], capture_output=True, text=True, check=False
     )
     assert "'actionban', '" in done.stdout, done.stderr
-    assert "ban add <ip> --for <bantime>s" in done.stdout
+    assert "t=<bantime>; " in done.stdout

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -93,10 +95,13 @@ def test_bans(lab: Lab, guard: Guard, serve: Open) -> None:
     assert guard.cli("ban", "list").stdout == "nobody is banned or shunned\n"
     link = service.connect(address)
     done = guard.cli("ban", "add", address, "--for", "2h")
-    assert (done.returncode, done.stdout) == (0, f"{address} is banned for 7200 s\n")
+    assert (done.returncode, done.stdout) == (
+        0,
+        f"{address} is banned for 7200 s; its connections are reset\n",
+    )
     link.wait_reset()
     done = guard.cli("ban", "add", "2001:dba::/48")
-    assert done.stdout == "2001:dba::/48 is banned for 600 s\n"
+    assert done.stdout == "2001:dba::/48 is banned for 600 s; its connections are reset\n"
     listed = {row["source"]: row for row in guard.json("ban", "list")}
     assert set(listed) == {address, "2001:dba::/48"}
     assert listed[address]["kind"] == "ban"
@@ -181,6 +186,17 @@ def test_what_needs_no_guard(tmp_path: Path) -> None:
     assert isinstance(json.loads(run("doctor", "--json").stdout), list)
     assert run("--version").stdout.startswith("rstguard ")
     assert run("--help").returncode == 0
+
+
+@pytest.mark.parametrize("words", [("reasons",), ("man",), ("lab", "list", "--json")], ids=" ".join)
+def test_output_into_a_full_disk(words: tuple[str, ...]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "rstguard", *words],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=60,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr == "rstguard: the output cannot be written (No space left on device)\n"
 
 
 @pytest.mark.parametrize(
@@ -356,6 +372,13 @@ def test_what_keeps_it_from_starting(tmp_path: Path) -> None:
         missing = Guard(lab, POLICY, tmp_path / "missing", workers=1)
         missing.file.unlink()
         starts_not(missing, 4, "policy.yaml")
+        starts_not(
+            Guard(lab, POLICY, tmp_path / ("long" * 30), workers=1),
+            1,
+            "the control socket",
+            "AF_UNIX path too long",
+        )
+        assert leftovers(lab) == []
         file = tmp_path / "file"
         file.write_text("")
         done = subprocess.run(
@@ -377,3 +400,35 @@ def test_ctrl_c_stops_it_like_sigterm(tmp_path: Path) -> None:
         assert guard.wait() == 0
         wait_until(lambda: leftovers(lab) == [])
         assert "Traceback" not in guard.log.read_text()
+
+
+def test_ctrl_c_in_the_midst_of_starting(tmp_path: Path) -> None:
+    with Lab("rgf7") as lab:
+        guard = Guard(lab, POLICY, tmp_path / "run", workers=1)
+        command = guard.command(
+            "run", "--policy", str(guard.file), "--state-dir", str(tmp_path / "state")
+        )
+        with subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, start_new_session=True
+        ) as run:
+            listed = Path(f"/proc/{run.pid}/task/{run.pid}/children")
+
+            def child_begins() -> bool:
+                with contextlib.suppress(OSError):
+                    commands = [Path(f"/proc/{pid}/cmdline") for pid in listed.read_text().split()]
+                    return any(b"rstguard.daemon" in path.read_bytes() for path in commands)
+                return False
+
+            wait_until(child_begins)
+            end = time.monotonic() + 20
+            while run.poll() is None and time.monotonic() < end:  # somebody is in a hurry
+                os.killpg(run.pid, signal.SIGINT)  # as a terminal does
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    run.wait(0.02)
+            # When all is undone, the last of them may end it as it would end any program.
+            assert run.returncode in (0, -signal.SIGINT)
+            assert run.stderr is not None
+            said = run.stderr.read()
+            assert "died while starting" not in said
+            assert "failed" not in said
+        assert leftovers(lab) == []

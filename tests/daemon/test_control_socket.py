@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
 import socket
 import stat
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rstguard.daemon.control import ControlError
+from rstguard.daemon.control import ControlError, ask
 from tests.guard import Guard
-from tests.netns import Lab
+from tests.netns import Lab, wait_until
 
 pytestmark = pytest.mark.netns
 
@@ -129,6 +132,47 @@ def test_many_that_say_nothing(guard: Guard) -> None:
     finally:
         for one in crowd:
             one.close()
+
+
+def memory(guard: Guard) -> int:
+    """Return how many MiB the supervisor holds."""
+    status = Path(f"/proc/{guard.pid}/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0]) >> 10
+
+
+def test_many_that_begin_a_long_request(guard: Guard) -> None:
+    """Whoever has been silent longest has to go, and what it sent with it."""
+    path = str(guard.runtime / "control.sock")
+    before = memory(guard)
+    with contextlib.ExitStack() as crowd:
+        for _ in range(300):
+            one = crowd.enter_context(socket.socket(socket.AF_UNIX))
+            one.settimeout(5)
+            one.connect(path)
+            with contextlib.suppress(OSError):
+                one.sendall(b"x" * (4 << 20))
+        assert guard.filtering()
+        open_now = len(list(Path(f"/proc/{guard.pid}/fd").iterdir()))
+    assert open_now < 150
+    assert memory(guard) - before < 64 * 4 * 2
+    assert guard.filtering()
+
+
+def test_more_than_can_wait_are_told_so(guard: Guard) -> None:
+    path = str(guard.runtime / "control.sock")
+    os.kill(guard.pid, signal.SIGSTOP)
+    try:
+        with contextlib.ExitStack() as crowd:
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    one = crowd.enter_context(socket.socket(socket.AF_UNIX))
+                    one.setblocking(False)
+                    one.connect(path)
+            with pytest.raises(ControlError, match="too many wait for the guard"):
+                ask(guard.runtime, {"command": "status"}, 0.5)
+    finally:
+        os.kill(guard.pid, signal.SIGCONT)
+    wait_until(guard.filtering)
 
 
 def test_questions_of_many_at_once(guard: Guard, line: socket.socket) -> None:

@@ -80,7 +80,8 @@ def test_own_addresses_and_next_hops_are_found_and_told(guard: Guard) -> None:
 def test_a_lifeline_is_neither_banned_nor_reset_and_others_are(guard: Guard, lab: Lab) -> None:
     with services(service := Service(lab, 8080)):
         links = [service.connect(ROUTER4) for _ in range(6)]
-        guard.cli("ban", "add", f"{ROUTER4.rpartition('.')[0]}.0/24")
+        done = guard.cli("ban", "add", f"{ROUTER4.rpartition('.')[0]}.0/24")
+        assert f"but {ROUTER4} is a next hop, which is never banned" in done.stdout
         for link in links:
             link.talk()
         service.connect(ROUTER4).talk()
@@ -163,7 +164,8 @@ def test_panic_lets_all_traffic_pass_until_it_ends(guard: Guard, lab: Lab) -> No
         wait_until(lambda: guard.status()["panic"])
         guard.apply(policy("other"))  # does not bring the rules back
         service.connect(banned).talk()
-        assert "PANIC" in guard.cli("status").stdout
+        assert "PANIC" in (shown := guard.cli("status").stdout)
+        assert "missing" not in shown
         assert guard.cli("panic", "--end").returncode == 0
         wait_until(guard.filtering)
         with pytest.raises(TimeoutError):
@@ -181,6 +183,30 @@ def test_panic_works_when_the_guard_hangs(guard: Guard, lab: Lab) -> None:
             service.connect(banned).talk()
     finally:
         os.kill(guard.pid, 18)
+
+
+@pytest.mark.netns
+def test_panic_works_on_a_full_disk_and_says_what_it_cannot(
+    guard: Guard, lab: Lab, tmp_path: Path
+) -> None:
+    """The rules go first; a guard that will put them back is named."""
+    elsewhere = tmp_path / "elsewhere"
+    no_place = tmp_path / "file"
+    no_place.write_text("")
+    for directory, sentence in (
+        (no_place / "run", "cannot be made"),
+        (elsewhere, "it has another runtime directory"),
+    ):
+        wait_until(guard.filtering)
+        mended = guard.events("mended", "mended")
+        command = [*guard_words(), "panic", "--runtime-dir", str(directory)]
+        inside = ["ip", "netns", "exec", lab.names["gateway"], *command]
+        done = subprocess.run(inside, capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        wait_until(lambda before=mended: guard.events("mended", "mended") > before)  # type: ignore[misc]
+        assert "all traffic passes now, but" in done.stderr
+        assert sentence in done.stderr
+        assert done.stderr.count("\n") == 1
 
 
 # Reconciliation
@@ -209,6 +235,40 @@ def test_what_another_tool_removed_comes_back(guard: Guard, lab: Lab, commands: 
     assert guard.block_of(banned) is not None
     with services(service := Service(lab, 8080)), pytest.raises(TimeoutError):
         service.connect(banned, timeout=0.4)
+
+
+@pytest.mark.netns
+def test_rules_that_pass_it_over_are_overtaken(guard: Guard, lab: Lab) -> None:
+    """What comes first and accepts, as Docker does, keeps packets from the guard."""
+    accept = "-m conntrack --ctstate ESTABLISHED -j ACCEPT"
+    for rule in (
+        "-t raw -I PREROUTING -i out -j ACCEPT",
+        f"-t filter -I FORWARD {accept}",
+        "-t mangle -A PREROUTING -j MARK --set-mark 0x1/0x1",
+    ):
+        lab.run("gateway", "iptables", "-w", *rule.split())
+    assert "which is to come first" in str(guard.status()["missing"])
+    wait_until(lambda: guard.events("mended", "mended") > 0, 6)
+    wait_until(guard.filtering)
+    rules = {
+        (table, chain): lab.run("gateway", "iptables", "-w", "-t", table, "-S", chain).splitlines()
+        for table, chain in (("raw", "PREROUTING"), ("filter", "FORWARD"), ("mangle", "PREROUTING"))
+    }
+    assert rules["raw", "PREROUTING"][1].endswith("-j rstguard-raw")
+    assert rules["filter", "FORWARD"][1].endswith("-j rstguard-condemned")
+    assert rules["mangle", "PREROUTING"][-1].endswith("-j rstguard-in")
+    assert f"-A FORWARD {accept}" in rules["filter", "FORWARD"]  # others' rules are left
+    banned = source(False)
+    guard.cli("ban", "add", banned)
+    with services(service := Service(lab, 8080)), pytest.raises(TimeoutError):
+        service.connect(banned, timeout=0.4)
+
+
+@pytest.mark.netns
+def test_rules_that_only_look_on_may_come_first(guard: Guard, lab: Lab) -> None:
+    for rule in ("-t raw -I PREROUTING -j LOG", "-t filter -I FORWARD -p tcp"):
+        lab.run("gateway", "iptables", "-w", *rule.split())
+    assert guard.status()["missing"] == []
 
 
 @pytest.mark.netns

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from rstguard.engine.address import (
     V6,
+    Networks,
     Prefix,
     address_text,
     is_v6,
@@ -75,3 +76,23 @@ def test_what_is_no_prefix_is_refused(text: str) -> None:
 def test_prefix_shift_counts_host_bits() -> None:
     assert Prefix(0, 24).shift == 8
     assert Prefix(V6, 64).shift == 64
+
+
+few = st.sampled_from([0, 1, 8, 9, 24, 31, 32, 64, 128])
+
+
+@st.composite
+def prefixes(draw: st.DrawFn) -> Prefix:
+    v6 = draw(st.booleans())
+    length = min(draw(few), 128 if v6 else 32)
+    bits = draw(st.integers(0, 3)) << (126 if v6 else 30) | draw(st.integers(0, 3))
+    return prefix_of(bits | V6 if v6 else bits, length, length)
+
+
+@given(st.lists(prefixes(), max_size=6), st.lists(prefixes(), min_size=1, max_size=6))
+def test_many_networks_are_met_as_each_would_be(many: list[Prefix], asked: list[Prefix]) -> None:
+    networks = Networks(many)
+    for prefix in asked:
+        meeting = [o for o in many if o.covers(prefix.network) or prefix.covers(o.network)]
+        found = networks.meets(prefix)
+        assert (found in meeting) if meeting else found is None

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from rstguard.kernel.lifelines import find, is_address, ssh_clients
+from rstguard.kernel.lifelines import find, is_address, ssh_clients, ssh_connection
+from tests.netns import Lab
 
 
 def session(directory: Path, name: str, **fields: str) -> None:
@@ -41,6 +42,36 @@ def test_an_environment_counts_only_beside_a_connection_that_exists(tmp_path: Pa
         text = text.replace(f" {ends[1]} ", " 1 ")
         (tmp_path / "77" / "environ").write_text(text)
         assert ssh_clients(tmp_path / "none", tmp_path) == set()
+
+
+@pytest.mark.netns
+def test_who_is_logged_in_from_a_link_local_address(tmp_path: Path) -> None:
+    """SSH_CONNECTION names the zone, and `ss` in a way of its own."""
+    import socket
+
+    (tmp_path / "77").mkdir()
+    with Lab("rgl") as lab:
+        addresses = {
+            place: lab.run(place, "ip", "-br", "-6", "address", "show", device, "scope", "link")
+            for place, device in (("client", "eth0"), ("gateway", "out"))
+        }
+        here, there = (text.split()[2].partition("/")[0] for text in addresses.values())
+        with lab.inside("gateway"):
+            place = (there, 0, 0, socket.if_nametoindex("out"))
+            server = socket.create_server(place, family=socket.AF_INET6)
+        port = server.getsockname()[1]
+        with lab.inside("client"):
+            client = socket.socket(socket.AF_INET6)
+            client.settimeout(10)
+            client.connect((there, port, 0, socket.if_nametoindex("eth0")))
+        with server, client, server.accept()[0]:
+            text = f"SSH_CONNECTION={here}%out {client.getsockname()[1]} {there}%out {port}\0"
+            (tmp_path / "77" / "environ").write_text(text)
+            with lab.inside("gateway"):
+                assert ssh_clients(tmp_path / "none", tmp_path) == {here}
+        said = ssh_connection(tmp_path / "77" / "environ")
+        assert said is not None
+        assert is_address(said[0])
 
 
 def test_administrators_and_own_addresses_are_lifelines() -> None:

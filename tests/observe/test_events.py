@@ -81,13 +81,58 @@ def test_a_flood_is_summed_up(tmp_path: Path) -> None:
     assert events.counts["ban"]["syn-rate"] == 801
 
 
+def test_what_was_left_out_is_told_though_nothing_more_happens(tmp_path: Path) -> None:
+    clock = Clock()
+    events = EventLog(clock)
+    events.sinks.append(JsonLines(tmp_path / "events.jsonl"))
+    for _ in range(503):
+        events.add(BAN)
+    events.tick()
+    assert len(lines(tmp_path / "events.jsonl")) == 500
+    clock.now += 1
+    events.tick()
+    events.tick()
+    events.close()
+    (left_out,) = lines(tmp_path / "events.jsonl")[500:]
+    assert (left_out["kind"], left_out["subject"]) == ("left_out", "3")
+
+
+def test_a_pipe_that_nobody_reads_holds_nothing_up(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="No such device"):
+        JsonLines(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    sink = JsonLines(tmp_path / "pipe")
+    for number in range(5000):
+        sink.write({"number": number}, "")
+    os.close(reader)
+    sink.close()
+
+
+def test_a_line_that_was_cut_by_a_full_disk_spoils_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sink = JsonLines(tmp_path / "events.jsonl")
+    real = os.write
+    sink.write({"number": 1}, "")
+    with monkeypatch.context() as full:
+        full.setattr(os, "write", lambda file, line: real(file, line[:5]))
+        sink.write({"number": 2}, "")
+    sink.write({"number": 3}, "")
+    sink.close()
+    rows = (tmp_path / "events.jsonl").read_text().splitlines()
+    assert [rows[0], rows[2]] == ['{"number":1}', '{"number":3}']
+
+
 def test_what_came_after_a_number() -> None:
     events = EventLog(Clock())
     for _ in range(5):
         events.add(BAN)
     assert [row["number"] for row in events.after(3, 10)] == [4, 5]
     assert [row["number"] for row in events.after(0, 2)] == [1, 2]
-    assert events.after(5, 10) == events.after(99, 10) == []
+    assert events.after(5, 10) == []
+    # Of an earlier guard: this one has begun to count anew.
+    assert [row["number"] for row in events.after(99, 10)] == [1, 2, 3, 4, 5]
 
 
 def test_the_journal_gets_fields(tmp_path: Path) -> None:
@@ -105,6 +150,25 @@ def test_the_journal_gets_fields(tmp_path: Path) -> None:
     assert b"RSTGUARD_RULE=syn-rate\n" in first
     assert b"PRIORITY=4\n" in second
     assert b"RSTGUARD_DETAIL\n\x09\0\0\0\0\0\0\0two\nlines\n" in second
+
+
+def test_a_busy_journal_loses_events_and_that_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = str(tmp_path / "journal")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journal:
+        journal.bind(path)
+        sink = Journal(path)
+        written = 0
+        while not sink.lost:
+            sink.write({"kind": "ban"}, "one")
+            written += 1
+        for _ in range(written - 1):
+            journal.recv(4096)
+        sink.write({"kind": "ban"}, "one")
+        sink.close()
+    assert sink.lost == 0
+    assert "1 events did not get into it" in caplog.text
 
 
 def test_without_a_journal() -> None:

@@ -1,0 +1,85 @@
+"""What ``rstguard status`` says to people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+Status = dict[str, Any]
+
+_MOST_MISSING = 8
+_MOST_EVENTS = 10
+
+
+def lines(data: Status) -> Iterator[str]:
+    """Yield the lines that tell how a guard is."""
+    policy = data["policy"]
+    mark = "filtering" if data["filtering"] else "NOT FILTERING"
+    yield f"{mark}, policy {policy['name']} ({policy['mode']}), up {data['uptime_s']:.0f} s"
+    yield from _warnings(data)
+    yield from _processes(data)
+    blocked = data["blocked"]
+    yield f"  blocked now: {blocked['ban']} banned, {blocked['shun']} shunned"
+    yield from _budget(data["syn_budget"])
+    yield from map(_event, data["recent"][-_MOST_EVENTS:])
+
+
+def _warnings(data: Status) -> Iterator[str]:
+    confirm = data["policy"]["confirm_s"]
+    if confirm is not None:
+        yield f"  NOT CONFIRMED: goes back in {confirm:.0f} s; `rstguard policy confirm`"
+    if data["panic"]:
+        yield "  PANIC: all traffic passes; `rstguard panic --end` ends it"
+    if data["runaway"]:
+        yield f"  RUNAWAY: {data['runaway']}"
+    if data["not_remembered"]:
+        yield f"  {data['not_remembered']}"
+    missing = [] if data["panic"] else data["missing"]
+    for lack in missing[:_MOST_MISSING]:
+        yield f"  missing: {lack}"
+    if len(missing) > _MOST_MISSING:
+        yield f"  missing: {len(missing) - _MOST_MISSING} more"
+
+
+def _processes(data: Status) -> Iterator[str]:
+    for worker in data["workers"]:
+        yield (
+            f"  worker {worker['pid']}: {worker['packets']} packets, {worker['waiting']} waiting, "
+            f"{worker['overrun']} overrun, {worker['restarts']} restarts"
+        )
+        if worker["overload"]:
+            yield f"    overloaded: {worker['left_undone']}"
+    sweeper, flows = data["sweeper"], data["counts"].get("flows", 0)
+    yield (
+        f"  sweeper {sweeper['pid']}: {flows} connections at the last sweep, "
+        f"{sweeper['restarts']} restarts"
+    )
+    if learning := data["learning"]:
+        left = f"{learning['left_s']:.0f} s to go" if learning["left_s"] else "done"
+        yield (
+            f"  learning limits: {learning['productive']} productive sources in "
+            f"{learning['seconds']:.0f} s, {left}; take them with `rstguard policy learn --live`"
+        )
+
+
+def _budget(budget: Status | None) -> Iterator[str]:
+    if budget is None:
+        return
+    cookies = budget["cookies"]
+    yield (
+        f"  SYN budget {budget['rate']}/s: {cookies['sent']} cookies sent, "
+        f"{cookies['accepted']} came back"
+    )
+    for service in budget["services"]:
+        over, offers = service["engaged_s"], service["offers"]
+        state = "within budget" if over is None else f"SYN cookies for {over:.0f} s"
+        scale = f", wscale {offers['scale']}" if offers["scale"] >= 0 else ""
+        yield f"    {service['service']}: {state} (mss {offers['mss']}{scale})"
+
+
+def _event(event: dict[str, Any]) -> str:
+    rule = f" by {event['rule']}" if event["rule"] else ""
+    why = f": {event['why']}" if event["why"] else ""
+    detail = f" ({event['detail']})" if event["detail"] else ""
+    would = "" if event["enforced"] else "would "
+    return f"  {would}{event['kind']} {event['subject']}{rule}{detail}{why}"
