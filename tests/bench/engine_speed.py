@@ -6,10 +6,14 @@ import gc
 import random
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from struct import pack
 
+from rstguard.daemon.measuring import Decide, Measuring
+from rstguard.daemon.messages import Learn
 from rstguard.engine.address import parse_address
 from rstguard.engine.engine import Engine
+from rstguard.engine.ruleset import NEEDS
 from rstguard.engine.verdict import PASS
 from rstguard.engine.wire import parse
 from rstguard.policy.compile import compile_policy
@@ -26,20 +30,26 @@ _APART = 8_000
 
 def engine() -> Iterator[Figure]:
     """The engine alone, one core, parsing included and not."""
-    guard = Engine(compile_policy(load(EXAMPLE).policy))
+    ruleset = replace(compile_policy(load(EXAMPLE).policy), enforce=False)
+    guard, learning = Engine(ruleset), Measuring(ruleset, NEEDS)
+    learning.obey(Learn(on=True))
+    measured = learning.beside(guard.decide)
     gc.collect()
     gc.disable()  # as in the worker
     chance = random.Random(1)
-    whole, decided = [], []
+    whole, decided, learned = [], [], []
     now = 10**18
     for _ in range(ROUNDS):
-        whole.append(_parsed_and_decided(guard, syns(chance, _PACKETS), now))
+        whole.append(_parsed_and_decided(guard.decide, syns(chance, _PACKETS), now))
+        now += _PACKETS * _APART
+        learned.append(_parsed_and_decided(measured, syns(chance, _PACKETS), now))
         now += _PACKETS * _APART
         decided.append(_decided(guard, syns(chance, _PACKETS), now))
         now += _PACKETS * _APART
     gc.enable()
     note = "processor time; example policy; a new random source with every SYN"
     yield at_least(GOAL, "engine: parse and decide", whole, "decisions/s", note)
+    yield seen("engine: parse and decide while limits are learned", learned, "decisions/s", note)
     yield seen("engine: decide alone", decided, "decisions/s", note)
 
 
@@ -58,8 +68,8 @@ def syns(chance: random.Random, count: int) -> list[bytes]:
     ]
 
 
-def _parsed_and_decided(guard: Engine, packets: list[bytes], now: int) -> float:
-    decide, passed = guard.decide, 0
+def _parsed_and_decided(decide: Decide, packets: list[bytes], now: int) -> float:
+    passed = 0
     began = time.process_time()
     for data in packets:
         passed += decide(parse(data), now) is PASS
