@@ -134,7 +134,7 @@ def test_a_list_that_fails_half_way_says_how_much_is_done(
     path = tmp_path / "list"
     path.write_text("".join(f"204.0.{n >> 8}.{n & 255}\n" for n in range(MOST_AT_ONCE + 1)))
 
-    def full(_directory: Path, request: dict[str, list[object]]) -> dict[str, object]:
+    def full(_where: Path, request: dict[str, list[object]], _patience: float) -> object:
         if len(request["bans"]) == 1:
             raise ControlError("the set is full")
         return {"banned": MOST_AT_ONCE, "refused": []}
