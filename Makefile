@@ -43,7 +43,7 @@ test: lint
 	$(PYTEST)
 
 test-pure: setup
-	$(PYTHON_IN) -m pytest -m "not netns and not fuzz_long and not soak_long and not systemd_long"
+	$(PYTHON_IN) -m pytest -m "not netns and not fuzz_long and not soak_long and not systemd"
 
 test-all-pythons:
 	@./.ci/setup --packages
@@ -54,7 +54,7 @@ test-all-pythons:
 	  PYTHON="$$python" ./.ci/setup --venv ".venv-$$version"; \
 	  echo "== Python $$version ($$python)"; \
 	  ".venv-$$version/bin/python" -m pytest -q -p no:cacheprovider \
-	    -m "not netns and not fuzz_long and not soak_long and not systemd_long" || failed="$$failed $$version"; \
+	    -m "not netns and not fuzz_long and not soak_long and not systemd" || failed="$$failed $$version"; \
 	done; \
 	if [ -n "$$failed" ]; then echo "failed on Python:$$failed" >&2; exit 1; fi
 
@@ -68,7 +68,7 @@ soak: setup
 	$(PYTEST) -s -m soak_long --timeout=0
 
 systemd: setup
-	$(PYTEST) -m systemd_long --timeout=0
+	$(PYTEST) -m systemd --timeout=0
 
 clean:
 	$(AS_ROOT) rm -rf .venv .venv-* build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""The README says what is true."""
+"""The README and the pages it names say what is true."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from rstguard.policy.load import parse
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+COMMANDS = (ROOT / "docs" / "commands.md").read_text()
+HOW = (ROOT / "docs" / "how-it-works.md").read_text()
 
 
 def test_the_table_of_reasons_is_the_one_in_the_code() -> None:
-    shown = re.search(r"<!-- reasons:.*?-->\n(.*?)<!-- end of reasons -->", README, re.DOTALL)
+    shown = re.search(r"<!-- reasons:.*?-->\n(.*?)<!-- end of reasons -->", HOW, re.DOTALL)
     assert shown is not None
     assert shown[1] == reasons_table()
 
@@ -34,11 +36,17 @@ def test_the_policy_shown_is_a_valid_policy() -> None:
 
 def test_every_command_shown_exists() -> None:
     commands = get_command(app).commands  # type: ignore[attr-defined]
-    shown = set(re.findall(r"rstguard ([a-z]+)", README)) - {"works", "is", "and", "ever", "can"}
+    shown = set(re.findall(r"`(?:sudo )?rstguard ([a-z]+)", README + COMMANDS + HOW))
     unknown = {word for word in shown if word not in commands}
     assert not unknown
 
 
 def test_every_command_is_shown() -> None:
     for name in get_command(app).commands:  # type: ignore[attr-defined]
-        assert f"rstguard {name}" in README, name
+        assert f"rstguard {name}" in COMMANDS, name
+
+
+def test_every_page_that_is_named_is_there() -> None:
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for link in re.findall(r"\]\(([^)#]+)", page.read_text()):
+            assert (page.parent / link).exists(), f"{link} in {page.name}"

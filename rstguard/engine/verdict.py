@@ -1,6 +1,6 @@
 """What the engine can decide, and the one table of reasons.
 
-Counters, events, command line and README all derive from `Reason`; there is no second list.
+Counters, events, command line and documentation all derive from `Reason`; there is no second list.
 """
 
 from __future__ import annotations

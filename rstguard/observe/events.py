@@ -87,7 +87,7 @@ class Event:
 
 
 def reasons_table() -> str:
-    """Return the table of reasons in Markdown, as the README shows it."""
+    """Return the table of reasons in Markdown, as docs/how-it-works.md shows it."""
     rows = [f"| `{reason.code}` | {reason.value} |" for reason in Reason]
     return "\n".join(["| reason | meaning |", "|---|---|", *rows, ""])
 
