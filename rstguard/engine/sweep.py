@@ -12,7 +12,7 @@ from heapq import nlargest
 from operator import itemgetter
 from typing import NamedTuple
 
-from rstguard.engine.address import is_v6, prefix_of
+from rstguard.engine.address import V6, prefix_of
 from rstguard.engine.flow import LIVE, Flow, TcpState, Tuple
 from rstguard.engine.lenient import MOST_BUSY, Standings, limit_of
 from rstguard.engine.nearest import MOST_TRUSTED, Near, largest, merged, told
@@ -36,6 +36,11 @@ class Seen(NamedTuple):
     """Bytes moved since the sweep before."""
     expires: int
     """When the kernel would forget it; every packet puts that off."""
+
+
+Known = tuple[Flow, Seen]
+"""A connection as it is, and what is known of it by now."""
+_ESTABLISHED = int(TcpState.ESTABLISHED)
 
 
 class Objection(NamedTuple):
@@ -108,15 +113,15 @@ class Sweep:
         flows = list(flows)
         if self.ruleset.lenient:
             self.standings.look(flows, self.ruleset, now)
-        flows = [flow for flow in flows if flow.state in LIVE]
-        seen = {flow.original: self._note(flow, now) for flow in flows}
+        known = [(flow, self._note(flow, now)) for flow in flows if flow[3] in LIVE]
+        seen = {flow[1]: what for flow, what in known}
         objections: dict[Tuple, Objection] = {}
         observed = []
         self._reported = {item for item in self._reported if item[1] in seen}
         elapsed = now - self._swept
         for rule in self._rules:
-            within = flows if rule.ports is None else _on_ports(flows, rule.ports)
-            for flow in _CROSSED[rule.measure](self, rule, within, seen, now, elapsed):
+            within = known if rule.ports is None else _on_ports(known, rule.ports)
+            for flow in _CROSSED[rule.measure](self, rule, within, now, elapsed):
                 if rule.action is not Action.OBSERVE and self.ruleset.scope.spares(
                     flow.original.source
                 ):
@@ -151,10 +156,14 @@ class Sweep:
         return Judgement(tuple(condemned), tuple(blocks), tuple(observed))
 
     def _note(self, flow: Flow, now: int) -> Seen:
-        packets = flow.client_packets + flow.server_packets
-        total = flow.client_bytes + flow.server_bytes
-        expires = now + flow.timeout * SECOND
-        last = self._seen.get(flow.original)
+        # Unpacked at once: this runs for every connection at every sweep.
+        (
+            _, original, _, _, _, _,
+            client_packets, client_bytes, server_packets, server_bytes, _, timeout, _,
+        ) = flow  # fmt: skip
+        packets, total = client_packets + server_packets, client_bytes + server_bytes
+        expires = now + timeout * SECOND
+        last = self._seen.get(original)
         if last is None or packets < last.packets:
             began = now - flow.age if flow.age >= 0 else now
             # An older connection moved most of its bytes before anybody looked.
@@ -163,37 +172,37 @@ class Sweep:
         # A connection older than the accounting has no counters; its timer tells of packets too,
         # to the second.
         spoke = packets != last.packets or (not packets and expires - last.expires > 2 * SECOND)
-        changed = now if spoke else last.changed
-        expires = expires if spoke else last.expires
-        return Seen(last.began, changed, packets, total, total - last.bytes, expires)
+        if spoke:
+            return Seen(last.began, now, packets, total, total - last.bytes, expires)
+        return last._replace(news=0) if last.news else last
 
-    def _connections(
-        self, rule: Rule, flows: list[Flow], seen: dict[Tuple, Seen], now: int, elapsed: int
-    ) -> list[Flow]:
+    def _connections(self, rule: Rule, known: list[Known], now: int, elapsed: int) -> list[Flow]:
         """The newest of a source beyond the limit."""
-        held: dict[int, list[Flow]] = {}
+        held: dict[int, list[Known]] = {}
         key = _source_key(rule)
-        for flow in flows:
-            if flow.state == TcpState.ESTABLISHED:
-                held.setdefault(key(flow), []).append(flow)
+        for one in known:
+            if one[0][3] == _ESTABLISHED:
+                source = key(one[0])
+                if source in held:
+                    held[source].append(one)
+                else:
+                    held[source] = [one]
         self._used[rule] = {source: len(of_source) for source, of_source in held.items()}
         beyond = []
         percents = self.standings.percents() if rule.unless else {}
         for source, of_source in held.items():
             limit = limit_of(rule, source, percents)
             if len(of_source) > limit:
-                of_source.sort(key=lambda flow: seen[flow.original].began)
-                beyond += of_source[limit:]
+                of_source.sort(key=lambda one: one[1].began)
+                beyond += [flow for flow, _ in of_source[limit:]]
         return beyond
 
-    def _byte_rate(
-        self, rule: Rule, flows: list[Flow], seen: dict[Tuple, Seen], now: int, elapsed: int
-    ) -> list[Flow]:
+    def _byte_rate(self, rule: Rule, known: list[Known], now: int, elapsed: int) -> list[Flow]:
         """Every moving connection of a source whose bucket of bytes overflows."""
         key = _source_key(rule)
         moved: dict[int, int] = {}
-        for flow in flows:
-            if news := seen[flow.original].news:
+        for flow, seen in known:
+            if news := seen.news:
                 moved[key(flow)] = moved.get(key(flow), 0) + news
         drained = rule.limit * elapsed // rule.period
         levels = self._used[rule]
@@ -204,34 +213,30 @@ class Sweep:
                 full[source] = level
         self._used[rule] = full
         over = {source for source, level in full.items() if level > rule.burst}
-        return [flow for flow in flows if key(flow) in over and seen[flow.original].news]
+        return [flow for flow, seen in known if seen.news and key(flow) in over] if over else []
 
-    def _slow(
-        self, rule: Rule, flows: list[Flow], seen: dict[Tuple, Seen], now: int, elapsed: int
-    ) -> list[Flow]:
+    def _slow(self, rule: Rule, known: list[Known], now: int, elapsed: int) -> list[Flow]:
         found = []
-        for flow in flows:
-            age = now - seen[flow.original].began
-            if flow.state != TcpState.ESTABLISHED or age < rule.after:
+        old_enough = now - rule.after
+        for flow, (began, _, packets, _, _, _) in known:
+            # Without packets it is older than the accounting: nobody knows what it moved.
+            if began > old_enough or not packets or flow.state != _ESTABLISHED:
                 continue
-            if not seen[flow.original].packets:
-                continue  # older than the accounting: nobody knows what it moved
+            age = now - began
             if _counted_bytes(flow, rule.of) * SECOND < rule.limit * age:
                 found.append(flow)
         return found
 
-    def _idle(
-        self, rule: Rule, flows: list[Flow], seen: dict[Tuple, Seen], now: int, elapsed: int
-    ) -> list[Flow]:
-        return [flow for flow in flows if now - seen[flow.original].changed >= rule.limit]
+    def _idle(self, rule: Rule, known: list[Known], now: int, elapsed: int) -> list[Flow]:
+        since = now - rule.limit
+        return [flow for flow, seen in known if seen[1] <= since]
 
-    def _age(
-        self, rule: Rule, flows: list[Flow], seen: dict[Tuple, Seen], now: int, elapsed: int
-    ) -> list[Flow]:
-        return [flow for flow in flows if now - seen[flow.original].began >= rule.limit]
+    def _age(self, rule: Rule, known: list[Known], now: int, elapsed: int) -> list[Flow]:
+        since = now - rule.limit
+        return [flow for flow, seen in known if seen[0] <= since]
 
 
-Crossed = Callable[[Sweep, Rule, list[Flow], dict[Tuple, Seen], int, int], list[Flow]]
+Crossed = Callable[[Sweep, Rule, list[Known], int, int], list[Flow]]
 
 _CROSSED: dict[Measure, Crossed] = {
     Measure.CONNECTIONS: Sweep._connections,
@@ -242,8 +247,8 @@ _CROSSED: dict[Measure, Crossed] = {
 }
 
 
-def _on_ports(flows: list[Flow], ports: frozenset[int]) -> list[Flow]:
-    return [flow for flow in flows if flow.original.destination_port in ports]
+def _on_ports(known: list[Known], ports: frozenset[int]) -> list[Known]:
+    return [one for one in known if one[0][1][3] in ports]
 
 
 def _widths(rule: Rule, ruleset: RuleSet) -> tuple[int, int]:
@@ -257,7 +262,12 @@ def _source_key(rule: Rule) -> Callable[[Flow], int]:
     if rule.per is Per.SERVICE:
         return lambda flow: flow.original.destination << 16 | flow.original.destination_port
     shift4, shift6 = 32 - rule.ipv4_length, 128 - rule.ipv6_length
-    return lambda flow: flow.original.source >> (shift6 if is_v6(flow.original.source) else shift4)
+
+    def key(flow: Flow) -> int:
+        source = flow[1][0]
+        return source >> (shift6 if source >= V6 else shift4)
+
+    return key
 
 
 def _counted_bytes(flow: Flow, of: str) -> int:

@@ -138,13 +138,11 @@ def _blocked(matching: Matching) -> tuple[str, ...]:
     """Other segments of a banned source go on: its connections are to hear their RST."""
     if matching.ruleset.blocking != "drop":
         return (
-            *matching.unless_trusted(),
             "-p tcp -j RETURN",
             f"{matching.hit('ban')} -j DROP",
         )
     return (
         f"-p tcp -m tcp ! --tcp-flags {SYN_ONLY} -j RETURN",
-        *matching.unless_trusted(),
         f"{matching.hit('ban')} -j DROP",
         f"-p tcp {matching.hit('shun')} -j DROP",
     )
@@ -155,7 +153,6 @@ def _refused(matching: Matching) -> tuple[str, ...]:
     unreachable = "icmp-admin-prohibited" if matching.family == 4 else "icmp6-adm-prohibited"
     kind = "tcp-reset" if matching.ruleset.blocking == "reset" else unreachable
     return (
-        *matching.unless_trusted(),
         f"-p tcp {matching.hit('ban')} -j REJECT --reject-with {kind}",
         f"-p tcp {matching.hit('shun')} -j REJECT --reject-with {kind}",
     )

@@ -24,6 +24,8 @@ class Footprint:
         self._queues = queues
         self.known: dict[Service, Offer] = {}
         """The services that SYN cookies may be given out for; takes effect with `divert`."""
+        self._placed: dict[int, iptables.Present] = {}
+        """What is in the kernel since the last `divert`."""
         self._whole = threading.RLock()  # nobody is to see the rules half changed
 
     def prepare(self, ruleset: RuleSet) -> bool:
@@ -51,7 +53,7 @@ class Footprint:
             KernelError: iptables refused.
         """
         with self._whole:
-            iptables.apply(self._plans(ruleset))
+            self._placed = iptables.apply(self._plans(ruleset))
 
     def replace(self, old: RuleSet, new: RuleSet, divert: bool = True) -> None:
         """Exchange one policy's sets and chains for another's; on failure the old ones return.
@@ -75,7 +77,7 @@ class Footprint:
     def missing(self, ruleset: RuleSet) -> list[str]:
         """Return what should be in the kernel and is not, in words."""
         with self._whole:
-            return iptables.missing(self._plans(ruleset))
+            return iptables.missing(self._plans(ruleset), self._placed)
 
     def lost(self, ruleset: RuleSet) -> list[str]:
         """Return which rules and sets others have taken away, in words.
@@ -85,7 +87,7 @@ class Footprint:
         """
         with self._whole:
             return [
-                *iptables.missing(self._plans(ruleset)),
+                *iptables.missing(self._plans(ruleset), self._placed),
                 *ipset.lost(ruleset, len(self._queues)),
             ]
 

@@ -90,10 +90,11 @@ def _read_all(families: Iterable[int]) -> dict[int, Present]:
         return dict(zip(families, pool.map(read, families), strict=True))
 
 
-def apply(plans: dict[int, Plan]) -> None:
+def apply(plans: dict[int, Plan]) -> dict[int, Present]:
     """Bring the plans (family -> plan) about and verify them; what is there already stays.
 
     A table that is as planned is not touched: to replace one takes the kernel some 15 ms.
+    Returns what then is in the kernel: it may write a rule in another way than we do.
 
     Raises:
         KernelError: iptables refused, or something is missing afterwards.
@@ -107,19 +108,33 @@ def apply(plans: dict[int, Plan]) -> None:
             run([f"{_COMMANDS[family]}-restore", "--noflush", "-w", _WAIT_SECONDS], text)
         except KernelError as error:
             raise KernelError(f"{error}; `rstguard doctor` says what this machine lacks") from error
-    lacking = missing(plans) if any(texts.values()) else []
+    if not any(texts.values()):
+        return present
+    present = _read_all(plans)
+    lacking = _lacking(plans, present, {})
     if lacking:
         raise KernelError(
             f"iptables accepted the rules but {lacking[0]} is not there; another tool may be "
             "rewriting the firewall: stop it or try again"
         )
+    return present
 
 
-def missing(plans: dict[int, Plan]) -> list[str]:
-    """Return what of the plans is not in the kernel, in words; empty if all is well."""
+def missing(plans: dict[int, Plan], placed: dict[int, Present] | None = None) -> list[str]:
+    """Return what of the plans is not in the kernel, in words; empty if all is well.
+
+    With what `apply` has returned for them, rules that were changed since are found, too.
+    """
+    return _lacking(plans, _read_all(plans), placed or {})
+
+
+def _lacking(
+    plans: dict[int, Plan], found: dict[int, Present], placed: dict[int, Present]
+) -> list[str]:
     lacking = []
-    for family, present in _read_all(plans).items():
+    for family, present in found.items():
         plan = plans[family]
+        before = placed[family].chains if family in placed else {}
         for jump in plan.jumps:
             held = [held for held in present.jumps if held.answers_for(jump)]
             where = f"{jump.table} {jump.builtin} (IPv{family})"
@@ -130,8 +145,11 @@ def missing(plans: dict[int, Plan]) -> list[str]:
                 lacking.append(f"the place of the jump from {where}, which is to come {place}")
         for table, chains in plan.chains.items():
             for chain, rules in chains.items():
-                if len(present.chains.get((table, chain), ())) != len(rules):
+                says = present.chains.get((table, chain), ())
+                if len(says) != len(rules):
                     lacking.append(f"the chain {chain} in {table} (IPv{family})")
+                elif says not in (rules, before.get((table, chain), says)):
+                    lacking.append(f"what the chain {chain} in {table} says (IPv{family})")
     return lacking
 
 

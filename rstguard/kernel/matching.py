@@ -23,8 +23,13 @@ class Matching:
         return f"-m set --match-set {PREFIX}-{name}{self.family} {direction}"
 
     def hit(self, name: str) -> str:
-        """Match who is banned or shunned: a lifeline in the midst of a banned network is not."""
-        return f"{self.in_set(name)} {negated(self.in_set('spared'))}"
+        """Match who is banned or shunned: lifelines and trusted ones amid a banned network are not.
+
+        The block is asked first: that is the only question for nearly every packet.
+        """
+        spared = negated(self.in_set("spared"))
+        trusted = f" {negated(self.in_set('trusted'))}" if self.trusts else ""
+        return f"{self.in_set(name)} {spared}{trusted}"
 
     def on_interfaces(self, chain: str, outbound: bool, tcp: bool = False) -> tuple[str, ...]:
         """Return rules that send what comes in, or goes out, on protected interfaces to a chain."""
@@ -33,11 +38,15 @@ class Matching:
         names = interface_names(self.ruleset)
         return tuple(f"{way} {name} {protocol}-j {chain}" for name in names)
 
+    @property
+    def trusts(self) -> bool:
+        """Whether the policy trusts anybody of this family."""
+        v6 = self.family == 6
+        return any(is_v6(prefix.network) == v6 for prefix in self.ruleset.scope.trusted)
+
     def unless_trusted(self) -> list[str]:
         """Return the rule by which trusted sources leave the chain, if there are any."""
-        v6 = self.family == 6
-        trusts = any(is_v6(prefix.network) == v6 for prefix in self.ruleset.scope.trusted)
-        return [f"{self.in_set('trusted')} -j RETURN"] if trusts else []
+        return [f"{self.in_set('trusted')} -j RETURN"] if self.trusts else []
 
     def in_scope(self) -> list[str]:
         """Return rules that leave the chain if the target is not protected."""

@@ -221,10 +221,11 @@ def test_panic_works_on_a_full_disk_and_says_what_it_cannot(
         [f"{t} -t {table} {what}" for t in ("iptables", "ip6tables") for table in
          ("raw", "mangle", "filter") for what in ("-F", "-X")],
         ["ipset flush rstguard-dst4"],
+        ["iptables -t raw -R rstguard-blocked 3 -j RETURN"],
         [f"{t} -t {table} {what}" for t in ("iptables", "ip6tables") for table in
          ("raw", "mangle", "filter") for what in ("-F", "-X")] + ["ipset destroy"],
     ],
-    ids=["a table flushed", "a jump", "all rules", "a set emptied", "rules and sets"],
+    ids=["a table flushed", "a jump", "all rules", "a set emptied", "a rule", "rules and sets"],
 )  # fmt: skip
 def test_what_another_tool_removed_comes_back(guard: Guard, lab: Lab, commands: list[str]) -> None:
     guard.cli("ban", "add", (banned := source(False)), "--for", "1h")

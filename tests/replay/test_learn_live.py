@@ -203,6 +203,7 @@ def test_what_came_in_between_is_said(lab: Lab, tmp_path: Path, serve: Open) -> 
         assert "mode: observe" in done.stderr
         guard.apply(POLICY)
         guard.ask("learn-start", seconds=3600)
+        guard.ask("learned")  # by its answer every process has begun
         early, late = source(False), source(False)
         visit(service, early, 3)
         wait_until(lambda: guard.status()["learning"]["productive"] == 1)
