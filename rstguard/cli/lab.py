@@ -70,7 +70,7 @@ def bench(
     """Compare guards under the same floods; exit 1 if rstguard missed a goal.
 
     Each round runs each flood against each guard, in an order that changes from round to round.
-    All of it takes about 25 minutes.
+    All of it takes about 16 minutes.
 
     Examples: `rstguard lab bench --flood forged --rounds 1`;
     `rstguard lab bench --out bench.json --table bench.md --chart bench.svg`.
