@@ -7,6 +7,7 @@ ends here, with one `Condemner` that condemns, provokes and confirms.
 
 from __future__ import annotations
 
+import gc
 import logging
 import select
 import time
@@ -154,8 +155,12 @@ class Sweeper:
         if not (ruleset.sweeps or ruleset.lenient or measuring.active):
             return
         began = time.process_time_ns()
-        flows = list(self._table.dump(GUARDED | PROVEN, GUARDED | PROVEN | CONDEMNED))
-        judgement = self._sweep.judge(flows, now)
+        gc.disable()  # a sweep makes hundreds of thousands of objects, and no cycle
+        try:
+            flows = list(self._table.dump(GUARDED | PROVEN, GUARDED | PROVEN | CONDEMNED))
+            judgement = self._sweep.judge(flows, now)
+        finally:
+            gc.enable()
         self._carry_out(judgement, now)
         percents = self._sweep.standings.percents()
         if percents != self._percents:

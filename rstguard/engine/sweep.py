@@ -114,7 +114,8 @@ class Sweep:
         if self.ruleset.lenient:
             self.standings.look(flows, self.ruleset, now)
         known = [(flow, self._note(flow, now)) for flow in flows if flow[3] in LIVE]
-        seen = {flow[1]: what for flow, what in known}
+        self._forget_all_but(known)
+        seen = self._seen
         objections: dict[Tuple, Objection] = {}
         observed = []
         self._reported = {item for item in self._reported if item[1] in seen}
@@ -138,7 +139,7 @@ class Sweep:
                 sternest = objections.get(flow.original)
                 if sternest is None or rule.action > sternest.rule.action:
                     objections[flow.original] = Objection(flow, rule)
-        self._seen, self._swept = seen, now
+        self._swept = now
         return self._sentence(objections.values(), observed, now)
 
     def _sentence(
@@ -168,13 +169,30 @@ class Sweep:
             began = now - flow.age if flow.age >= 0 else now
             # An older connection moved most of its bytes before anybody looked.
             news = total if flow.age >= 0 and began >= self._swept else 0
-            return Seen(began, now, packets, total, news, expires)
+            self._seen[original] = seen = Seen(began, now, packets, total, news, expires)
+            return seen
         # A connection older than the accounting has no counters; its timer tells of packets too,
         # to the second.
         spoke = packets != last.packets or (not packets and expires - last.expires > 2 * SECOND)
+        if not spoke and not last.news:
+            return last
         if spoke:
-            return Seen(last.began, now, packets, total, total - last.bytes, expires)
-        return last._replace(news=0) if last.news else last
+            seen = Seen(last.began, now, packets, total, total - last.bytes, expires)
+        else:
+            seen = last._replace(news=0)
+        self._seen[original] = seen
+        return seen
+
+    def _forget_all_but(self, known: list[Known]) -> None:
+        """Forget connections that are gone; what is known of the others stays where it is.
+
+        If all were written down anew at each sweep, the memory of old and new sweeps would mingle,
+        and a tenth sweep would take twice as long as the first.
+        """
+        if len(self._seen) != len(known):
+            there = {flow[1] for flow, _ in known}
+            for gone in [original for original in self._seen if original not in there]:
+                del self._seen[gone]
 
     def _connections(self, rule: Rule, known: list[Known], now: int, elapsed: int) -> list[Flow]:
         """The newest of a source beyond the limit."""
