@@ -22,7 +22,8 @@ from typing import Any
 
 import pytest
 
-from rstguard.daemon.control import ControlError, ask
+from rstguard.control.protocol import ask
+from rstguard.ipc.requests import ControlError
 from tests.netns import SERVER4, SERVER6, Lab, wait_until
 
 _FREE = {False: (socket.IPPROTO_IP, 15), True: (socket.IPPROTO_IPV6, 78)}

@@ -22,11 +22,17 @@ LAYERS = {
     "policy": 1,
     "kernel": 1,
     "observe": 1,
-    "daemon": 2,
-    "lab": 2,
-    "replay": 2,
-    "cli": 3,
-    "__main__": 4,
+    "ipc": 2,
+    "worker": 3,
+    "sweeper": 3,
+    "state": 3,
+    "supervisor": 4,
+    "control": 5,
+    "daemon": 6,
+    "lab": 7,
+    "replay": 7,
+    "cli": 8,
+    "__main__": 9,
 }
 """Imports go to a lower layer or stay in one part; parts of one layer do not know each other."""
 

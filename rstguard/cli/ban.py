@@ -106,7 +106,7 @@ def ban_import(
 ) -> None:
     """Ban all sources of a list; entries that are wrong are named, and the others taken."""
     from rstguard.cli.banlist import Ban, Wrong, read
-    from rstguard.daemon.imports import MOST_AT_ONCE
+    from rstguard.control.ban_import import MOST_AT_ONCE
 
     default = _seconds(duration)
     entries = list(read(_text(file)))

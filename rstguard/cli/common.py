@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from rstguard.daemon.control import ControlError, NoDaemon, ask
+from rstguard.control.protocol import NoDaemon, ask
+from rstguard.ipc.requests import ControlError
 from rstguard.kernel import KernelError
 
 if TYPE_CHECKING:

@@ -12,8 +12,9 @@ from typing import Annotated, Any
 import typer
 
 from rstguard.cli.common import DEFAULT_DIR, FAILED, RuntimeDir, ask_guard, fail
-from rstguard.daemon.control import ControlError, NoDaemon, ask
+from rstguard.control.protocol import NoDaemon, ask
 from rstguard.engine.address import Prefix, parse_address, parse_prefix
+from rstguard.ipc.requests import ControlError
 from rstguard.observe.events import KINDS
 
 _LOOK_SECONDS = 0.5

@@ -28,7 +28,7 @@ from rstguard.kernel import KernelError
 from rstguard.kernel.queues import DEFAULT_NUMBER
 
 if TYPE_CHECKING:
-    from rstguard.daemon.control import Answer
+    from rstguard.ipc.requests import Answer
 
 EventLogFile = Annotated[
     Path | None,
@@ -92,7 +92,7 @@ def run(
     import asyncio
     import logging
 
-    from rstguard.daemon.spawn import spawn_all
+    from rstguard.supervisor.spawn import spawn_all
 
     logging.basicConfig(format="rstguard: %(message)s", level=logging.INFO, stream=sys.stderr)
     with errors_in_one_sentence():
@@ -100,8 +100,8 @@ def run(
             raise KernelError("guarding needs root; use sudo, or start the systemd service")
         # While they come up, this process reads the policy: both take a fifth of a second.
         spawned = spawn_all(workers)
-        from rstguard.daemon.options import Options
-        from rstguard.daemon.supervisor import Supervisor
+        from rstguard.daemon import guard
+        from rstguard.supervisor.options import Options
 
         loaded = read_policy(policy)
         directory = _make(runtime_dir)
@@ -117,12 +117,12 @@ def run(
             journal=bool(os.environ.get("JOURNAL_STREAM")) if journal is None else journal,
             web=_web(http, http_anywhere) if http else None,
         )
-        asyncio.run(Supervisor(options).run())
+        asyncio.run(guard(options))
 
 
 def _web(where: str, anywhere: bool) -> Callable[[Answer], Coroutine[Any, Any, None]]:
     """Listen at an address; return what then serves the page there."""
-    from rstguard.daemon import web
+    from rstguard.control import web
 
     return partial(web.run, web.listen(where, anywhere))
 
@@ -205,8 +205,8 @@ def panic(
     The guard itself runs on, and puts nothing back until `--end`, its end, or a reboot.
     Bans and history are kept.
     """
-    from rstguard.daemon.upkeep import PANIC_NAME
     from rstguard.kernel.footprint import Footprint
+    from rstguard.supervisor.upkeep import PANIC_NAME
 
     with errors_in_one_sentence():
         if os.geteuid() != 0:
@@ -227,8 +227,8 @@ def panic(
 
 def _note(file: Path) -> str:
     """Make the file that a running guard looks for, or return why it will not see it."""
-    from rstguard.daemon.claims import is_claimed
-    from rstguard.daemon.control import listens
+    from rstguard.control.protocol import listens
+    from rstguard.supervisor.claims import is_claimed
 
     back = "the guard that runs here puts its rules back within seconds: "
     try:
@@ -254,8 +254,8 @@ def cleanup(
     as_json: Json = False,
 ) -> None:
     """Undo what a guard that was killed left behind: rules, sets, sysctls, socket."""
-    from rstguard.daemon.claims import claim
     from rstguard.kernel.footprint import Footprint
+    from rstguard.supervisor.claims import claim
 
     with errors_in_one_sentence():
         if os.geteuid() != 0:

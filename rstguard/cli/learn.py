@@ -145,9 +145,9 @@ def _wrong(
 
 
 def _seconds(text: str) -> int:
-    from rstguard.daemon.learning import LONGEST
     from rstguard.engine.ruleset import SECOND
     from rstguard.policy.quantities import duration
+    from rstguard.supervisor.learning import LONGEST
 
     try:
         return duration(SECOND, LONGEST * SECOND)(text) // SECOND

@@ -11,7 +11,8 @@ import typer
 from rstguard.cli.common import DEFAULT_DIR, RuntimeDir, errors_in_one_sentence, print_json
 from rstguard.cli.picture import Status, frame, outdated
 from rstguard.cli.screen import Screen, is_terminal, taken
-from rstguard.daemon.control import ControlError, ask
+from rstguard.control.protocol import ask
+from rstguard.ipc.requests import ControlError
 
 _PIPE = (80, 24)
 

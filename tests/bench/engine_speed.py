@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from struct import pack
 
-from rstguard.daemon.measuring import Decide, Measuring
-from rstguard.daemon.messages import Learn
 from rstguard.engine.address import parse_address
 from rstguard.engine.engine import Engine
 from rstguard.engine.ruleset import NEEDS
 from rstguard.engine.verdict import PASS
 from rstguard.engine.wire import parse
+from rstguard.ipc.measuring import Decide, Measuring
+from rstguard.ipc.messages import Learn
 from rstguard.policy.compile import compile_policy
 from rstguard.policy.load import load
 from tests.bench.figures import Figure, at_least, seen

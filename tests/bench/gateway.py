@@ -18,7 +18,8 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from rstguard.daemon.control import ControlError, ask
+from rstguard.control.protocol import ask
+from rstguard.ipc.requests import ControlError
 from rstguard.kernel.nfqueue import QueueState, states
 from rstguard.kernel.queues import DEFAULT_NUMBER
 from tests.netns import Lab, wait_until

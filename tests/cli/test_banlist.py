@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from rstguard.cli import app, common
 from rstguard.cli.banlist import Ban, Wrong, read
-from rstguard.daemon.control import ControlError
-from rstguard.daemon.imports import MOST_AT_ONCE
+from rstguard.control.ban_import import MOST_AT_ONCE
+from rstguard.ipc.requests import ControlError
 from tests.guard import ROUTER4, Guard, give_sources
 from tests.netns import Lab
 

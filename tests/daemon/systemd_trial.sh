@@ -23,7 +23,7 @@ until_it() {
 }
 
 serves() { $R status >/dev/null 2>&1; }
-children() { pgrep -P "$(show MainPID)" -f "rstguard.daemon.$1"; }
+children() { pgrep -P "$(show MainPID)" -f "rstguard.$1"; }
 is_second() { show StatusText | grep -q second; }
 serves_anew() { [ "$(show NRestarts)" -gt "$before" ] && serves; }
 worker_gone() { [ ! -e "/proc/$worker" ] && serves; }

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rstguard.daemon.control import ControlError
+from rstguard.ipc.requests import ControlError
 from tests.daemon.conftest import Crowd, Open
 from tests.guard import BOTH_FAMILIES, SILENCE, Guard, alive, answer, refused, source
 from tests.netns import Lab, wait_until

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rstguard.daemon.channel import Channel, Closed, pair
+from rstguard.ipc.channel import Channel, Closed, pair
 
 
 def test_last_words_are_heard_though_something_was_left_unread() -> None:

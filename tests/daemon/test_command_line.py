@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from rstguard.daemon.claims import LOCKS
+from rstguard.supervisor.claims import LOCKS
 from tests.daemon.conftest import Open
 from tests.guard import Guard, answer, leftovers, source
 from tests.netns import Lab, wait_until
@@ -34,7 +34,7 @@ rules:
 NOBODY = """
 import os, sys
 import rstguard.cli
-import rstguard.daemon.supervisor
+import rstguard.supervisor.supervisor
 import rstguard.kernel.preflight
 import rstguard.policy.compile
 os.setgroups([])
@@ -416,7 +416,7 @@ def test_ctrl_c_in_the_midst_of_starting(tmp_path: Path) -> None:
             def child_begins() -> bool:
                 with contextlib.suppress(OSError):
                     commands = [Path(f"/proc/{pid}/cmdline") for pid in listed.read_text().split()]
-                    return any(b"rstguard.daemon" in path.read_bytes() for path in commands)
+                    return any(b"\0rstguard.worker" in path.read_bytes() for path in commands)
                 return False
 
             wait_until(child_begins)

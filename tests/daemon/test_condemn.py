@@ -7,8 +7,13 @@ from collections.abc import Iterable, Sequence
 
 import pytest
 
-from rstguard.daemon.cases import MILLISECOND, PROBE_AT
-from rstguard.daemon.condemn import (
+from rstguard.engine.address import parse_address, parse_prefix
+from rstguard.engine.flow import Flow, TcpState, Tuple
+from rstguard.engine.verdict import Ends, Reason
+from rstguard.engine.wire import ACK, Packet, parse
+from rstguard.kernel import marks
+from rstguard.sweeper.cases import MILLISECOND, PROBE_AT
+from rstguard.sweeper.condemner import (
     AGAIN_AFTER,
     AGAIN_ROUNDS,
     DEADLINE,
@@ -18,11 +23,6 @@ from rstguard.daemon.condemn import (
     Target,
     select,
 )
-from rstguard.engine.address import parse_address, parse_prefix
-from rstguard.engine.flow import Flow, TcpState, Tuple
-from rstguard.engine.verdict import Ends, Reason
-from rstguard.engine.wire import ACK, Packet, parse
-from rstguard.kernel import marks
 
 
 class Kernel:

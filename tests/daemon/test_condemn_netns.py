@@ -13,12 +13,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from rstguard.daemon.condemn import Condemner, Outcome, Result, Target, select
 from rstguard.engine.flow import Flow
 from rstguard.engine.verdict import Ends, Reason
 from rstguard.kernel import chains, marks
 from rstguard.kernel.conntrack import Conntrack
 from rstguard.kernel.inject import Injector
+from rstguard.sweeper.condemner import Condemner, Outcome, Result, Target, select
 from tests.netns import OUTSIDE4, OUTSIDE6, SERVER4, SERVER6, Lab, wait_until
 
 pytestmark = pytest.mark.netns

@@ -16,7 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rstguard.daemon.control import ControlError, ask
+from rstguard.control.protocol import ask
+from rstguard.ipc.requests import ControlError
 from tests.guard import Guard
 from tests.netns import Lab, wait_until
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from rstguard.daemon.condemn import select
-from rstguard.daemon.control import NoDaemon
+from rstguard.control.protocol import NoDaemon
 from rstguard.kernel import marks
 from rstguard.kernel.conntrack import Conntrack
+from rstguard.sweeper.condemner import select
 from tests.daemon.conftest import Crowd, Open
 from tests.guard import (
     BOTH_FAMILIES,

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from rstguard.daemon.closest import Closest
-from rstguard.daemon.messages import Nearest, NearestAre
+from rstguard.control.nearest import Closest
 from rstguard.engine.nearest import Near
+from rstguard.ipc.messages import Nearest, NearestAre
+from rstguard.supervisor.inquiry import Inquiry
 from tests.daemon.conftest import Open
 from tests.engine.packets import ruleset
 from tests.guard import BOTH_FAMILIES, ROUTER4, Guard, server_address, source
@@ -85,19 +86,20 @@ def test_who_is_nearest(guard: Guard, serve: Open) -> None:
 
 def test_however_many_look_the_processes_are_asked_once() -> None:
     asked: list[Nearest] = []
+    inquiry: Inquiry[NearestAre] = Inquiry()
 
     async def ask() -> list[object]:
         def answer(question: Nearest) -> None:
             asked.append(question)
             near = Near("rate", "198.51.100.7", 0.5)
             asyncio.get_running_loop().call_soon(
-                closest.inquiry.heard, NearestAre(question.number, (near,))
+                inquiry.heard, NearestAre(question.number, (near,))
             )
 
         child = SimpleNamespace(pid=1, ready=asyncio.Event(), send=answer)
         starting = SimpleNamespace(pid=1, ready=asyncio.Event(), send=answer)
         child.ready.set()
-        guard = SimpleNamespace(children=[child, starting], ruleset=ruleset())
+        guard = SimpleNamespace(children=[child, starting], ruleset=ruleset(), nearest=inquiry)
         closest = Closest(guard)  # type: ignore[arg-type]
         return await asyncio.gather(*(closest.answer({}) for _ in range(50)))
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from rstguard.daemon.control import ControlError
+from rstguard.ipc.requests import ControlError
 from tests.daemon.conftest import Crowd, Open
 from tests.guard import Guard, leftovers, source
 from tests.netns import Lab, wait_until

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rstguard.daemon.notify import Notifier
+from rstguard.supervisor.notify import Notifier
 from tests.guard import Guard
 from tests.netns import Lab, wait_until
 
@@ -163,7 +164,8 @@ def successor(guard: Guard, before: list[int]) -> int:
 
     def begun() -> bool:
         new[:] = set(guard.children()) - set(before)
-        return any(b"rstguard.daemon" in Path(f"/proc/{p}/cmdline").read_bytes() for p in new)
+        named = re.compile(rb"\0rstguard\.(worker|sweeper)\0")
+        return any(named.search(Path(f"/proc/{p}/cmdline").read_bytes()) for p in new)
 
     wait_until(begun)
     return new[0]

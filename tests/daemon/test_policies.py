@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rstguard.daemon.control import ControlError
+from rstguard.ipc.requests import ControlError
 from tests.guard import Guard
 from tests.netns import SERVER4, Lab, wait_until
 

@@ -14,9 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rstguard.daemon import record
-from rstguard.daemon.record import Record
-from rstguard.daemon.store import (
+from rstguard.engine.address import parse_prefix
+from rstguard.kernel.elements import MAX_SECONDS, Element, Kind
+from rstguard.state import record
+from rstguard.state.record import Record
+from rstguard.state.store import (
     KEPT,
     MOST_POLICIES,
     PENDING,
@@ -25,9 +27,7 @@ from rstguard.daemon.store import (
     StoreError,
     gone_back_from,
 )
-from rstguard.daemon.store import before as policy_before
-from rstguard.engine.address import parse_prefix
-from rstguard.kernel.elements import MAX_SECONDS, Element, Kind
+from rstguard.state.store import before as policy_before
 
 
 class Clock:
@@ -248,7 +248,7 @@ def test_a_place_that_cannot_be_used_is_named(tmp_path: Path) -> None:
 _WRITER = """
 import sys
 from pathlib import Path
-from rstguard.daemon.store import Store
+from rstguard.state.store import Store
 from rstguard.engine.address import parse_prefix
 from rstguard.kernel.elements import Element
 store = Store(Path(sys.argv[1]))

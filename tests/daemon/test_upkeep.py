@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from rstguard.daemon.cap import BanCap
-from rstguard.daemon.upkeep import BackOff
 from rstguard.engine.address import parse_prefix
+from rstguard.supervisor.ban_cap import BanCap
+from rstguard.supervisor.upkeep import BackOff
 from tests.guard import ROUTER4, ROUTER6, Guard, Service, services, source
 from tests.netns import SERVER4, Lab, wait_until
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from rstguard.daemon.web import LARGEST, listen
+from rstguard.control.web import LARGEST, listen
 from rstguard.kernel import KernelError
 from rstguard.observe.metrics import TABLE
 from tests.guard import Guard

@@ -14,15 +14,15 @@ from dataclasses import replace
 
 import pytest
 
-from rstguard.daemon.channel import Channel, pair
-from rstguard.daemon.messages import Start
-from rstguard.daemon.worker import Worker
 from rstguard.engine.ruleset import RuleSet
 from rstguard.engine.verdict import PASS, PASS_AND_TRUST, Decision, Reason, Verdict
 from rstguard.engine.wire import ACK, Malformed, Packet, parse
+from rstguard.ipc.channel import Channel, pair
+from rstguard.ipc.messages import Start
 from rstguard.kernel import KernelError
 from rstguard.kernel.nfqueue import LENGTH, MOST, Queue, Queued, states
 from rstguard.kernel.readers import BINDING, BUILT_IN, CHOICE
+from rstguard.worker.worker import Worker
 from tests.engine.packets import ipv4, ruleset, tcp
 
 pytestmark = pytest.mark.netns

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from rstguard.daemon.control import ControlError
+from rstguard.ipc.requests import ControlError
 from rstguard.policy.compile import compile_policy
 from rstguard.policy.load import load
 from rstguard.replay.learn import learn, lesson_data

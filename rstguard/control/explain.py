@@ -1,0 +1,94 @@
+"""How one source stands now: the answer to `rstguard policy explain`."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from typing import TYPE_CHECKING
+
+from rstguard.engine.address import Prefix, address_text, is_v6, parse_address
+from rstguard.ipc.messages import Explain
+from rstguard.ipc.requests import ControlError, Request
+from rstguard.kernel import counted
+from rstguard.kernel.conntrack import Conntrack
+from rstguard.kernel.elements import Element
+from rstguard.kernel.sets import Sets
+from rstguard.policy.compile import describe_rule
+from rstguard.supervisor.inquiry import ANSWER_SECONDS
+
+if TYPE_CHECKING:
+    from rstguard.supervisor.supervisor import Supervisor
+
+
+class Explanations:
+    """Asks workers and sweeper how a source stands, and the kernel for the rest."""
+
+    def __init__(self, guard: Supervisor) -> None:
+        self._guard = guard
+
+    async def explain(self, request: Request) -> object:
+        """Answer the request."""
+        text = request.get("source")
+        try:
+            source = parse_address(str(text))
+        except ValueError as error:
+            raise ControlError(f"{text!r} is no address ({error})") from None
+        used = await self._used(source)
+        used |= await asyncio.to_thread(counted.explain, self._guard.ruleset, source)
+        elements, connections, proven = await asyncio.to_thread(_in_kernel, source)
+        guard = self._guard
+        shift = 128 - guard.ruleset.source_ipv6 if is_v6(source) else 32 - guard.ruleset.source_ipv4
+        return {
+            "source": address_text(source),
+            "state": self._state(source, elements, proven),
+            "connections": connections,
+            "proven": proven,
+            "productive_percent": guard.productive.percents.get(source >> shift),
+            "rules": [
+                {
+                    "name": rule.name,
+                    "used_percent": round(100 * used[rule.name], 1) if rule.name in used else None,
+                    "says": describe_rule(rule),
+                }
+                for rule in guard.ruleset.rules
+            ],
+        }
+
+    async def _used(self, source: int) -> dict[str, float]:
+        """Return the most that any says: one worker counts the source, the others do not."""
+        question = partial(Explain, source=source)
+        answers = await self._guard.explained.ask(question, self._guard.children, ANSWER_SECONDS)
+        if not answers:
+            raise ControlError("no worker answered; `rstguard status` says more")
+        used: dict[str, float] = {}
+        for answer in answers:
+            for name, share in answer.used.items():
+                used[name] = max(share, used.get(name, 0.0))
+        return used
+
+    def _state(self, source: int, elements: list[Element], proven: bool) -> str:
+        guard = self._guard
+        for prefix in guard.ruleset.scope.trusted:
+            if prefix.covers(source):
+                return f"trusted by the policy ({prefix}): nothing of it is counted"
+        for line in guard.upkeep.lifelines:
+            if line.address.covers(source):
+                return f"{line.what}: it is never banned, shunned or reset"
+        for element in elements:
+            left = "for ever" if element.remaining is None else f"for {element.remaining} s yet"
+            kind = "banned" if element.kind == "ban" else "shunned"
+            return f"{kind} as {element.source} by rule {element.rule}, {left}"
+        if proven:
+            return "free; it has proved its address, so a rule may ban it"
+        return "free; it has not proved its address lately, so a rule could only shun it"
+
+
+def _in_kernel(source: int) -> tuple[list[Element], int, bool]:
+    """Return who blocks a source, how many connections it has, and whether it proved itself."""
+    with Sets() as sets:
+        elements = [one for one in sets.list() if one.source.covers(source)]
+        proven = sets.proven(source)
+    whole = Prefix(source, 128 if is_v6(source) else 32)
+    with Conntrack() as table:
+        connections = sum(1 for flow in table.dump() if whole.covers(flow.original.source))
+    return elements, connections, proven

@@ -1,1 +1,0 @@
-"""The processes of the guard: supervisor, worker, sweeper, and the control socket."""

@@ -1,0 +1,30 @@
+"""What a guard is started with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rstguard.ipc.requests import Answer
+from rstguard.policy.load import Loaded
+from rstguard.supervisor.spawn import Spawned
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What `rstguard run` was told."""
+
+    policy: Loaded
+    file: str
+    directory: Path
+    state: Path
+    queue: int
+    spawned: tuple[Spawned, ...]
+    """The first workers, and last the first sweeper."""
+    keep_bans: bool
+    event_log: Path | None = None
+    journal: bool = False
+    web: Callable[[Answer], Coroutine[Any, Any, None]] | None = None
+    """Serves the web page for as long as it is let, given what answers requests."""
