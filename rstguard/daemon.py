@@ -2,10 +2,38 @@
 
 from __future__ import annotations
 
-from rstguard.control.commands import Requests
+import asyncio
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+from typing import Final
+
+from rstguard.control.commands import Commands
 from rstguard.control.protocol import serve
+from rstguard.control.status import Status
+from rstguard.engine.ruleset import RuleSet
+from rstguard.kernel import cookies
+from rstguard.kernel.footprint import Footprint
+from rstguard.observe.events import EventLog
+from rstguard.policy.compile import compile_policy
+from rstguard.state.record import Record
+from rstguard.supervisor.bans import Bans
+from rstguard.supervisor.change import Change, Follower
+from rstguard.supervisor.guard import Guard
+from rstguard.supervisor.health import health
+from rstguard.supervisor.hearing import Hearing
+from rstguard.supervisor.learning import Learning
 from rstguard.supervisor.options import Options
-from rstguard.supervisor.supervisor import Supervisor
+from rstguard.supervisor.policies import Policies
+from rstguard.supervisor.processes import Processes
+from rstguard.supervisor.protected import Protected
+from rstguard.supervisor.service import Service
+from rstguard.supervisor.supervisor import Parts, Supervisor
+from rstguard.supervisor.syn_budget import Budget
+from rstguard.supervisor.upkeep import Upkeep
+
+_THREADS: Final = 8
+"""What waits for the disk, for iptables or for the kernel's tables does so beside the loop."""
 
 
 async def guard(options: Options) -> None:
@@ -14,5 +42,78 @@ async def guard(options: Options) -> None:
     Raises:
         KernelError: the guard could not be brought up, or not be taken down whole.
     """
-    supervisor = Supervisor(options)
-    await supervisor.run(Requests(supervisor).answer, serve)
+    loop = asyncio.get_running_loop()
+    loop.set_default_executor(_threads())
+    supervisor, commands, service = build(options)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, supervisor.stop)
+    service.listen()
+    await supervisor.run(commands.answer, serve)
+
+
+def build(options: Options) -> tuple[Supervisor, Commands, Service]:
+    """Return a guard's parts, put together; nothing is changed on the machine.
+
+    An event loop must be running.
+    """
+    state = Guard(
+        loaded=options.policy,
+        file=options.file,
+        ruleset=compile_policy(options.policy.policy),
+        events=EventLog(),
+        started=asyncio.get_running_loop().time(),
+    )
+    workers = len(options.spawned) - 1
+    footprint = Footprint(options.directory, range(options.queue, options.queue + workers))
+    record = Record(options.state)
+    protected = Protected(state)
+    learning = Learning(state)
+    upkeep = Upkeep(state, footprint, record, options.directory)
+    budget = Budget(footprint, state.events, upkeep.rewrite)
+    followers: list[Follower] = []
+    change = Change(state, protected, followers)
+    bans = Bans(state, record, change)
+    hearing = Hearing(state, bans, learning)
+    processes = Processes(state, record, learning, hearing.hear, options)
+
+    async def rules(old: RuleSet, new: RuleSet) -> None:
+        await asyncio.to_thread(footprint.replace, old, new, divert=not state.panic)
+
+    async def pickup(_old: RuleSet, new: RuleSet) -> None:
+        if cookies.in_force(new):
+            await asyncio.to_thread(footprint.forbid_pickup)
+
+    followers += [
+        Follower("the processes", processes.adopt),
+        Follower("the connection tracker", pickup),
+        Follower("rules and sets", rules),
+        Follower("the SYN budget", budget.follow),
+        Follower("the protected addresses", protected.follow),
+        Follower("the learning of limits", learning.follow),
+    ]
+    policies = Policies(state, change, record, protected)
+    loop = asyncio.get_running_loop()
+
+    def summary() -> str:
+        workers = "1 worker" if len(state.workers) == 1 else f"{len(state.workers)} workers"
+        how = health(state, loop.time())
+        return f"{how}; policy {state.ruleset.name} ({state.mode}), {workers}"
+
+    service = Service(options.file, summary)
+    parts = Parts(
+        state, processes, footprint, record, protected, change, bans, policies, upkeep, budget,
+        service,
+    )  # fmt: skip
+    status = Status(state, footprint, protected, policies, learning, upkeep, budget)
+    more = {**policies.commands, **learning.commands}
+    commands = Commands(state, footprint, protected, bans, hearing, upkeep, status, more)
+    return Supervisor(options, parts), commands, service
+
+
+def _threads() -> ThreadPoolExecutor:
+    """Return threads that are there already: later there may be none to be had."""
+    threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="beside")
+    all_there = Barrier(_THREADS)
+    for one in [threads.submit(all_there.wait) for _ in range(_THREADS)]:
+        one.result()
+    return threads

@@ -68,7 +68,7 @@ def ban_add(
     else:
         kept = "its connections stay" if keep_existing else "its connections are reset"
         typer.echo(f"{done['source']} is banned for {done['seconds']} s; {kept}")
-        for row in done["spared"]:
+        for row in done["protected"]:
             typer.echo(f"  but {row['address']} is {row['what']}, which is never banned")
 
 

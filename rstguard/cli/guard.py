@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,11 +25,14 @@ from rstguard.cli.common import (
     read_policy,
 )
 from rstguard.cli.status import lines
+from rstguard.ipc.requests import ControlError
 from rstguard.kernel import KernelError
 from rstguard.kernel.queues import DEFAULT_NUMBER
 
 if TYPE_CHECKING:
     from rstguard.ipc.requests import Answer
+
+_TELL_SECONDS = 2.0
 
 EventLogFile = Annotated[
     Path | None,
@@ -143,15 +147,27 @@ def _make(directory: Path) -> Path:
     return directory
 
 
-def status(runtime_dir: RuntimeDir = DEFAULT_DIR, as_json: Json = False) -> None:
-    """Tell how the guard is; exit status 0 only while it filters."""
+def status(
+    runtime_dir: RuntimeDir = DEFAULT_DIR,
+    degraded_too: Annotated[
+        bool,
+        typer.Option(
+            "--filtering", help="Exit 0 also while it is degraded, for scripts such as VRRP's."
+        ),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Tell how the guard is: filtering (exit 0), degraded or not filtering (exit 1).
+
+    Degraded is a guard at work that lacks something; the lines below the first say what.
+    """
     data = ask_guard(runtime_dir, "status")
     if as_json:
         print_json(data)
     else:
         for line in lines(data):
             typer.echo(line)
-    if not data["filtering"]:
+    if not (data["filtering"] or (degraded_too and data["state"] == "degraded")):
         raise typer.Exit(FAILED)
 
 
@@ -215,14 +231,24 @@ def panic(
         if end:
             there = file.exists()
             file.unlink(missing_ok=True)
+            _tell_guard(runtime_dir)
             _say(there, "the guard takes up its work" if there else "there was no panic", as_json)
             return
         problem = _note(file)
         Footprint(runtime_dir, range(1)).withdraw()  # first of all, whatever the file system says
         if problem:
             raise KernelError(f"all traffic passes now, but {problem}")
+        _tell_guard(runtime_dir)
     said = "all traffic passes; `rstguard panic --end` puts the guard to work again"
     _say(True, said, as_json)
+
+
+def _tell_guard(directory: Path) -> None:
+    """Have a guard that answers take note at once; else it looks for the file by itself."""
+    from rstguard.control.protocol import ask
+
+    with suppress(ControlError):
+        ask(directory, {"command": "panic"}, _TELL_SECONDS)
 
 
 def _note(file: Path) -> str:

@@ -103,8 +103,8 @@ def policy_apply(
         print_json(done)
         return
     typer.echo(f"policy {done['name']} is in force (took {done['took_ms']} ms)")
-    spared = ", ".join(f"{row['address']} ({row['what']})" for row in done["spared"])
-    typer.echo(f"never banned, shunned or reset: {spared}")
+    protected = ", ".join(f"{row['address']} ({row['what']})" for row in done["protected"])
+    typer.echo(f"never banned, shunned or reset: {protected}")
     if seconds is not None:
         typer.echo(f"it goes in {seconds} s unless you say `rstguard policy confirm`")
 

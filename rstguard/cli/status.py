@@ -7,14 +7,14 @@ from typing import Any
 
 Status = dict[str, Any]
 
-_MOST_MISSING = 8
+_MOST_PROBLEMS = 8
 _MOST_EVENTS = 10
 
 
 def lines(data: Status) -> Iterator[str]:
     """Yield the lines that tell how a guard is."""
     policy = data["policy"]
-    mark = "filtering" if data["filtering"] else "NOT FILTERING"
+    mark = data["state"] if data["filtering"] else data["state"].upper()
     yield f"{mark}, policy {policy['name']} ({policy['mode']}), up {data['uptime_s']:.0f} s"
     yield from _warnings(data)
     yield from _processes(data)
@@ -30,15 +30,10 @@ def _warnings(data: Status) -> Iterator[str]:
         yield f"  NOT CONFIRMED: goes back in {confirm:.0f} s; `rstguard policy confirm`"
     if data["panic"]:
         yield "  PANIC: all traffic passes; `rstguard panic --end` ends it"
-    if data["runaway"]:
-        yield f"  RUNAWAY: {data['runaway']}"
-    if data["not_remembered"]:
-        yield f"  {data['not_remembered']}"
-    missing = [] if data["panic"] else data["missing"]
-    for lack in missing[:_MOST_MISSING]:
-        yield f"  missing: {lack}"
-    if len(missing) > _MOST_MISSING:
-        yield f"  missing: {len(missing) - _MOST_MISSING} more"
+    problems = data["problems"][data["panic"] :]
+    yield from (f"  {problem}" for problem in problems[:_MOST_PROBLEMS])
+    if len(problems) > _MOST_PROBLEMS:
+        yield f"  and {len(problems) - _MOST_PROBLEMS} more"
 
 
 def _processes(data: Status) -> Iterator[str]:

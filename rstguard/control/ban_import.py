@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from rstguard.engine.address import Networks, Prefix, parse_prefix
-from rstguard.ipc.messages import Recheck
+from rstguard.engine.address import Prefix, parse_prefix
 from rstguard.ipc.requests import ControlError, Request
 from rstguard.kernel.elements import MAX_SECONDS, Element
-from rstguard.kernel.sets import Sets
-from rstguard.observe.events import Event
+from rstguard.supervisor.bans import IMPORTED, Bans
+from rstguard.supervisor.protected import Protected
 
-if TYPE_CHECKING:
-    from rstguard.supervisor.supervisor import Supervisor
-
-IMPORTED = "imported"
-"""The rule name of a ban that came from a list."""
 MOST_AT_ONCE = 25_000
 """A request of so many stays well below the 8 MiB that the socket takes."""
 
@@ -24,47 +18,30 @@ MOST_AT_ONCE = 25_000
 class Imports:
     """Takes lists of bans for a guard."""
 
-    def __init__(self, guard: Supervisor) -> None:
-        self._guard = guard
+    def __init__(self, protected: Protected, bans: Bans) -> None:
+        self._protected = protected
+        self._bans = bans
 
     async def take(self, request: Request) -> object:
-        """Ban all sources of the request, less whom the policy trusts and the guard spares."""
+        """Ban all sources of the request, less those that are trusted or protected."""
         rows = request.get("bans")
         if not isinstance(rows, list) or not 1 <= len(rows) <= MOST_AT_ONCE:
             raise ControlError(f'"bans" is a list of 1 to {MOST_AT_ONCE} pairs')
         elements, refused = await asyncio.to_thread(self._judge, rows)
-        await asyncio.to_thread(_add, elements)
-        for element in elements:
-            self._guard.record.blocked_element(element)
-        if elements:
-            # One event for all: who they are is in the list, and in `ban list`.
-            event = Event("import", f"{len(elements)} sources", IMPORTED)
-            self._guard.events.add(event)
-            self._guard.sweeper.send(Recheck())
+        await self._bans.add_list(elements)
         return {"banned": len(elements), "refused": refused}
 
     def _judge(self, rows: list[Any]) -> tuple[list[Element], list[dict[str, str]]]:
         """Return whom to ban, and whom not and why."""
-        trusted = Networks(self._guard.ruleset.scope.trusted)
-        lifelines = dict(self._guard.upkeep.lifelines)
+        refusal = self._protected.refusal()
         elements, refused = [], []
         for row in rows:
             source, seconds = _pair(row)
-            why = ""
-            if found := trusted.meets(source):
-                why = f"it meets the trusted network {found} of the policy"
-            elif source in lifelines:
-                why = f"it is {lifelines[source]}"
-            if why:
+            if why := refusal(source):
                 refused.append({"source": str(source), "why": why})
             else:
                 elements.append(Element(source, "ban", IMPORTED, seconds))
         return elements, refused
-
-
-def _add(elements: list[Element]) -> None:
-    with Sets() as sets:
-        sets.add(elements)
 
 
 def _pair(row: Any) -> tuple[Prefix, int]:

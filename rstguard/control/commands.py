@@ -2,58 +2,67 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
-import time
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any, Final
 
-from rstguard import __version__
 from rstguard.control.ban_import import Imports
 from rstguard.control.explain import Explanations
 from rstguard.control.nearest import Closest
+from rstguard.control.status import Status
 from rstguard.engine.address import Prefix, parse_prefix
-from rstguard.engine.shedding import UNDONE, Level
 from rstguard.engine.verdict import Reason
-from rstguard.ipc.messages import Blocked
+from rstguard.ipc.messages import Kill
 from rstguard.ipc.requests import ControlError, Request
-from rstguard.kernel import KernelError, ipset
-from rstguard.kernel.cookies import in_force
-from rstguard.kernel.elements import MAX_SECONDS, Element
-from rstguard.kernel.nfqueue import QueueState, states
-from rstguard.kernel.sets import Sets
+from rstguard.kernel import KernelError
+from rstguard.kernel.elements import MAX_SECONDS
+from rstguard.kernel.footprint import Footprint
 from rstguard.observe.events import Event
-from rstguard.supervisor.child import Child
+from rstguard.supervisor.bans import MANUAL, Bans
+from rstguard.supervisor.guard import Guard
+from rstguard.supervisor.hearing import Hearing
+from rstguard.supervisor.protected import Protected
+from rstguard.supervisor.upkeep import Upkeep
 
-if TYPE_CHECKING:
-    from rstguard.supervisor.supervisor import Supervisor
+Command = Callable[[Request], Awaitable[object]]
 
-MANUAL = "manual"
-"""The rule name of a ban that an administrator asked for."""
-_RECENT = 50
-_SILENT = 2.0
-"""Seconds without a report after which a worker does not count as filtering."""
+_KILL_SECONDS: Final = 12.0
 
 
-class Requests:
-    """Answers requests on behalf of a supervisor."""
+class Commands:
+    """Answers requests on behalf of a guard."""
 
-    def __init__(self, supervisor: Supervisor) -> None:
-        """Answer for this supervisor."""
-        self._guard = supervisor
-        self._commands: dict[str, Callable[[Request], Awaitable[object]]] = {
-            "status": self._status,
+    def __init__(
+        self,
+        guard: Guard,
+        footprint: Footprint,
+        protected: Protected,
+        bans: Bans,
+        hearing: Hearing,
+        upkeep: Upkeep,
+        status: Status,
+        more: dict[str, Command],
+    ) -> None:
+        """Answer for these parts; `more` are the commands that parts answer themselves."""
+        self._guard = guard
+        self._footprint = footprint
+        self._protected = protected
+        self._bans = bans
+        self._hearing = hearing
+        self._upkeep = upkeep
+        self._commands: dict[str, Command] = {
+            "status": status.answer,
             "policy-show": self._policy_show,
             "ban-list": self._ban_list,
             "ban-add": self._ban_add,
             "ban-remove": self._ban_remove,
-            "ban-import": Imports(supervisor).take,
+            "ban-import": Imports(protected, bans).take,
             "kill": self._kill,
+            "panic": self._panic,
             "events": self._events,
-            "explain": Explanations(supervisor).explain,
-            "nearest": Closest(supervisor).answer,
-            **supervisor.policies.commands,
-            **supervisor.learning.commands,
+            "explain": Explanations(guard, protected, hearing.explained).explain,
+            "nearest": Closest(guard, hearing.nearest).answer,
+            **more,
         }
 
     async def answer(self, request: Request) -> object:
@@ -71,62 +80,9 @@ class Requests:
         except KernelError as error:
             raise ControlError(str(error)) from None
 
-    async def _status(self, _request: Request) -> object:
-        guard = self._guard
-        missing = await asyncio.to_thread(guard.footprint.lost, guard.ruleset)
-        queues = states()
-        counts = guard.counts
-        blocked = await asyncio.to_thread(ipset.blocked_by_kind)
-        return {
-            "filtering": not missing
-            and not guard.upkeep.panic
-            and all(
-                worker.ready.is_set() and worker.pid and worker.silent_for() < _SILENT
-                for worker in guard.workers
-            ),
-            "missing": missing,
-            "version": __version__,
-            "uptime_s": round(time.monotonic() - guard.started, 1),
-            "policy": {
-                "name": guard.ruleset.name,
-                "file": guard.file,
-                "mode": "enforce" if guard.ruleset.enforce else "observe",
-                "on_failure": "open" if guard.ruleset.fail_open else "closed",
-                "rules": [rule.name for rule in guard.ruleset.rules],
-                "confirm_s": guard.policies.waits_s,
-            },
-            "not_remembered": guard.record.problem,
-            "panic": guard.upkeep.panic,
-            "runaway": guard.runaway,
-            "lifelines": lifelines_of(guard),
-            "supervisor": {"pid": os.getpid()},
-            "workers": [
-                _worker_status(worker, number, queues.get(number), guard.overload)
-                for worker, number in zip(guard.workers, guard.queues, strict=True)
-            ],
-            "sweeper": {
-                "pid": guard.sweeper.pid,
-                "ready": guard.sweeper.ready.is_set(),
-                "restarts": guard.sweeper.restarts,
-            },
-            "blocked": blocked,
-            "syn_budget": _budget(guard),
-            "productive": _productive(guard),
-            "learning": guard.learning.status,
-            "counts": {
-                **{kind: dict(by_rule) for kind, by_rule in guard.events.counts.items()},
-                **dict(counts),
-            },
-            "resets": [
-                {"rule": rule, "reason": reason, "count": count}
-                for (rule, reason), count in guard.events.resets.items()
-            ],
-            "recent": guard.events.recent(_RECENT),
-        }
-
     async def _policy_show(self, _request: Request) -> object:
         guard = self._guard
-        rules = guard.footprint.rules(guard.ruleset)
+        rules = self._footprint.rules(guard.ruleset)
         return {"file": guard.file, "text": guard.loaded.text, "iptables": rules}
 
     async def _ban_list(self, _request: Request) -> object:
@@ -137,52 +93,37 @@ class Requests:
                 "rule": element.rule,
                 "remaining_s": element.remaining,
             }
-            for element in await asyncio.to_thread(self._listed)
+            for element in await self._bans.listed()
         ]
-
-    def _listed(self) -> list[Element]:
-        with Sets() as sets:
-            return sets.list()
 
     async def _ban_add(self, request: Request) -> object:
         source = _prefix(request)
         seconds = request.get("seconds")
         if type(seconds) is not int or not 1 <= seconds <= MAX_SECONDS:
             raise ControlError(f"a ban lasts 1 to {MAX_SECONDS} seconds (under 25 days)")
-        for trusted in self._guard.ruleset.scope.trusted:
-            if trusted.covers(source.network) or source.covers(trusted.network):
-                raise ControlError(
-                    f"{source} meets the trusted network {trusted} of the policy; "
-                    "take it off that list first"
-                )
-        for line in self._guard.upkeep.lifelines:
-            if line.address == source:
-                raise ControlError(f"{source} is {line.what}, which is never banned")
+        if why := self._protected.refusal()(source):
+            raise ControlError(f"{source} is not banned: {why}")
         keep = request.get("keep_existing") is True
-        element = Element(source, "ban", MANUAL, seconds, keep)
-        with Sets() as sets:
-            sets.add([element], shorten=True)
-        self._guard.blocked(Blocked("ban", source, seconds, MANUAL, Reason.KILLED, keep))
-        spared = [
-            {"address": str(line.address), "what": line.what}
-            for line in self._guard.upkeep.lifelines
-            if source.covers(line.address.network)
-        ]
+        await self._bans.add(source, seconds, keep)
         return {
             "source": str(source),
             "seconds": seconds,
             "keep_existing": keep,
-            "spared": spared,
+            "protected": [
+                {"address": str(line.address), "what": line.what}
+                for line in self._protected.addresses
+                if source.covers(line.address.network)
+            ],
         }
 
     async def _ban_remove(self, request: Request) -> object:
         source = _prefix(request)
-        with Sets() as sets:
-            removed = sets.remove(source)
-        self._guard.record.unblocked(str(source))
-        if removed:
-            self._guard.events.add(Event("unban", str(source), MANUAL))
-        return {"source": str(source), "removed": removed}
+        return {"source": str(source), "removed": await self._bans.remove(source)}
+
+    async def _panic(self, _request: Request) -> object:
+        """Look at the panic switch at once: what the command has done is to be told by all."""
+        await self._upkeep.obey_panic()
+        return {"panic": self._guard.panic}
 
     async def _events(self, request: Request) -> object:
         after, most = request.get("after"), request.get("most")
@@ -206,7 +147,11 @@ class Requests:
             raise ControlError(
                 "say which connections: --source, --source-port, --destination or --port"
             )
-        killed = await self._guard.kills.kill(**conditions)
+        question = partial(Kill, **conditions)
+        answers = await self._hearing.killed.ask(question, self._guard.sweepers, _KILL_SECONDS)
+        if not answers:
+            raise ControlError("the sweeper gave no answer; `rstguard status` says more")
+        (killed,) = answers
         subject = ", ".join(f"{key} {value}" for key, value in conditions.items())
         self._guard.events.add(
             Event("kill", subject, MANUAL, Reason.KILLED, f"{killed.confirmed} confirmed")
@@ -220,65 +165,10 @@ class Requests:
         }
 
 
-def lifelines_of(guard: Supervisor) -> list[dict[str, str]]:
-    """Return whom the guard spares, and why."""
-    return [{"address": str(line.address), "what": line.what} for line in guard.upkeep.lifelines]
-
-
-def _productive(guard: Supervisor) -> int:
-    """Return how many sources are productive enough for some rule to be lenient."""
-    least = min((rule.unless.productive for rule in guard.ruleset.rules if rule.unless), default=0)
-    return sum(percent >= least for percent in guard.productive.percents.values())
-
-
-def _budget(guard: Supervisor) -> object:
-    """Return the state of the SYN budget, or None if the policy in force has none that acts."""
-    budget = guard.ruleset.syn_budget
-    if budget is None or not in_force(guard.ruleset):
-        return None
-    now = time.monotonic()
-    since = guard.budget.engaged
-    return {
-        "rate": budget.rate,
-        "cookies": {**guard.budget.counts._asdict(), "late": guard.budget.late},
-        "services": [
-            {
-                "service": str(service),
-                "offers": offer._asdict(),
-                "engaged_s": round(now - since[service], 1) if service in since else None,
-            }
-            for service, offer in guard.footprint.known.items()
-        ],
-    }
-
-
-def _worker_status(
-    worker: Child, number: int, queue: QueueState | None, overload: dict[int, Level]
-) -> dict[str, object]:
-    level = overload.get(worker.pid, Level.NOTHING)
-    return {
-        "pid": worker.pid,
-        "ready": worker.ready.is_set(),
-        "restarts": worker.restarts,
-        "queue": number,
-        "reader": worker.reader,
-        "packets": worker.totals["packets"],
-        "waiting": queue.waiting if queue else None,
-        "overload": int(level),
-        "left_undone": UNDONE[level],
-        "overrun": queue.dropped_full + queue.dropped_reader if queue else None,
-    }
-
-
-def _text(request: Request, key: str) -> str:
-    value = request.get(key)
-    if not isinstance(value, str):
-        raise ControlError(f"the request lacks {key!r}")
-    return value
-
-
 def _prefix(request: Request, key: str = "source") -> Prefix:
-    text = _text(request, key)
+    text = request.get(key)
+    if not isinstance(text, str):
+        raise ControlError(f"the request lacks {key!r}")
     try:
         return parse_prefix(text)
     except ValueError as error:

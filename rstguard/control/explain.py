@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import asyncio
 from functools import partial
-from typing import TYPE_CHECKING
 
 from rstguard.engine.address import Prefix, address_text, is_v6, parse_address
-from rstguard.ipc.messages import Explain
+from rstguard.ipc.messages import Explain, Explained
 from rstguard.ipc.requests import ControlError, Request
 from rstguard.kernel import counted
 from rstguard.kernel.conntrack import Conntrack
 from rstguard.kernel.elements import Element
 from rstguard.kernel.sets import Sets
 from rstguard.policy.compile import describe_rule
-from rstguard.supervisor.inquiry import ANSWER_SECONDS
-
-if TYPE_CHECKING:
-    from rstguard.supervisor.supervisor import Supervisor
+from rstguard.supervisor.guard import Guard
+from rstguard.supervisor.inquiry import ANSWER_SECONDS, Inquiry
+from rstguard.supervisor.protected import Protected
 
 
 class Explanations:
     """Asks workers and sweeper how a source stands, and the kernel for the rest."""
 
-    def __init__(self, guard: Supervisor) -> None:
+    def __init__(self, guard: Guard, protected: Protected, explained: Inquiry[Explained]) -> None:
         self._guard = guard
+        self._protected = protected
+        self._explained = explained
 
     async def explain(self, request: Request) -> object:
         """Answer the request."""
@@ -57,7 +57,7 @@ class Explanations:
     async def _used(self, source: int) -> dict[str, float]:
         """Return the most that any says: one worker counts the source, the others do not."""
         question = partial(Explain, source=source)
-        answers = await self._guard.explained.ask(question, self._guard.children, ANSWER_SECONDS)
+        answers = await self._explained.ask(question, self._guard.children, ANSWER_SECONDS)
         if not answers:
             raise ControlError("no worker answered; `rstguard status` says more")
         used: dict[str, float] = {}
@@ -71,7 +71,7 @@ class Explanations:
         for prefix in guard.ruleset.scope.trusted:
             if prefix.covers(source):
                 return f"trusted by the policy ({prefix}): nothing of it is counted"
-        for line in guard.upkeep.lifelines:
+        for line in self._protected.addresses:
             if line.address.covers(source):
                 return f"{line.what}: it is never banned, shunned or reset"
         for element in elements:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from rstguard.engine.nearest import merged
-from rstguard.ipc.messages import Nearest
+from rstguard.ipc.messages import Nearest, NearestAre
 from rstguard.ipc.requests import Request
 from rstguard.kernel import counted
-from rstguard.supervisor.inquiry import ANSWER_SECONDS
-
-if TYPE_CHECKING:
-    from rstguard.supervisor.supervisor import Supervisor
+from rstguard.supervisor.guard import Guard
+from rstguard.supervisor.inquiry import ANSWER_SECONDS, Inquiry
 
 MOST: Final = 5
 """Sources told of each rule."""
@@ -27,8 +24,9 @@ _FRESH: Final = 1.0
 class Closest:
     """Answers who is nearest, from the tables of all processes, once a second at most."""
 
-    def __init__(self, guard: Supervisor) -> None:
+    def __init__(self, guard: Guard, nearest: Inquiry[NearestAre]) -> None:
         self._guard = guard
+        self._nearest = nearest
         self._asking = asyncio.Lock()
         self._answer: list[dict[str, object]] = []
         self._taken = -_FRESH
@@ -36,15 +34,15 @@ class Closest:
     async def answer(self, _request: Request) -> object:
         """Answer the request: the nearest first, each with its rule and percent of the limit."""
         async with self._asking:
-            if time.monotonic() - self._taken >= _FRESH:
+            if asyncio.get_running_loop().time() - self._taken >= _FRESH:
                 self._answer = await self._look()
-                self._taken = time.monotonic()
+                self._taken = asyncio.get_running_loop().time()
             return self._answer
 
     async def _look(self) -> list[dict[str, object]]:
         guard = self._guard
         question = partial(Nearest, most=MOST)
-        answers = await guard.nearest.ask(question, guard.children, ANSWER_SECONDS)
+        answers = await self._nearest.ask(question, guard.children, ANSWER_SECONDS)
         in_kernel = await asyncio.to_thread(counted.nearest, guard.ruleset, MOST)
         found = [near for answer in answers for near in answer.nearest]
         return [

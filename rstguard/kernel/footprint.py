@@ -21,7 +21,7 @@ class Footprint:
     def __init__(self, directory: Path, queues: range) -> None:
         """`directory` keeps the record of old sysctl values; `queues` are the workers'."""
         self._record = directory / RECORD_NAME
-        self._queues = queues
+        self.queues = queues
         self.known: dict[Service, Offer] = {}
         """The services that SYN cookies may be given out for; takes effect with `divert`."""
         self._placed: dict[int, iptables.Present] = {}
@@ -39,7 +39,7 @@ class Footprint:
         """
         tracking = sysctl.read(_COUNT) != "0"
         sysctl.apply(sysctl.TRACKING, self._record)
-        ipset.apply(ruleset, len(self._queues))
+        ipset.apply(ruleset, len(self.queues))
         return tracking
 
     def forbid_pickup(self) -> None:
@@ -64,15 +64,15 @@ class Footprint:
             KernelError: the new ones were refused; the old ones are in force.
         """
         try:
-            ipset.apply(new, len(self._queues))
+            ipset.apply(new, len(self.queues))
             if divert:
                 self.divert(new)
         except KernelError:
-            ipset.apply(old, len(self._queues))
+            ipset.apply(old, len(self.queues))
             if divert:
                 self.divert(old)
             raise
-        ipset.prune(new, len(self._queues))
+        ipset.prune(new, len(self.queues))
 
     def missing(self, ruleset: RuleSet) -> list[str]:
         """Return what should be in the kernel and is not, in words."""
@@ -88,7 +88,7 @@ class Footprint:
         with self._whole:
             return [
                 *iptables.missing(self._plans(ruleset), self._placed),
-                *ipset.lost(ruleset, len(self._queues)),
+                *ipset.lost(ruleset, len(self.queues)),
             ]
 
     def mend(self, ruleset: RuleSet) -> None:
@@ -98,15 +98,15 @@ class Footprint:
             KernelError: something was refused.
         """
         with self._whole:
-            ipset.apply(ruleset, len(self._queues))
+            ipset.apply(ruleset, len(self.queues))
             self.divert(ruleset)
 
     def rules(self, ruleset: RuleSet) -> dict[str, str]:
         """Return the rules of a policy as text, by "IPv4" and "IPv6"."""
-        return rules_text(ruleset, self._queues, self.known)
+        return rules_text(ruleset, self.queues, self.known)
 
     def _plans(self, ruleset: RuleSet) -> dict[int, chains.Plan]:
-        return _plans(ruleset, self._queues, self.known)
+        return _plans(ruleset, self.queues, self.known)
 
     def withdraw(self) -> bool:
         """Take the chains away, so that traffic passes as if there were no guard.

@@ -38,7 +38,7 @@ class Inquiry(Generic[Answered]):
         `question` makes the message of a number.
         """
         number, done, answers = next(self._numbers), asyncio.Event(), list[Answered]()
-        asked = [child for child in whom if child.pid and child.ready.is_set()]
+        asked = [child for child in whom if child.serves]
         self._waiting[number] = done, answers, len(asked)
         for child in asked:
             child.send(question(number))

@@ -9,9 +9,8 @@ over too, until it is ended or the guard stops.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rstguard.engine.ruleset import Measure, RuleSet
 from rstguard.engine.shown import Breadth, sum_up
@@ -24,9 +23,7 @@ from rstguard.ipc.messages import (
     Tell,
 )
 from rstguard.ipc.requests import ControlError, Request
-
-if TYPE_CHECKING:
-    from rstguard.supervisor.supervisor import Supervisor
+from rstguard.supervisor.guard import Guard
 
 LONGEST = 30 * 86400
 """Seconds that the guard may learn without being asked again."""
@@ -64,7 +61,7 @@ class _Gathered:
 class Learning:
     """Whether the guard learns, for how long it has, and what came in between."""
 
-    def __init__(self, guard: Supervisor) -> None:
+    def __init__(self, guard: Guard) -> None:
         self._guard = guard
         self._on = False
         self._until = 0.0
@@ -105,7 +102,7 @@ class Learning:
         """Return what a process that begins is to be told."""
         return (Learn(on=True, rests=self._alarm is None),) if self._on else ()
 
-    def follow(self, old: RuleSet, new: RuleSet) -> None:
+    async def follow(self, old: RuleSet, new: RuleSet) -> None:
         """Another policy is in force; the processes know what to do by themselves."""
         if not self._on:
             return
@@ -150,7 +147,9 @@ class Learning:
         yield from self._notes
 
     def _now(self) -> tuple[float, int]:
-        return time.monotonic(), sum(worker.totals["packets"] for worker in self._guard.workers)
+        return asyncio.get_running_loop().time(), sum(
+            worker.totals["packets"] for worker in self._guard.workers
+        )
 
     def _go_on(self) -> None:
         if self._alarm is not None and not self._guard.ruleset.enforce:
@@ -178,7 +177,7 @@ class Learning:
                 "it with --live --stop"
             )
         self._forget()
-        self._on, self._until = True, time.monotonic() + seconds
+        self._on, self._until = True, asyncio.get_running_loop().time() + seconds
         self._alarm = asyncio.get_running_loop().call_later(seconds, self._time_is_over)
         self._tell(*self.first())
         self._go_on()
@@ -239,7 +238,7 @@ class Learning:
             ControlError: one of them died, or is not there.
         """
         children = self._guard.children
-        if not all(child.pid and child.ready.is_set() for child in children):
+        if not all(child.serves for child in children):
             raise ControlError("a process of the guard is being started again: ask once more")
         self._number += 1
         number, gathered = self._number, _Gathered(len(children))

@@ -9,7 +9,7 @@ from typing import Any
 
 from rstguard.ipc.requests import Answer
 from rstguard.policy.load import Loaded
-from rstguard.supervisor.spawn import Spawned
+from rstguard.supervisor.spawn import Spawn, Spawned, spawn
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,5 +26,7 @@ class Options:
     keep_bans: bool
     event_log: Path | None = None
     journal: bool = False
+    spawn: Spawn = spawn
+    """Starts their successors."""
     web: Callable[[Answer], Coroutine[Any, Any, None]] | None = None
     """Serves the web page for as long as it is let, given what answers requests."""

@@ -9,7 +9,6 @@ import signal
 import socket
 from collections.abc import Awaitable, Callable
 
-from rstguard.engine.ruleset import RuleSet
 from rstguard.ipc.requests import ControlError
 from rstguard.policy.load import Loaded, PolicyError, load
 from rstguard.supervisor.notify import Notifier
@@ -25,17 +24,15 @@ Change = Callable[[Loaded, str], Awaitable[None]]
 class Service:
     """What systemd and a SIGHUP want of a guard."""
 
-    def __init__(self, file: str, mute: Callable[[], str], summary: Callable[[], str]) -> None:
+    def __init__(self, file: str, summary: Callable[[], str]) -> None:
         """Speak for a guard.
 
         Args:
             file: the policy file that a SIGHUP reads again.
-            mute: names a process of the guard that does not answer, or returns "".
-            summary: what the guard does, in one line.
+            summary: how the guard is, in one line.
         """
         self.file = file
         self.notifier = Notifier(os.environ, os.getpid())
-        self._mute = mute
         self._summary = summary
         self._hangup = asyncio.Event()
 
@@ -44,21 +41,26 @@ class Service:
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hangup.set)
 
     async def attend(self, change: Change) -> None:
-        """Say that the guard is ready, then give signs of life and reload, until cancelled."""
+        """Say that the guard is ready, then give signs of life and reload; does not end."""
         self.notifier.status(self._summary())
         self.notifier.ready()
-        await asyncio.gather(self._live(), self._reload_often(change))
+        async with asyncio.TaskGroup() as both:
+            both.create_task(self._live())
+            both.create_task(self._reload_often(change))
 
     async def _live(self) -> None:
-        """Send a sign of life every `period`, but only while every process of the guard answers."""
+        """Send a sign of life every `period`.
+
+        It says that this loop lives, and no more.  A worker that hangs is killed and replaced by
+        the supervisor itself; to start the whole guard anew for it, or for anything that an
+        outsider can cause, would do harm.
+        """
         period = self.notifier.period
         loop = asyncio.get_running_loop()
         next_sign = loop.time()
         while True:
-            mute = self._mute()
-            said = f"the {mute} does not answer; {self._summary()}" if mute else self._summary()
-            self.notifier.status(said)
-            if period is not None and not mute and loop.time() >= next_sign:
+            self.notifier.status(self._summary())
+            if period is not None and loop.time() >= next_sign:
                 self.notifier.alive()
                 next_sign = loop.time() + period
             await asyncio.sleep(min(_LOOK_SECONDS, period or _LOOK_SECONDS))
@@ -84,8 +86,3 @@ class Service:
             log.error("the policy is not read again, the old one stays: %s", error)
         except ControlError as error:
             log.error("%s", error)
-
-
-def mode_of(ruleset: RuleSet) -> str:
-    """Return in words whether a policy enforces."""
-    return "enforce" if ruleset.enforce else "observe: nothing is blocked"

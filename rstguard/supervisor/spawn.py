@@ -9,38 +9,78 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from typing import Final, NamedTuple
+from collections.abc import Callable
+from typing import Final, Literal, NamedTuple, Protocol
 
 from rstguard.ipc.channel import Channel, pair
 from rstguard.ipc.entry import CHANNEL_FD, take_priority
+from rstguard.kernel import KernelError
 from rstguard.kernel.command import spawn as start
 
 _PRIORITY: Final = -5
 """After the workers, but before others: a policy is to change during a flood, too."""
 
+Kind = Literal["worker", "sweeper"]
+
+
+class Process(Protocol):
+    """The part of `subprocess.Popen` that is needed here."""
+
+    pid: int
+
+    def poll(self) -> int | None:
+        """Return the exit status, less than 0 for a signal, or None while it runs."""
+
+    def kill(self) -> None:
+        """End it at once; nothing happens if it has ended."""
+
 
 class Spawned(NamedTuple):
-    """A process that has heard nothing yet: "worker" or "sweeper", and our end of its channel."""
+    """A process that has heard nothing yet, and our end of its channel."""
 
-    kind: str
-    process: subprocess.Popen[bytes]
+    kind: Kind
+    process: Process
     channel: Channel
 
 
-def spawn(kind: str) -> Spawned:
-    """Start a "worker" or a "sweeper"."""
+Spawn = Callable[[Kind], Spawned]
+"""Starts a process; raises OSError if that is not possible at the moment."""
+
+
+def spawn(kind: Kind) -> Spawned:
+    """Start a "worker" or a "sweeper".
+
+    Raises:
+        OSError: no process, or no descriptor, is to be had.
+    """
     ours, theirs = pair()
-    process = start(
-        [sys.executable, "-m", f"rstguard.{kind}"],
-        pass_fds=[theirs.fileno()],
-        env={**os.environ, CHANNEL_FD: str(theirs.fileno())},
-        stdin=subprocess.DEVNULL,
-    )
-    theirs.close()
+    try:
+        process: subprocess.Popen[bytes] = start(
+            [sys.executable, "-m", f"rstguard.{kind}"],
+            pass_fds=[theirs.fileno()],
+            env={**os.environ, CHANNEL_FD: str(theirs.fileno())},
+            stdin=subprocess.DEVNULL,
+        )
+    except BaseException:
+        ours.close()
+        raise
+    finally:
+        theirs.close()
     return Spawned(kind, process, Channel(ours))
 
 
 def spawn_all(workers: int) -> tuple[Spawned, ...]:
-    """Give this process the supervisor's priority, and start its workers and, last, the sweeper."""
+    """Give this process the supervisor's priority, and start its workers and, last, the sweeper.
+
+    Raises:
+        KernelError: no process, or no descriptor, is to be had.
+    """
     take_priority(_PRIORITY)
-    return tuple(map(spawn, ["worker"] * workers + ["sweeper"]))
+    kinds: list[Kind] = ["worker"] * workers
+    try:
+        return tuple(map(spawn, [*kinds, "sweeper"]))
+    except OSError as error:
+        raise KernelError(
+            f"the guard's processes cannot be started ({error.strerror or error}): raise the limit "
+            "of processes and open files, or ask for fewer --workers"
+        ) from None

@@ -49,10 +49,9 @@ class Budget:
         self.late = 0
         """Clients whose connection could not go on behind their cookie, and who were told so."""
         self._changed = asyncio.Event()
-        self._tasks: list[asyncio.Task[None]] = []
         self._counted = CookieCounts(0, 0, 0)
 
-    def follow(self, ruleset: RuleSet) -> None:
+    async def follow(self, _old: RuleSet, ruleset: RuleSet) -> None:
         """Begin to watch, or stop, as the policy in force says.
 
         Raises:
@@ -64,13 +63,9 @@ class Budget:
             self._injector = self._injector or Injector()
             self._log = PacketLog(cookies.LOG_GROUP)
             asyncio.get_running_loop().add_reader(self._log.fileno(), self._receive)
-            self._tasks = [asyncio.create_task(self._apply()), asyncio.create_task(self._look())]
 
     def stop(self) -> None:
         """Stop watching; what was learned is kept for another policy with a budget."""
-        for task in self._tasks:
-            task.cancel()
-        self._tasks = []
         if self._log is not None:
             asyncio.get_running_loop().remove_reader(self._log.fileno())
             self._log.close()
@@ -95,8 +90,8 @@ class Budget:
             if isinstance(packet, Packet) and packet.flags & (SYN | ACK) == SYN:
                 self.late += self._injector.send([cookie_rst(packet)])
 
-    async def _apply(self) -> None:
-        """Rewrite the rules whenever something new was learned."""
+    async def apply(self) -> None:
+        """Rewrite the rules whenever something new was learned; does not end by itself."""
         while True:
             await self._changed.wait()
             await asyncio.sleep(_REWRITE_AFTER)
@@ -115,9 +110,15 @@ class Budget:
                 if before.get(service) != offer:
                     self._events.add(Event("learned", str(service), detail=str(offer)))
 
-    async def _look(self) -> None:
-        """Tell when a service goes over budget, and when it has been below for some seconds."""
+    async def look(self) -> None:
+        """Tell when a service goes over budget, and when it has been below for some seconds.
+
+        Does not end by itself.
+        """
         while True:
+            await asyncio.sleep(_LOOK_EVERY)
+            if self._log is None:
+                continue
             try:
                 counted = await asyncio.to_thread(synproxy.counts)
                 if self.engaged or counted.sent != self._counted.sent:
@@ -125,10 +126,9 @@ class Budget:
                 self._counted = counted
             except KernelError as error:
                 log.error("the state of the SYN budget cannot be read: %s", error)
-            await asyncio.sleep(_LOOK_EVERY)
 
     def _note(self, since_over: dict[Service, int]) -> None:
-        now = time.monotonic()
+        now = asyncio.get_running_loop().time()
         over = {service for service, ago in since_over.items() if ago < _OVER_SECONDS}
         for service in sorted(over - self.engaged.keys()):
             self.engaged[service] = now

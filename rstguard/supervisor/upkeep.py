@@ -1,4 +1,4 @@
-"""What the guard looks after while it runs: rules that others removed, lifelines, the panic switch.
+"""What the guard looks after while it runs: rules that others removed, and the panic switch.
 
 Other tools rewrite the firewall and think themselves alone.  What is missing is put back, but never
 in a fight: if it goes on, the guard waits longer and longer, and says loudly who might be at work.
@@ -7,98 +7,48 @@ in a fight: if it goes on, the guard waits longer and longer, and says loudly wh
 from __future__ import annotations
 
 import asyncio
+import fnmatch
 import logging
-import time
-from dataclasses import replace
+import socket
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-from rstguard.engine.ruleset import RuleSet
-from rstguard.kernel import KernelError, lifelines
-from rstguard.kernel.lifelines import Lifeline
+from rstguard.kernel import KernelError
+from rstguard.kernel.footprint import Footprint
 from rstguard.observe.events import Event
-
-if TYPE_CHECKING:
-    from rstguard.supervisor.supervisor import Supervisor
+from rstguard.state.record import Record
+from rstguard.supervisor.backoff import Backoff
+from rstguard.supervisor.guard import Guard
 
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS: Final = 2.0
-LIFELINES_SECONDS: Final = 5.0
+PANIC_SECONDS: Final = 0.25
+"""How often the panic file is looked for: a panic that ends a second later is told, too."""
 PANIC_NAME: Final = "panic"
 """A file of this name in the runtime directory: nothing is to be diverted."""
-_CALM: Final = 60.0
-"""Seconds without a loss after which the next one is mended at once again."""
-_AT_ONCE: Final = 3
-"""Losses that are mended at once; before each further one the guard waits twice as long."""
-_LONGEST_WAIT: Final = 300.0
-_MOST_ADMINISTRATORS: Final = 16
 _SHARE: Final = 20
 """Looking takes at most one part in so many of the time."""
 
 
-class BackOff:
-    """When to mend: the first losses at once, then later and later.  Pure: time is given."""
-
-    def __init__(self) -> None:
-        self._losses = 0
-        self._last = -_CALM
-        self.not_before = 0.0
-
-    def lost(self, now: float) -> bool:
-        """Note a loss that is mended now; tell whether it looks like a fight."""
-        if now - self._last > _CALM + self._wait:
-            self._losses = 0
-        self._losses += 1
-        self._last = now
-        self.not_before = now + self._wait
-        return self._losses > _AT_ONCE
-
-    @property
-    def _wait(self) -> float:
-        beyond = self._losses - _AT_ONCE
-        return min(LOOK_SECONDS * 2.0**beyond, _LONGEST_WAIT) if beyond >= 0 else 0.0
+def contention() -> Backoff:
+    """Return when to put rules back: three times at once, then at most every five minutes."""
+    return Backoff(at_once=3, first=2 * LOOK_SECONDS, longest=300.0, calm=60.0)
 
 
 class Upkeep:
-    """Looks after one guard; `watch` runs until it is cancelled."""
+    """Looks after the rules of one guard."""
 
-    def __init__(self, guard: Supervisor) -> None:
+    def __init__(self, guard: Guard, footprint: Footprint, record: Record, directory: Path) -> None:
         self._guard = guard
-        self._back_off = BackOff()
+        self._footprint = footprint
+        self._record = record
+        self._panic_file = directory / PANIC_NAME
+        self._contention = contention()
+        self._not_before = 0.0
         self._contested = False
-        self._panic_file = guard.options.directory / PANIC_NAME
-        self._administrators: list[str] = []
-        self._found: tuple[Lifeline, ...] = ()
-        self.lifelines: tuple[Lifeline, ...] = ()
-        """Those that the policy in force spares."""
-        self.panic = False
-        """Whether all traffic passes because somebody said `rstguard panic`."""
-
-    def spare(self, ruleset: RuleSet) -> RuleSet:
-        """Return a policy that spares the lifelines that were found last."""
-        spared = tuple(line.address for line in self._found)
-        return replace(ruleset, scope=replace(ruleset.scope, spared=spared))
-
-    def look_for_lifelines(self) -> None:
-        """Find them anew; takes some milliseconds, and longer with many routes."""
-        try:
-            self._found = lifelines.find(self._administrators)
-        except (KernelError, OSError) as error:
-            log.error("own addresses and next hops could not be read: %s", error)
-
-    def spares(self, ruleset: RuleSet) -> None:
-        """Note that this policy is in force: only now are its lifelines told to anybody."""
-        spared = set(ruleset.scope.spared)
-        self.lifelines = tuple(line for line in self._found if line.address in spared)
-
-    def administrator(self, address: object) -> None:
-        """Spare from now on who gives a command over SSH; the latest few are remembered."""
-        if isinstance(address, str) and lifelines.is_address(address):
-            if address in self._administrators:
-                self._administrators.remove(address)
-            self._administrators.append(address)
-            del self._administrators[:-_MOST_ADMINISTRATORS]
+        self._withdrawn = False
+        self._looking: asyncio.Task[None] | None = None
 
     async def begin(self) -> None:
         """Divert packets for the first time, unless the panic switch is on.
@@ -106,66 +56,94 @@ class Upkeep:
         Raises:
             KernelError: iptables refused.
         """
-        if await asyncio.to_thread(_exists, self._panic_file):
+        if await asyncio.to_thread(self._panic_file.exists):
             await self._switch(panic=True)
         else:
-            await asyncio.to_thread(self._guard.footprint.divert, self._guard.ruleset)
+            await asyncio.to_thread(self._footprint.divert, self._guard.ruleset)
+        self._guard.diverts = True
+        self._guard.unmatched = _unmatched(self._guard.ruleset.scope.interfaces)
 
-    async def watch(self) -> None:
-        """Look after the guard; does not end by itself."""
-        wait, lifelines_at = LOOK_SECONDS, time.monotonic() + LIFELINES_SECONDS
+    async def watch_rules(self) -> None:
+        """Put back what others take away; does not end by itself."""
+        loop = asyncio.get_running_loop()
+        wait = LOOK_SECONDS
         while True:
             await asyncio.sleep(wait)
-            began = time.monotonic()
+            began = loop.time()
             try:
-                await self.look()
-                looked = time.monotonic()
-                # Where there are very many rules or routes, looking is dear and done less often.
-                wait = max(LOOK_SECONDS, _SHARE * (looked - began))
-                if looked >= lifelines_at:
-                    await self.refresh_lifelines()
-                    took = time.monotonic() - looked
-                    lifelines_at = looked + max(LIFELINES_SECONDS, _SHARE * took)
+                await self._put_back()
             except KernelError as error:
                 log.error("%s", error)
-            except Exception:
-                log.exception("looking after the rules failed; it is tried again")
+            # Where there are very many rules looking is dear, and done less often.
+            wait = max(LOOK_SECONDS, _SHARE * (loop.time() - began))
 
-    async def refresh_lifelines(self) -> None:
-        """Spare who has come, and no longer who has gone.
+    async def watch_panic(self) -> None:
+        """Obey the panic switch; does not end by itself."""
+        while True:
+            try:
+                await self.obey_panic()
+            except KernelError as error:
+                log.error("%s", error)
+            await asyncio.sleep(PANIC_SECONDS)
 
-        Raises:
-            KernelError: the sets refused.
-        """
-        await asyncio.to_thread(self.look_for_lifelines)
-        if self.spare(self._guard.ruleset) != self._guard.ruleset:
-            await self._guard.change_ruleset(self.spare)
-        else:
-            self.spares(self._guard.ruleset)  # what an address is may have changed
-
-    async def look(self) -> None:
-        """Obey the panic switch, or put back what others took away.
+    async def obey_panic(self) -> None:
+        """Look whether the panic switch is on, and do what it says.
 
         Raises:
-            KernelError: it could not be put back.
+            KernelError: the rules could not be taken away or put back.
         """
-        guard = self._guard
-        wanted = await asyncio.to_thread(_exists, self._panic_file)
-        if wanted != self.panic:
+        wanted = self._panic_file.exists()  # a stat in a directory of ours, in memory
+        if wanted != self._withdrawn:
             await self._switch(wanted)
-        if self.panic:
-            return
+
+    async def rewrite(self) -> None:
+        """Put the rules in place for what servers were found to offer.
+
+        Raises:
+            KernelError: iptables refused.
+        """
+        async with self._guard.changing:
+            if not self._guard.panic:
+                await asyncio.to_thread(self._footprint.divert, self._guard.ruleset)
+
+    async def look(self, seconds: float) -> None:
+        """Find anew what is missing, for `status`; what takes longer than `seconds` goes on alone.
+
+        All who ask meanwhile share one look.
+        """
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.ensure_future(self._find())
+        await asyncio.wait({self._looking}, timeout=seconds)
+
+    async def _find(self) -> None:
+        try:
+            async with self._guard.changing:
+                await self._missing()
+        except KernelError as error:
+            self._guard.missing = (str(error),)
+
+    async def _missing(self) -> tuple[str, ...]:
+        """Note what is not as it should be; `changing` is held."""
+        guard = self._guard
+        lost = [] if guard.panic else await asyncio.to_thread(self._footprint.lost, guard.ruleset)
+        guard.missing = tuple(lost)
+        guard.unmatched = _unmatched(guard.ruleset.scope.interfaces)
+        return guard.missing
+
+    async def _put_back(self) -> None:
+        guard = self._guard
         async with guard.changing:
-            lost = await asyncio.to_thread(guard.footprint.lost, guard.ruleset)
-            now = time.monotonic()
-            if not lost or now < self._back_off.not_before:
+            lost = await self._missing()
+            now = asyncio.get_running_loop().time()
+            if not lost or now < self._not_before:
                 return
-            fight = self._back_off.lost(now)
-            await asyncio.to_thread(guard.footprint.mend, guard.ruleset)
-            await asyncio.to_thread(guard.record.bring_back)
+            self._not_before = now + self._contention.failed(now)
+            await asyncio.to_thread(self._footprint.mend, guard.ruleset)
+            await asyncio.to_thread(self._record.bring_back)
+            guard.missing = ()
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
-        guard.events.add(Event("mended", "rules", detail=f"{lost[0]}{more} had been taken away"))
-        if not fight:
+        guard.events.add(Event("restored", "rules", detail=f"{lost[0]}{more} had been taken away"))
+        if not self._contention.persists:
             self._contested = False
         elif not self._contested:
             self._contested = True
@@ -175,21 +153,36 @@ class Upkeep:
                 "back less and less often",
                 lost[0],
             )
-            guard.events.add(Event("contested", "rules", detail=lost[0]))
+            guard.events.add(Event("conflict", "rules", detail=lost[0]))
 
     async def _switch(self, panic: bool) -> None:
         guard = self._guard
         async with guard.changing:
-            self.panic = panic
             if panic:
-                await asyncio.to_thread(guard.footprint.withdraw)
+                self._tell(panic)  # at once: the command has taken the rules away already
+                guard.missing = ()
+                await asyncio.to_thread(self._footprint.withdraw)
             else:
-                await asyncio.to_thread(guard.footprint.mend, guard.ruleset)
+                await asyncio.to_thread(self._footprint.mend, guard.ruleset)
+                self._tell(panic)
+            self._withdrawn = panic
+
+    def _tell(self, panic: bool) -> None:
+        if panic is self._guard.panic:
+            return
+        self._guard.panic = panic
         if panic:
             log.error("PANIC: all traffic passes until `rstguard panic --end`")
         said = "all traffic passes" if panic else "the guard is at work again"
-        guard.events.add(Event("panic", "guard", detail=said))
+        self._guard.events.add(Event("panic", "guard", detail=said))
 
 
-def _exists(path: Path) -> bool:
-    return path.exists()
+def _unmatched(patterns: tuple[str, ...]) -> str:
+    """Return why no packet can come under a policy, or ""."""
+    here = [name for _, name in socket.if_nameindex()]
+    if any(fnmatch.fnmatchcase(name, pattern) for name in here for pattern in patterns):
+        return ""
+    return (
+        f"nothing can match: no interface here is called {' or '.join(patterns)} "
+        f"(there are {', '.join(here)}); name the right one under protect: interfaces"
+    )

@@ -96,11 +96,10 @@ def test_however_many_look_the_processes_are_asked_once() -> None:
                 inquiry.heard, NearestAre(question.number, (near,))
             )
 
-        child = SimpleNamespace(pid=1, ready=asyncio.Event(), send=answer)
-        starting = SimpleNamespace(pid=1, ready=asyncio.Event(), send=answer)
-        child.ready.set()
-        guard = SimpleNamespace(children=[child, starting], ruleset=ruleset(), nearest=inquiry)
-        closest = Closest(guard)  # type: ignore[arg-type]
+        child = SimpleNamespace(serves=True, send=answer)
+        starting = SimpleNamespace(serves=False, send=answer)
+        guard = SimpleNamespace(children=[child, starting], ruleset=ruleset())
+        closest = Closest(guard, inquiry)  # type: ignore[arg-type]
         return await asyncio.gather(*(closest.answer({}) for _ in range(50)))
 
     answers = asyncio.run(ask())

@@ -135,7 +135,7 @@ def guard(
 
 @pytest.mark.netns
 def test_a_guard_says_when_it_filters_lives_and_stops(guard: Guard, listener: Listener) -> None:
-    listener.hears("STATUS=filtering by policy first (enforce), 2 workers")
+    listener.hears("STATUS=filtering; policy first (enforce), 2 workers")
     listener.hears("READY=1")
     listener.hears("WATCHDOG=1")
     listener.hears("WATCHDOG=1")
@@ -173,18 +173,34 @@ def successor(guard: Guard, before: list[int]) -> int:
 
 @pytest.mark.netns
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["worker", "other worker", "sweeper"])
-def test_no_sign_of_life_while_a_process_does_not_answer(
+def test_a_process_that_does_not_serve_is_told_and_restarts_nothing(
     guard: Guard, listener: Listener, which: int
 ) -> None:
     listener.hears("WATCHDOG=1")
     stopped = held(guard, guard.children()[which])
-    wait_until(lambda: any("does not answer" in field for field in listener.all()))
+    name = ("worker of queue 5640", "worker of queue 5641", "sweeper")[which]
+    said = f"STATUS=degraded: the {name} does not serve (starting)"
+    wait_until(lambda: any(field.startswith(said) for field in listener.all()))
+    del listener.heard[:]
+    listener.hears("WATCHDOG=1")
+    assert guard.cli("status").returncode == 1
+    assert guard.cli("status", "--filtering").returncode == 0
+    os.kill(stopped, signal.SIGCONT)
+    wait_until(lambda: any(field.startswith("STATUS=filtering") for field in listener.all()))
+
+
+@pytest.mark.netns
+def test_no_sign_of_life_while_the_supervisor_hangs(guard: Guard, listener: Listener) -> None:
+    listener.hears("WATCHDOG=1")
+    os.kill(guard.pid, signal.SIGSTOP)
+    listener.all()
     del listener.heard[:]
     with pytest.raises(TimeoutError):
         wait_until(lambda: "WATCHDOG=1" in listener.all(), 1.5)
-    os.kill(stopped, signal.SIGCONT)
+    os.kill(guard.pid, signal.SIGCONT)
     listener.hears("WATCHDOG=1")
-    assert not any("does not answer" in field for field in listener.all())
+    wait_until(guard.filtering)
+    assert guard.status()["workers"][0]["restarts"] == 0
 
 
 @pytest.mark.netns

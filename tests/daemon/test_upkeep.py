@@ -13,7 +13,7 @@ import pytest
 
 from rstguard.engine.address import parse_prefix
 from rstguard.supervisor.ban_cap import BanCap
-from rstguard.supervisor.upkeep import BackOff
+from rstguard.supervisor.upkeep import contention
 from tests.guard import ROUTER4, ROUTER6, Guard, Service, services, source
 from tests.netns import SERVER4, Lab, wait_until
 
@@ -40,16 +40,17 @@ def guard(lab: Lab, tmp_path: Path) -> Iterator[Guard]:
 
 
 def test_the_first_losses_are_mended_at_once_and_then_less_and_less_often() -> None:
-    back_off = BackOff()
-    assert [back_off.lost(float(now)) for now in (0, 2, 4)] == [False, False, False]
+    backoff = contention()
+    first = [(backoff.failed(float(now)), backoff.persists) for now in (0, 2, 4)]
+    assert first == 3 * [(0, False)]
     waits = []
     now = 6.0
     for _ in range(10):
-        assert back_off.lost(now)
-        waits.append(back_off.not_before - now)
-        now = back_off.not_before
+        waits.append(backoff.failed(now))
+        assert backoff.persists
+        now += waits[-1]
     assert waits == [4, 8, 16, 32, 64, 128, 256, 300, 300, 300]
-    assert not back_off.lost(now + 1000)
+    assert backoff.failed(now + 1000) == 0
 
 
 def test_the_cap_counts_the_bans_of_a_minute() -> None:
@@ -66,7 +67,7 @@ def test_the_cap_counts_the_bans_of_a_minute() -> None:
 
 @pytest.mark.netns
 def test_own_addresses_and_next_hops_are_found_and_told(guard: Guard) -> None:
-    found = {row["address"]: row["what"] for row in guard.status()["lifelines"]}
+    found = {row["address"]: row["what"] for row in guard.status()["protected"]}
     assert found[ROUTER4] == found[ROUTER6] == "a next hop"
     assert "this host" in found.values()
     done = guard.cli("policy", "apply", str(guard.file))
@@ -120,7 +121,7 @@ def guard_words() -> list[str]:
 @pytest.mark.netns
 def test_a_new_address_is_spared_within_seconds(guard: Guard, lab: Lab) -> None:
     lab.run("gateway", "ip", "address", "add", "203.0.113.77/32", "dev", "lo")
-    wait_until(lambda: "203.0.113.77" in str(guard.status()["lifelines"]), 15)
+    wait_until(lambda: "203.0.113.77" in str(guard.status()["protected"]), 15)
     assert "203.0.113.77" in lab.run("gateway", "ipset", "list", "rstguard-spared4")
 
 
@@ -198,12 +199,12 @@ def test_panic_works_on_a_full_disk_and_says_what_it_cannot(
         (elsewhere, "it has another runtime directory"),
     ):
         wait_until(guard.filtering)
-        mended = guard.events("mended", "mended")
+        mended = guard.events("restored", "restored")
         command = [*guard_words(), "panic", "--runtime-dir", str(directory)]
         inside = ["ip", "netns", "exec", lab.names["gateway"], *command]
         done = subprocess.run(inside, capture_output=True, text=True, check=False)
         assert done.returncode == 1
-        wait_until(lambda before=mended: guard.events("mended", "mended") > before)  # type: ignore[misc]
+        wait_until(lambda before=mended: guard.events("restored", "restored") > before)  # type: ignore[misc]
         assert "all traffic passes now, but" in done.stderr
         assert sentence in done.stderr
         assert done.stderr.count("\n") == 1
@@ -231,7 +232,7 @@ def test_what_another_tool_removed_comes_back(guard: Guard, lab: Lab, commands: 
     guard.cli("ban", "add", (banned := source(False)), "--for", "1h")
     for command in commands:
         lab.run("gateway", *command.split())
-    wait_until(lambda: guard.events("mended", "mended") == 1, 6)
+    wait_until(lambda: guard.events("restored", "restored") == 1, 6)
     wait_until(guard.filtering)
     assert guard.block_of(banned) is not None
     with services(service := Service(lab, 8080)), pytest.raises(TimeoutError):
@@ -249,7 +250,7 @@ def test_rules_that_pass_it_over_are_overtaken(guard: Guard, lab: Lab) -> None:
     ):
         lab.run("gateway", "iptables", "-w", *rule.split())
     assert "which is to come first" in str(guard.status()["missing"])
-    wait_until(lambda: guard.events("mended", "mended") > 0, 6)
+    wait_until(lambda: guard.events("restored", "restored") > 0, 6)
     wait_until(guard.filtering)
     rules = {
         (table, chain): lab.run("gateway", "iptables", "-w", "-t", table, "-S", chain).splitlines()
@@ -276,11 +277,11 @@ def test_rules_that_only_look_on_may_come_first(guard: Guard, lab: Lab) -> None:
 def test_it_does_not_fight(guard: Guard, lab: Lab) -> None:
     def flush() -> bool:
         lab.run("gateway", "iptables", "-w", "-t", "mangle", "-F")
-        return guard.events("contested", "contested") == 1
+        return guard.events("conflict", "conflict") == 1
 
     wait_until(flush, 30)
     assert "again and again" in guard.log.read_text()
-    mended = guard.events("mended", "mended")
+    mended = guard.events("restored", "restored")
     lab.run("gateway", "iptables", "-w", "-t", "mangle", "-F")
     with pytest.raises(TimeoutError):
-        wait_until(lambda: guard.events("mended", "mended") > mended, 3)
+        wait_until(lambda: guard.events("restored", "restored") > mended, 3)

@@ -1,0 +1,166 @@
+"""What `status` answers: a snapshot from which commands, page and metrics derive."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import Final
+
+from rstguard import __version__
+from rstguard.engine.shedding import UNDONE, Level
+from rstguard.ipc.requests import Request
+from rstguard.kernel import ipset
+from rstguard.kernel.cookies import in_force
+from rstguard.kernel.footprint import Footprint
+from rstguard.kernel.nfqueue import QueueState, states
+from rstguard.supervisor.child import Child
+from rstguard.supervisor.guard import Guard
+from rstguard.supervisor.health import health
+from rstguard.supervisor.learning import Learning
+from rstguard.supervisor.policies import Policies
+from rstguard.supervisor.protected import Protected
+from rstguard.supervisor.syn_budget import Budget
+from rstguard.supervisor.upkeep import Upkeep
+
+_RECENT: Final = 50
+_LOOK_SECONDS: Final = 0.08
+"""How long `status` waits for a fresh look at the rules; else what was seen last is told."""
+
+
+class Status:
+    """Answers how a guard is."""
+
+    def __init__(
+        self,
+        guard: Guard,
+        footprint: Footprint,
+        protected: Protected,
+        policies: Policies,
+        learning: Learning,
+        upkeep: Upkeep,
+        budget: Budget,
+    ) -> None:
+        """Tell of these parts."""
+        self._guard = guard
+        self._footprint = footprint
+        self._protected = protected
+        self._policies = policies
+        self._learning = learning
+        self._upkeep = upkeep
+        self._budget = budget
+        self._blocked: dict[str, int] = {"ban": 0, "shun": 0}
+        self._counting: asyncio.Task[None] | None = None
+
+    async def answer(self, _request: Request) -> object:
+        """Answer the request."""
+        guard = self._guard
+        await asyncio.gather(self._upkeep.look(_LOOK_SECONDS), self._count(_LOOK_SECONDS))
+        now = asyncio.get_running_loop().time()
+        how = health(guard, now)
+        queues = states()
+        return {
+            "state": how.condition.value,
+            "filtering": how.filtering,
+            "problems": list(how.problems),
+            "missing": list(guard.missing),
+            "version": __version__,
+            "uptime_s": round(now - guard.started, 1),
+            "policy": {
+                "name": guard.ruleset.name,
+                "file": guard.file,
+                "mode": "enforce" if guard.ruleset.enforce else "observe",
+                "on_failure": "open" if guard.ruleset.fail_open else "closed",
+                "rules": [rule.name for rule in guard.ruleset.rules],
+                "confirm_s": self._policies.waits_s,
+            },
+            "not_remembered": guard.not_remembered,
+            "panic": guard.panic,
+            "runaway": guard.runaway,
+            "protected": [
+                {"address": str(line.address), "what": line.what}
+                for line in self._protected.addresses
+            ],
+            "supervisor": {"pid": os.getpid()},
+            "workers": [
+                _worker(worker, number, queues.get(number), guard.overload)
+                for number, worker in self._queues()
+            ],
+            "sweeper": {
+                "pid": guard.sweeper.pid,
+                "state": guard.sweeper.state.value,
+                "ready": guard.sweeper.serves,
+                "restarts": guard.sweeper.restarts,
+            },
+            "blocked": self._blocked,
+            "syn_budget": self._syn_budget(now),
+            "productive": self._productive(),
+            "learning": self._learning.status,
+            "counts": {
+                **{kind: dict(by_rule) for kind, by_rule in guard.events.counts.items()},
+                **dict(guard.counts),
+            },
+            "resets": [
+                {"rule": rule, "reason": reason, "count": count}
+                for (rule, reason), count in guard.events.resets.items()
+            ],
+            "recent": guard.events.recent(_RECENT),
+        }
+
+    def _queues(self) -> list[tuple[int, Child]]:
+        return list(zip(self._footprint.queues, self._guard.workers, strict=True))
+
+    async def _count(self, seconds: float) -> None:
+        """Count the blocked anew; what takes longer than `seconds` is told the next time."""
+        if self._counting is None or self._counting.done():
+            self._counting = asyncio.ensure_future(self._count_blocked())
+        await asyncio.wait({self._counting}, timeout=seconds)
+        if self._counting.done():
+            self._counting.result()
+
+    async def _count_blocked(self) -> None:
+        kinds = await asyncio.to_thread(ipset.blocked_by_kind)
+        self._blocked = {"ban": kinds["ban"], "shun": kinds["shun"]}
+
+    def _productive(self) -> int:
+        """Return how many sources are productive enough for some rule to be lenient."""
+        rules = self._guard.ruleset.rules
+        least = min((rule.unless.productive for rule in rules if rule.unless), default=0)
+        return sum(percent >= least for percent in self._guard.productive.percents.values())
+
+    def _syn_budget(self, now: float) -> object:
+        """Return the state of the SYN budget, or None if the policy has none that acts."""
+        budget = self._guard.ruleset.syn_budget
+        if budget is None or not in_force(self._guard.ruleset):
+            return None
+        since = self._budget.engaged
+        return {
+            "rate": budget.rate,
+            "cookies": {**self._budget.counts._asdict(), "late": self._budget.late},
+            "services": [
+                {
+                    "service": str(service),
+                    "offers": offer._asdict(),
+                    "engaged_s": round(now - since[service], 1) if service in since else None,
+                }
+                for service, offer in self._footprint.known.items()
+            ],
+        }
+
+
+def _worker(
+    worker: Child, number: int, queue: QueueState | None, overload: dict[int, Level]
+) -> dict[str, object]:
+    level = overload.get(worker.pid, Level.NOTHING)
+    return {
+        "pid": worker.pid,
+        "state": worker.state.value,
+        "ready": worker.serves,
+        "restarts": worker.restarts,
+        "queue": number,
+        "reader": worker.reader,
+        "packets": worker.totals["packets"],
+        "waiting": queue.waiting if queue else None,
+        "overload": int(level),
+        "left_undone": UNDONE[level],
+        "overrun": queue.dropped_full + queue.dropped_reader if queue else None,
+    }

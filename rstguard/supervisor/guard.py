@@ -1,0 +1,77 @@
+"""What is true of the running guard now.  No I/O: the parts read it, each writes its own lines.
+
+Who writes what: `change` the policy in force; `upkeep` what is missing, and panic; `bans` runaway;
+`processes` what was not placed, not judged or not remembered; `hearing` what the processes tell.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from dataclasses import dataclass, field
+
+from rstguard.engine.ruleset import RuleSet
+from rstguard.engine.shedding import Level
+from rstguard.ipc.messages import Productive
+from rstguard.observe.events import EventLog
+from rstguard.policy.load import Loaded
+from rstguard.supervisor.child import Child
+
+
+@dataclass(slots=True, eq=False)
+class Guard:
+    """The state of one guard."""
+
+    loaded: Loaded
+    """The policy in force."""
+    file: str
+    """The file it came from."""
+    ruleset: RuleSet
+    """What it was compiled to, with the protected addresses in it."""
+    events: EventLog
+    started: float
+    """When the guard began, in seconds of the event loop's clock, as all times here."""
+    workers: list[Child] = field(default_factory=list)
+    sweepers: list[Child] = field(default_factory=list)
+    """The one sweeper, once it has been built."""
+    changing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held by whoever changes rules or policy: they must not meet half-way."""
+    diverts: bool = False
+    """Whether the rules were put in place for the first time."""
+    missing: tuple[str, ...] = ()
+    """Rules and sets that were not as they should be when they were last looked at."""
+    unmatched: str = ""
+    """Why no packet can come under the policy, or ""."""
+    panic: bool = False
+    """Whether all traffic passes because somebody said `rstguard panic`."""
+    runaway: str = ""
+    """Why the policy only observes though it says enforce, or ""."""
+    unplaced_at: float | None = None
+    """When a ban or shun could last not be placed."""
+    unjudged_at: float | None = None
+    """When packets last passed, or were dropped, unjudged."""
+    not_remembered: str = ""
+    """Why nothing is kept for a restart at present, or ""."""
+    overload: dict[int, Level] = field(default_factory=dict)
+    """How much the worker of a process id sheds."""
+    productive: Productive = field(default_factory=lambda: Productive({}))
+
+    @property
+    def sweeper(self) -> Child:
+        """The sweeper's process."""
+        return self.sweepers[0]
+
+    @property
+    def children(self) -> list[Child]:
+        """All processes but this one."""
+        return [*self.workers, *self.sweepers]
+
+    @property
+    def counts(self) -> Counter[str]:
+        """What all processes counted since the guard started."""
+        return sum((child.totals for child in self.children), Counter())
+
+    @property
+    def mode(self) -> str:
+        """In words, whether the policy enforces."""
+        return "enforce" if self.ruleset.enforce else "observe: nothing is blocked"
