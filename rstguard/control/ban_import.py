@@ -9,7 +9,7 @@ from rstguard.engine.address import Networks, Prefix, parse_prefix
 from rstguard.ipc.messages import Recheck
 from rstguard.ipc.requests import ControlError, Request
 from rstguard.kernel.elements import MAX_SECONDS, Element
-from rstguard.kernel.sets import Sets
+from rstguard.kernel.seam import Kernel
 from rstguard.observe.events import Event
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Imports:
         if not isinstance(rows, list) or not 1 <= len(rows) <= MOST_AT_ONCE:
             raise ControlError(f'"bans" is a list of 1 to {MOST_AT_ONCE} pairs')
         elements, refused = await asyncio.to_thread(self._judge, rows)
-        await asyncio.to_thread(_add, elements)
+        await asyncio.to_thread(_add, self._guard.options.kernel, elements)
         for element in elements:
             self._guard.record.blocked_element(element)
         if elements:
@@ -62,8 +62,8 @@ class Imports:
         return elements, refused
 
 
-def _add(elements: list[Element]) -> None:
-    with Sets() as sets:
+def _add(kernel: Kernel, elements: list[Element]) -> None:
+    with kernel.sets() as sets:
         sets.add(elements)
 
 

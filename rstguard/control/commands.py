@@ -17,11 +17,10 @@ from rstguard.engine.shedding import UNDONE, Level
 from rstguard.engine.verdict import Reason
 from rstguard.ipc.messages import Blocked
 from rstguard.ipc.requests import ControlError, Request
-from rstguard.kernel import KernelError, ipset
+from rstguard.kernel import KernelError
 from rstguard.kernel.cookies import in_force
 from rstguard.kernel.elements import MAX_SECONDS, Element
-from rstguard.kernel.nfqueue import QueueState, states
-from rstguard.kernel.sets import Sets
+from rstguard.kernel.nfqueue import QueueState
 from rstguard.observe.events import Event
 from rstguard.supervisor.child import Child
 
@@ -74,9 +73,9 @@ class Requests:
     async def _status(self, _request: Request) -> object:
         guard = self._guard
         missing = await asyncio.to_thread(guard.footprint.lost, guard.ruleset)
-        queues = states()
+        queues = guard.options.kernel.queues()
         counts = guard.counts
-        blocked = await asyncio.to_thread(ipset.blocked_by_kind)
+        blocked = await asyncio.to_thread(guard.options.kernel.blocked_by_kind)
         return {
             "filtering": not missing
             and not guard.upkeep.panic
@@ -141,7 +140,7 @@ class Requests:
         ]
 
     def _listed(self) -> list[Element]:
-        with Sets() as sets:
+        with self._guard.options.kernel.sets() as sets:
             return sets.list()
 
     async def _ban_add(self, request: Request) -> object:
@@ -160,7 +159,7 @@ class Requests:
                 raise ControlError(f"{source} is {line.what}, which is never banned")
         keep = request.get("keep_existing") is True
         element = Element(source, "ban", MANUAL, seconds, keep)
-        with Sets() as sets:
+        with self._guard.options.kernel.sets() as sets:
             sets.add([element], shorten=True)
         self._guard.blocked(Blocked("ban", source, seconds, MANUAL, Reason.KILLED, keep))
         spared = [
@@ -177,7 +176,7 @@ class Requests:
 
     async def _ban_remove(self, request: Request) -> object:
         source = _prefix(request)
-        with Sets() as sets:
+        with self._guard.options.kernel.sets() as sets:
             removed = sets.remove(source)
         self._guard.record.unblocked(str(source))
         if removed:

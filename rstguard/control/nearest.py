@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Final
 from rstguard.engine.nearest import merged
 from rstguard.ipc.messages import Nearest
 from rstguard.ipc.requests import Request
-from rstguard.kernel import counted
 from rstguard.supervisor.inquiry import ANSWER_SECONDS
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ class Closest:
         guard = self._guard
         question = partial(Nearest, most=MOST)
         answers = await guard.nearest.ask(question, guard.children, ANSWER_SECONDS)
-        in_kernel = await asyncio.to_thread(counted.nearest, guard.ruleset, MOST)
+        in_kernel = await asyncio.to_thread(guard.options.kernel.nearest, guard.ruleset, MOST)
         found = [near for answer in answers for near in answer.nearest]
         return [
             {

@@ -33,7 +33,6 @@ from rstguard.ipc.messages import (
 from rstguard.ipc.requests import Answer, ControlError
 from rstguard.kernel import KernelError, cookies
 from rstguard.kernel.footprint import Footprint
-from rstguard.kernel.sets import Sets
 from rstguard.observe.events import Event, EventLog
 from rstguard.observe.sinks import Journal, JsonLines
 from rstguard.policy.compile import compile_policy
@@ -73,17 +72,17 @@ class Supervisor:
         self.ruleset: RuleSet = compile_policy(options.policy.policy)
         self.generation = 0
         self.events = EventLog()
-        self.record = Record(options.state)
+        self.record = Record(options.kernel, options.state)
         self.policies = Policies(self)
         self.explained: Inquiry[Explained] = Inquiry()
         self.nearest: Inquiry[NearestAre] = Inquiry()
         self.started = time.monotonic()
         *workers, sweeper = options.spawned
         self.queues = range(options.queue, options.queue + len(workers))
-        self.footprint = Footprint(options.directory, self.queues)
+        self.footprint = Footprint(options.kernel, options.directory, self.queues)
         self.workers = list(map(self._child, workers, self.queues))
         self.sweeper = self._child(sweeper, options.queue)
-        self.budget = Budget(self.footprint, self.events, self._rewrite)
+        self.budget = Budget(options.kernel, self.footprint, self.events, self._rewrite)
         self.changing = asyncio.Lock()
         """Held by whoever changes rules or policy: they must not meet half-way."""
         self.upkeep = Upkeep(self)
@@ -315,7 +314,7 @@ class Supervisor:
             self.record.unblocked(str(source))
 
     def _lift(self, sources: list[Prefix]) -> None:
-        with Sets() as sets:
+        with self.options.kernel.sets() as sets:
             for source in sources:
                 sets.remove(source)
 

@@ -83,7 +83,7 @@ class Upkeep:
     def look_for_lifelines(self) -> None:
         """Find them anew; takes some milliseconds, and longer with many routes."""
         try:
-            self._found = lifelines.find(self._administrators)
+            self._found = self._guard.options.kernel.lifelines(self._administrators)
         except (KernelError, OSError) as error:
             log.error("own addresses and next hops could not be read: %s", error)
 

@@ -16,6 +16,7 @@ import pytest
 from rstguard.control.nearest import Closest
 from rstguard.engine.nearest import Near
 from rstguard.ipc.messages import Nearest, NearestAre
+from rstguard.kernel.linux import Linux
 from rstguard.supervisor.inquiry import Inquiry
 from tests.daemon.conftest import Open
 from tests.engine.packets import ruleset
@@ -99,7 +100,12 @@ def test_however_many_look_the_processes_are_asked_once() -> None:
         child = SimpleNamespace(pid=1, ready=asyncio.Event(), send=answer)
         starting = SimpleNamespace(pid=1, ready=asyncio.Event(), send=answer)
         child.ready.set()
-        guard = SimpleNamespace(children=[child, starting], ruleset=ruleset(), nearest=inquiry)
+        guard = SimpleNamespace(
+            children=[child, starting],
+            ruleset=ruleset(),
+            nearest=inquiry,
+            options=SimpleNamespace(kernel=Linux()),
+        )
         closest = Closest(guard)  # type: ignore[arg-type]
         return await asyncio.gather(*(closest.answer({}) for _ in range(50)))
 
