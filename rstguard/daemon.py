@@ -64,15 +64,17 @@ def build(options: Options) -> tuple[Supervisor, Commands, Service]:
         started=asyncio.get_running_loop().time(),
     )
     workers = len(options.spawned) - 1
-    footprint = Footprint(options.directory, range(options.queue, options.queue + workers))
-    record = Record(options.state)
-    protected = Protected(state)
+    kernel = options.kernel
+    queues = range(options.queue, options.queue + workers)
+    footprint = Footprint(kernel, options.directory, queues)
+    record = Record(kernel, options.state)
+    protected = Protected(kernel, state)
     learning = Learning(state)
     upkeep = Upkeep(state, footprint, record, options.directory)
-    budget = Budget(footprint, state.events, upkeep.rewrite)
+    budget = Budget(kernel, footprint, state.events, upkeep.rewrite)
     followers: list[Follower] = []
     change = Change(state, protected, followers)
-    bans = Bans(state, record, change)
+    bans = Bans(kernel, state, record, change)
     hearing = Hearing(state, bans, learning)
     processes = Processes(state, record, learning, hearing.hear, options)
 
@@ -104,9 +106,9 @@ def build(options: Options) -> tuple[Supervisor, Commands, Service]:
         state, processes, footprint, record, protected, change, bans, policies, upkeep, budget,
         service,
     )  # fmt: skip
-    status = Status(state, footprint, protected, policies, learning, upkeep, budget)
+    status = Status(kernel, state, footprint, protected, policies, learning, upkeep, budget)
     more = {**policies.commands, **learning.commands}
-    commands = Commands(state, footprint, protected, bans, hearing, upkeep, status, more)
+    commands = Commands(kernel, state, footprint, protected, bans, hearing, upkeep, status, more)
     return Supervisor(options, parts), commands, service
 
 

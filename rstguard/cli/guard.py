@@ -105,14 +105,14 @@ def run(
         # While they come up, this process reads the policy: both take a fifth of a second.
         spawned = spawn_all(workers)
         from rstguard.daemon import guard
+        from rstguard.kernel.linux import Linux
         from rstguard.supervisor.options import Options
 
-        loaded = read_policy(policy)
-        directory = _make(runtime_dir)
         options = Options(
-            policy=loaded,
+            kernel=Linux(),
+            policy=read_policy(policy),
             file=str(policy.absolute()),
-            directory=directory,
+            directory=_make(runtime_dir),
             state=state_dir,
             queue=queue,
             spawned=spawned,
@@ -222,6 +222,7 @@ def panic(
     Bans and history are kept.
     """
     from rstguard.kernel.footprint import Footprint
+    from rstguard.kernel.linux import Linux
     from rstguard.supervisor.upkeep import PANIC_NAME
 
     with errors_in_one_sentence():
@@ -235,7 +236,8 @@ def panic(
             _say(there, "the guard takes up its work" if there else "there was no panic", as_json)
             return
         problem = _note(file)
-        Footprint(runtime_dir, range(1)).withdraw()  # first of all, whatever the file system says
+        # First of all, whatever the file system says.
+        Footprint(Linux(), runtime_dir, range(1)).withdraw()
         if problem:
             raise KernelError(f"all traffic passes now, but {problem}")
         _tell_guard(runtime_dir)
@@ -281,13 +283,14 @@ def cleanup(
 ) -> None:
     """Undo what a guard that was killed left behind: rules, sets, sysctls, socket."""
     from rstguard.kernel.footprint import Footprint
+    from rstguard.kernel.linux import Linux
     from rstguard.supervisor.claims import claim
 
     with errors_in_one_sentence():
         if os.geteuid() != 0:
             raise KernelError("cleaning up needs root; use sudo")
         with claim(runtime_dir):
-            done = Footprint(runtime_dir, range(1)).remove(keep_bans)
+            done = Footprint(Linux(), runtime_dir, range(1)).remove(keep_bans)
             socket_file = runtime_dir / "control.sock"
             if socket_file.exists():
                 socket_file.unlink()

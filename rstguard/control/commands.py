@@ -17,6 +17,7 @@ from rstguard.ipc.requests import ControlError, Request
 from rstguard.kernel import KernelError
 from rstguard.kernel.elements import MAX_SECONDS
 from rstguard.kernel.footprint import Footprint
+from rstguard.kernel.seam import Kernel
 from rstguard.observe.events import Event
 from rstguard.supervisor.bans import MANUAL, Bans
 from rstguard.supervisor.guard import Guard
@@ -34,6 +35,7 @@ class Commands:
 
     def __init__(
         self,
+        kernel: Kernel,
         guard: Guard,
         footprint: Footprint,
         protected: Protected,
@@ -60,8 +62,8 @@ class Commands:
             "kill": self._kill,
             "panic": self._panic,
             "events": self._events,
-            "explain": Explanations(guard, protected, hearing.explained).explain,
-            "nearest": Closest(guard, hearing.nearest).answer,
+            "explain": Explanations(kernel, guard, protected, hearing.explained).explain,
+            "nearest": Closest(kernel, guard, hearing.nearest).answer,
             **more,
         }
 

@@ -8,10 +8,8 @@ from functools import partial
 from rstguard.engine.address import Prefix, address_text, is_v6, parse_address
 from rstguard.ipc.messages import Explain, Explained
 from rstguard.ipc.requests import ControlError, Request
-from rstguard.kernel import counted
-from rstguard.kernel.conntrack import Conntrack
 from rstguard.kernel.elements import Element
-from rstguard.kernel.sets import Sets
+from rstguard.kernel.seam import Kernel
 from rstguard.policy.compile import describe_rule
 from rstguard.supervisor.guard import Guard
 from rstguard.supervisor.inquiry import ANSWER_SECONDS, Inquiry
@@ -21,7 +19,10 @@ from rstguard.supervisor.protected import Protected
 class Explanations:
     """Asks workers and sweeper how a source stands, and the kernel for the rest."""
 
-    def __init__(self, guard: Guard, protected: Protected, explained: Inquiry[Explained]) -> None:
+    def __init__(
+        self, kernel: Kernel, guard: Guard, protected: Protected, explained: Inquiry[Explained]
+    ) -> None:
+        self._kernel = kernel
         self._guard = guard
         self._protected = protected
         self._explained = explained
@@ -33,10 +34,10 @@ class Explanations:
             source = parse_address(str(text))
         except ValueError as error:
             raise ControlError(f"{text!r} is no address ({error})") from None
+        guard, kernel = self._guard, self._kernel
         used = await self._used(source)
-        used |= await asyncio.to_thread(counted.explain, self._guard.ruleset, source)
-        elements, connections, proven = await asyncio.to_thread(_in_kernel, source)
-        guard = self._guard
+        used |= await asyncio.to_thread(kernel.explain, guard.ruleset, source)
+        elements, connections, proven = await asyncio.to_thread(_in_kernel, kernel, source)
         shift = 128 - guard.ruleset.source_ipv6 if is_v6(source) else 32 - guard.ruleset.source_ipv4
         return {
             "source": address_text(source),
@@ -83,12 +84,12 @@ class Explanations:
         return "free; it has not proved its address lately, so a rule could only shun it"
 
 
-def _in_kernel(source: int) -> tuple[list[Element], int, bool]:
+def _in_kernel(kernel: Kernel, source: int) -> tuple[list[Element], int, bool]:
     """Return who blocks a source, how many connections it has, and whether it proved itself."""
-    with Sets() as sets:
+    with kernel.sets() as sets:
         elements = [one for one in sets.list() if one.source.covers(source)]
         proven = sets.proven(source)
     whole = Prefix(source, 128 if is_v6(source) else 32)
-    with Conntrack() as table:
+    with kernel.table() as table:
         connections = sum(1 for flow in table.dump() if whole.covers(flow.original.source))
     return elements, connections, proven

@@ -9,7 +9,7 @@ from typing import Final
 from rstguard.engine.nearest import merged
 from rstguard.ipc.messages import Nearest, NearestAre
 from rstguard.ipc.requests import Request
-from rstguard.kernel import counted
+from rstguard.kernel.seam import Kernel
 from rstguard.supervisor.guard import Guard
 from rstguard.supervisor.inquiry import ANSWER_SECONDS, Inquiry
 
@@ -24,7 +24,8 @@ _FRESH: Final = 1.0
 class Closest:
     """Answers who is nearest, from the tables of all processes, once a second at most."""
 
-    def __init__(self, guard: Guard, nearest: Inquiry[NearestAre]) -> None:
+    def __init__(self, kernel: Kernel, guard: Guard, nearest: Inquiry[NearestAre]) -> None:
+        self._kernel = kernel
         self._guard = guard
         self._nearest = nearest
         self._asking = asyncio.Lock()
@@ -43,7 +44,7 @@ class Closest:
         guard = self._guard
         question = partial(Nearest, most=MOST)
         answers = await self._nearest.ask(question, guard.children, ANSWER_SECONDS)
-        in_kernel = await asyncio.to_thread(counted.nearest, guard.ruleset, MOST)
+        in_kernel = await asyncio.to_thread(self._kernel.nearest, guard.ruleset, MOST)
         found = [near for answer in answers for near in answer.nearest]
         return [
             {

@@ -9,10 +9,10 @@ from typing import Final
 from rstguard import __version__
 from rstguard.engine.shedding import UNDONE, Level
 from rstguard.ipc.requests import Request
-from rstguard.kernel import ipset
 from rstguard.kernel.cookies import in_force
 from rstguard.kernel.footprint import Footprint
-from rstguard.kernel.nfqueue import QueueState, states
+from rstguard.kernel.nfqueue import QueueState
+from rstguard.kernel.seam import Kernel
 from rstguard.supervisor.child import Child
 from rstguard.supervisor.guard import Guard
 from rstguard.supervisor.health import health
@@ -32,6 +32,7 @@ class Status:
 
     def __init__(
         self,
+        kernel: Kernel,
         guard: Guard,
         footprint: Footprint,
         protected: Protected,
@@ -41,6 +42,7 @@ class Status:
         budget: Budget,
     ) -> None:
         """Tell of these parts."""
+        self._kernel = kernel
         self._guard = guard
         self._footprint = footprint
         self._protected = protected
@@ -57,7 +59,7 @@ class Status:
         await asyncio.gather(self._upkeep.look(_LOOK_SECONDS), self._count(_LOOK_SECONDS))
         now = asyncio.get_running_loop().time()
         how = health(guard, now)
-        queues = states()
+        queues = self._kernel.queues()
         return {
             "state": how.condition.value,
             "filtering": how.filtering,
@@ -118,7 +120,7 @@ class Status:
             self._counting.result()
 
     async def _count_blocked(self) -> None:
-        kinds = await asyncio.to_thread(ipset.blocked_by_kind)
+        kinds = await asyncio.to_thread(self._kernel.blocked_by_kind)
         self._blocked = {"ban": kinds["ban"], "shun": kinds["shun"]}
 
     def _productive(self) -> int:

@@ -5,18 +5,38 @@ from __future__ import annotations
 import signal
 import subprocess
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final, Protocol
 
-from rstguard.kernel import KernelError
+from rstguard.kernel import Full, InUse, KernelError, NotPermitted, NotThere
 
 _TIMEOUT = 30.0
+
+_MEANINGS: Final = (
+    ("peration not permitted", NotPermitted),
+    ("ermission denied", NotPermitted),
+    ("in use by a kernel component", InUse),
+    ("Device or resource busy", InUse),
+    ("does not exist", NotThere),
+    ("doesn't exist", NotThere),
+    ("No chain/target/match by that name", NotThere),
+    ("Hash is full", Full),
+)
+"""What the tools say, and what it means: their exit status does not tell one from the other."""
+
+
+class Commands(Protocol):
+    """What runs the kernel's tools: this module itself, or a whole `seam.Kernel`."""
+
+    def run(self, arguments: Sequence[str], text: str = "") -> str:
+        """Run a command with `text` as its input and return what it prints."""
 
 
 def run(arguments: Sequence[str], text: str = "") -> str:
     """Run a command with `text` as its input and return what it prints.
 
     Raises:
-        KernelError: the command is missing, failed, or took longer than 30 seconds.
+        NotThere: the command is missing, or what it was to work on.
+        KernelError: it failed for that or another reason (`refusal`), or took longer than 30 s.
     """
     name = arguments[0]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
@@ -28,7 +48,7 @@ def run(arguments: Sequence[str], text: str = "") -> str:
                 process.kill()
                 raise
     except FileNotFoundError:
-        raise KernelError(
+        raise NotThere(
             f"the command {name} is missing; `rstguard doctor` says how to install it"
         ) from None
     except subprocess.TimeoutExpired:
@@ -36,9 +56,15 @@ def run(arguments: Sequence[str], text: str = "") -> str:
             f"{name} did not finish within {_TIMEOUT:.0f} s; does another tool hold its lock?"
         ) from None
     if process.returncode:
-        said = " ".join(complaint.split()) or f"exit status {process.returncode}"
-        raise KernelError(f"{' '.join(arguments)} failed: {said}")
+        raise refusal(arguments, complaint or f"exit status {process.returncode}")
     return str(printed)
+
+
+def refusal(arguments: Sequence[str], complaint: str) -> KernelError:
+    """Return the error that says what a command complained of, of the class that says why."""
+    said = " ".join(complaint.split())
+    kind = next((kind for words, kind in _MEANINGS if words in said), KernelError)
+    return kind(f"{' '.join(arguments)} failed: {said}")
 
 
 def spawn(arguments: Sequence[str], **options: Any) -> subprocess.Popen[Any]:

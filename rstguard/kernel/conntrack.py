@@ -6,6 +6,7 @@ Own netlink code because it was measured: 100,000 entries take the general-purpo
 from __future__ import annotations
 
 import errno
+import os
 import time
 from collections.abc import Iterator, Sequence
 from typing import Final
@@ -110,7 +111,7 @@ class Conntrack:
             return None
         if answer.error:
             raise KernelError(
-                f"The kernel refused to show a connection: {errno.errorcode[answer.error]}."
+                f"The kernel refused to show a connection: {os.strerror(answer.error)}."
             )
         try:
             return reader.flow(answer.message, 0, len(answer.message))

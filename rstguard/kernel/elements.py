@@ -13,8 +13,8 @@ from typing import Literal, NamedTuple
 from rstguard.engine.address import Prefix, is_v6, parse_prefix
 from rstguard.engine.ruleset import SECOND
 from rstguard.engine.verdict import Ban, Shun
-from rstguard.kernel import KernelError
-from rstguard.kernel.command import run
+from rstguard.kernel import KernelError, NotPermitted
+from rstguard.kernel.command import Commands
 
 Kind = Literal["ban", "shun"]
 
@@ -75,34 +75,35 @@ def element_of(effect: Ban | Shun) -> Element:
     return Element(effect.source, "shun", effect.rule, seconds)
 
 
-def listing(name: str, sources: Collection[Prefix] | None = None) -> list[Element]:
+def listing(
+    kernel: Commands, name: str, sources: Collection[Prefix] | None = None
+) -> list[Element]:
     """Return the elements of one ban or shun set, or those of them that `sources` names.
 
     Raises:
-        KernelError: there is no such set, or it may not be read.
+        NotThere: there is no such set.
+        KernelError: it may not be read.
     """
     in_shun_set = name in SHUN_SETS
-    lines = ipset("save", name).splitlines()[1:]
+    lines = ipset(kernel, "save", name).splitlines()[1:]
     if sources is not None:
         wanted = {str(source) for source in sources}
         lines = [line for line in lines if line.split(" ", 3)[2] in wanted]
     return [_parsed(line, in_shun_set) for line in lines]
 
 
-def ipset(*arguments: str, text: str = "") -> str:
+def ipset(kernel: Commands, *arguments: str, text: str = "") -> str:
     """Run the `ipset` command with `text` as its input and return what it printed.
 
     Raises:
         KernelError: it is not installed, or it failed.
     """
     try:
-        return run(["ipset", *arguments], text)
-    except KernelError as problem:
-        if "peration not permitted" in str(problem):
-            raise KernelError(
-                "reading and changing the kernel's sets needs root (CAP_NET_ADMIN): use sudo"
-            ) from problem
-        raise
+        return kernel.run(["ipset", *arguments], text)
+    except NotPermitted as problem:
+        raise NotPermitted(
+            "reading and changing the kernel's sets needs root (CAP_NET_ADMIN): use sudo"
+        ) from problem
 
 
 def _parsed(line: str, in_shun_set: bool) -> Element:

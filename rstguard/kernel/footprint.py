@@ -9,6 +9,7 @@ from pathlib import Path
 from rstguard.engine.offers import Offer, Service
 from rstguard.engine.ruleset import Per, RuleSet
 from rstguard.kernel import KernelError, chains, cookies, ipset, iptables, sysctl
+from rstguard.kernel.seam import Kernel
 
 RECORD_NAME = "sysctls.json"
 
@@ -18,8 +19,9 @@ _COUNT = "net.netfilter.nf_conntrack_count"
 class Footprint:
     """What a guard with a given runtime directory and queues has changed in its namespace."""
 
-    def __init__(self, directory: Path, queues: range) -> None:
+    def __init__(self, kernel: Kernel, directory: Path, queues: range) -> None:
         """`directory` keeps the record of old sysctl values; `queues` are the workers'."""
+        self._kernel = kernel
         self._record = directory / RECORD_NAME
         self.queues = queues
         self.known: dict[Service, Offer] = {}
@@ -37,14 +39,14 @@ class Footprint:
         Raises:
             KernelError: something was refused.
         """
-        tracking = sysctl.read(_COUNT) != "0"
-        sysctl.apply(sysctl.TRACKING, self._record)
-        ipset.apply(ruleset, len(self.queues))
+        tracking = self._kernel.read_sysctl(_COUNT) != "0"
+        sysctl.apply(self._kernel, sysctl.TRACKING, self._record)
+        ipset.apply(self._kernel, ruleset, len(self.queues))
         return tracking
 
     def forbid_pickup(self) -> None:
         """From now on a connection is known only from its SYN on; other segments are strays."""
-        sysctl.apply({**sysctl.TRACKING, **sysctl.STRICT_PICKUP}, self._record)
+        sysctl.apply(self._kernel, {**sysctl.TRACKING, **sysctl.STRICT_PICKUP}, self._record)
 
     def divert(self, ruleset: RuleSet) -> None:
         """Put the chains in place, or exchange them for those of another policy.
@@ -53,7 +55,7 @@ class Footprint:
             KernelError: iptables refused.
         """
         with self._whole:
-            self._placed = iptables.apply(self._plans(ruleset))
+            self._placed = iptables.apply(self._kernel, self._plans(ruleset))
 
     def replace(self, old: RuleSet, new: RuleSet, divert: bool = True) -> None:
         """Exchange one policy's sets and chains for another's; on failure the old ones return.
@@ -64,20 +66,20 @@ class Footprint:
             KernelError: the new ones were refused; the old ones are in force.
         """
         try:
-            ipset.apply(new, len(self.queues))
+            ipset.apply(self._kernel, new, len(self.queues))
             if divert:
                 self.divert(new)
         except KernelError:
-            ipset.apply(old, len(self.queues))
+            ipset.apply(self._kernel, old, len(self.queues))
             if divert:
                 self.divert(old)
             raise
-        ipset.prune(new, len(self.queues))
+        ipset.prune(self._kernel, new, len(self.queues))
 
     def missing(self, ruleset: RuleSet) -> list[str]:
         """Return what should be in the kernel and is not, in words."""
         with self._whole:
-            return iptables.missing(self._plans(ruleset), self._placed)
+            return iptables.missing(self._kernel, self._plans(ruleset), self._placed)
 
     def lost(self, ruleset: RuleSet) -> list[str]:
         """Return which rules and sets others have taken away, in words.
@@ -87,8 +89,8 @@ class Footprint:
         """
         with self._whole:
             return [
-                *iptables.missing(self._plans(ruleset), self._placed),
-                *ipset.lost(ruleset, len(self.queues)),
+                *iptables.missing(self._kernel, self._plans(ruleset), self._placed),
+                *ipset.lost(self._kernel, ruleset, len(self.queues)),
             ]
 
     def mend(self, ruleset: RuleSet) -> None:
@@ -98,7 +100,7 @@ class Footprint:
             KernelError: something was refused.
         """
         with self._whole:
-            ipset.apply(ruleset, len(self.queues))
+            ipset.apply(self._kernel, ruleset, len(self.queues))
             self.divert(ruleset)
 
     def rules(self, ruleset: RuleSet) -> dict[str, str]:
@@ -115,7 +117,7 @@ class Footprint:
             KernelError: iptables refused.
         """
         with self._whole:
-            return iptables.remove()
+            return iptables.remove(self._kernel)
 
     def remove(self, keep_bans: bool = False) -> list[str]:
         """Undo everything, whoever left it in this namespace; return what was done, in words.
@@ -133,12 +135,12 @@ class Footprint:
         except KernelError as error:
             problems.append(str(error))
         try:
-            if removed := ipset.destroy(keep_bans):
+            if removed := ipset.destroy(self._kernel, keep_bans):
                 done.append(f"sets removed: {', '.join(sorted(removed))}")
         except KernelError as error:
             problems.append(str(error))
         try:
-            done += [str(change) for change in sysctl.restore(self._record)]
+            done += [str(change) for change in sysctl.restore(self._kernel, self._record)]
         except KernelError as error:
             problems.append(str(error))
         if problems:

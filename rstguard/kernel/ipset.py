@@ -23,17 +23,15 @@ rstguard-thin4-0, -thin6-0  hash:net        everything while worker 0 is overrun
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from rstguard.engine.address import V6, Prefix, is_v6
 from rstguard.engine.ruleset import Divert, RuleSet
-from rstguard.kernel import KernelError, cookies, thinning
-from rstguard.kernel.elements import BAN_SETS, SHUN_SETS, Element, Kind, ipset
-from rstguard.kernel.sets import Sets
-
-__all__ = ["PREFIX", "PROOF_SECONDS", "Element", "SetSpec", "Sets", "apply", "destroy", "plan"]
+from rstguard.kernel import InUse, KernelError, cookies, thinning
+from rstguard.kernel.command import Commands
+from rstguard.kernel.elements import BAN_SETS, SHUN_SETS, Kind, ipset
+from rstguard.kernel.seam import Kernel
 
 PREFIX = "rstguard-"
 
@@ -50,6 +48,7 @@ _FRESH = "-new"
 _VALUED = ("family", "maxelem", "timeout", "netmask", "range")
 # iptables' nft back end gives up its references to a set a moment after it has answered.
 _RELEASE_SECONDS = 2.0
+_RELEASE_LOOK = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +116,7 @@ def plan(ruleset: RuleSet, workers: int = 1) -> tuple[SetSpec, ...]:
     return tuple(specs)
 
 
-def apply(ruleset: RuleSet, workers: int = 1) -> None:
+def apply(kernel: Commands, ruleset: RuleSet, workers: int = 1) -> None:
     """Bring the sets of this network namespace in line with a policy, and check the result.
 
     Each set that the policy fills is built beside the old one and swapped with it, so a packet
@@ -129,7 +128,7 @@ def apply(ruleset: RuleSet, workers: int = 1) -> None:
         KernelError: ipset is missing, or the kernel refused something.
     """
     specs = plan(ruleset, workers)
-    present = _sets()
+    present = _sets(kernel)
     clears = [f"destroy {name}" for name in present if _is_ours(name) and name.endswith(_FRESH)]
     builds: list[str] = []
     swaps: list[str] = []
@@ -144,15 +143,15 @@ def apply(ruleset: RuleSet, workers: int = 1) -> None:
         differs = held is not None and held.header != _wanted(spec)
         if spec.members is not None or differs:
             fresh = spec.name + _FRESH
-            builds += [_creation(spec, fresh), *_contents(spec, fresh)]
+            builds += [_creation(spec, fresh), *_contents(kernel, spec, fresh)]
             swaps += [f"swap {fresh} {spec.name}", f"destroy {fresh}"]
-    _restore([*clears, *builds, *swaps])
-    _verify(specs)
+    _restore(kernel, [*clears, *builds, *swaps])
+    _verify(kernel, specs)
 
 
-def lost(ruleset: RuleSet, workers: int = 1) -> list[str]:
+def lost(kernel: Commands, ruleset: RuleSet, workers: int = 1) -> list[str]:
     """Return which sets that a policy fills are gone or have lost members, in words; quick."""
-    present = _sets()
+    present = _sets(kernel)
     found = []
     for spec in plan(ruleset, workers):
         held = present.get(spec.name)
@@ -163,18 +162,13 @@ def lost(ruleset: RuleSet, workers: int = 1) -> list[str]:
     return found
 
 
-def blocked() -> int:
-    """Return how many sources are banned or shunned."""
-    return sum(blocked_by_kind().values())
-
-
-def blocked_by_kind() -> dict[Kind, int]:
+def blocked_by_kind(kernel: Commands) -> dict[Kind, int]:
     """Return how many sources are banned, and how many shunned; quick with very many, too."""
-    present = _sets()
+    present = _sets(kernel)
     held = {name: present[name].entries for name in BAN_SETS + SHUN_SETS if name in present}
     # A ban that leaves connections alone is kept among the shuns.
     banned = {
-        name: ipset("save", name).count(' comment "ban ')
+        name: ipset(kernel, "save", name).count(' comment "ban ')
         for name in SHUN_SETS
         if held.get(name, 0) > 0
     }
@@ -182,17 +176,17 @@ def blocked_by_kind() -> dict[Kind, int]:
     return {"ban": bans, "shun": sum(held.values()) - bans}
 
 
-def prune(ruleset: RuleSet, workers: int = 1) -> None:
+def prune(kernel: Kernel, ruleset: RuleSet, workers: int = 1) -> None:
     """Remove the rstguard sets that a policy does not need.
 
     Raises:
         KernelError: one of them is still matched on by a rule.
     """
     needed = {spec.name for spec in plan(ruleset, workers)}
-    _destroy(needed)
+    _destroy(kernel, needed)
 
 
-def destroy(keep_bans: bool = False) -> list[str]:
+def destroy(kernel: Kernel, keep_bans: bool = False) -> list[str]:
     """Remove all rstguard sets of this network namespace, whoever left them there; name them.
 
     With `keep_bans` those of the banned and the shunned stay, with their elements.
@@ -200,7 +194,7 @@ def destroy(keep_bans: bool = False) -> list[str]:
     Raises:
         KernelError: one is still matched on by a rule, or may not be removed.
     """
-    return _destroy({*BAN_SETS, *SHUN_SETS} if keep_bans else set())
+    return _destroy(kernel, {*BAN_SETS, *SHUN_SETS} if keep_bans else set())
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,11 +263,11 @@ def _options(text: str) -> frozenset[tuple[str, str]]:
     return frozenset(pair for pair in found.items() if pair != ("netmask", whole))
 
 
-def _sets() -> dict[str, _Set]:
+def _sets(kernel: Commands) -> dict[str, _Set]:
     """Return the sets of this namespace by name, without what they hold."""
     found: dict[str, _Set] = {}
     name = kind = ""
-    for line in ipset("list", "-terse").splitlines():
+    for line in ipset(kernel, "list", "-terse").splitlines():
         field, _, value = line.partition(": ")
         if field == "Name":
             name = value
@@ -300,17 +294,18 @@ def _creation(spec: SetSpec, name: str) -> str:
     return f"create {name} {spec.type} {spec.options} {spec.sizing}"
 
 
-def _contents(spec: SetSpec, into: str) -> list[str]:
+def _contents(kernel: Commands, spec: SetSpec, into: str) -> list[str]:
     if spec.members is not None:
         return [f"add {into} {member}" for member in spec.members]
     if spec.type in ("hash:ip", "hash:ip,port"):
         # Proofs by another width of source mean something else.  They are soon earned again.
         return []
-    return [line.replace(spec.name, into, 1) for line in ipset("save", spec.name).splitlines()[1:]]
+    saved = ipset(kernel, "save", spec.name).splitlines()[1:]
+    return [line.replace(spec.name, into, 1) for line in saved]
 
 
-def _verify(specs: tuple[SetSpec, ...]) -> None:
-    present = _sets()
+def _verify(kernel: Commands, specs: tuple[SetSpec, ...]) -> None:
+    present = _sets(kernel)
     for spec in specs:
         held = present.get(spec.name)
         if held is None or held.header != _wanted(spec) or not _holds(spec, held):
@@ -320,36 +315,38 @@ def _verify(specs: tuple[SetSpec, ...]) -> None:
             )
 
 
-def _destroy(kept: Collection[str]) -> list[str]:
-    give_up = time.monotonic() + _RELEASE_SECONDS
+def _destroy(kernel: Kernel, kept: Collection[str]) -> list[str]:
+    waited = 0.0
     while True:
-        ours = [name for name in _sets() if _is_ours(name) and name not in kept]
+        ours = [name for name in _sets(kernel) if _is_ours(name) and name not in kept]
         try:
-            _restore([f"destroy {name}" for name in ours])
+            _restore(kernel, [f"destroy {name}" for name in ours])
             return ours
-        except KernelError:
-            if time.monotonic() >= give_up:
+        except InUse:
+            if waited >= _RELEASE_SECONDS:
                 raise
-        time.sleep(0.02)
+        kernel.pause(_RELEASE_LOOK)
+        waited += _RELEASE_LOOK
 
 
-def _restore(lines: list[str]) -> None:
+def _restore(kernel: Commands, lines: list[str]) -> None:
     if not lines:
         return
     try:
-        ipset("restore", text="\n".join(lines) + "\n")
+        ipset(kernel, "restore", text="\n".join(lines) + "\n")
     except KernelError as problem:
-        raise KernelError(_sentence(str(problem), lines)) from problem
+        raise type(problem)(_sentence(problem, lines)) from problem
 
 
-def _sentence(said: str, lines: list[str]) -> str:
+def _sentence(problem: KernelError, lines: list[str]) -> str:
     """Say which set it was: ipset itself names the line of its input."""
+    said = str(problem)
     _, found, rest = said.partition("rror in line ")
     number, _, what = rest.partition(":")
     if not found or not number.isdigit() or int(number) > len(lines):
         return said
     name = lines[int(number) - 1].split()[1]
-    if "in use" in what:
+    if isinstance(problem, InUse):
         return (
             f"the set {name} is still matched on by an iptables rule that is not rstguard's: "
             f"find it with `iptables-save | grep {name}` (or ip6tables-save), remove it, and run "

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from rstguard.kernel import KernelError
 from rstguard.kernel.chains import Jump, Plan
-from rstguard.kernel.command import run
 from rstguard.kernel.counting import PREFIX
+from rstguard.kernel.seam import Kernel
 
 _COMMANDS = {4: "iptables", 6: "ip6tables"}
 _WAIT_SECONDS = "10"  # another tool may hold the xtables lock
@@ -51,13 +50,25 @@ class Present:
     """(table, chain) -> rules."""
 
 
-def read(family: int) -> Present:
+def read(kernel: Kernel, family: int) -> Present:
     """Return what of ours one address family holds."""
+    return _read_all(kernel, (family,))[family]
+
+
+def _read_all(kernel: Kernel, families: Iterable[int]) -> dict[int, Present]:
+    """Read several families at once: under load it is waiting for a processor that takes long."""
+    families = list(families)
+    printed = kernel.run_each([[f"{_COMMANDS[family]}-save"] for family in families])
+    return dict(zip(families, map(_present, printed), strict=True))
+
+
+def _present(printed: str) -> Present:
+    """Return what of ours is in the text that iptables-save has printed."""
     jumps: list[Held] = []
     chains: dict[tuple[str, str], list[str]] = {}
     others: dict[tuple[str, str], list[str]] = {}
     table = ""
-    for line in run([f"{_COMMANDS[family]}-save"]).splitlines():
+    for line in printed.splitlines():
         if line.startswith("*"):
             table = line[1:]
         elif line.startswith(f":{PREFIX}-"):
@@ -83,14 +94,7 @@ def _may_end(rule: str) -> bool:
     return target not in ("", *_GO_ON)
 
 
-def _read_all(families: Iterable[int]) -> dict[int, Present]:
-    """Read several families at once: under load it is waiting for a processor that takes long."""
-    families = list(families)
-    with ThreadPoolExecutor() as pool:
-        return dict(zip(families, pool.map(read, families), strict=True))
-
-
-def apply(plans: dict[int, Plan]) -> dict[int, Present]:
+def apply(kernel: Kernel, plans: dict[int, Plan]) -> dict[int, Present]:
     """Bring the plans (family -> plan) about and verify them; what is there already stays.
 
     A table that is as planned is not touched: to replace one takes the kernel some 15 ms.
@@ -99,18 +103,19 @@ def apply(plans: dict[int, Plan]) -> dict[int, Present]:
     Raises:
         KernelError: iptables refused, or something is missing afterwards.
     """
-    present = _read_all(plans)
+    present = _read_all(kernel, plans)
     texts = {family: _transition(present[family], plan) for family, plan in plans.items()}
     for family, text in texts.items():
         if not text:
             continue
         try:
-            run([f"{_COMMANDS[family]}-restore", "--noflush", "-w", _WAIT_SECONDS], text)
+            _restore(kernel, family, text)
         except KernelError as error:
-            raise KernelError(f"{error}; `rstguard doctor` says what this machine lacks") from error
+            said = f"{error}; `rstguard doctor` says what this machine lacks"
+            raise type(error)(said) from error
     if not any(texts.values()):
         return present
-    present = _read_all(plans)
+    present = _read_all(kernel, plans)
     lacking = _lacking(plans, present, {})
     if lacking:
         raise KernelError(
@@ -120,12 +125,14 @@ def apply(plans: dict[int, Plan]) -> dict[int, Present]:
     return present
 
 
-def missing(plans: dict[int, Plan], placed: dict[int, Present] | None = None) -> list[str]:
+def missing(
+    kernel: Kernel, plans: dict[int, Plan], placed: dict[int, Present] | None = None
+) -> list[str]:
     """Return what of the plans is not in the kernel, in words; empty if all is well.
 
     With what `apply` has returned for them, rules that were changed since are found, too.
     """
-    return _lacking(plans, _read_all(plans), placed or {})
+    return _lacking(plans, _read_all(kernel, plans), placed or {})
 
 
 def _lacking(
@@ -153,20 +160,22 @@ def _lacking(
     return lacking
 
 
-def remove() -> bool:
+def remove(kernel: Kernel) -> bool:
     """Take away every chain of ours and every jump to one; True if there was anything.
 
     Raises:
         KernelError: iptables refused.
     """
     found = False
-    for family, present in _read_all(_COMMANDS).items():
-        command = _COMMANDS[family]
+    for family, present in _read_all(kernel, _COMMANDS).items():
         if present.jumps or present.chains:
             found = True
-            text = _transition(present, Plan({}))
-            run([f"{command}-restore", "--noflush", "-w", _WAIT_SECONDS], text)
+            _restore(kernel, family, _transition(present, Plan({})))
     return found
+
+
+def _restore(kernel: Kernel, family: int, text: str) -> None:
+    kernel.run([f"{_COMMANDS[family]}-restore", "--noflush", "-w", _WAIT_SECONDS], text)
 
 
 def _transition(present: Present, plan: Plan) -> str:

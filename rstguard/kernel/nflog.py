@@ -8,7 +8,7 @@ import struct
 from collections.abc import Iterator
 from typing import Self
 
-from rstguard.kernel import KernelError
+from rstguard.kernel import InUse, KernelError, NotPermitted
 from rstguard.kernel.netlink import (
     ATTRIBUTE,
     CHUNK,
@@ -42,7 +42,8 @@ class PacketLog:
         """Bind group `group` (0-65535).
 
         Raises:
-            KernelError: another program has the group, or the kernel lacks NFLOG.
+            InUse: another program has the group.
+            KernelError: the kernel lacks NFLOG, or privileges are missing.
         """
         kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
         self._socket = socket.socket(socket.AF_NETLINK, kind, NETLINK_NETFILTER)
@@ -55,7 +56,7 @@ class PacketLog:
             self._configure(attribute(_CFG_QTHRESH, (1).to_bytes(4, "big")))
         except OSError as error:
             self._socket.close()
-            raise KernelError(_sentence(group, error)) from error
+            raise _refused(group, error) from error
         self._socket.setblocking(False)
 
     def __enter__(self) -> Self:
@@ -105,9 +106,11 @@ def _payloads(chunk: bytes) -> Iterator[bytes]:
             at += (length + 3) & ~3
 
 
-def _sentence(group: int, error: OSError) -> str:
+def _refused(group: int, error: OSError) -> KernelError:
     if error.errno == errno.EBUSY:
-        return f"NFLOG group {group} is in use by another program; stop it"
+        return InUse(f"NFLOG group {group} is in use by another program; stop it")
     if error.errno in (errno.EPERM, errno.EACCES):
-        return "receiving logged packets needs root (CAP_NET_ADMIN): run the command with sudo"
-    return "the kernel has no NFLOG: load it with `modprobe nfnetlink_log`"
+        return NotPermitted(
+            "receiving logged packets needs root (CAP_NET_ADMIN): run the command with sudo"
+        )
+    return KernelError("the kernel has no NFLOG: load it with `modprobe nfnetlink_log`")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from rstguard.kernel import KernelError
+from rstguard.kernel import InUse, KernelError
 from rstguard.kernel.netlink import attribute, encode
 from rstguard.kernel.queues import owner
 from rstguard.kernel.readers import CONFIG, LENGTH, MOST, Queued, bind, request
@@ -60,7 +60,8 @@ class Queue:
         """Bind queue `number` (0-65535).
 
         Raises:
-            KernelError: the queue is taken by another program, or the kernel lacks NFQUEUE.
+            InUse: another program reads the queue.
+            KernelError: the kernel lacks NFQUEUE.
         """
         self.number = number
         taken = states().get(number)
@@ -68,7 +69,7 @@ class Queue:
             self._reader = bind(number)
         except OSError as error:
             if taken is not None:
-                raise KernelError(
+                raise InUse(
                     f"queue {number} is in use by another program, {owner(number)}; "
                     "stop it or choose another with --queue"
                 ) from error

@@ -27,9 +27,17 @@ from types import MappingProxyType
 from typing import Self
 
 from rstguard.engine.address import Prefix, is_v6, packed
-from rstguard.kernel import KernelError
+from rstguard.kernel import Full, KernelError, NotPermitted, NotThere, command
 from rstguard.kernel.elements import BAN_SETS, MAX_SECONDS, SHUN_SETS, Element, listing
-from rstguard.kernel.netlink import NETLINK_NETFILTER, NLM_F_ACK, Request, attribute, encode, nest
+from rstguard.kernel.netlink import (
+    NETLINK_NETFILTER,
+    NLM_F_ACK,
+    PATIENCE,
+    Request,
+    attribute,
+    encode,
+    nest,
+)
 
 _SUBSYSTEM = 6
 _ADD, _DELETE, _TEST = 9, 10, 11
@@ -42,6 +50,8 @@ _PROTOCOL = 6
 """Oldest ipset protocol version that every supported kernel still speaks."""
 _EXISTS = 4103
 """IPSET_ERR_EXIST: on adding "is there already", on removing and asking "is not there"."""
+_FULL = 4352
+"""IPSET_ERR_HASH_FULL."""
 _ANSWER = struct.Struct("=IIi")
 _BATCH = 500
 """Elements a message: an attribute holds 64 KiB at most, an IPv6 element takes 104 bytes."""
@@ -53,8 +63,11 @@ _ERRORS: Mapping[int, str] = MappingProxyType(
         errno.ENOMEM: "the kernel has no memory left for it: shorten the bans or add memory",
         errno.EINVAL: "the kernel does not understand the request: run `rstguard doctor`",
         4104: "a prefix of length 0 would ban everybody: name a narrower one",
-        4352: "it is full: shorten the bans, or ban by a wider prefix (`per` in the policy)",
+        _FULL: "it is full: shorten the bans, or ban by a wider prefix (`per` in the policy)",
     }
+)
+_KINDS: Mapping[int, type[KernelError]] = MappingProxyType(
+    {errno.EPERM: NotPermitted, errno.ENOENT: NotThere, _FULL: Full}
 )
 
 
@@ -69,6 +82,7 @@ class Sets:
         kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
         self._socket = socket.socket(socket.AF_NETLINK, kind, NETLINK_NETFILTER)
         self._socket.bind((0, 0))
+        self._socket.settimeout(PATIENCE)
         self._sequence = 0
 
     def __enter__(self) -> Self:
@@ -130,7 +144,7 @@ class Sets:
         """Return all elements, bans first, as the kernel holds them now (5,000 in about 40 ms)."""
         found: list[Element] = []
         for name in BAN_SETS + SHUN_SETS:
-            found += listing(name)
+            found += listing(command, name)
         return found
 
     def contains(self, address: int) -> bool:
@@ -158,14 +172,16 @@ class Sets:
                     # Only now is it worth the listing: a source is seldom blocked twice at a
                     # time, as the kernel drops what would make the engine ask again.
                     sources = {element.source for element in elements}
-                    held = {element.source: element.lasts for element in listing(name, sources)}
+                    held = {
+                        element.source: element.lasts for element in listing(command, name, sources)
+                    }
             if held is not None:
                 longer = [e for e in batch if e.lasts > held.get(e.source, 0)]
                 error = self._ask(_ADD, name, _list_of(longer)) if longer else 0
             if error:
                 raise _refused(name, error)
 
-    def _ask(self, command: int, name: str, data: bytes, flags: int = 0) -> int:
+    def _ask(self, kind: int, name: str, data: bytes, flags: int = 0) -> int:
         """Send one request and return the kernel's error number, 0 for done."""
         self._sequence = self._sequence + 1 & 0xFFFFFFFF
         attributes = (
@@ -174,7 +190,7 @@ class Sets:
             + attribute(_ATTR_LINE | _NETWORK_ORDER, bytes(4))
             + data
         )
-        request = Request(_SUBSYSTEM << 8 | command, socket.AF_INET, attributes)
+        request = Request(_SUBSYSTEM << 8 | kind, socket.AF_INET, attributes)
         try:
             self._socket.send(encode(request, NLM_F_ACK | flags, self._sequence))
             while True:
@@ -183,6 +199,11 @@ class Sets:
                 sequence, _, error = _ANSWER.unpack_from(answer, 8)
                 if sequence == self._sequence:
                     return int(-error)
+        except TimeoutError as problem:
+            raise KernelError(
+                f"the set {name} could not be used: the kernel gave no answer within "
+                f"{self._socket.gettimeout():g} s; see `dmesg` for what holds it up"
+            ) from problem
         except OSError as problem:
             raise _refused(name, problem.errno or 0) from problem
 
@@ -222,4 +243,5 @@ def _refused(name: str, error: int) -> KernelError:
     known = _ERRORS.get(error)
     if known is None:
         known = f"the kernel said: {os.strerror(error) if error < 4096 else f'ipset error {error}'}"
-    return KernelError(f"the set {name} could not be used: {known}")
+    kind = _KINDS.get(error, KernelError)
+    return kind(f"the set {name} could not be used: {known}")

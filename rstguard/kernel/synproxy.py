@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
 
 from rstguard.engine.address import parse_address
 from rstguard.engine.offers import Service
+from rstguard.kernel.command import Commands
 from rstguard.kernel.cookies import ENGAGED_SECONDS, engaged_set
 from rstguard.kernel.elements import ipset
+from rstguard.kernel.seam import CookieCounts
 
 _COUNTS = Path("/proc/thread-self/net/stat/synproxy")
-
-
-class CookieCounts(NamedTuple):
-    """Counts of this network namespace since SYNPROXY was first used in it.
-
-    `sent` SYN-ACKs with a cookie, `accepted` and `refused` ACKs that should bring one back.
-    """
-
-    sent: int
-    accepted: int
-    refused: int
 
 
 def counts() -> CookieCounts:
@@ -38,15 +28,16 @@ def counts() -> CookieCounts:
     return CookieCounts(sum(r[1] for r in rows), sum(r[3] for r in rows), sum(r[2] for r in rows))
 
 
-def seconds_since_over() -> dict[Service, int]:
+def seconds_since_over(kernel: Commands) -> dict[Service, int]:
     """Return the services that were lately over budget, and how many seconds ago they last were.
 
     Raises:
-        KernelError: the sets are not there, or may not be read.
+        NotThere: the policy in force has no budget.
+        KernelError: the sets may not be read.
     """
     found: dict[Service, int] = {}
     for family in (4, 6):
-        for line in ipset("save", engaged_set(family)).splitlines():
+        for line in ipset(kernel, "save", engaged_set(family)).splitlines():
             words = line.split()
             if words[0] == "add" and words[3:4] == ["timeout"]:
                 address, _, port = words[2].partition(",tcp:")

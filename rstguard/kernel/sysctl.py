@@ -19,7 +19,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from rstguard.kernel import KernelError
+from rstguard.kernel import KernelError, NotThere
+from rstguard.kernel.seam import Kernel
 
 TRACKING: Mapping[str, str] = MappingProxyType(
     {
@@ -36,8 +37,6 @@ STRICT_PICKUP: Mapping[str, str] = MappingProxyType({"net.netfilter.nf_conntrack
 Not without thought: connections that are older than tracking in this namespace become INVALID for
 good.  Set it where tracking is on already, or where nothing was forwarded before.
 """
-
-_ROOT = Path("/proc/sys")
 
 
 class Outcome(Enum):
@@ -70,7 +69,7 @@ class _Saved(NamedTuple):
     ours: str
 
 
-def apply(wanted: Mapping[str, str], record: Path) -> list[Change]:
+def apply(kernel: Kernel, wanted: Mapping[str, str], record: Path) -> list[Change]:
     """Set sysctls to the wanted values, having recorded what they were.
 
     May be called again, with other values too, and after a crash: a value that is still what an
@@ -81,7 +80,7 @@ def apply(wanted: Mapping[str, str], record: Path) -> list[Change]:
             Nothing has been changed then that the record does not tell.
     """
     saved = _load(record)
-    found = {name: read(name) for name in wanted}
+    found = {name: kernel.read_sysctl(name) for name in wanted}
     for name, value in wanted.items():
         earlier = saved.pop(name, None)
         ours = earlier is not None and found[name] == earlier.ours
@@ -93,13 +92,13 @@ def apply(wanted: Mapping[str, str], record: Path) -> list[Change]:
     for name, value in wanted.items():
         outcome = Outcome.UNCHANGED
         if found[name] != value:
-            _write(name, value)
+            _write(kernel, name, value)
             outcome = Outcome.SET
         changes.append(Change(name, found[name], value, outcome))
     return changes
 
 
-def restore(record: Path) -> list[Change]:
+def restore(kernel: Kernel, record: Path) -> list[Change]:
     """Give the recorded values back and remove the record; without a record, do nothing.
 
     Raises:
@@ -107,12 +106,13 @@ def restore(record: Path) -> list[Change]:
     """
     changes = []
     for name, saved in _load(record).items():
-        if not _path(name).exists():
+        try:
+            now = kernel.read_sysctl(name)
+        except NotThere:
             changes.append(Change(name, saved.ours, saved.before, Outcome.GONE))
             continue
-        now = read(name)
         if now == saved.ours:
-            _write(name, saved.before)
+            _write(kernel, name, saved.before)
             changes.append(Change(name, now, saved.before, Outcome.RESTORED))
         else:
             outcome = Outcome.UNCHANGED if now == saved.before else Outcome.LEFT
@@ -121,43 +121,10 @@ def restore(record: Path) -> list[Change]:
     return changes
 
 
-def read(name: str) -> str:
-    """Return a sysctl's value in this network namespace.
-
-    Raises:
-        KernelError: there is no such sysctl, or it may not be read.
-    """
-    try:
-        return " ".join(_path(name).read_text().split())
-    except OSError as problem:
-        raise _refused(name, problem) from problem
-
-
-def _path(name: str) -> Path:
-    return _ROOT.joinpath(*name.split("."))
-
-
-def _write(name: str, value: str) -> None:
-    try:
-        _path(name).write_text(value)
-    except OSError as problem:
-        raise _refused(name, problem) from problem
-    if read(name) != value:
+def _write(kernel: Kernel, name: str, value: str) -> None:
+    kernel.write_sysctl(name, value)
+    if kernel.read_sysctl(name) != value:
         raise KernelError(f"the sysctl {name} did not take the value {value}: set it by hand")
-
-
-def _refused(name: str, problem: OSError) -> KernelError:
-    if isinstance(problem, FileNotFoundError):
-        mend = "the connection tracker is not loaded: run `modprobe nf_conntrack`"
-        if "nf_conntrack" not in name:
-            mend = "this kernel does not have it"
-        return KernelError(f"there is no sysctl {name}: {mend}")
-    if isinstance(problem, PermissionError):
-        return KernelError(f"changing the sysctl {name} needs root: run the command with sudo")
-    return KernelError(
-        f"the sysctl {name} cannot be used here ({problem.strerror}): in a container, start it "
-        "with a writable /proc/sys, or set the value on the host"
-    )
 
 
 def _load(record: Path) -> dict[str, _Saved]:

@@ -13,7 +13,7 @@ from rstguard.engine.ruleset import SECOND, RuleSet
 from rstguard.engine.shedding import SAMPLE
 from rstguard.kernel import marks
 from rstguard.kernel.counting import LARGEST_RATE, PREFIX, UNITS, bits, table_size
-from rstguard.kernel.sets import Sets
+from rstguard.kernel.seam import ElementSets
 
 SECONDS = 3
 """How long a queue stays closed without being told so again."""
@@ -81,7 +81,7 @@ def _usually(family: int, index: int, to_queue: str) -> str:
     return f"-m set ! --match-set {set_name(family, index)} src {to_queue}"
 
 
-def thin(sets: Sets, index: int) -> None:
+def thin(sets: ElementSets, index: int) -> None:
     """Keep SYNs without proof away from a worker's queue for the next seconds.
 
     Raises:
@@ -91,7 +91,7 @@ def thin(sets: Sets, index: int) -> None:
         sets.put(set_name(family, index), prefixes, SECONDS)
 
 
-def restore(sets: Sets, index: int) -> None:
+def restore(sets: ElementSets, index: int) -> None:
     """Let all SYNs into a worker's queue again.
 
     Raises:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rstguard.ipc.messages import Blocked, Offences
 from rstguard.kernel.elements import Element, Kind
-from rstguard.kernel.sets import Sets
+from rstguard.kernel.seam import Kernel
 from rstguard.state.store import Store, StoreError
 
 log = logging.getLogger(__name__)
@@ -27,8 +27,12 @@ _AT_ONCE = 1000
 class Record:
     """Keeps a store; without one, whose directory cannot be used, it says so and keeps nothing."""
 
-    def __init__(self, directory: Path) -> None:
-        """Name a directory; nothing is read or written before `open`."""
+    def __init__(self, kernel: Kernel, directory: Path) -> None:
+        """Name a directory; nothing is read or written before `open`.
+
+        `kernel` has the sets into which bans are brought back.
+        """
+        self._kernel = kernel
         self._directory = directory
         self.problem = ""
         """Why nothing is kept at present, or ""."""
@@ -69,7 +73,7 @@ class Record:
                     self.store.path,
                 )
         if elements:
-            with Sets() as sets:
+            with self._kernel.sets() as sets:
                 sets.add(elements)
         return len(elements)
 

@@ -20,7 +20,7 @@ from rstguard.ipc.messages import Blocked, Recheck
 from rstguard.ipc.requests import ControlError
 from rstguard.kernel import KernelError
 from rstguard.kernel.elements import Element
-from rstguard.kernel.sets import Sets
+from rstguard.kernel.seam import Kernel
 from rstguard.observe.events import Event
 from rstguard.policy.load import Loaded
 from rstguard.state.record import Record
@@ -40,7 +40,8 @@ _AGAIN_SECONDS: Final = 1.0
 class Bans:
     """The bans of one guard."""
 
-    def __init__(self, guard: Guard, record: Record, change: Change) -> None:
+    def __init__(self, kernel: Kernel, guard: Guard, record: Record, change: Change) -> None:
+        self._kernel = kernel
         self._guard = guard
         self._record = record
         self._change = change
@@ -111,7 +112,7 @@ class Bans:
 
     async def listed(self) -> list[Element]:
         """Return who is banned and shunned, as the kernel has it."""
-        return await asyncio.to_thread(_listed)
+        return await asyncio.to_thread(self._listed)
 
     async def watch(self) -> None:
         """Stop a policy that bans too many; does not end by itself."""
@@ -159,14 +160,13 @@ class Bans:
             self._guard.events.add(Event("unban", f"{len(sources)} sources", detail=detail))
 
     def _place(self, elements: Iterable[Element], shorten: bool = False) -> None:
-        with Sets() as sets:
+        with self._kernel.sets() as sets:
             sets.add(elements, shorten)
 
     def _lift(self, sources: list[Prefix]) -> int:
-        with Sets() as sets:
+        with self._kernel.sets() as sets:
             return sum(sets.remove(source) for source in sources)
 
-
-def _listed() -> list[Element]:
-    with Sets() as sets:
-        return sets.list()
+    def _listed(self) -> list[Element]:
+        with self._kernel.sets() as sets:
+            return sets.list()

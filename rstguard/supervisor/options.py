@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rstguard.ipc.requests import Answer
+from rstguard.kernel.seam import Kernel
 from rstguard.policy.load import Loaded
 from rstguard.supervisor.spawn import Spawn, Spawned, spawn
 
@@ -16,6 +17,7 @@ from rstguard.supervisor.spawn import Spawn, Spawned, spawn
 class Options:
     """What `rstguard run` was told."""
 
+    kernel: Kernel
     policy: Loaded
     file: str
     directory: Path

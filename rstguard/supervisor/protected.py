@@ -14,8 +14,9 @@ from typing import Final
 from rstguard.engine.address import Networks, Prefix
 from rstguard.engine.ruleset import RuleSet
 from rstguard.ipc.requests import ControlError
-from rstguard.kernel import KernelError, lifelines
-from rstguard.kernel.lifelines import Lifeline
+from rstguard.kernel import KernelError
+from rstguard.kernel.lifelines import Lifeline, is_address
+from rstguard.kernel.seam import Kernel
 from rstguard.supervisor.guard import Guard
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,8 @@ _MOST_ADMINISTRATORS: Final = 16
 class Protected:
     """Knows which addresses are protected."""
 
-    def __init__(self, guard: Guard) -> None:
+    def __init__(self, kernel: Kernel, guard: Guard) -> None:
+        self._kernel = kernel
         self._guard = guard
         self._administrators: list[str] = []
         self._found: tuple[Lifeline, ...] = ()
@@ -46,8 +48,8 @@ class Protected:
     async def look(self) -> None:
         """Find them anew; takes some milliseconds, and longer with many routes."""
         try:
-            self._found = await asyncio.to_thread(lifelines.find, self._administrators)
-        except (KernelError, OSError) as error:
+            self._found = await asyncio.to_thread(self._kernel.lifelines, self._administrators)
+        except KernelError as error:
             log.error("own addresses and next hops could not be read: %s", error)
 
     async def follow(self, _old: RuleSet, new: RuleSet) -> None:
@@ -57,7 +59,7 @@ class Protected:
 
     def administrator(self, address: object) -> None:
         """Protect from now on who gives a command over SSH; the latest few are remembered."""
-        if isinstance(address, str) and lifelines.is_address(address):
+        if isinstance(address, str) and is_address(address):
             if address in self._administrators:
                 self._administrators.remove(address)
             self._administrators.append(address)

@@ -15,11 +15,9 @@ from rstguard.engine.offers import Offers, Service, read_offer
 from rstguard.engine.ruleset import RuleSet
 from rstguard.engine.segment import cookie_rst
 from rstguard.engine.wire import ACK, SYN, Packet, parse
-from rstguard.kernel import KernelError, cookies, synproxy
+from rstguard.kernel import KernelError, cookies
 from rstguard.kernel.footprint import Footprint
-from rstguard.kernel.inject import Injector
-from rstguard.kernel.nflog import PacketLog
-from rstguard.kernel.synproxy import CookieCounts
+from rstguard.kernel.seam import CookieCounts, Kernel, PacketCopies, PacketSender
 from rstguard.observe.events import Event, EventLog
 
 log = logging.getLogger(__name__)
@@ -35,17 +33,22 @@ class Budget:
     """Watches the SYN budget of one guard while its policy has one."""
 
     def __init__(
-        self, footprint: Footprint, events: EventLog, rewrite: Callable[[], Awaitable[None]]
+        self,
+        kernel: Kernel,
+        footprint: Footprint,
+        events: EventLog,
+        rewrite: Callable[[], Awaitable[None]],
     ) -> None:
         """`rewrite` puts the rules in place anew, for what `footprint.known` then holds."""
         self.engaged: dict[Service, float] = {}
         """The services over budget, and since when (monotonic seconds)."""
+        self._kernel = kernel
         self._footprint = footprint
         self._events = events
         self._rewrite = rewrite
         self._offers = Offers()
-        self._log: PacketLog | None = None
-        self._injector: Injector | None = None
+        self._log: PacketCopies | None = None
+        self._injector: PacketSender | None = None
         self.late = 0
         """Clients whose connection could not go on behind their cookie, and who were told so."""
         self._changed = asyncio.Event()
@@ -60,8 +63,8 @@ class Budget:
         if not cookies.in_force(ruleset):
             self.stop()
         elif self._log is None:
-            self._injector = self._injector or Injector()
-            self._log = PacketLog(cookies.LOG_GROUP)
+            self._injector = self._injector or self._kernel.injector()
+            self._log = self._kernel.packet_log(cookies.LOG_GROUP)
             asyncio.get_running_loop().add_reader(self._log.fileno(), self._receive)
 
     def stop(self) -> None:
@@ -120,9 +123,9 @@ class Budget:
             if self._log is None:
                 continue
             try:
-                counted = await asyncio.to_thread(synproxy.counts)
+                counted = await asyncio.to_thread(self._kernel.cookie_counts)
                 if self.engaged or counted.sent != self._counted.sent:
-                    self._note(await asyncio.to_thread(synproxy.seconds_since_over))
+                    self._note(await asyncio.to_thread(self._kernel.seconds_since_over))
                 self._counted = counted
             except KernelError as error:
                 log.error("the state of the SYN budget cannot be read: %s", error)

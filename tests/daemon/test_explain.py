@@ -16,6 +16,7 @@ import pytest
 from rstguard.control.nearest import Closest
 from rstguard.engine.nearest import Near
 from rstguard.ipc.messages import Nearest, NearestAre
+from rstguard.kernel.linux import Linux
 from rstguard.supervisor.inquiry import Inquiry
 from tests.daemon.conftest import Open
 from tests.engine.packets import ruleset
@@ -99,7 +100,7 @@ def test_however_many_look_the_processes_are_asked_once() -> None:
         child = SimpleNamespace(serves=True, send=answer)
         starting = SimpleNamespace(serves=False, send=answer)
         guard = SimpleNamespace(children=[child, starting], ruleset=ruleset())
-        closest = Closest(guard, inquiry)  # type: ignore[arg-type]
+        closest = Closest(Linux(), guard, inquiry)  # type: ignore[arg-type]
         return await asyncio.gather(*(closest.answer({}) for _ in range(50)))
 
     answers = asyncio.run(ask())

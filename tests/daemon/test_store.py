@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from rstguard.engine.address import parse_prefix
 from rstguard.kernel.elements import MAX_SECONDS, Element, Kind
+from rstguard.kernel.linux import Linux
 from rstguard.state import record
 from rstguard.state.record import Record
 from rstguard.state.store import (
@@ -215,7 +216,7 @@ def test_a_clock_that_was_set_back_makes_no_ban_longer(tmp_path: Path) -> None:
 def test_a_clock_that_is_set_meanwhile_leaves_bans_as_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = Record(tmp_path)
+    kept = Record(Linux(), tmp_path)
     kept.open()
     assert kept.store is not None
     kept.blocked_element(ban("198.51.100.7"))

@@ -12,6 +12,7 @@ from rstguard.engine.ruleset import SECOND, Measure, Rule, RuleSet, Scope, SynBu
 from rstguard.engine.verdict import Action
 from rstguard.kernel import chains, cookies, ipset, iptables
 from rstguard.kernel.chains import Plan
+from rstguard.kernel.linux import Linux
 
 SYN_RATE = Rule("syn-rate", Measure.SYN_RATE, Action.BAN, 100, SECOND, 200)
 RULESET = RuleSet(
@@ -26,6 +27,7 @@ WEB4 = Service(parse_address("192.0.2.1"), 80)
 WEB6 = Service(parse_address("2001:db8::1"), 80)
 FULL = Offer(1460, 7, sack=True, timestamps=True)
 KNOWN = {WEB4: FULL, WEB6: FULL._replace(mss=1440)}
+LINUX = Linux()
 QUEUES = range(5640, 5641)
 
 
@@ -102,11 +104,11 @@ def test_a_blocked_source_gets_no_cookie_where_it_is_to_be_refused() -> None:
 def test_the_kernel_takes_them_as_they_are(own_namespace: None, blocking: str, rate: int) -> None:
     budget = SynBudget(rate, frozenset({80}))
     ruleset = replace(RULESET, blocking=blocking, syn_budget=budget)
-    ipset.apply(ruleset)
+    ipset.apply(LINUX, ruleset)
     plans = {family: planned(ruleset, family) for family in (4, 6)}
-    iptables.apply(plans)
-    assert iptables.missing(plans) == []
-    iptables.apply(plans)
-    assert len(iptables.read(4).jumps) == len(plans[4].jumps)
-    assert iptables.remove()
-    ipset.destroy()
+    iptables.apply(LINUX, plans)
+    assert iptables.missing(LINUX, plans) == []
+    iptables.apply(LINUX, plans)
+    assert len(iptables.read(LINUX, 4).jumps) == len(plans[4].jumps)
+    assert iptables.remove(LINUX)
+    ipset.destroy(LINUX)

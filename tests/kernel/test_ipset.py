@@ -14,11 +14,14 @@ import pytest
 from rstguard.engine.address import Prefix, parse_address, parse_prefix
 from rstguard.engine.ruleset import SECOND, Measure, Rule, RuleSet, Scope
 from rstguard.engine.verdict import Action, Ban, Reason, Shun
-from rstguard.kernel import KernelError, ipset
+from rstguard.kernel import Full, InUse, KernelError, NotThere, ipset
 from rstguard.kernel.elements import MAX_SECONDS, Element, element_of, listing
+from rstguard.kernel.linux import Linux
+from rstguard.kernel.netlink import PATIENCE
 from rstguard.kernel.sets import Sets
 from tests.netns import Lab
 
+LINUX = Linux()
 RULESET = RuleSet(
     name="test",
     enforce=True,
@@ -80,12 +83,12 @@ def test_only_what_was_made_can_be_lost() -> None:
     """A set that a policy leaves empty is not one that somebody emptied."""
     with Lab() as lab, lab.inside("gateway"):
         ruleset = with_scope(ports=frozenset(range(1, 2000)))
-        ipset.apply(ruleset)
-        assert ipset.lost(ruleset) == []
+        ipset.apply(LINUX, ruleset)
+        assert ipset.lost(LINUX, ruleset) == []
         lab.run("gateway", "ipset", "flush", "rstguard-ports")
         lab.run("gateway", "ipset", "destroy", "rstguard-shun6")
         lost = ["the set rstguard-shun6", "what the set rstguard-ports holds"]
-        assert sorted(ipset.lost(ruleset)) == lost
+        assert sorted(ipset.lost(LINUX, ruleset)) == lost
 
 
 def test_port_sets_that_mean_all_are_not_made() -> None:
@@ -170,18 +173,18 @@ def test_a_ban_that_keeps_connections_only_drops_syns(keep: bool, name: str) -> 
 
 @pytest.fixture
 def sets(own_namespace: None) -> Sets:
-    ipset.apply(RULESET)
+    ipset.apply(LINUX, RULESET)
     return Sets()
 
 
 @pytest.mark.netns
 def test_apply_makes_what_is_planned(own_namespace: None) -> None:
-    ipset.apply(RULESET)
+    ipset.apply(LINUX, RULESET)
     assert names() == {s.name for s in ipset.plan(RULESET)}
     assert members("rstguard-trusted4") == {"10.0.0.0/8"}
     assert members("rstguard-dst6") == {"2001:db8::/48"}
     assert len(members("rstguard-ports")) == 104
-    ipset.apply(RULESET)
+    ipset.apply(LINUX, RULESET)
     assert names() == {s.name for s in ipset.plan(RULESET)}
 
 
@@ -189,7 +192,7 @@ def test_apply_makes_what_is_planned(own_namespace: None) -> None:
 def test_apply_replaces_members_and_keeps_bans_and_proofs(sets: Sets) -> None:
     sets.add([ban("192.0.2.1"), shun("2001:db8:1::/64")])
     shell("ipset", "add", "rstguard-proven4", "192.0.2.9")
-    ipset.apply(with_scope(trusted=(parse_prefix("172.16.0.0/12"),), ports=frozenset({25})))
+    ipset.apply(LINUX, with_scope(trusted=(parse_prefix("172.16.0.0/12"),), ports=frozenset({25})))
     assert members("rstguard-trusted4") == {"172.16.0.0/12"}
     assert members("rstguard-trusted6") == set()
     assert members("rstguard-ports") == {"25"}
@@ -215,7 +218,8 @@ def test_members_never_lack_while_a_policy_is_applied(sets: Sets) -> None:
     thread.start()
     for octet in range(20):
         ipset.apply(
-            with_scope(trusted=(parse_prefix("10.0.0.0/8"), parse_prefix(f"172.16.{octet}.0/24")))
+            LINUX,
+            with_scope(trusted=(parse_prefix("10.0.0.0/8"), parse_prefix(f"172.16.{octet}.0/24"))),
         )
     done.set()
     thread.join()
@@ -234,7 +238,7 @@ def test_apply_carries_bans_over_from_a_set_with_other_parameters(own_namespace:
         "create rstguard-proven4 hash:ip timeout 600 netmask 24\n"
         "add rstguard-proven4 192.0.2.1\n",
     )
-    ipset.apply(RULESET)
+    ipset.apply(LINUX, RULESET)
     (kept,) = Sets().list()
     assert kept._replace(remaining=None) == ban("192.0.2.0/24", None, "old-rule")
     assert 490 <= (kept.remaining or 0) <= 500
@@ -246,9 +250,9 @@ def test_apply_carries_bans_over_from_a_set_with_other_parameters(own_namespace:
 @pytest.mark.netns
 def test_prune_takes_what_the_policy_no_longer_needs(sets: Sets) -> None:
     fewer = with_scope(ports=None)
-    ipset.apply(fewer)
+    ipset.apply(LINUX, fewer)
     assert "rstguard-ports" in names()
-    ipset.prune(fewer)
+    ipset.prune(LINUX, fewer)
     assert names() == {s.name for s in ipset.plan(fewer)}
 
 
@@ -257,12 +261,12 @@ def test_destroy_takes_all_of_ours_and_nothing_else(sets: Sets) -> None:
     shell("ipset", "create", "other", "hash:ip")
     shell("ipset", "create", "rstguard-of-another-version", "hash:ip")
     sets.add([ban("192.0.2.1")])
-    ipset.destroy(keep_bans=True)
+    ipset.destroy(LINUX, keep_bans=True)
     assert names() == {"other", *(f"rstguard-{kind}{n}" for kind in ("ban", "shun") for n in "46")}
     assert sets.contains(parse_address("192.0.2.1"))
-    ipset.destroy()
+    ipset.destroy(LINUX)
     assert names() == {"other"}
-    ipset.destroy()
+    ipset.destroy(LINUX)
 
 
 @pytest.mark.netns
@@ -270,9 +274,9 @@ def test_a_set_that_a_rule_still_matches_on_is_named(sets: Sets) -> None:
     rule = ("INPUT", "-m", "set", "--match-set", "rstguard-ban4", "src", "-j", "DROP")
     shell("iptables", "-w", "-A", *rule)
     with pytest.raises(KernelError, match=r"rstguard-ban4 is still matched on.*iptables-save"):
-        ipset.destroy()
+        ipset.destroy(LINUX)
     shell("iptables", "-w", "-D", *rule)
-    ipset.destroy()
+    ipset.destroy(LINUX)
     assert names() == set()
 
 
@@ -356,7 +360,7 @@ def test_an_element_expires(sets: Sets) -> None:
 @pytest.mark.netns
 def test_an_element_that_somebody_added_by_hand_is_listed(sets: Sets) -> None:
     shell("ipset", "add", "rstguard-ban4", "192.0.2.1", "comment", "from the old firewall")
-    assert listing("rstguard-ban4") == [Element(parse_prefix("192.0.2.1"), "ban", "", None)]
+    assert listing(LINUX, "rstguard-ban4") == [Element(parse_prefix("192.0.2.1"), "ban", "", None)]
 
 
 @pytest.mark.netns
@@ -365,7 +369,7 @@ def test_what_the_kernel_refuses_is_said_in_a_sentence(sets: Sets) -> None:
         sets.add([ban("0.0.0.0/0")])
     with pytest.raises(ValueError, match="lasts 1 to"):
         sets.add([ban("192.0.2.1", MAX_SECONDS + 1)])
-    ipset.destroy()
+    ipset.destroy(LINUX)
     with pytest.raises(KernelError, match=r"rstguard-ban4 .* does not exist"):
         sets.add([ban("192.0.2.1")])
     with pytest.raises(KernelError, match="rstguard-ban4"):
@@ -407,3 +411,34 @@ def test_rules_can_prove_far_more_sources_than_a_small_table_holds(sets: Sets) -
     assert found is not None
     # The answers (port unreachable) are ICMP, so nothing but the senders is in the set.
     assert int(found[1]) == count
+
+
+@pytest.mark.netns
+def test_a_kernel_that_never_answers_is_not_waited_for(sets: Sets) -> None:
+    deaf, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with other, deaf, sets:
+        sets._socket.close()
+        sets._socket = deaf
+        deaf.settimeout(0.05)
+        with pytest.raises(KernelError, match=r"rstguard-ban4 .* no answer within 0\.05 s"):
+            sets.add([ban("192.0.2.1")])
+
+
+@pytest.mark.netns
+def test_what_was_wrong_can_be_told_without_reading_the_sentence(sets: Sets) -> None:
+    with sets:
+        assert sets._socket.gettimeout() == PATIENCE
+        shell("iptables", "-w", "-A", "INPUT", "-m", "set", "--match-set", "rstguard-ban4", "src")
+        with pytest.raises(InUse):
+            ipset.destroy(LINUX)
+        shell("iptables", "-w", "-F", "INPUT")
+        ipset.destroy(LINUX)
+        with pytest.raises(NotThere):
+            sets.add([ban("192.0.2.1")])
+        with pytest.raises(NotThere):
+            listing(LINUX, "rstguard-ban4")
+        shell(
+            "ipset", "restore", text="create rstguard-ban4 hash:net timeout 0 comment maxelem 1\n"
+        )
+        with pytest.raises(Full):
+            sets.add([ban("192.0.2.1"), ban("192.0.2.2")])

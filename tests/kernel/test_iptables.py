@@ -8,11 +8,13 @@ import pytest
 
 from rstguard.kernel import chains, ipset, iptables
 from rstguard.kernel.command import run
+from rstguard.kernel.linux import Linux
 from rstguard.policy.compile import compile_policy
 from rstguard.policy.load import parse
 
 pytestmark = pytest.mark.netns
 
+LINUX = Linux()
 RULESET = compile_policy(
     parse(
         """\
@@ -39,10 +41,10 @@ def counted(table: str) -> int:
 
 def test_only_tables_that_change_are_replaced(own_namespace: None) -> None:
     run(["ip", "link", "set", "lo", "up"])
-    ipset.apply(RULESET, workers=4)
+    ipset.apply(LINUX, RULESET, workers=4)
 
     def apply(queues: range) -> None:
-        iptables.apply({family: chains.plan(RULESET, family, queues) for family in (4, 6)})
+        iptables.apply(LINUX, {family: chains.plan(RULESET, family, queues) for family in (4, 6)})
 
     apply(range(7, 9))
     with pytest.raises(ConnectionRefusedError):
@@ -57,11 +59,11 @@ def test_only_tables_that_change_are_replaced(own_namespace: None) -> None:
 
 
 def test_a_rule_that_another_program_changed_is_put_right(own_namespace: None) -> None:
-    ipset.apply(RULESET, workers=4)
+    ipset.apply(LINUX, RULESET, workers=4)
     plans = {family: chains.plan(RULESET, family, range(7, 9)) for family in (4, 6)}
-    iptables.apply(plans)
-    before = iptables.read(4)
+    iptables.apply(LINUX, plans)
+    before = iptables.read(LINUX, 4)
     run(["iptables", "-t", "mangle", "-R", "rstguard-queue", "1", "-j", "ACCEPT"])
-    assert iptables.read(4) != before
-    iptables.apply(plans)
-    assert iptables.read(4) == before
+    assert iptables.read(LINUX, 4) != before
+    iptables.apply(LINUX, plans)
+    assert iptables.read(LINUX, 4) == before

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from rstguard.kernel import KernelError, sysctl
+from rstguard.kernel.linux import Linux
 from rstguard.kernel.sysctl import Outcome
 
+LINUX = Linux()
 ACCT = "net.netfilter.nf_conntrack_acct"
 LOOSE = "net.netfilter.nf_conntrack_tcp_loose"
 STAMP = "net.netfilter.nf_conntrack_timestamp"
@@ -34,40 +36,43 @@ def test_values_are_set_and_given_back(record: Path) -> None:
     put(ACCT, "0")
     put(LOOSE, "1")
     put(STAMP, "1")
-    changes = sysctl.apply({ACCT: "1", LOOSE: "0", STAMP: "1"}, record)
+    changes = sysctl.apply(LINUX, {ACCT: "1", LOOSE: "0", STAMP: "1"}, record)
     assert outcomes(changes) == {
         ACCT: Outcome.SET,
         LOOSE: Outcome.SET,
         STAMP: Outcome.UNCHANGED,
     }
-    assert [sysctl.read(name) for name in (ACCT, LOOSE, STAMP)] == ["1", "0", "1"]
-    assert outcomes(sysctl.restore(record)) == {ACCT: Outcome.RESTORED, LOOSE: Outcome.RESTORED}
-    assert [sysctl.read(name) for name in (ACCT, LOOSE, STAMP)] == ["0", "1", "1"]
+    assert [LINUX.read_sysctl(name) for name in (ACCT, LOOSE, STAMP)] == ["1", "0", "1"]
+    assert outcomes(sysctl.restore(LINUX, record)) == {
+        ACCT: Outcome.RESTORED,
+        LOOSE: Outcome.RESTORED,
+    }
+    assert [LINUX.read_sysctl(name) for name in (ACCT, LOOSE, STAMP)] == ["0", "1", "1"]
     assert not record.exists()
-    assert sysctl.restore(record) == []
+    assert sysctl.restore(LINUX, record) == []
 
 
 def test_what_the_guard_needs_exists_in_every_namespace(record: Path) -> None:
-    sysctl.apply({**sysctl.TRACKING, **sysctl.STRICT_PICKUP}, record)
+    sysctl.apply(LINUX, {**sysctl.TRACKING, **sysctl.STRICT_PICKUP}, record)
     for name, value in {**sysctl.TRACKING, **sysctl.STRICT_PICKUP}.items():
-        assert sysctl.read(name) == value
+        assert LINUX.read_sysctl(name) == value
 
 
 def test_a_second_start_after_a_crash_remembers_the_first_values(record: Path) -> None:
     put(ACCT, "0")
-    sysctl.apply({ACCT: "1"}, record)
-    changes = sysctl.apply({ACCT: "1"}, record)
+    sysctl.apply(LINUX, {ACCT: "1"}, record)
+    changes = sysctl.apply(LINUX, {ACCT: "1"}, record)
     assert outcomes(changes) == {ACCT: Outcome.UNCHANGED}
-    sysctl.restore(record)
-    assert sysctl.read(ACCT) == "0"
+    sysctl.restore(LINUX, record)
+    assert LINUX.read_sysctl(ACCT) == "0"
 
 
 def test_a_crash_between_record_and_change_does_no_harm(record: Path) -> None:
     put(ACCT, "0")
-    sysctl.apply({ACCT: "1"}, record)
+    sysctl.apply(LINUX, {ACCT: "1"}, record)
     put(ACCT, "0")
-    assert outcomes(sysctl.restore(record)) == {ACCT: Outcome.UNCHANGED}
-    assert sysctl.read(ACCT) == "0"
+    assert outcomes(sysctl.restore(LINUX, record)) == {ACCT: Outcome.UNCHANGED}
+    assert LINUX.read_sysctl(ACCT) == "0"
 
 
 def test_a_value_that_somebody_changed_meanwhile_is_left(record: Path) -> None:
@@ -75,42 +80,42 @@ def test_a_value_that_somebody_changed_meanwhile_is_left(record: Path) -> None:
     put(ACCT, "0")
     name = "net.netfilter.nf_conntrack_tcp_max_retrans"
     put(name, "3")
-    sysctl.apply({ACCT: "1", name: "5"}, record)
+    sysctl.apply(LINUX, {ACCT: "1", name: "5"}, record)
     put(name, "7")
-    changes = sysctl.restore(record)
+    changes = sysctl.restore(LINUX, record)
     assert outcomes(changes) == {ACCT: Outcome.RESTORED, name: Outcome.LEFT}
-    assert sysctl.read(name) == "7"
+    assert LINUX.read_sysctl(name) == "7"
     assert "somebody else changed it" in str(changes[1])
 
 
 def test_a_value_changed_between_two_starts_counts_as_old(record: Path) -> None:
     name = "net.netfilter.nf_conntrack_tcp_max_retrans"
     put(name, "3")
-    sysctl.apply({name: "5"}, record)
+    sysctl.apply(LINUX, {name: "5"}, record)
     put(name, "7")
-    sysctl.apply({name: "5"}, record)
-    sysctl.restore(record)
-    assert sysctl.read(name) == "7"
+    sysctl.apply(LINUX, {name: "5"}, record)
+    sysctl.restore(LINUX, record)
+    assert LINUX.read_sysctl(name) == "7"
 
 
 def test_another_wish_keeps_the_first_value(record: Path) -> None:
     name = "net.netfilter.nf_conntrack_tcp_max_retrans"
     put(name, "3")
     put(ACCT, "0")
-    sysctl.apply({name: "5", ACCT: "1"}, record)
-    sysctl.apply({name: "6"}, record)
-    assert sysctl.read(name) == "6"
-    sysctl.restore(record)
-    assert (sysctl.read(name), sysctl.read(ACCT)) == ("3", "0")
+    sysctl.apply(LINUX, {name: "5", ACCT: "1"}, record)
+    sysctl.apply(LINUX, {name: "6"}, record)
+    assert LINUX.read_sysctl(name) == "6"
+    sysctl.restore(LINUX, record)
+    assert (LINUX.read_sysctl(name), LINUX.read_sysctl(ACCT)) == ("3", "0")
 
 
 def test_the_record_is_whole_json_before_anything_changes(record: Path) -> None:
     put(ACCT, "0")
     with pytest.raises(KernelError, match=r"no sysctl .*nonsense"):
-        sysctl.apply({ACCT: "1", "net.netfilter.nf_conntrack_nonsense": "1"}, record)
-    assert sysctl.read(ACCT) == "0"
+        sysctl.apply(LINUX, {ACCT: "1", "net.netfilter.nf_conntrack_nonsense": "1"}, record)
+    assert LINUX.read_sysctl(ACCT) == "0"
     assert not record.exists()
-    sysctl.apply({ACCT: "1"}, record)
+    sysctl.apply(LINUX, {ACCT: "1"}, record)
     assert json.loads(record.read_text())["sysctls"] == {ACCT: {"before": "0", "ours": "1"}}
     assert list(record.parent.iterdir()) == [record]
 
@@ -120,14 +125,14 @@ def test_a_damaged_record_is_named_and_stops_the_change(record: Path, text: str)
     record.write_text(text)
     put(ACCT, "0")
     with pytest.raises(KernelError, match=r"sysctl\.json is damaged"):
-        sysctl.apply({ACCT: "1"}, record)
+        sysctl.apply(LINUX, {ACCT: "1"}, record)
     with pytest.raises(KernelError, match=r"sysctl\.json is damaged"):
-        sysctl.restore(record)
-    assert sysctl.read(ACCT) == "0"
+        sysctl.restore(LINUX, record)
+    assert LINUX.read_sysctl(ACCT) == "0"
 
 
 def test_no_change_without_a_record(tmp_path: Path) -> None:
     put(ACCT, "0")
     with pytest.raises(KernelError, match="choose another --runtime-dir"):
-        sysctl.apply({ACCT: "1"}, tmp_path / "missing" / "sysctl.json")
-    assert sysctl.read(ACCT) == "0"
+        sysctl.apply(LINUX, {ACCT: "1"}, tmp_path / "missing" / "sysctl.json")
+    assert LINUX.read_sysctl(ACCT) == "0"

@@ -1,0 +1,125 @@
+"""The real kernel behind the seam: everything `rstguard.kernel.seam.Kernel` asks for, done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from rstguard.engine.nearest import Near
+from rstguard.engine.offers import Service
+from rstguard.engine.ruleset import RuleSet
+from rstguard.kernel import KernelError, NotPermitted, NotThere, command, counted, ipset, synproxy
+from rstguard.kernel.conntrack import Conntrack
+from rstguard.kernel.elements import Kind
+from rstguard.kernel.inject import Injector
+from rstguard.kernel.lifelines import Lifeline, find
+from rstguard.kernel.nflog import PacketLog
+from rstguard.kernel.nfqueue import Queue, QueueState, states
+from rstguard.kernel.routes import ways
+from rstguard.kernel.seam import CookieCounts
+from rstguard.kernel.sets import Sets
+
+_SYSCTLS = Path("/proc/sys")
+
+
+class Linux:
+    """The kernel of the network namespace of whichever thread calls; keeps nothing itself."""
+
+    def run(self, arguments: Sequence[str], text: str = "") -> str:
+        """Run one of the kernel's tools."""
+        return command.run(arguments, text)
+
+    def run_each(self, commands: Sequence[Sequence[str]]) -> list[str]:
+        """Run several at once."""
+        with ThreadPoolExecutor() as pool:
+            return list(pool.map(self.run, commands))
+
+    def pause(self, seconds: float) -> None:
+        """Wait."""
+        time.sleep(seconds)
+
+    def read_sysctl(self, name: str) -> str:
+        """Return the value of a sysctl, its words separated by single spaces."""
+        try:
+            return " ".join(_path(name).read_text().split())
+        except OSError as problem:
+            raise _refused(name, problem) from problem
+
+    def write_sysctl(self, name: str, value: str) -> None:
+        """Give a sysctl a value."""
+        try:
+            _path(name).write_text(value)
+        except OSError as problem:
+            raise _refused(name, problem) from problem
+
+    def sets(self) -> Sets:
+        """Return the elements of the kernel's sets."""
+        return Sets()
+
+    def table(self) -> Conntrack:
+        """Return the connection table."""
+        return Conntrack()
+
+    def injector(self) -> Injector:
+        """Return raw sockets."""
+        return Injector()
+
+    def queue(self, number: int, fail_open: bool) -> Queue:
+        """Bind a queue."""
+        return Queue(number, fail_open)
+
+    def queues(self) -> dict[int, QueueState]:
+        """Return all bound queues."""
+        return states()
+
+    def packet_log(self, group: int) -> PacketLog:
+        """Bind an NFLOG group."""
+        return PacketLog(group)
+
+    def ways(self, addresses: Sequence[int]) -> list[str]:
+        """Return what the routing table says."""
+        return ways(addresses)
+
+    def lifelines(self, administrators: Iterable[str]) -> tuple[Lifeline, ...]:
+        """Return the addresses without which the host would be cut off."""
+        return find(administrators)
+
+    def cookie_counts(self) -> CookieCounts:
+        """Return SYNPROXY's counts."""
+        return synproxy.counts()
+
+    def seconds_since_over(self) -> dict[Service, int]:
+        """Return the services that were lately over budget."""
+        return synproxy.seconds_since_over(self)
+
+    def nearest(self, ruleset: RuleSet, most: int) -> list[Near]:
+        """Return who has used most of the limit that the kernel itself counts for."""
+        return counted.nearest(ruleset, most)
+
+    def explain(self, ruleset: RuleSet, source: int) -> dict[str, float]:
+        """Return how much of it one source has used."""
+        return counted.explain(ruleset, source)
+
+    def blocked_by_kind(self) -> dict[Kind, int]:
+        """Return how many sources are banned, and how many shunned."""
+        return ipset.blocked_by_kind(self)
+
+
+def _path(name: str) -> Path:
+    return _SYSCTLS.joinpath(*name.split("."))
+
+
+def _refused(name: str, problem: OSError) -> KernelError:
+    if isinstance(problem, FileNotFoundError):
+        mend = "the connection tracker is not loaded: run `modprobe nf_conntrack`"
+        if "nf_conntrack" not in name:
+            mend = "this kernel does not have it"
+        return NotThere(f"there is no sysctl {name}: {mend}")
+    if isinstance(problem, PermissionError):
+        return NotPermitted(f"changing the sysctl {name} needs root: run the command with sudo")
+    return KernelError(
+        f"the sysctl {name} cannot be used here ({problem.strerror}): in a container, start it "
+        "with a writable /proc/sys, or set the value on the host"
+    )

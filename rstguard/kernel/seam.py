@@ -1,0 +1,248 @@
+"""The seam between the guard and Linux: all that a running guard asks of the kernel.
+
+Supervisor, sweeper and workers get a `Kernel` when they are made and touch Linux through nothing
+else.  `rstguard.kernel.linux.Linux` is the real one; the tests have one that only remembers.  What
+a kernel hands out belongs to the network namespace of the thread that asked for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol, Self
+
+from rstguard.engine.address import Prefix
+from rstguard.engine.flow import Flow
+from rstguard.engine.nearest import Near
+from rstguard.engine.offers import Service
+from rstguard.engine.ruleset import RuleSet
+from rstguard.kernel.command import Commands
+from rstguard.kernel.elements import Element, Kind
+from rstguard.kernel.lifelines import Lifeline
+from rstguard.kernel.nfqueue import Queued, QueueState, Verdict
+
+
+class CookieCounts(NamedTuple):
+    """Counts of this network namespace since SYNPROXY was first used in it.
+
+    `sent` SYN-ACKs with a cookie, `accepted` and `refused` ACKs that should bring one back.
+    """
+
+    sent: int
+    accepted: int
+    refused: int
+
+
+class Pollable(Protocol):
+    """What can be waited on until there is something to read."""
+
+    def fileno(self) -> int:
+        """The descriptor to wait on."""
+
+
+class Closing(Protocol):
+    """What is given back at the end of a `with` block, or by `close`."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def close(self) -> None:
+        """Give it back; what was changed through it stays."""
+
+
+class ElementSets(Closing, Protocol):
+    """The elements of the kernel's sets: see `rstguard.kernel.sets.Sets`.
+
+    Every method raises `NotThere` if the set is not there, and `Full` if it can hold no more; what
+    was added before that stays.
+    """
+
+    def add(self, elements: Iterable[Element], shorten: bool = False) -> None:
+        """Put elements into their sets; those that last longer stay, unless `shorten`."""
+
+    def remove(self, source: Prefix) -> bool:
+        """Take exactly this prefix out of the banned and shunned; tell whether it was there."""
+
+    def put(self, name: str, prefixes: Iterable[Prefix], seconds: int) -> None:
+        """Put prefixes into a set that has times but no comments, or renew them there."""
+
+    def take(self, name: str, prefixes: Iterable[Prefix]) -> None:
+        """Take prefixes out of a set; those that are not there do not matter."""
+
+    def list(self) -> list[Element]:
+        """Return who is banned or shunned, bans first."""
+
+    def contains(self, address: int) -> bool:
+        """Tell whether a tagged address is banned or shunned, itself or in a wider prefix."""
+
+    def proven(self, address: int) -> bool:
+        """Tell whether the source of a tagged address has lately proved itself."""
+
+
+class Connections(Closing, Protocol):
+    """The connection table: see `rstguard.kernel.conntrack.Conntrack`."""
+
+    def dump(
+        self,
+        mark: int = 0,
+        mask: int = 0,
+        family: int = 0,
+        now_ns: int | None = None,
+        assured: bool = False,
+    ) -> Iterator[Flow]:
+        """Yield the TCP connections whose mark, under `mask`, equals `mark`."""
+
+    def read(self, flows: Sequence[Flow], now_ns: int | None = None) -> list[Flow | None]:
+        """Return each connection as it is now, or None; found by tuple and zone, not by `ident`."""
+
+    def set_mark(self, flows: Sequence[Flow], bits: int, mask: int) -> list[int]:
+        """Mark connections (old & ~mask) | bits; return an errno for each, 0 for success."""
+
+    def delete(self, flows: Sequence[Flow]) -> list[int]:
+        """Take connections out, if `ident` is theirs; return an errno for each, 0 for success."""
+
+    def count(self) -> int:
+        """Return how many entries the table holds, of all protocols."""
+
+
+class PacketSender(Closing, Protocol):
+    """Sends ready-made packets: see `rstguard.kernel.inject.Injector`."""
+
+    sent: int
+    """Packets that the kernel took."""
+    failed: dict[str, int]
+    """Those that it did not take, by reason (``ENETUNREACH``, …)."""
+
+    def send(self, packets: Iterable[bytes]) -> int:
+        """Send IPv4 and IPv6 packets; return how many the kernel took.  Never raises for one."""
+
+
+class PacketQueue(Pollable, Protocol):
+    """One bound queue, whose packets are owed a verdict: see `rstguard.kernel.nfqueue.Queue`."""
+
+    number: int
+    reader: str
+    """What reads it, for the status."""
+
+    def receive(self, most: int, scales: bool, /) -> list[Queued]:
+        """Return up to `most` (1-64) packets that wait, in the order of their numbers."""
+
+    def give(self, verdicts: Sequence[Verdict]) -> None:
+        """Give verdicts, each for all packets up to its number that have none yet."""
+
+    def set_fail_open(self, fail_open: bool) -> None:
+        """Choose what happens to a packet that finds the queue full: pass (True) or drop."""
+
+    def close(self) -> None:
+        """Give the queue up; packets still in it are dropped."""
+
+
+class PacketCopies(Closing, Pollable, Protocol):
+    """What NFLOG rules send to one group: see `rstguard.kernel.nflog.PacketLog`."""
+
+    def receive(self) -> list[bytes]:
+        """Return the packets that have arrived, each from its IP header on."""
+
+
+class Kernel(Commands, Protocol):
+    """Linux, as far as a running guard uses it.
+
+    Every method may raise `KernelError`, whose text says what to do; its subclasses are named where
+    somebody decides by them.
+    """
+
+    def run(self, arguments: Sequence[str], text: str = "") -> str:
+        """Run one of the kernel's tools with `text` as its input and return what it prints.
+
+        The guard runs iptables-save and iptables-restore, those of IPv6, and ipset.
+
+        Raises:
+            NotThere: the tool, or what it was to work on, does not exist.
+            NotPermitted: this process may not do that.
+            InUse: a set or chain that was to be removed is still used.
+            KernelError: it failed otherwise, or took longer than 30 s.
+        """
+
+    def run_each(self, commands: Sequence[Sequence[str]]) -> list[str]:
+        """Run several commands at once and return what each prints.
+
+        Raises:
+            KernelError: one of them failed, as for `run`.
+        """
+
+    def pause(self, seconds: float) -> None:
+        """Wait until the kernel has finished what it does a moment after it has answered."""
+
+    def read_sysctl(self, name: str) -> str:
+        """Return the value of a sysctl, ``net.netfilter.nf_conntrack_acct``.
+
+        Raises:
+            NotThere: the kernel has none of that name.
+            NotPermitted: it may not be read.
+        """
+
+    def write_sysctl(self, name: str, value: str) -> None:
+        """Give a sysctl a value, which the kernel need not take as it is: read it again.
+
+        Raises:
+            NotThere: the kernel has none of that name.
+            NotPermitted: it may not be written.
+        """
+
+    def sets(self) -> ElementSets:
+        """Return what adds, removes and looks up elements of sets."""
+
+    def table(self) -> Connections:
+        """Return the connection table."""
+
+    def injector(self) -> PacketSender:
+        """Return what sends ready-made packets.
+
+        Raises:
+            KernelError: no raw socket can be had.
+        """
+
+    def queue(self, number: int, fail_open: bool) -> PacketQueue:
+        """Bind queue `number` (0-65535); `fail_open`: packets pass where it is full.
+
+        Raises:
+            InUse: another program reads it.
+        """
+
+    def queues(self) -> dict[int, QueueState]:
+        """Return all bound queues by number, whoever reads them."""
+
+    def packet_log(self, group: int) -> PacketCopies:
+        """Bind NFLOG group `group` (0-65535).
+
+        Raises:
+            InUse: another program has it.
+        """
+
+    def ways(self, addresses: Sequence[int]) -> list[str]:
+        """Return the interface by which packets to each tagged address leave, or ""."""
+
+    def lifelines(self, administrators: Iterable[str]) -> tuple[Lifeline, ...]:
+        """Return the addresses without which the host would be cut off.
+
+        `administrators` are addresses from which somebody has lately given the guard a command.
+        """
+
+    def cookie_counts(self) -> CookieCounts:
+        """Return how many SYN cookies were given out and came back; zeros if none ever was."""
+
+    def seconds_since_over(self) -> dict[Service, int]:
+        """Return the services lately over budget, and how many seconds ago they last were.
+
+        Raises:
+            NotThere: the policy in force has no budget.
+        """
+
+    def nearest(self, ruleset: RuleSet, most: int) -> list[Near]:
+        """Return who has used most of the limit that the kernel itself counts for."""
+
+    def explain(self, ruleset: RuleSet, source: int) -> dict[str, float]:
+        """Return how much of it a tagged address has used, by the rule's name."""
+
+    def blocked_by_kind(self) -> dict[Kind, int]:
+        """Return how many sources are banned, and how many shunned."""
