@@ -51,6 +51,10 @@ def run(arguments: Sequence[str], text: str = "") -> str:
         raise NotThere(
             f"the command {name} is missing; `rstguard doctor` says how to install it"
         ) from None
+    except OSError as problem:  # no process or no descriptor is to be had
+        raise KernelError(
+            f"{name} could not be started ({problem.strerror or problem}); it is tried again"
+        ) from None
     except subprocess.TimeoutExpired:
         raise KernelError(
             f"{name} did not finish within {_TIMEOUT:.0f} s; does another tool hold its lock?"

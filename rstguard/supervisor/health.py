@@ -78,7 +78,7 @@ def _works(guard: Guard, index: int) -> bool:
 
 def _degraded(guard: Guard, now: float) -> Iterator[str]:
     if guard.runaway:
-        yield guard.runaway
+        yield f"RUNAWAY: {guard.runaway}"
     for child in guard.children:
         if not child.serves:
             yield f"the {child.name} does not serve ({_stage(child.state)})"
