@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from rstguard.ipc.requests import ControlError, Request
 from rstguard.observe.events import Event
 from rstguard.policy.load import Loaded, PolicyError, parse
-from rstguard.state.store import KEPT, PENDING, UNDONE, Entry, StoreError, before, gone_back_from
+from rstguard.state.history import KEPT, PENDING, UNDONE, Entry, before, gone_back_from
+from rstguard.state.store import StoreError
 
 if TYPE_CHECKING:
     from rstguard.supervisor.supervisor import Supervisor

@@ -138,7 +138,7 @@ class Supervisor:
         claims = claim(self.options.directory, self.options.state)
         server: asyncio.Server | None = None
         self._open_sinks()
-        self.record.open()
+        await self.record.open()
         keeping = asyncio.create_task(self.record.keep())
         try:
             self.loaded, self.file = self.policies.begin(self.loaded, self.file)
@@ -166,7 +166,7 @@ class Supervisor:
             try:
                 await self._take_down()
             finally:
-                self.record.close()
+                await self.record.close()
                 self.events.close()
                 claims.close()
 
@@ -213,7 +213,7 @@ class Supervisor:
 
     async def _bring_up(self) -> None:
         tracking = self.footprint.prepare(self.ruleset)
-        self.record.bring_back()
+        await self.record.bring_back()
         # A pure ACK with a cookie must not be taken for an older connection.
         if tracking or cookies.in_force(self.ruleset):
             self.footprint.forbid_pickup()

@@ -162,7 +162,7 @@ class Upkeep:
                 return
             fight = self._back_off.lost(now)
             await asyncio.to_thread(guard.footprint.mend, guard.ruleset)
-            await asyncio.to_thread(guard.record.bring_back)
+            await guard.record.bring_back()
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         guard.events.add(Event("mended", "rules", detail=f"{lost[0]}{more} had been taken away"))
         if not fight:
