@@ -67,7 +67,7 @@ def build(options: Options) -> tuple[Supervisor, Commands, Service]:
     kernel = options.kernel
     queues = range(options.queue, options.queue + workers)
     footprint = Footprint(kernel, options.directory, queues)
-    record = Record(kernel, options.state)
+    record = Record(options.state, kernel.sets)
     protected = Protected(kernel, state)
     learning = Learning(state)
     upkeep = Upkeep(state, footprint, record, options.directory)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Final, Literal
 
 from ruamel.yaml import YAML
+from ruamel.yaml.composer import Composer
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
@@ -23,10 +24,14 @@ Path = tuple[str | int, ...]
 
 Data = dict[str, "Data"] | list["Data"] | str | int | float | bool | None
 
-LARGEST = 1 << 20
-"""Bytes that a policy file may have.  The longest that a person writes is a few dozen kB."""
+LARGEST: Final = 64 << 10
+"""Bytes that a policy file may have; 500 rules of 120 bytes take 60,000."""
+MOST_PROBLEMS: Final = 200
+"""Mistakes that are told one by one; more of them are only counted."""
 
 _DEEPEST = 8
+_DEEPEST_READ = 64
+"""Levels beyond which nothing more is read: the reader's time grows with their square."""
 _PARSER_SLIPS = (
     ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError,
 )  # fmt: skip
@@ -56,11 +61,24 @@ class Problem:
 
 
 class PolicyError(Exception):
-    """A policy that cannot be used; `problems` holds every reason, sorted by line."""
+    """A policy that cannot be used.
+
+    `problems` holds every reason, sorted by line; beyond `MOST_PROBLEMS` the last of them says how
+    many more there are.
+    """
 
     def __init__(self, problems: tuple[Problem, ...]) -> None:
+        if (more := len(problems) - MOST_PROBLEMS) > 0:
+            problems = _bounded(problems, more)
         super().__init__("\n".join(map(str, problems)))
         self.problems = problems
+
+
+def _bounded(problems: tuple[Problem, ...], more: int) -> tuple[Problem, ...]:
+    following = problems[MOST_PROBLEMS]
+    said = f"from here on there are {more} mistakes more: correct those above first"
+    place = (following.file, following.line, following.column)
+    return (*problems[:MOST_PROBLEMS], Problem(*place, "", said))
 
 
 @dataclass(slots=True)
@@ -138,7 +156,10 @@ def read(text: str | bytes, name: str) -> Document:
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
-        raise _unusable(name, f"this is not valid YAML: {_said(error)}", line, column) from None
+        said = f"this is not valid YAML: {_said(error)}"
+        if isinstance(error, _TooDeep):
+            said = "values are nested too deeply for a policy"
+        raise _unusable(name, said, line, column) from None
     except YAMLError:
         raise _unusable(name, "this is not text: a policy holds no control characters") from None
     except RecursionError:
@@ -172,8 +193,13 @@ def _unusable(name: str, message: str, line: int = 1, column: int = 1) -> Policy
 
 
 def _decoded(text: str | bytes, name: str) -> str:
-    if len(text) > LARGEST:
-        raise _unusable(name, "the file is larger than 1 MiB, as no policy is: is the name right?")
+    too_large = len(text) > LARGEST
+    if isinstance(text, str) and not too_large:
+        too_large = len(text.encode(errors="surrogatepass")) > LARGEST
+    if too_large:
+        raise _unusable(
+            name, "a policy has at most 64 KiB, and this is larger: is it the right file?"
+        )
     if isinstance(text, str):
         return text
     try:
@@ -186,8 +212,28 @@ def _decoded(text: str | bytes, name: str) -> str:
 def _compose(text: str) -> Node | None:
     with warnings.catch_warnings():  # the parser's own are about things refused below
         warnings.simplefilter("ignore")
-        root: Node | None = YAML(typ="safe", pure=True).compose(text)
+        reader = YAML(typ="safe", pure=True)
+        reader.Composer = _Shallow
+        root: Node | None = reader.compose(text)
         return root
+
+
+class _TooDeep(MarkedYAMLError):
+    """Values are nested beyond what any policy needs."""
+
+
+class _Shallow(Composer):
+    """Makes nodes of what is read, down to a level."""
+
+    _level = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self._level += 1
+        if self._level > _DEEPEST_READ:
+            raise _TooDeep(problem_mark=self.parser.peek_event().start_mark)
+        node = super().compose_node(parent, index)
+        self._level -= 1
+        return node
 
 
 def _said(error: MarkedYAMLError) -> str:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from rstguard.policy.check import check
 from rstguard.policy.document import LARGEST, Document, PolicyError, Problem, read
 from rstguard.policy.explain import Finding, explain
-from rstguard.policy.model import Policy
+from rstguard.policy.model import MOST_RULES, Policy
 
 __all__ = ["Loaded", "PolicyError", "Problem", "load", "parse"]
 
@@ -62,6 +62,7 @@ def parse(text: str | bytes, name: str, interfaces: Collection[str] | None = Non
         PolicyError: the text is no valid policy.  No other exception leaves this function.
     """
     document = read(text, name)
+    _refuse_too_many_rules(document)
     policy: Policy | None = None
     problems = document.problems()
     try:
@@ -77,6 +78,15 @@ def parse(text: str | bytes, name: str, interfaces: Collection[str] | None = Non
         for finding in check(policy, interfaces)
     ]
     return Loaded(policy, _sorted(warnings), text if isinstance(text, str) else text.decode())
+
+
+def _refuse_too_many_rules(document: Document) -> None:
+    """Say only that, and before each of them is judged: mistakes in thousands help nobody."""
+    rules = document.data.get("rules") if isinstance(document.data, dict) else None
+    if isinstance(rules, list) and len(rules) > MOST_RULES:
+        said = f"there are {len(rules)} rules, and {MOST_RULES} are the most: this is the first"
+        line, column = document.place(("rules", MOST_RULES))
+        raise PolicyError((Problem(document.file, line, column, "rules", f"{said} too many"),))
 
 
 def _errors(document: Document, findings: Iterable[Finding]) -> list[Problem]:

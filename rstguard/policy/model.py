@@ -8,7 +8,7 @@ place.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import AfterValidator, Field, PlainValidator, model_validator
 
@@ -18,6 +18,8 @@ from rstguard.policy.base import Model, Name, Ports, Widths, not_empty
 from rstguard.policy.quantities import MINUTE, count, duration, network, rate_per_second, show
 from rstguard.policy.rules import AnyRule
 
+MOST_RULES: Final = 500
+"""Rules that a policy may have."""
 _INTERFACE = re.compile(r"(?!-)[A-Za-z0-9_.@-]{1,15}")
 _INTERFACE_GLOB = re.compile(r"(?!-)[A-Za-z0-9_.@-]{0,14}\*")
 
@@ -101,7 +103,7 @@ class Policy(Model):
     inspect: Inspect = Inspect()
     syn_budget: SynBudget | None = None
     rules: tuple[Annotated[AnyRule, Field(discriminator="measure")], ...] = Field(
-        examples=["[]"], max_length=500
+        examples=["[]"], max_length=MOST_RULES
     )
 
     @model_validator(mode="after")

@@ -1,5 +1,8 @@
 """What outlives the guard.
 
-- `store`: the file: bans, offences, policies, in SQLite
-- `record`: the guard's use of it
+- `waiting`: what is to be written; noting it waits for nothing
+- `history`: the policies that were in force, and what there is to go back to
+- `database`: the SQLite file, opened, checked, set aside if damaged
+- `store`: bans, offences and policies in it; waits for the disk
+- `record`: the guard's use of all this from its event loop
 """

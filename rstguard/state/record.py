@@ -1,23 +1,30 @@
-"""The guard's use of its store: bans brought back, everything else noted without waiting."""
+"""The guard's use of its store from the event loop, which never waits for the disk."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from itertools import islice
 from pathlib import Path
 
+from rstguard.engine.address import Prefix, parse_prefix
+from rstguard.engine.sources import Offence
 from rstguard.ipc.messages import Blocked, Offences
+from rstguard.kernel import KernelError
 from rstguard.kernel.elements import Element, Kind
-from rstguard.kernel.seam import Kernel
+from rstguard.kernel.seam import ElementSets
 from rstguard.state.store import Store, StoreError
+from rstguard.state.waiting import MOST_OFFENCES, Waiting
 
 log = logging.getLogger(__name__)
 
 _FLUSH_SECONDS = 0.5
-_TIDY_EVERY = 1200
-"""Flushes between two times that what is over is forgotten: ten minutes."""
+_TIDY_SECONDS = 600.0
+_OPEN_AGAIN_SECONDS = 10.0
 _CLOCK_SET = 2.0
 """Seconds by which the clock jumps when somebody sets it; less is its steering."""
 _AT_ONCE = 1000
@@ -25,127 +32,207 @@ _AT_ONCE = 1000
 
 
 class Record:
-    """Keeps a store; without one, whose directory cannot be used, it says so and keeps nothing."""
+    """Keeps a store; while its directory cannot be used, it says so, and tries again."""
 
-    def __init__(self, kernel: Kernel, directory: Path) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        sets: Callable[[], AbstractContextManager[ElementSets]],
+        wall: Callable[[], float] = time.time,
+    ) -> None:
         """Name a directory; nothing is read or written before `open`.
 
-        `kernel` has the sets into which bans are brought back.
+        Args:
+            directory: where the file is, or is to be.
+            sets: opens the kernel's sets.
+            wall: the clock that people set, in seconds since 1970.
         """
-        self._kernel = kernel
         self._directory = directory
+        self._sets = sets
+        self._wall = wall
         self.problem = ""
         """Why nothing is kept at present, or ""."""
         self.store: Store | None = None
-        self._ahead = _ahead()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ahead = 0.0
+        """Seconds by which the wall's clock was ahead of the loop's, which nobody can set."""
+        self._waiting = Waiting(self._clock)
+        self._known: OrderedDict[tuple[str, Prefix], tuple[int, float]] = OrderedDict()
+        """How many offences, and when the last, by rule and source; on the loop's clock."""
+        self._bringing_back = asyncio.Lock()
+        self._lifted: set[str] = set()
+        """Sources that were unblocked while others, read before, were being brought back."""
 
-    def open(self) -> None:
-        """Open the store, or say why nothing will be kept."""
+    async def open(self) -> None:
+        """Open the store, or say why nothing is kept at present."""
+        self._loop = asyncio.get_running_loop()
+        self._ahead = self._wall() - self._loop.time()
+        await self._try_to_open()
+
+    async def _try_to_open(self) -> None:
         try:
-            self.store = Store(self._directory, lambda: time.monotonic() + self._ahead)
+            store = await asyncio.to_thread(Store, self._directory, self._clock, self._waiting)
         except StoreError as error:
             self._fails(error)
             return
-        if self.store.set_aside:
+        if store.set_aside:
             log.error(
                 "%s was damaged and was moved to %s; bans and history begin anew",
-                self.store.path,
-                self.store.set_aside,
+                store.path,
+                store.set_aside,
             )
+        self.store, self.problem = store, ""
+        try:
+            self._remember(await asyncio.to_thread(store.offences))
+        except StoreError as error:
+            self._fails(error)
 
-    def bring_back(self) -> int:
+    async def bring_back(self) -> int:
         """Ban and shun again whose time is not over; return how many.
 
         Raises:
             KernelError: the sets refused.
         """
-        elements: list[Element] = []
-        if self.store:
-            self._flush()
+        store = self.store
+        if store is None:
+            return 0
+        async with self._bringing_back:
+            self._lifted.clear()
             try:
-                elements = self.store.blocks()
+                elements = await asyncio.to_thread(store.blocks)
             except StoreError as error:
                 self._fails(error)
-            if self.store.unreadable:
+                return 0
+            if store.unreadable:
                 log.error(
-                    "%d bans of %s were damaged and are left out",
-                    self.store.unreadable,
-                    self.store.path,
+                    "%d bans of %s were damaged and are left out", store.unreadable, store.path
                 )
-        if elements:
-            with self._kernel.sets() as sets:
-                sets.add(elements)
+            if elements:
+                await asyncio.to_thread(self._add, elements)
+            # What an administrator lifted after it was read is not to return.
+            if lifted := tuple(self._lifted):
+                await asyncio.to_thread(self._remove, lifted)
         return len(elements)
 
+    def _add(self, elements: list[Element]) -> None:
+        with self._sets() as sets:
+            sets.add(elements)
+
+    def _remove(self, sources: Iterable[str]) -> None:
+        with self._sets() as sets:
+            for source in sources:
+                sets.remove(parse_prefix(source))
+
     def offences(self) -> Iterator[Offences]:
-        """Yield what a process that starts is to remember."""
-        if self.store:
-            self._flush()
-            try:
-                known = self.store.offences()
-            except StoreError as error:
-                self._fails(error)
-                return
-            for start in range(0, len(known), _AT_ONCE):
-                yield Offences(known[start : start + _AT_ONCE])
+        """Yield what a process that starts is to remember; the disk is not asked."""
+        now = self._now()
+        known = iter(self._known.items())
+        while some := tuple(islice(known, _AT_ONCE)):
+            yield Offences(
+                tuple(
+                    Offence(rule, source, count, int((now - last) * 1e9))
+                    for (rule, source), (count, last) in some
+                )
+            )
 
     def blocked(self, message: Blocked) -> None:
         """Note a ban or shun that is in force."""
         kind: Kind = "ban" if message.kind == "ban" else "shun"
         keep = message.keep_existing
         self.blocked_element(Element(message.source, kind, message.rule, message.seconds, keep))
-        if message.offence and self.store:
-            self.store.offended(message.rule, str(message.source), message.offence)
+        if message.offence:
+            self._waiting.offended(message.rule, str(message.source), message.offence)
+            self._know((message.rule, message.source), message.offence, self._now())
 
     def blocked_element(self, element: Element) -> None:
         """Note an element that was put into its set."""
-        if self.store:
-            self.store.blocked(element)
+        self._lifted.discard(str(element.source))
+        self._waiting.blocked(element)
 
     def unblocked(self, source: str) -> None:
         """Note that a source is blocked no longer."""
-        if self.store:
-            self.store.unblocked(source)
+        if self._bringing_back.locked():
+            self._lifted.add(source)
+        self._waiting.unblocked(source)
+
+    def _remember(self, offences: Iterable[Offence]) -> None:
+        """Take up what was read, unless something later is known."""
+        now, later = self._now(), dict(self._known)
+        for rule, source, count, age in offences:
+            if (rule, source) not in later:
+                self._know((rule, source), count, now - age / 1e9)
+        for key in later:
+            self._known.move_to_end(key)
+
+    def _know(self, key: tuple[str, Prefix], count: int, last: float) -> None:
+        self._known[key] = (count, last)
+        self._known.move_to_end(key)
+        if len(self._known) > MOST_OFFENCES:
+            self._known.popitem(last=False)
 
     async def keep(self) -> None:
         """Write every half second what was noted; does not end by itself."""
-        rounds = 0
-        while self.store:
+        tidied, opened = -_TIDY_SECONDS, self._now()
+        while True:
             await asyncio.sleep(_FLUSH_SECONDS)
-            rounds += 1
-            self._follow_the_clock(self.store)
-            await asyncio.to_thread(self._flush, rounds % _TIDY_EVERY == 1)
+            self._follow_the_clock()
+            now = self._now()
+            if self.store:
+                tidy = now - tidied >= _TIDY_SECONDS
+                tidied = now if tidy else tidied
+                await self._flush(self.store, tidy)
+            elif now - opened >= _OPEN_AGAIN_SECONDS:
+                opened = now
+                await self._open_late()
 
-    def _follow_the_clock(self, store: Store) -> None:
-        """Bans last as long as they were to last, whatever somebody sets the clock to."""
-        jumped = _ahead() - self._ahead
-        if abs(jumped) > _CLOCK_SET:
-            store.shift(jumped)
-            self._ahead += jumped
-
-    def _flush(self, tidy: bool = False) -> None:
-        assert self.store is not None
+    async def _open_late(self) -> None:
+        await self._try_to_open()
+        if self.store is None:
+            return
         try:
-            if tidy:
-                self.store.tidy()
-            else:
-                self.store.flush()
-            self.problem = ""
+            count = await self.bring_back()
+        except KernelError as error:
+            log.error("what %s remembers could not be banned again: %s", self.store.path, error)
+        else:
+            log.warning("%s can be used now; %d bans came back", self.store.path, count)
+
+    def _follow_the_clock(self) -> None:
+        """Bans last as long as they were to last, whatever somebody sets the clock to."""
+        jumped = self._wall() - self._now() - self._ahead
+        if abs(jumped) > _CLOCK_SET:
+            self._ahead += jumped
+            self._waiting.shift(jumped)
+
+    async def _flush(self, store: Store, tidy: bool) -> None:
+        try:
+            dropped = await asyncio.to_thread(store.flush, tidy)
         except StoreError as error:
             self._fails(error)
+            return
+        if self.problem:
+            log.warning("%s is written again", store.path)
+        if dropped:
+            log.error("%d changes were too many to wait for %s and are lost", dropped, store.path)
+        self.problem = ""
 
     def _fails(self, error: StoreError) -> None:
         if not self.problem:  # once, not twice a second
             log.error("%s", error)
         self.problem = str(error)
 
-    def close(self) -> None:
-        """Write what waits."""
-        if self.store:
-            self.store.close()
-            self.store = None
+    async def close(self) -> None:
+        """Write what waits; say so if that is not possible."""
+        store, self.store = self.store, None
+        if store:
+            try:
+                await asyncio.to_thread(store.close)
+            except StoreError as error:
+                log.error("%s", error)
 
+    def _now(self) -> float:
+        """Return the loop's time, in seconds; threads may ask as well."""
+        return self._loop.time() if self._loop else 0.0
 
-def _ahead() -> float:
-    """Return the seconds by which the clock on the wall is ahead of the one nobody can set."""
-    return time.time() - time.monotonic()
+    def _clock(self) -> float:
+        """Return seconds since 1970, by a clock that nobody sets unseen."""
+        return self._now() + self._ahead

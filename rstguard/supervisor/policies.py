@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 from rstguard.ipc.requests import ControlError, Request
 from rstguard.observe.events import Event
 from rstguard.policy.load import Loaded, PolicyError, parse
+from rstguard.state.history import KEPT, PENDING, UNDONE, Entry, before, gone_back_from
 from rstguard.state.record import Record
-from rstguard.state.store import KEPT, PENDING, UNDONE, Entry, StoreError, before, gone_back_from
+from rstguard.state.store import StoreError
 from rstguard.supervisor.change import Change
 from rstguard.supervisor.guard import Guard
 from rstguard.supervisor.protected import Protected

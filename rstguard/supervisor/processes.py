@@ -43,7 +43,6 @@ class Processes:
         self._learning = learning
         self._generation = 0
         self._counted: Counter[str] = Counter()
-        self._begun: asyncio.Queue[Child] = asyncio.Queue()
         *workers, sweeper = options.spawned
         several = len(workers) > 1
         for index, first in enumerate(workers):
@@ -59,8 +58,13 @@ class Processes:
         )
 
     def _starting(self, queue: int, index: int) -> Callable[[], Iterable[object]]:
-        guard, learning = self._guard, self._learning
-        return lambda: (Start(guard.ruleset, queue, index), guard.productive, *learning.first())
+        guard, record, learning = self._guard, self._record, self._learning
+        return lambda: (
+            Start(guard.ruleset, queue, index),
+            *record.offences(),
+            guard.productive,
+            *learning.first(),
+        )
 
     def _changed(self, child: Child, reason: str) -> None:
         """A process has another state: say so, with the reason."""
@@ -69,8 +73,6 @@ class Processes:
         self._guard.events.add(Event(kind, child.name, detail=detail))
         if child.state is State.BACKOFF:
             self._learning.died()
-        elif child.state is State.STARTING:
-            self._begun.put_nowait(child)
 
     async def begun(self, which: Iterable[Child]) -> None:
         """Wait until these serve for the first time.
@@ -91,13 +93,6 @@ class Processes:
         await asyncio.gather(
             *(child.adopt(message, _ADOPT_SECONDS) for child in self._guard.children)
         )
-
-    async def remind(self) -> None:
-        """Tell each process that starts who was banned before; does not end by itself."""
-        while True:
-            child = await self._begun.get()
-            for offences in await asyncio.to_thread(lambda: list(self._record.offences())):
-                child.send(offences)
 
     async def watch(self) -> None:
         """Kill a process that has fallen silent: it answers for no packet either.

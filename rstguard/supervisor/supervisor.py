@@ -84,14 +84,14 @@ class Supervisor:
         options, parts = self._options, self._parts
         with claim(options.directory, options.state):
             self._open_sinks()
-            await asyncio.to_thread(parts.record.open)
+            await parts.record.open()
             try:
                 async with asyncio.TaskGroup() as processes:
                     await self._guard(processes, answer, serve)
             except ExceptionGroup as group:
                 raise _one(group) from None
             finally:
-                await asyncio.to_thread(parts.record.close)
+                await parts.record.close()
                 parts.guard.events.close()
 
     async def _guard(self, processes: asyncio.TaskGroup, answer: Answer, serve: Serve) -> None:
@@ -131,7 +131,7 @@ class Supervisor:
         guard.ruleset = parts.protected.within(compile_policy(guard.loaded.policy))
         await parts.protected.follow(guard.ruleset, guard.ruleset)
         tracking = await asyncio.to_thread(parts.footprint.prepare, guard.ruleset)
-        await asyncio.to_thread(parts.record.bring_back)
+        await parts.record.bring_back()
         # A pure ACK with a cookie must not be taken for an older connection.
         if tracking or cookies.in_force(guard.ruleset):
             await asyncio.to_thread(parts.footprint.forbid_pickup)
@@ -158,7 +158,6 @@ class Supervisor:
             self._forbid_pickup(),
             parts.record.keep(),
             parts.processes.watch(),
-            parts.processes.remind(),
             parts.protected.watch(parts.change.rules),
             parts.bans.watch(),
             parts.policies.watch(),

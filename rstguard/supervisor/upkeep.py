@@ -139,7 +139,7 @@ class Upkeep:
                 return
             self._not_before = now + self._contention.failed(now)
             await asyncio.to_thread(self._footprint.mend, guard.ruleset)
-            await asyncio.to_thread(self._record.bring_back)
+            await self._record.bring_back()
             guard.missing = ()
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         guard.events.add(Event("restored", "rules", detail=f"{lost[0]}{more} had been taken away"))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
-from rstguard.policy.document import LARGEST
+from rstguard.policy.document import LARGEST, MOST_PROBLEMS
 from rstguard.policy.load import PolicyError, Problem, load, parse
 
 MINIMAL = "version: 1\nprotect: {interfaces: [eth0]}\nrules: [%s]\n"
@@ -78,10 +80,13 @@ def test_a_problem_is_one_line_that_editors_understand() -> None:
         ('a: "\\U00110000"', "not valid YAML"),
         (b"\x7fELF\x02\x01\x01\x00\xff\xfe", "not UTF-8"),
         (b"version: 1\nname: caf\xe9\n", "not UTF-8"),
-        ("[" * 100_000, "nested too deeply"),
-        ("{a: " * 100_000, "nested too deeply"),
-        ("a" * (LARGEST + 1), "larger than 1 MiB"),
-        (b"a" * (LARGEST + 1), "larger than 1 MiB"),
+        ("[" * 20_000 + "]" * 20_000, "nested too deeply"),
+        ("{a: " * 16_000, "nested too deeply"),
+        ("? " * 30_000, "nested too deeply"),
+        ("- " * 30_000, "nested too deeply"),
+        ("a" * (LARGEST + 1), "at most 64 KiB"),
+        ("\N{SNOWMAN}" * (LARGEST // 3 + 1), "at most 64 KiB"),
+        (b"a" * (LARGEST + 1), "at most 64 KiB"),
     ],
 )
 def test_text_that_is_no_policy_at_all(text: str | bytes, said: str) -> None:
@@ -98,6 +103,60 @@ def test_the_line_of_a_byte_that_is_no_text() -> None:
 def test_deep_but_readable_nesting_is_refused() -> None:
     found = problems("version: 1\nname: " + "[" * 12 + "]" * 12)
     assert any("nested too deeply" in problem.message for problem in found)
+
+
+def test_where_nesting_goes_too_deep() -> None:
+    (problem,) = problems("version: 1\nname: " + "[" * 300 + "]" * 300)
+    assert (problem.line, problem.column) == (2, 7 + 63)
+
+
+def rule(number: int) -> str:
+    return f"{{name: r{number}, measure: syn_rate, over: 1/s, then: drop}}"
+
+
+def test_more_rules_than_are_taken() -> None:
+    assert len(parse(MINIMAL % ",\n".join(map(rule, range(500))), "p").policy.rules) == 500
+    (problem,) = problems(MINIMAL % ",\n".join([*map(rule, range(500)), "mistake", "[]"]))
+    assert (problem.line, problem.column, problem.where) == (503, 1, "rules")
+    assert "502 rules, and 500 are the most" in problem.message
+
+
+def test_mistakes_in_thousands_are_counted() -> None:
+    found = problems("version: 1\nprotect: {interfaces: [eth0]}\nrules: []\n" + "mode: x\n" * 2000)
+    assert len(found) == MOST_PROBLEMS + 1
+    assert "1800 mistakes more" in found[-1].message
+    assert found[-1].line == 4 + MOST_PROBLEMS
+
+
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 11)
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        BOMB,
+        "a: &a [*a, *a, *a]\n",
+        "a: &a 1\nb: [" + "*a," * 21_000 + "]",
+        "a: " + "[" * 20_000 + "]" * 20_000,
+        "a: [" + "1," * 32_000 + "]",
+        "a: {" + "? ," * 21_000 + "}",
+        "rules: [" + "{a: b}," * 9_000 + "]",
+        "a: 1\n" * 13_000,
+    ],
+    ids=lambda text: text[:20],
+)
+def test_what_a_hostile_text_costs(text: str) -> None:
+    assert len(text) < LARGEST
+    tracemalloc.start()
+    began = time.process_time()
+    found = problems(text)
+    took, (_, most) = time.process_time() - began, tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert took < 20  # a tenth of that, and the rest is for a busy machine that traces memory
+    assert most < 64 << 20
+    assert len(found) <= MOST_PROBLEMS + 1
 
 
 @pytest.mark.parametrize("version", ["2", "'1'", "1.0", "true", "[]"])
@@ -160,7 +219,7 @@ def test_impossible_paths(tmp_path: Path, name: str) -> None:
 
 
 def test_endless_file() -> None:
-    with pytest.raises(PolicyError, match="larger than 1 MiB"):
+    with pytest.raises(PolicyError, match="at most 64 KiB"):
         load("/dev/zero")
 
 

@@ -56,7 +56,11 @@ def both(*changes: Callable[[Guard], None]) -> Callable[[Guard], None]:
         (set_to("diverts", False), NOT, "the guard is starting"),
         (set_to("panic", True), DEGRADED, "panic: all traffic passes"),
         (both(set_to("panic", True), fell(0), fell(1)), DEGRADED, "panic: all traffic passes"),
-        (set_to("runaway", "policy p banned more than …"), DEGRADED, "RUNAWAY: policy p banned more than"),
+        (
+            set_to("runaway", "policy p banned more than …"),
+            DEGRADED,
+            "RUNAWAY: policy p banned",
+        ),
         (set_to("unplaced_at", 0.0), DEGRADED, "bans could not be placed in the last minute"),
         (set_to("unjudged_at", 0.0), DEGRADED, "packets passed unjudged in the last minute"),
         (set_to("overload", {7: Level.THINNED}), DEGRADED, "a worker is overrun and sheds load"),
