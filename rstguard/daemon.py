@@ -68,6 +68,7 @@ def build(options: Options) -> tuple[Supervisor, Commands, Service]:
     queues = range(options.queue, options.queue + workers)
     footprint = Footprint(kernel, options.directory, queues)
     record = Record(options.state, kernel.sets)
+    state.memory = lambda: record.problem
     protected = Protected(kernel, state)
     learning = Learning(state)
     upkeep = Upkeep(state, footprint, record, options.directory)

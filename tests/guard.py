@@ -127,7 +127,7 @@ class Guard:
     def start(self) -> None:
         """Start it and wait until it filters."""
         self.launch()
-        wait_until(lambda: not self.running or self.filtering(), 30)
+        wait_until(lambda: not self.running or self.at_work(), 30)
         assert self.running, self.log.read_text()
 
     def launch(self) -> None:
@@ -189,6 +189,13 @@ class Guard:
     def ask(self, command: str, **request: Any) -> Any:
         """Send a request to the control socket and return its data."""
         return ask(self.runtime, {"command": command, **request})
+
+    def at_work(self) -> bool:
+        """Whether it filters, be it degraded."""
+        try:
+            return bool(self.ask("status")["state"] != "not filtering")
+        except ControlError:
+            return False
 
     def filtering(self) -> bool:
         """Tell whether it runs and filters."""

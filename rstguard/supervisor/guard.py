@@ -1,13 +1,14 @@
 """What is true of the running guard now.  No I/O: the parts read it, each writes its own lines.
 
 Who writes what: `change` the policy in force; `upkeep` what is missing, and panic; `bans` runaway;
-`processes` what was not placed, not judged or not remembered; `hearing` what the processes tell.
+`processes` what was not placed or not judged; `hearing` what the processes tell.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from rstguard.engine.ruleset import RuleSet
@@ -50,8 +51,8 @@ class Guard:
     """When a ban or shun could last not be placed."""
     unjudged_at: float | None = None
     """When packets last passed, or were dropped, unjudged."""
-    not_remembered: str = ""
-    """Why nothing is kept for a restart at present, or ""."""
+    memory: Callable[[], str] = lambda: ""
+    """Tells why nothing is kept for a restart at present, or ""."""
     overload: dict[int, Level] = field(default_factory=dict)
     """How much the worker of a process id sheds."""
     productive: Productive = field(default_factory=lambda: Productive({}))
@@ -60,6 +61,11 @@ class Guard:
     def sweeper(self) -> Child:
         """The sweeper's process."""
         return self.sweepers[0]
+
+    @property
+    def not_remembered(self) -> str:
+        """Why nothing is kept for a restart at present, or ""."""
+        return self.memory()
 
     @property
     def children(self) -> list[Child]:

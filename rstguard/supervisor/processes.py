@@ -120,7 +120,6 @@ class Processes:
         if counts["left_undone"] > self._counted["left_undone"]:
             guard.unjudged_at = now
         self._counted = counts
-        guard.not_remembered = self._record.problem
 
     async def stop(self) -> None:
         """Let all finish."""

@@ -64,7 +64,7 @@ def both(*changes: Callable[[Guard], None]) -> Callable[[Guard], None]:
         (set_to("unplaced_at", 0.0), DEGRADED, "bans could not be placed in the last minute"),
         (set_to("unjudged_at", 0.0), DEGRADED, "packets passed unjudged in the last minute"),
         (set_to("overload", {7: Level.THINNED}), DEGRADED, "a worker is overrun and sheds load"),
-        (set_to("not_remembered", "the disk is full"), DEGRADED, "the disk is full"),
+        (set_to("memory", lambda: "the disk is full"), DEGRADED, "the disk is full"),
     ],
 )
 async def test_what_can_be_wrong(
