@@ -9,11 +9,15 @@ import os
 import signal
 import socket
 import sys
+import traceback
 from collections.abc import Callable
 
 from rstguard.ipc.channel import Channel, Closed
 from rstguard.ipc.messages import Failed, Start
 from rstguard.kernel import KernelError
+from rstguard.kernel.confine import confine
+
+log = logging.getLogger(__name__)
 
 CHANNEL_FD = "RSTGUARD_CHANNEL_FD"
 """Environment variable that names the inherited descriptor of the channel."""
@@ -23,6 +27,22 @@ def take_priority(nice: int) -> None:
     """Ask for processor time before others: -20 to 19, lower goes first.  Works without, too."""
     with contextlib.suppress(PermissionError):
         os.setpriority(os.PRIO_PROCESS, 0, nice)
+
+
+def give_up_privileges(tell: bool) -> None:
+    """Confine this process to what it needs once it serves; `tell` what could not be given up.
+
+    To be called when all is open and nothing but `Ready` is still to be said.
+    """
+    # No module can be loaded afterwards; this needs all that the log of an error does.
+    try:
+        raise RuntimeError
+    except RuntimeError:
+        traceback.format_exc()
+    lacking = confine()
+    if tell:
+        for sentence in lacking:
+            log.warning("workers and sweeper are confined, but not wholly: %s", sentence)
 
 
 def run_child(name: str, serve: Callable[[Channel, Start], None]) -> None:

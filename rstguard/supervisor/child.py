@@ -12,6 +12,7 @@ from typing import Any
 
 from rstguard.ipc.channel import Channel, Closed
 from rstguard.ipc.messages import Counts, Failed, NewPolicy, Ready, Stop
+from rstguard.kernel.confine import cause_of_death
 from rstguard.supervisor.spawn import Spawned, spawn
 
 log = logging.getLogger(__name__)
@@ -183,7 +184,7 @@ class Child:
 
     def _again(self) -> None:
         status = self._process.wait() if self._process else None
-        self._on_restart(f"the {self.name} died (status {status}) and was started again")
+        self._on_restart(f"the {self.name} {cause_of_death(status)}; it was started again")
         if not self._stopping:
             self.launch()
 

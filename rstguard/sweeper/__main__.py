@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from rstguard.ipc.channel import Channel
-from rstguard.ipc.entry import run_child, take_priority
+from rstguard.ipc.entry import give_up_privileges, run_child, take_priority
 from rstguard.ipc.messages import Ready, Start
 from rstguard.sweeper.sweeper import Sweeper
 
 
 def _serve(channel: Channel, start: Start) -> None:
     sweeper = Sweeper(channel, start)
-    channel.send(Ready(0))
     take_priority(0)  # the supervisor's, which it began with, is not for long work
+    give_up_privileges(tell=True)
+    channel.send(Ready(0))
     sweeper.run()
 
 
