@@ -74,6 +74,8 @@ _ALLOWED: Mapping[str, tuple[int, int]] = MappingProxyType(
         "gettimeofday": (96, 169),
         # what a log record names, and what Python or its library do by themselves
         "getpid": (39, 172),
+        "getsockname": (51, 204),
+        "getpeername": (52, 205),
         "gettid": (186, 178),
         "futex": (202, 98),
         "getrandom": (318, 278),

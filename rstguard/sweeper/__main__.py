@@ -8,13 +8,13 @@ from rstguard.ipc.messages import Ready, Start
 from rstguard.sweeper.sweeper import Sweeper
 
 
-def _serve(channel: Channel, start: Start) -> None:
+def _begin(channel: Channel, start: Start) -> Sweeper:
     sweeper = Sweeper(channel, start)
     take_priority(0)  # the supervisor's, which it began with, is not for long work
     give_up_privileges(tell=True)
     channel.send(Ready(0))
-    sweeper.run()
+    return sweeper
 
 
 if __name__ == "__main__":
-    run_child("sweeper", _serve)
+    run_child("sweeper", _begin)

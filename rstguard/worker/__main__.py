@@ -11,12 +11,12 @@ _PRIORITY = -10
 """Each honest client's handshake waits for this."""
 
 
-def _serve(channel: Channel, start: Start) -> None:
+def _begin(channel: Channel, start: Start) -> Worker:
     worker = Worker(channel, start)
     take_priority(_PRIORITY)
     give_up_privileges(tell=False)  # the sweeper, of which there is one, tells
-    worker.run()
+    return worker
 
 
 if __name__ == "__main__":
-    run_child("worker", _serve)
+    run_child("worker", _begin)

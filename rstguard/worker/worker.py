@@ -122,7 +122,6 @@ class Worker:
             self._looking.step(self._channel)
             for message in self._channel.receive() if channel in ready else ():
                 self._obey(message)
-        self._queue.close()
 
     def _work_off(self) -> bool:
         """Judge what waits, with a look at messages now and then; tell whether nothing is left."""
