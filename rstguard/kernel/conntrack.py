@@ -37,10 +37,14 @@ class Conntrack:
 
     def __init__(self) -> None:
         self._netlink = Netlink()
+        self._free = [Netlink()]
+        """Sockets for dumps, no more than ever were read from at once: a confined process has only
+        those that it had before."""
 
     def close(self) -> None:
-        """Close the socket."""
-        self._netlink.close()
+        """Close the sockets."""
+        for netlink in (self._netlink, *self._free):
+            netlink.close()
 
     def __enter__(self) -> Conntrack:
         return self
@@ -77,7 +81,7 @@ class Conntrack:
 
     def _dump(self, reader: entry.Reader, attributes: bytes, family: int) -> Iterator[Flow]:
         # A socket of its own: the caller may mark connections while the dump goes on, or leave it.
-        netlink = Netlink()
+        netlink = self._free.pop() if self._free else Netlink()
         read = reader.flow
         try:
             for chunk, spans in netlink.dump(Request(_GET, family, attributes)):
@@ -91,7 +95,7 @@ class Conntrack:
                 "please report this with the kernel's version."
             ) from error
         finally:
-            netlink.close()
+            self._free.append(netlink)
 
     def read(self, flows: Sequence[Flow], now_ns: int | None = None) -> list[Flow | None]:
         """Return each connection as it is now, or None if it is no longer in the table.

@@ -7,13 +7,12 @@ for it, so `ban list` works after a crash and beside a running guard.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
 from typing import Literal, NamedTuple
 
-from rstguard.engine.address import Prefix, is_v6, parse_prefix
+from rstguard.engine.address import Prefix, is_v6
 from rstguard.engine.ruleset import SECOND
 from rstguard.engine.verdict import Ban, Shun
-from rstguard.kernel import KernelError, NotPermitted
+from rstguard.kernel import NotPermitted
 from rstguard.kernel.command import Commands
 
 Kind = Literal["ban", "shun"]
@@ -25,7 +24,6 @@ MAX_SECONDS = 2_147_483
 """Longest time the kernel keeps an element, just under 25 days (IPSET_MAX_TIMEOUT)."""
 
 _RULE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,47}")
-_LINE = re.compile(r'add (\S+) (\S+)(?: timeout (\d+))?(?:.*? comment "([^"]*)")?')
 
 
 class Element(NamedTuple):
@@ -75,23 +73,6 @@ def element_of(effect: Ban | Shun) -> Element:
     return Element(effect.source, "shun", effect.rule, seconds)
 
 
-def listing(
-    kernel: Commands, name: str, sources: Collection[Prefix] | None = None
-) -> list[Element]:
-    """Return the elements of one ban or shun set, or those of them that `sources` names.
-
-    Raises:
-        NotThere: there is no such set.
-        KernelError: it may not be read.
-    """
-    in_shun_set = name in SHUN_SETS
-    lines = ipset(kernel, "save", name).splitlines()[1:]
-    if sources is not None:
-        wanted = {str(source) for source in sources}
-        lines = [line for line in lines if line.split(" ", 3)[2] in wanted]
-    return [_parsed(line, in_shun_set) for line in lines]
-
-
 def ipset(kernel: Commands, *arguments: str, text: str = "") -> str:
     """Run the `ipset` command with `text` as its input and return what it printed.
 
@@ -104,21 +85,3 @@ def ipset(kernel: Commands, *arguments: str, text: str = "") -> str:
         raise NotPermitted(
             "reading and changing the kernel's sets needs root (CAP_NET_ADMIN): use sudo"
         ) from problem
-
-
-def _parsed(line: str, in_shun_set: bool) -> Element:
-    found = _LINE.match(line)
-    if found is None:
-        raise KernelError(f"ipset lists an element that rstguard cannot read: {line}")
-    _, source, seconds, comment = found.groups()
-    kind, _, rule = (comment or "").partition(" ")
-    if kind not in ("ban", "shun"):
-        kind, rule = ("shun" if in_shun_set else "ban"), ""
-    banned = kind == "ban"
-    return Element(
-        parse_prefix(source),
-        "ban" if banned else "shun",
-        rule,
-        int(seconds or 0) or None,
-        banned and in_shun_set,
-    )

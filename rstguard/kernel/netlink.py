@@ -6,6 +6,7 @@ socket per conversation.  Attribute headers are in host order, netfilter's value
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -119,6 +120,7 @@ class Netlink:
                 "load it with `modprobe nfnetlink`."
             ) from error
         self._sequence = 0
+        self._socket.connect((0, 0))  # nobody but the kernel may send to it
         self._socket.settimeout(PATIENCE)
         self._socket.setsockopt(SOL_NETLINK, NETLINK_CAP_ACK, 1)
         try:
@@ -171,7 +173,7 @@ class Netlink:
     def dump(self, request: Request) -> Iterator[tuple[bytes, list[tuple[int, int]]]]:
         """Yield the answer to a dump request: buffers, each with (start, end) of its messages.
 
-        A dump that is broken off leaves the socket in the middle of a conversation: close it.
+        One dump at a time; what is left of one that is broken off is read and forgotten.
 
         Raises:
             KernelError: the dump failed, was interrupted (NLM_F_DUMP_INTR) or overran the socket;
@@ -179,28 +181,37 @@ class Netlink:
         """
         number = self._next(1)
         self._send(encode(request, NLM_F_DUMP, number))
-        interrupted = False
-        while True:
-            chunk = self._receive()
-            spans: list[tuple[int, int]] = []
-            done = False
-            for start, end, kind, flags, sequence in messages(chunk):
-                if sequence != number:
-                    continue
-                interrupted = interrupted or bool(flags & NLM_F_DUMP_INTR)
-                if kind >= NLMSG_FIRST_OWN:
-                    spans.append((start, end))
-                elif kind in (NLMSG_ERROR, NLMSG_DONE):
-                    done = True
-                    _raise_failed(chunk, start, end)
-            yield chunk, spans
-            if done:
-                break
+        interrupted = done = False
+        try:
+            while not done:
+                chunk = self._receive()
+                spans: list[tuple[int, int]] = []
+                for start, end, kind, flags, sequence in messages(chunk):
+                    if sequence != number:
+                        continue
+                    interrupted = interrupted or bool(flags & NLM_F_DUMP_INTR)
+                    if kind >= NLMSG_FIRST_OWN:
+                        spans.append((start, end))
+                    elif kind in (NLMSG_ERROR, NLMSG_DONE):
+                        done = True
+                        _raise_failed(chunk, start, end)
+                yield chunk, spans
+        finally:
+            if not done:
+                self._read_up(number)
         if interrupted:
             raise KernelError(
                 "The connection table changed while it was read, so the reading is incomplete: "
                 "read it again."
             )
+
+    def _read_up(self, number: int) -> None:
+        """Read the rest of a dump: the kernel begins no other on this socket before its end."""
+        with contextlib.suppress(KernelError):
+            while True:
+                for _, _, kind, _, sequence in messages(self._receive()):
+                    if sequence == number and kind in (NLMSG_ERROR, NLMSG_DONE):
+                        return
 
     def _next(self, count: int) -> int:
         if self._sequence + count >= 1 << 32:
@@ -211,7 +222,7 @@ class Netlink:
 
     def _send(self, data: bytes) -> None:
         try:
-            self._socket.sendto(data, (0, 0))
+            self._socket.send(data)
         except OSError as error:
             raise KernelError(
                 f"Could not ask the kernel through netlink: {_say(error)}."
@@ -262,9 +273,8 @@ def _raise_failed(chunk: bytes, start: int, end: int) -> None:
         return
     code = -_ERROR.unpack_from(chunk, start + HEADER.size)[0]
     if code > 0:
-        raise KernelError(
-            f"The kernel broke off reading the table: {_say(OSError(code, os.strerror(code)))}."
-        )
+        cause = OSError(code, os.strerror(code))
+        raise KernelError(f"The kernel broke off reading the table: {_say(cause)}.") from cause
 
 
 def _say(error: OSError) -> str:

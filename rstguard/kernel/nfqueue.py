@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,9 @@ from rstguard.kernel.readers import CONFIG, LENGTH, MOST, Queued, bind, request
 __all__ = ["LENGTH", "MOST", "Queue", "QueueState", "Queued", "Verdict", "states"]
 
 _TABLE = Path("/proc/self/net/netfilter/nfnetlink_queue")
+
+_PART = 4096
+"""Bytes of the table read at once."""
 
 # linux/netfilter/nfnetlink_queue.h
 _VERDICT_BATCH = 3
@@ -43,11 +47,15 @@ class QueueState(NamedTuple):
 def states() -> dict[int, QueueState]:
     """Return all bound queues of this network namespace by number."""
     try:
-        lines = _TABLE.read_text().splitlines()
+        text = _TABLE.read_text()
     except FileNotFoundError:
         return {}
+    return _states(text)
+
+
+def _states(text: str) -> dict[int, QueueState]:
     found = {}
-    for line in lines:
+    for line in text.splitlines():
         number, owner, waiting, _, _, full, reader, last, *_ = map(int, line.split())
         found[number] = QueueState(number, owner, waiting, full, reader, last)
     return found
@@ -82,6 +90,8 @@ class Queue:
         self._drop, self._accept = (self._verdict(code)[:-4] for code in (_NF_DROP, _NF_ACCEPT))
         self._accept_marked = self._verdict(_NF_ACCEPT, attribute(_MARK, bytes(4)))[:-12]
         self.set_fail_open(fail_open)
+        # Kept open, and read anew from its beginning: a confined process can open nothing.
+        self._table = _TABLE.open("rb", buffering=0)
 
     def fileno(self) -> int:
         """The descriptor to wait on."""
@@ -96,9 +106,9 @@ class Queue:
         if len(verdicts) > 1:
             following = (*verdicts[1:], (0, None, None))
             ends = [v for v, after in zip(verdicts, following, strict=True) if v[1:] != after[1:]]
-            self._socket.sendto(b"".join(map(self._message, ends)), (0, 0))
+            self._socket.send(b"".join(map(self._message, ends)))
         else:
-            self._socket.sendto(self._message(verdicts[0]), (0, 0))
+            self._socket.send(self._message(verdicts[0]))
 
     def _message(self, verdict: Verdict) -> bytes:
         number, passes, mark = verdict
@@ -116,8 +126,18 @@ class Queue:
         flags = struct.pack(">I", (_FAIL_OPEN if fail_open else 0) | _GSO)
         mask = struct.pack(">I", _FAIL_OPEN | _GSO)
         attributes = attribute(_CFG_MASK, mask) + attribute(_CFG_FLAGS, flags)
-        self._socket.sendto(encode(request(CONFIG, self.number, attributes), 0, 0), (0, 0))
+        self._socket.send(encode(request(CONFIG, self.number, attributes), 0, 0))
+
+    def state(self) -> QueueState:
+        """Return how the kernel sees this queue now."""
+        parts = []
+        at = 0
+        while part := os.pread(self._table.fileno(), _PART, at):
+            parts.append(part)
+            at += len(part)
+        return _states(b"".join(parts).decode())[self.number]
 
     def close(self) -> None:
         """Give the queue up; packets still in it are dropped by the kernel."""
         self._reader.close()
+        self._table.close()

@@ -159,6 +159,7 @@ class _Binding:
             number, self._collect, max_len=LENGTH, range=_COPY_BYTES, sock_len=_RECEIVE_BUFFER
         )
         self.socket = socket.socket(fileno=socket.dup(self._queue.get_fd()))
+        self.socket.connect((0, 0))
         _silence(self.socket)
         self._collected: list[Queued] = []
         self._most = MOST

@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import signal
 from collections import Counter
 from collections.abc import Callable, Iterable
 from enum import Enum
@@ -22,6 +21,7 @@ from typing import Any, Final
 
 from rstguard.ipc.channel import Channel, Closed
 from rstguard.ipc.messages import Counts, Failed, NewPolicy, Ready, Stop
+from rstguard.kernel.confine import cause_of_death
 from rstguard.supervisor.backoff import Backoff
 from rstguard.supervisor.spawn import Kind, Process, Spawn, Spawned
 
@@ -178,11 +178,7 @@ class Child:
             if asyncio.get_running_loop().time() > end:
                 return "closed its channel, and does not end"
             await asyncio.sleep(0.005)
-        if status >= 0:
-            return f"ended with exit status {status}"
-        with contextlib.suppress(ValueError):
-            return f"was ended by {signal.Signals(-status).name}"
-        return f"was ended by signal {-status}"
+        return cause_of_death(status)
 
     def _become(self, state: State, reason: str) -> None:
         if state is not self.state or state is State.STARTING:

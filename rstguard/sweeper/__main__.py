@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from rstguard.ipc.channel import Channel
-from rstguard.ipc.entry import run_child, take_priority
+from rstguard.ipc.entry import give_up_privileges, run_child, take_priority
 from rstguard.ipc.messages import Ready, Start
 from rstguard.sweeper.sweeper import Sweeper
 
 
-def _serve(channel: Channel, start: Start) -> None:
+def _begin(channel: Channel, start: Start) -> Sweeper:
     sweeper = Sweeper(channel, start)
-    channel.send(Ready(0))
     take_priority(0)  # the supervisor's, which it began with, is not for long work
-    sweeper.run()
+    give_up_privileges(tell=True)
+    channel.send(Ready(0))
+    return sweeper
 
 
 if __name__ == "__main__":
-    run_child("sweeper", _serve)
+    run_child("sweeper", _begin)

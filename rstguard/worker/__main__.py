@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from rstguard.ipc.channel import Channel
-from rstguard.ipc.entry import run_child
+from rstguard.ipc.entry import give_up_privileges, run_child, take_priority
 from rstguard.ipc.messages import Start
 from rstguard.worker.worker import Worker
 
+_PRIORITY = -10
+"""Each honest client's handshake waits for this."""
 
-def _serve(channel: Channel, start: Start) -> None:
-    Worker(channel, start).run()
+
+def _begin(channel: Channel, start: Start) -> Worker:
+    worker = Worker(channel, start)
+    take_priority(_PRIORITY)
+    give_up_privileges(tell=False)  # the sweeper, of which there is one, tells
+    return worker
 
 
 if __name__ == "__main__":
-    run_child("worker", _serve)
+    run_child("worker", _begin)

@@ -23,7 +23,6 @@ from rstguard.engine.shedding import Level, Shedding
 from rstguard.engine.verdict import PASS, Ban, Condemn, Decision, Reason, Shun, Verdict
 from rstguard.engine.wire import KNOWN, SYN, Malformed, Packet, parse
 from rstguard.ipc.channel import Channel
-from rstguard.ipc.entry import take_priority
 from rstguard.ipc.measuring import Measuring
 from rstguard.ipc.messages import (
     Counts,
@@ -47,7 +46,7 @@ from rstguard.kernel import KernelError, thinning
 from rstguard.kernel.elements import element_of
 from rstguard.kernel.inject import Injector
 from rstguard.kernel.marks import BASE, CONDEMNED_FOR, MASK, STATES, TRUSTED
-from rstguard.kernel.nfqueue import LENGTH, MOST, Queue, Queued, states
+from rstguard.kernel.nfqueue import LENGTH, MOST, Queue, Queued
 from rstguard.kernel.nfqueue import Verdict as NumberedVerdict
 from rstguard.kernel.sets import Sets
 from rstguard.worker.search import Looking
@@ -60,8 +59,6 @@ _BATCHES_IN_A_ROW = 8
 A batch is what waits already, at most 64 packets: the first of them has its verdict when the last
 is judged, well under a millisecond later.
 """
-_PRIORITY = -10
-"""Each honest client's handshake waits for this."""
 _REPORT_EVERY = SECOND // 2
 _MOST_REPORTS = 50
 """Refused SYNs and observations of one rule that are told one by one between two counts."""
@@ -112,7 +109,6 @@ class Worker:
         # The packet path makes no reference cycles, yet the collector would walk its tables again
         # and again: a sixth of a packet's time.  Young garbage goes when nothing is to be done.
         gc.disable()
-        take_priority(_PRIORITY)
         self._channel.send(Ready(0, self._queue.reader))
         channel = self._channel.fileno()
         while self._running:
@@ -126,7 +122,6 @@ class Worker:
             self._looking.step(self._channel)
             for message in self._channel.receive() if channel in ready else ():
                 self._obey(message)
-        self._queue.close()
 
     def _work_off(self) -> bool:
         """Judge what waits, with a look at messages now and then; tell whether nothing is left."""
@@ -150,7 +145,7 @@ class Worker:
         if emptied and before is Level.NOTHING:
             return
         if not emptied:
-            state = states()[self._queue.number]
+            state = self._queue.state()
             waiting, self._lost = state.waiting, state.dropped_full + state.dropped_reader
         level = self._shedding.look(waiting, self._lost, time.monotonic_ns(), self._packets)
         if level is not before:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +15,7 @@ from rstguard.engine.flow import Flow, TcpState
 from rstguard.kernel import entry
 from rstguard.kernel.conntrack import GONE, Conntrack
 from rstguard.kernel.netlink import Netlink, Request
+from tests.guard import segments
 from tests.netns import CLIENT4, CLIENT6, SERVER4, SERVER6, Lab, wait_until
 
 pytestmark = pytest.mark.netns
@@ -204,3 +207,24 @@ def test_the_quick_reader_agrees_with_the_attribute_walker(
 
 def test_errors_have_their_usual_numbers() -> None:
     assert errno.ENOENT == GONE
+
+
+def test_a_dump_that_is_broken_off_leaves_room_for_the_next(lab: Lab, table: Conntrack) -> None:
+    """A confined process has no other socket to dump by, and each does one dump at a time."""
+    segments(lab, CLIENT4, "10.71.2.99", 9, "S", 2000)  # where nobody answers
+    descriptors = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(3):
+        next(begun := table.dump())
+        begun.close()  # type: ignore[attr-defined]
+        with contextlib.suppress(ZeroDivisionError):
+            for _ in table.dump():
+                raise ZeroDivisionError
+        assert len(list(table.dump())) >= 2000
+    assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
+    lab.run("gateway", "conntrack", "-F")
+
+
+def test_two_dumps_at_once(table: Conntrack, pair: dict[str, socket.socket]) -> None:
+    both = list(zip(table.dump(), table.dump(), strict=True))
+    assert len(both) >= 2
+    assert all(one.original == other.original for one, other in both)

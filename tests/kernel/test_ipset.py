@@ -15,7 +15,7 @@ from rstguard.engine.address import Prefix, parse_address, parse_prefix
 from rstguard.engine.ruleset import SECOND, Measure, Rule, RuleSet, Scope
 from rstguard.engine.verdict import Action, Ban, Reason, Shun
 from rstguard.kernel import Full, InUse, KernelError, NotThere, ipset
-from rstguard.kernel.elements import MAX_SECONDS, Element, element_of, listing
+from rstguard.kernel.elements import MAX_SECONDS, Element, element_of
 from rstguard.kernel.linux import Linux
 from rstguard.kernel.netlink import PATIENCE
 from rstguard.kernel.sets import Sets
@@ -360,7 +360,30 @@ def test_an_element_expires(sets: Sets) -> None:
 @pytest.mark.netns
 def test_an_element_that_somebody_added_by_hand_is_listed(sets: Sets) -> None:
     shell("ipset", "add", "rstguard-ban4", "192.0.2.1", "comment", "from the old firewall")
-    assert listing(LINUX, "rstguard-ban4") == [Element(parse_prefix("192.0.2.1"), "ban", "", None)]
+    assert sets.list() == [Element(parse_prefix("192.0.2.1"), "ban", "", None)]
+
+
+@pytest.mark.netns
+def test_a_listing_is_that_of_the_command(sets: Sets) -> None:
+    """Of many elements, so that the kernel's answer comes in many parts."""
+    sources = [f"10.{i >> 8}.{i & 255}.0/24" for i in range(9000)]
+    sources += [f"192.0.2.{i}" for i in range(200)] + [
+        f"2001:db8:{i:x}::/48" for i in range(1, 999)
+    ]
+    sets.add([(ban if i % 2 else shun)(source, 600 + i) for i, source in enumerate(sources)])
+    found = sets.list()
+    assert sorted(str(one.source) for one in found) == sorted(sources)
+    sets_of = ("ban4", "ban6", "shun4", "shun6")
+    printed = [
+        line for name in sets_of for line in shell("ipset", "save", f"rstguard-{name}").splitlines()
+    ]
+    assert sorted(f"{one.source} {one.comment}" for one in found) == sorted(
+        re.sub(r'^add \S+ (\S+) timeout \d+ comment "(.*)"$', r"\1 \2", line)
+        for line in printed
+        if line.startswith("add ")
+    )
+    times = {str(one.source): one.remaining for one in found}
+    assert all(590 + i <= (times[one] or 0) <= 600 + i for i, one in enumerate(sources))
 
 
 @pytest.mark.netns
@@ -436,7 +459,7 @@ def test_what_was_wrong_can_be_told_without_reading_the_sentence(sets: Sets) -> 
         with pytest.raises(NotThere):
             sets.add([ban("192.0.2.1")])
         with pytest.raises(NotThere):
-            listing(LINUX, "rstguard-ban4")
+            sets.list()
         shell(
             "ipset", "restore", text="create rstguard-ban4 hash:net timeout 0 comment maxelem 1\n"
         )

@@ -121,9 +121,11 @@ def test_verdicts_leave_alone_what_came_later(queue: Queue, arrivals: socket.soc
     send(*range(1, 6))
     assert len(queue.receive(3, False)) == 3
     queue.give([(3, False, None)])
-    assert states()[NUMBER].waiting == 2
+    assert queue.state().waiting == 2
+    assert queue.state() == states()[NUMBER]
     assert [number for number, _, _ in queue.receive(3, False)] == [4, 5]
     queue.give([(5, True, None)])
+    assert queue.state().waiting == 0
     assert arrived(arrivals) == [4, 5]
     assert queue.receive(MOST, False) == []
 

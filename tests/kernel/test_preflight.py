@@ -126,11 +126,11 @@ def test_a_container_without_rights_gets_a_clear_sentence(own_namespace: None) -
 @pytest.mark.netns
 def test_sets_without_rights_say_so(own_namespace: None) -> None:
     code = (
-        "from rstguard.kernel import NotPermitted, command\n"
-        "from rstguard.kernel.elements import Element, listing\n"
+        "from rstguard.kernel import NotPermitted\n"
+        "from rstguard.kernel.elements import Element\n"
         "from rstguard.kernel.sets import Sets\n"
         "from rstguard.engine.address import parse_prefix\n"
-        "for attempt in (lambda: listing(command, 'rstguard-ban4'), lambda: Sets().add(\n"
+        "for attempt in (Sets().list, lambda: Sets().add(\n"
         "    [Element(parse_prefix('192.0.2.1'), 'ban', 'x', 5)])):\n"
         "    try: attempt()\n"
         "    except NotPermitted as problem: print(problem)\n"

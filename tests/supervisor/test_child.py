@@ -83,7 +83,7 @@ async def test_at_the_guards_start_it_is_an_error(how: str) -> None:
         with pytest.raises(StartFailed) as raised:
             await child.wait_served()
     assert str(raised.value) == {
-        "dies": "the worker ended with exit status 1 before it could serve",
+        "dies": "the worker ended with status 1 before it could serve",
         "fails": "queue 5640 is taken",
         "cannot be had": (
             "the worker could not be started (Resource temporarily unavailable) before it could "
@@ -113,7 +113,7 @@ async def test_a_successor_that_never_serves_is_followed_by_others(how: str) -> 
     reasons = [reason for state, reason in told if state == "backoff"]
     assert reasons[0] == "was ended by SIGKILL; started again"
     assert {
-        "dies": "ended with exit status 1; started again",
+        "dies": "ended with status 1; started again",
         "fails": "queue 5640 is taken; started again",
         "hangs": f"was not ready after {READY_SECONDS:.0f} s; started again",
     }[how] in reasons[1]  # fmt: skip
