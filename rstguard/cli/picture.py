@@ -11,7 +11,7 @@ from rstguard.cli.events import line as event_line
 Status = dict[str, Any]
 """What the guard answers to `status`, and with it what it answers to `nearest`."""
 
-_MOST_WORKERS, _MOST_SERVICES, _MOST_MISSING = 4, 2, 2
+_MOST_WORKERS, _MOST_SERVICES, _MOST_PROBLEMS = 4, 2, 2
 _FEWEST_NEAREST, _MOST_NEAREST = 3, 15
 _FEWEST_EVENTS = 3
 _ROOMY = 16
@@ -65,20 +65,19 @@ def _cut(text: str, width: int) -> str:
 
 def _head(now: Status) -> Iterator[Line]:
     policy, filters = now["policy"], now["filtering"]
-    state = "filtering" if filters else "NOT FILTERING"
+    state = now["state"] if filters else now["state"].upper()
     state = "PANIC: all traffic passes" if now["panic"] else state
     named = f"policy {policy['name']} ({policy['mode']})"
     style = Style.GOOD if filters else Style.BAD
     yield Line(f"rstguard: {state}, {named}, up {_lasting(now['uptime_s'])}", style)
     if policy["confirm_s"] is not None:
-        left = f"goes back in {policy['confirm_s']:.0f} s; `rstguard policy confirm`"
+        left = f"rolls back in {policy['confirm_s']:.0f} s; `rstguard policy confirm`"
         yield Line(f"NOT CONFIRMED: {left}", Style.BAD)
-    runaway = f"RUNAWAY: {now['runaway']}" if now["runaway"] else ""
-    missing = [] if now["panic"] else [f"missing: {lack}" for lack in now["missing"]]
-    if len(missing) > _MOST_MISSING:
-        missing[_MOST_MISSING:] = [f"and {len(missing) - _MOST_MISSING} more are missing"]
-    for lack in filter(None, (runaway, now["not_remembered"], *missing)):
-        yield Line(lack, Style.BAD)
+    problems = now["problems"][now["panic"] :]  # panic is told above
+    if len(problems) > _MOST_PROBLEMS:
+        problems[_MOST_PROBLEMS:] = [f"and {len(problems) - _MOST_PROBLEMS} more"]
+    for problem in problems:
+        yield Line(problem, Style.BAD)
     blocked, productive = now["blocked"], now["productive"]
     sources = "source" if productive == 1 else "sources"
     yield Line(

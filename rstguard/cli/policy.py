@@ -106,7 +106,7 @@ def policy_apply(
     protected = ", ".join(f"{row['address']} ({row['what']})" for row in done["protected"])
     typer.echo(f"never banned, shunned or reset: {protected}")
     if seconds is not None:
-        typer.echo(f"it goes in {seconds} s unless you say `rstguard policy confirm`")
+        typer.echo(f"rolls back in {seconds} s unless you run `rstguard policy confirm`")
 
 
 def _seconds(text: str) -> int:

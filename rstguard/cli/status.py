@@ -27,7 +27,8 @@ def lines(data: Status) -> Iterator[str]:
 def _warnings(data: Status) -> Iterator[str]:
     confirm = data["policy"]["confirm_s"]
     if confirm is not None:
-        yield f"  NOT CONFIRMED: goes back in {confirm:.0f} s; `rstguard policy confirm`"
+        unless = "unless you run `rstguard policy confirm`"
+        yield f"  NOT CONFIRMED: rolls back in {confirm:.0f} s {unless}"
     if data["panic"]:
         yield "  PANIC: all traffic passes; `rstguard panic --end` ends it"
     problems = data["problems"][data["panic"] :]

@@ -19,6 +19,9 @@ Snapshot = Mapping[str, Any]
 Sample = tuple[tuple[str, ...], float]
 """The values of the labels, and the value."""
 
+CONDITIONS = ("not filtering", "degraded", "filtering")
+"""What `state` can be in a snapshot, the worst first."""
+
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -103,8 +106,12 @@ TABLE: tuple[Row, ...] = (
     Row("rstguard_build_info", "gauge", ("version", "policy", "mode"),
         "Always 1; the labels say which version guards by which policy.", _build),
     Row("rstguard_filtering", "gauge", (),
-        "1 while the guard filters, 0 while anything that it needs for that is missing.",
+        "1 while the guard filters and lacks nothing, else 0.",
         _one(lambda data: data["filtering"])),
+    Row("rstguard_condition", "gauge", (),
+        "2 while the guard filters and lacks nothing, 1 while it is degraded, 0 while it does not "
+        "filter; `rstguard status` names what is wrong.",
+        _one(lambda data: CONDITIONS.index(data["state"]))),
     Row("rstguard_panic", "gauge", (),
         "1 while the panic switch lets all traffic pass.", _one(lambda data: data["panic"])),
     Row("rstguard_uptime_seconds", "gauge", (),

@@ -36,8 +36,8 @@ def status(**more: Any) -> dict[str, Any]:
         "why": "the source sent SYNs faster than the rule allows", "detail": "", "enforced": True,
     }  # fmt: skip
     return {
-        "filtering": True, "panic": False, "uptime_s": 93785.0, "productive": 1, "runaway": "",
-        "not_remembered": "", "missing": [], "nearest": [near("198.51.100.7", 100.0)],
+        "state": "filtering", "filtering": True, "panic": False, "uptime_s": 93785.0,
+        "productive": 1, "problems": [], "nearest": [near("198.51.100.7", 100.0)],
         "policy": {"name": "p", "mode": "enforce", "confirm_s": None},
         "blocked": {"ban": 1, "shun": 0}, "counts": {"packets": 5, "ban": {"syn-rate": 1}},
         "workers": [worker(number) for number in range(16)], "syn_budget": None,
@@ -135,15 +135,19 @@ def test_the_syn_budget() -> None:
 
 
 def test_what_is_wrong_stands_out() -> None:
-    assert shown(status(filtering=False))[0].startswith("!rstguard: NOT FILTERING, policy p")
-    lacks = shown(status(filtering=False, missing=["a", "b", "c", "d"]))
-    assert lacks[1:4] == ["!missing: a", "!missing: b", "!and 2 more are missing"]
-    panic = shown(status(filtering=False, panic=True, missing=["a", "b", "c"]))
+    off = {"state": "not filtering", "filtering": False}
+    assert shown(status(**off))[0].startswith("!rstguard: NOT FILTERING, policy p")
+    lacks = shown(status(**off, problems=["a", "b", "c", "d"]))
+    assert lacks[1:4] == ["!a", "!b", "!and 2 more"]
+    degraded = {"state": "degraded", "filtering": False}
+    panic = shown(status(**degraded, panic=True, problems=["panic: all traffic passes"]))
     assert panic[0].startswith("!rstguard: PANIC: all traffic passes")
     assert panic[1].startswith("1 banned")
-    waits = status(policy={"name": "p", "mode": "enforce", "confirm_s": 9.0}, runaway="it ran")
-    assert shown(waits)[1].startswith("!NOT CONFIRMED: goes back in 9 s")
-    assert shown(waits)[2] == "!RUNAWAY: it ran"
+    policy = {"name": "p", "mode": "enforce", "confirm_s": 9.0}
+    waits = shown(status(**degraded, policy=policy, problems=["RUNAWAY: it ran"]))
+    assert waits[0].startswith("!rstguard: DEGRADED, policy p")
+    assert waits[1].startswith("!NOT CONFIRMED: rolls back in 9 s")
+    assert waits[2] == "!RUNAWAY: it ran"
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,8 @@ Grafana dashboard that shows them.
 
 """
 SNAPSHOT: dict[str, Any] = {
-    "filtering": True,
+    "state": "degraded",
+    "filtering": False,
     "panic": False,
     "version": "1.2.3",
     "uptime_s": 12.5,
@@ -62,7 +63,8 @@ def samples(data: dict[str, Any]) -> dict[tuple[str, tuple[str, ...]], float]:
     ("name", "labels", "value"),
     [
         ("build_info", ("enforce", 'a "quoted"\nname', "1.2.3"), 1),
-        ("filtering", (), 1),
+        ("filtering", (), 0),
+        ("condition", (), 1),
         ("panic", (), 0),
         ("uptime_seconds", (), 12.5),
         ("packets_total", ("5641",), 9),
