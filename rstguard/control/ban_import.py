@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 IMPORTED = "imported"
 """The rule name of a ban that came from a list."""
 MOST_AT_ONCE = 25_000
-"""A request of so many stays well below the 8 MiB that the socket takes."""
+"""A request of so many stays below the 2 MiB that the socket takes."""
 
 
 class Imports:
