@@ -12,7 +12,7 @@ from rstguard.supervisor.bans import IMPORTED, Bans
 from rstguard.supervisor.protected import Protected
 
 MOST_AT_ONCE = 25_000
-"""A request of so many stays well below the 8 MiB that the socket takes."""
+"""A request of so many stays below the 2 MiB that the socket takes."""
 
 
 class Imports:

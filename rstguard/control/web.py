@@ -1,29 +1,29 @@
 """The read-only web page and the metrics: GET only, on loopback unless told otherwise.
 
-It runs in the supervisor's loop.  What it answers is at most a second old, however many ask.
+It runs in the supervisor's loop.  What it answers is at most a second old, however many ask; of
+those who connect and ask nothing, or do not read, the longest silent goes when there are too many.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import ipaddress
 import json
 import logging
 import socket
-import time
 from importlib.resources import files
 from typing import Any, Final
 
 import h11
 
+from rstguard.control.crowd import ACCEPTED_AT_ONCE, BACKLOG, Crowd, Guest
 from rstguard.ipc.requests import Answer
 from rstguard.kernel import KernelError
 from rstguard.observe.metrics import CONTENT_TYPE, exposition
 
 log = logging.getLogger(__name__)
 
-MOST_CONNECTIONS: Final = 16
+MOST_CONNECTIONS: Final = 64
 PATIENCE: Final = 5.0
 """Seconds that a whole request and its answer may take."""
 LARGEST: Final = 8192
@@ -69,7 +69,7 @@ def listen(where: str, anywhere: bool = False) -> socket.socket:
         )
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
     try:
-        return socket.create_server((str(address), port), family=family, backlog=MOST_CONNECTIONS)
+        return socket.create_server((str(address), port), family=family, backlog=BACKLOG)
     except OSError as error:
         raise KernelError(
             f"the web page cannot listen at {where} ({error.strerror}); "
@@ -80,7 +80,10 @@ def listen(where: str, anywhere: bool = False) -> socket.socket:
 async def run(listener: socket.socket, answer: Answer) -> None:
     """Serve until cancelled."""
     web = Web(listener.getsockname()[0], answer)
-    server = await asyncio.start_server(web.talk, sock=listener, limit=LARGEST)
+    server = await asyncio.start_server(
+        web.talk, sock=listener, limit=LARGEST, backlog=ACCEPTED_AT_ONCE
+    )
+    listener.listen(BACKLOG)
     async with server:
         await server.serve_forever()
 
@@ -91,28 +94,27 @@ class Web:
     def __init__(self, host: str, answer: Answer) -> None:
         self._names = {host, "localhost"}
         self._answer = answer
-        self._connections = 0
+        self._crowd = Crowd(MOST_CONNECTIONS, MOST_CONNECTIONS * LARGEST)
+        self._page = files("rstguard.observe").joinpath("page.html").read_bytes()
         self._asking = asyncio.Lock()
         self._snapshot: Any = None
-        self._taken = -_FRESH
+        self._taken: float | None = None
 
     async def talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answer one request and close."""
-        if self._connections >= MOST_CONNECTIONS:
-            writer.close()
-            return
-        self._connections += 1
         try:
-            with contextlib.suppress(OSError, TimeoutError, asyncio.TimeoutError):
-                await asyncio.wait_for(self._talk(reader, writer), PATIENCE)
+            with self._crowd.entered(writer, _address(writer)) as guest:
+                async with asyncio.timeout(PATIENCE):
+                    await self._talk(reader, guest)
+        except (OSError, TimeoutError):
+            pass  # the peer has gone, or takes too long
         except Exception:
             log.exception("a request to the web page failed")
         finally:
-            self._connections -= 1
             # Waits for nobody: what a peer does not take in time is not sent.
             writer.transport.abort() if writer.transport.get_write_buffer_size() else writer.close()
 
-    async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _talk(self, reader: asyncio.StreamReader, guest: Guest) -> None:
         connection = h11.Connection(h11.SERVER, max_incomplete_event_size=LARGEST)
         method = b"GET"
         try:
@@ -121,7 +123,11 @@ class Web:
             if not isinstance(event, h11.Request):
                 return
             method = event.method
-            status, kind, body = await self._reply(event)
+            if self._crowd.full:
+                status, kind, body = _sentence(503, "too many others ask at this moment: try again")
+            else:
+                with self._crowd.answering(guest):
+                    status, kind, body = await self._reply(event)
         except h11.RemoteProtocolError as error:
             status, kind, body = _sentence(error.error_status_hint, "this is no request")
         if connection.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
@@ -130,8 +136,8 @@ class Web:
         if status == 405:
             headers.append(("Allow", "GET, HEAD"))
         head = connection.send(h11.Response(status_code=status, headers=headers))
-        writer.write(head if method == b"HEAD" else head + body)
-        await writer.drain()
+        guest.writer.write(head if method == b"HEAD" else head + body)
+        await guest.writer.drain()
 
     async def _reply(self, request: h11.Request) -> Reply:
         if request.method not in (b"GET", b"HEAD"):
@@ -145,8 +151,7 @@ class Web:
             return _sentence(421, "ask by the address that the guard was given, or as localhost")
         match request.target.partition(b"?")[0]:
             case b"/":
-                page = files("rstguard.observe").joinpath("page.html").read_bytes()
-                return 200, "text/html; charset=utf-8", page
+                return 200, "text/html; charset=utf-8", self._page
             case b"/status.json":
                 nearest = await self._answer({"command": "nearest"})
                 body = json.dumps(await self._status() | {"nearest": nearest}).encode()
@@ -157,10 +162,17 @@ class Web:
 
     async def _status(self) -> Any:
         async with self._asking:
-            if time.monotonic() - self._taken >= _FRESH:
+            now = asyncio.get_running_loop().time()
+            if self._taken is None or now - self._taken >= _FRESH:
                 self._snapshot = await self._answer({"command": "status"})
-                self._taken = time.monotonic()
+                self._taken = asyncio.get_running_loop().time()
             return self._snapshot
+
+
+def _address(writer: asyncio.StreamWriter) -> str:
+    """Return the address at the other end, or "" if it has gone already."""
+    peer = writer.get_extra_info("peername")
+    return str(peer[0]) if peer else ""
 
 
 def _is_literal(name: str) -> bool:
