@@ -11,7 +11,7 @@ PYTEST := $(AS_ROOT) $(PYTHON_IN) -m pytest -p no:cacheprovider
 PYTHONS ?= $(wildcard $(foreach v,11 12 13 14,/usr/bin/python3.$(v) /usr/local/bin/python3.$(v) \
              $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.$(v).*/bin/python3))
 
-.PHONY: help setup demo test lint test-pure test-all-pythons bench fuzz soak systemd clean
+.PHONY: help setup demo test lint test-pure test-all-pythons bench fuzz fake-kernel soak systemd clean
 
 help:
 	@echo "make demo              watch attackers being contained (about two minutes)"
@@ -21,6 +21,7 @@ help:
 	@echo "make test-all-pythons  those, on each Python 3.11 or later found here"
 	@echo "make bench             the figures, as ratios measured in one run"
 	@echo "make fuzz              the long form of the generated tests"
+	@echo "make fake-kernel       the tests' kernel against the real one, two thousand times"
 	@echo "make soak              half an hour of attacks and honest load at once"
 	@echo "make systemd           the service in a container with a real systemd"
 	@echo "make clean             remove what these made in this directory"
@@ -43,7 +44,7 @@ test: lint
 	$(PYTEST)
 
 test-pure: setup
-	$(PYTHON_IN) -m pytest -m "not netns and not fuzz_long and not soak_long and not systemd"
+	$(PYTHON_IN) -m pytest -m "not netns and not fuzz_long and not soak_long and not kernel_long and not systemd"
 
 test-all-pythons:
 	@./.ci/setup --packages
@@ -54,7 +55,7 @@ test-all-pythons:
 	  PYTHON="$$python" ./.ci/setup --venv ".venv-$$version"; \
 	  echo "== Python $$version ($$python)"; \
 	  ".venv-$$version/bin/python" -m pytest -q -p no:cacheprovider \
-	    -m "not netns and not fuzz_long and not soak_long and not systemd" || failed="$$failed $$version"; \
+	    -m "not netns and not fuzz_long and not soak_long and not kernel_long and not systemd" || failed="$$failed $$version"; \
 	done; \
 	if [ -n "$$failed" ]; then echo "failed on Python:$$failed" >&2; exit 1; fi
 
@@ -63,6 +64,9 @@ bench: setup
 
 fuzz: setup
 	$(PYTEST) -m fuzz_long --timeout=0
+
+fake-kernel: setup
+	$(PYTEST) -m kernel_long --timeout=0
 
 soak: setup
 	$(PYTEST) -s -m soak_long --timeout=0

@@ -125,7 +125,7 @@ class Sets:
         for name in _names(source.network):
             error = self._ask(_DELETE, name, data, _EXCLUSIVE)
             if error not in (0, _EXISTS):
-                raise _refused(name, error)
+                raise refusal(name, error)
             found = found or not error
         return found
 
@@ -135,14 +135,14 @@ class Sets:
             timeout = attribute(_ATTR_TIMEOUT | _NETWORK_ORDER, seconds.to_bytes(4, "big"))
             error = self._ask(_ADD, name, nest(_ATTR_DATA, _entry(prefix) + timeout))
             if error:
-                raise _refused(name, error)
+                raise refusal(name, error)
 
     def take(self, name: str, prefixes: Iterable[Prefix]) -> None:
         """Take prefixes out of a set; those that are not there do not matter."""
         for prefix in prefixes:
             error = self._ask(_DELETE, name, nest(_ATTR_DATA, _entry(prefix)))
             if error not in (0, _EXISTS):
-                raise _refused(name, error)
+                raise refusal(name, error)
 
     def _members(self, name: str, of: Collection[Prefix] | None = None) -> list[Element]:
         try:
@@ -171,7 +171,7 @@ class Sets:
         whole = Prefix(address, 128 if is_v6(address) else 32)
         error = self._ask(_TEST, name, nest(_ATTR_DATA, _entry(whole)))
         if error not in (0, _EXISTS):
-            raise _refused(name, error)
+            raise refusal(name, error)
         return not error
 
     def _add_to(self, name: str, elements: Sequence[Element], shorten: bool) -> None:
@@ -191,7 +191,7 @@ class Sets:
                 longer = [e for e in batch if e.lasts > held.get(e.source, 0)]
                 error = self._ask(_ADD, name, _list_of(longer)) if longer else 0
             if error:
-                raise _refused(name, error)
+                raise refusal(name, error)
 
     def _ask(self, kind: int, name: str, data: bytes, flags: int = 0) -> int:
         """Send one request and return the kernel's error number, 0 for done."""
@@ -217,7 +217,7 @@ class Sets:
                 f"{self._socket.gettimeout():g} s; see `dmesg` for what holds it up"
             ) from problem
         except OSError as problem:
-            raise _refused(name, problem.errno or 0) from problem
+            raise refusal(name, problem.errno or 0) from problem
 
 
 def _names(address: int) -> tuple[str, str]:
@@ -251,7 +251,8 @@ def _entry(source: Prefix) -> bytes:
     return nest(_ATTR_IP, address) + attribute(_ATTR_CIDR, bytes((source.length,)))
 
 
-def _refused(name: str, error: int) -> KernelError:
+def refusal(name: str, error: int) -> KernelError:
+    """Return what to raise for a set and the error number that the kernel gave for it."""
     known = _ERRORS.get(error)
     if known is None:
         known = f"the kernel said: {os.strerror(error) if error < 4096 else f'ipset error {error}'}"
