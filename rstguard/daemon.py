@@ -71,7 +71,7 @@ def build(options: Options) -> tuple[Supervisor, Commands, Service]:
     state.memory = lambda: record.problem
     protected = Protected(kernel, state)
     learning = Learning(state)
-    upkeep = Upkeep(state, footprint, record, options.directory)
+    upkeep = Upkeep(kernel, state, footprint, record, options.directory)
     budget = Budget(kernel, footprint, state.events, upkeep.rewrite)
     followers: list[Follower] = []
     change = Change(state, protected, followers)

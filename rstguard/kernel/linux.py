@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -77,6 +78,10 @@ class Linux:
     def packet_log(self, group: int) -> PacketLog:
         """Bind an NFLOG group."""
         return PacketLog(group)
+
+    def interfaces(self) -> list[str]:
+        """Return the names of the interfaces."""
+        return [name for _, name in socket.if_nameindex()]
 
     def ways(self, addresses: Sequence[int]) -> list[str]:
         """Return what the routing table says."""

@@ -219,6 +219,9 @@ class Kernel(Commands, Protocol):
             InUse: another program has it.
         """
 
+    def interfaces(self) -> list[str]:
+        """Return the names of the interfaces of this network namespace."""
+
     def ways(self, addresses: Sequence[int]) -> list[str]:
         """Return the interface by which packets to each tagged address leave, or ""."""
 

@@ -149,7 +149,7 @@ class Sets:
             return members(self._lists, name, of)
         except KernelError as problem:
             if isinstance(problem.__cause__, OSError):
-                raise _refused(name, problem.__cause__.errno or 0) from problem
+                raise refusal(name, problem.__cause__.errno or 0) from problem
             raise
 
     def list(self) -> list[Element]:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import fnmatch
 import logging
-import socket
 from pathlib import Path
 from typing import Final
 
 from rstguard.kernel import KernelError
 from rstguard.kernel.footprint import Footprint
+from rstguard.kernel.seam import Kernel
 from rstguard.observe.events import Event
 from rstguard.state.record import Record
 from rstguard.supervisor.backoff import Backoff
@@ -39,7 +39,10 @@ def contention() -> Backoff:
 class Upkeep:
     """Looks after the rules of one guard."""
 
-    def __init__(self, guard: Guard, footprint: Footprint, record: Record, directory: Path) -> None:
+    def __init__(
+        self, kernel: Kernel, guard: Guard, footprint: Footprint, record: Record, directory: Path
+    ) -> None:
+        self._kernel = kernel
         self._guard = guard
         self._footprint = footprint
         self._record = record
@@ -61,7 +64,7 @@ class Upkeep:
         else:
             await asyncio.to_thread(self._footprint.divert, self._guard.ruleset)
         self._guard.diverts = True
-        self._guard.unmatched = _unmatched(self._guard.ruleset.scope.interfaces)
+        self._guard.unmatched = self._unmatched()
 
     async def watch_rules(self) -> None:
         """Put back what others take away; does not end by itself."""
@@ -127,7 +130,7 @@ class Upkeep:
         guard = self._guard
         lost = [] if guard.panic else await asyncio.to_thread(self._footprint.lost, guard.ruleset)
         guard.missing = tuple(lost)
-        guard.unmatched = _unmatched(guard.ruleset.scope.interfaces)
+        guard.unmatched = self._unmatched()
         return guard.missing
 
     async def _put_back(self) -> None:
@@ -176,13 +179,13 @@ class Upkeep:
         said = "all traffic passes" if panic else "the guard is at work again"
         self._guard.events.add(Event("panic", "guard", detail=said))
 
-
-def _unmatched(patterns: tuple[str, ...]) -> str:
-    """Return why no packet can come under a policy, or ""."""
-    here = [name for _, name in socket.if_nameindex()]
-    if any(fnmatch.fnmatchcase(name, pattern) for name in here for pattern in patterns):
-        return ""
-    return (
-        f"nothing can match: no interface here is called {' or '.join(patterns)} "
-        f"(there are {', '.join(here)}); name the right one under protect: interfaces"
-    )
+    def _unmatched(self) -> str:
+        """Return why no packet can come under the policy, or ""."""
+        patterns = self._guard.ruleset.scope.interfaces
+        here = self._kernel.interfaces()
+        if any(fnmatch.fnmatchcase(name, pattern) for name in here for pattern in patterns):
+            return ""
+        return (
+            f"nothing can match: no interface here is called {' or '.join(patterns)} "
+            f"(there are {', '.join(here)}); name the right one under protect: interfaces"
+        )

@@ -8,10 +8,9 @@ from contextlib import AbstractContextManager
 from typing import Self
 
 from rstguard.engine.address import Prefix, is_v6
-from rstguard.kernel.command import Commands
-from rstguard.kernel.elements import BAN_SETS, MAX_SECONDS, SHUN_SETS, Element, listing
+from rstguard.kernel.elements import BAN_SETS, MAX_SECONDS, SHUN_SETS, Element
 from rstguard.kernel.sets import refusal
-from tests.support.fake_kernel.ipsets import IpSets, KernelSet, Refused
+from tests.support.fake_kernel.ipsets import IpSets, KernelSet, Member, Refused
 
 # linux/netfilter/ipset/ip_set.h
 _PROTOCOL, _INVALID_CIDR, _TIMEOUT, _COMMENT = 4097, 4104, 4107, 4112
@@ -24,10 +23,8 @@ Around = Callable[[str, str], AbstractContextManager[None]]
 class FakeSets:
     """Adds, removes and looks up elements."""
 
-    def __init__(self, sets: IpSets, commands: Commands, around: Around) -> None:
-        """`commands` runs ipset, which lists them."""
+    def __init__(self, sets: IpSets, around: Around) -> None:
         self._sets = sets
-        self._commands = commands
         self._around = around
 
     def __enter__(self) -> Self:
@@ -88,7 +85,21 @@ class FakeSets:
 
     def list(self) -> list[Element]:
         """Return who is banned or shunned, bans first."""
-        return [e for name in BAN_SETS + SHUN_SETS for e in listing(self._commands, name)]
+        with self._around("sets.list", " ".join(BAN_SETS + SHUN_SETS)):
+            return [
+                self._element(prefix, member, name in SHUN_SETS)
+                for name in BAN_SETS + SHUN_SETS
+                for prefix, member in self._get(name).members.items()
+                if isinstance(prefix, Prefix)
+            ]
+
+    def _element(self, prefix: Prefix, member: Member, in_shun_set: bool) -> Element:
+        kind, _, rule = member.comment.partition(" ")
+        if kind not in ("ban", "shun"):  # somebody added it by hand
+            kind, rule = ("shun" if in_shun_set else "ban"), ""
+        banned = kind == "ban"
+        left = self._sets.left(member) or None
+        return Element(prefix, "ban" if banned else "shun", rule, left, banned and in_shun_set)
 
     def contains(self, address: int) -> bool:
         """Tell whether a tagged address is banned or shunned, itself or in a wider prefix."""

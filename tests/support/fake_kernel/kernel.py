@@ -40,6 +40,7 @@ class Host:
     routes: dict[int, str] = field(default_factory=dict)
     """Tagged address -> interface; all others go by `default_way`."""
     default_way: str = "eth0"
+    interfaces: list[str] = field(default_factory=lambda: ["lo", "eth0", "eth1"])
     lifelines: list[Lifeline] = field(default_factory=list)
     """Besides the administrators."""
     cookie_counts: CookieCounts = field(default_factory=lambda: CookieCounts(0, 0, 0))
@@ -167,7 +168,7 @@ class FakeKernel:
     def sets(self) -> FakeSets:
         """Return the elements of sets."""
         with self._around("sets"):
-            return FakeSets(self.ipsets, self, self._around)
+            return FakeSets(self.ipsets, self._around)
 
     def table(self) -> FakeConnections:
         """Return the connection table."""
@@ -197,6 +198,11 @@ class FakeKernel:
             log = FakeLog(self.packets, group)
             self._open.append(log)
             return log
+
+    def interfaces(self) -> list[str]:
+        """Return the names of the interfaces."""
+        with self._around("interfaces"):
+            return list(self.host.interfaces)
 
     def ways(self, addresses: Sequence[int]) -> list[str]:
         """Return the interface by which packets to each address leave."""
