@@ -60,14 +60,14 @@ def build(options: Options) -> tuple[Supervisor, Commands, Service]:
         loaded=options.policy,
         file=options.file,
         ruleset=compile_policy(options.policy.policy),
-        events=EventLog(),
+        events=EventLog(options.wall),
         started=asyncio.get_running_loop().time(),
     )
     workers = len(options.spawned) - 1
     kernel = options.kernel
     queues = range(options.queue, options.queue + workers)
     footprint = Footprint(kernel, options.directory, queues)
-    record = Record(options.state, kernel.sets)
+    record = Record(options.state, kernel.sets, options.wall)
     state.memory = lambda: record.problem
     protected = Protected(kernel, state)
     learning = Learning(state)

@@ -19,7 +19,6 @@ from rstguard.state.record import Record
 from rstguard.supervisor.bans import Bans
 from rstguard.supervisor.change import Change
 from rstguard.supervisor.child import StartFailed
-from rstguard.supervisor.claims import claim
 from rstguard.supervisor.guard import Guard
 from rstguard.supervisor.options import Options
 from rstguard.supervisor.policies import Policies
@@ -82,7 +81,7 @@ class Supervisor:
                 its tasks has failed.
         """
         options, parts = self._options, self._parts
-        with claim(options.directory, options.state):
+        with options.claim(options.directory, options.state):
             self._open_sinks()
             await parts.record.open()
             try:
