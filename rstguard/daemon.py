@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 from typing import Final
@@ -32,6 +33,8 @@ from rstguard.supervisor.supervisor import Parts, Supervisor
 from rstguard.supervisor.syn_budget import Budget
 from rstguard.supervisor.upkeep import Upkeep
 
+_SWITCH_SECONDS: Final = 0.0005
+"""How long a thread that computes, such as one that reads a policy, may hold up the loop."""
 _THREADS: Final = 8
 """What waits for the disk, for iptables or for the kernel's tables does so beside the loop."""
 
@@ -44,6 +47,7 @@ async def guard(options: Options) -> None:
     """
     loop = asyncio.get_running_loop()
     loop.set_default_executor(_threads())
+    sys.setswitchinterval(_SWITCH_SECONDS)
     supervisor, commands, service = build(options)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, supervisor.stop)

@@ -52,9 +52,22 @@ class Status:
         self._budget = budget
         self._blocked: dict[str, int] = {"ban": 0, "shun": 0}
         self._counting: asyncio.Task[None] | None = None
+        self._current: asyncio.Task[object] | None = None
+        self._next: asyncio.Task[object] | None = None
 
     async def answer(self, _request: Request) -> object:
-        """Answer the request."""
+        """Answer the request; all who ask before it is begun share one answer."""
+        if self._next is None:
+            self._next = asyncio.ensure_future(self._after(self._current))
+        return await asyncio.shield(self._next)
+
+    async def _after(self, current: asyncio.Task[object] | None) -> object:
+        if current is not None:
+            await asyncio.wait({current})
+        self._current, self._next = self._next, None
+        return await self._look()
+
+    async def _look(self) -> object:
         guard = self._guard
         await asyncio.gather(self._upkeep.look(_LOOK_SECONDS), self._count(_LOOK_SECONDS))
         now = asyncio.get_running_loop().time()

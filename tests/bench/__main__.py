@@ -23,6 +23,7 @@ from tests.bench.resets import resets
 from tests.bench.sources import sources
 from tests.bench.sweeps import million, sweeps
 from tests.bench.traffic import bulk, connections
+from tests.bench.waits import waits
 
 BENCHMARKS: tuple[Benchmark, ...] = (
     resets,
@@ -38,6 +39,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     sweeps,
     million,
     replays,
+    waits,
 )
 
 
