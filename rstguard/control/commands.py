@@ -162,7 +162,7 @@ class Requests:
         element = Element(source, "ban", MANUAL, seconds, keep)
         with Sets() as sets:
             sets.add([element], shorten=True)
-        self._guard.blocked(Blocked("ban", source, seconds, MANUAL, Reason.KILLED, keep))
+        self._guard.blocked(Blocked(element, Reason.KILLED))
         spared = [
             {"address": str(line.address), "what": line.what}
             for line in self._guard.upkeep.lifelines

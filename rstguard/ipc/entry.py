@@ -11,7 +11,7 @@ import socket
 import sys
 from collections.abc import Callable
 
-from rstguard.ipc.channel import Channel, Closed
+from rstguard.ipc.channel import ChildEnd, Closed, child_end
 from rstguard.ipc.messages import Failed, Start
 from rstguard.kernel import KernelError
 
@@ -25,7 +25,7 @@ def take_priority(nice: int) -> None:
         os.setpriority(os.PRIO_PROCESS, 0, nice)
 
 
-def run_child(name: str, serve: Callable[[Channel, Start], None]) -> None:
+def run_child(name: str, serve: Callable[[ChildEnd, Start], None]) -> None:
     """Wait for the supervisor's `Start`, serve, and leave when the supervisor is gone.
 
     Exit status 0 after an orderly stop, 1 after a failure that was reported to the supervisor.
@@ -37,7 +37,7 @@ def run_child(name: str, serve: Callable[[Channel, Start], None]) -> None:
     descriptor = os.environ.get(CHANNEL_FD, "")
     if not descriptor.isdigit():
         sys.exit(f"rstguard {name} is started by `rstguard run`, not by hand")
-    channel = Channel(socket.socket(fileno=int(descriptor)))
+    channel = child_end(socket.socket(fileno=int(descriptor)))
     with contextlib.suppress(Closed):
         start = channel.wait()
         assert isinstance(start, Start)

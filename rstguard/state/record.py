@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rstguard.ipc.messages import Blocked, Offences
-from rstguard.kernel.elements import Element, Kind
+from rstguard.kernel.elements import Element
 from rstguard.kernel.sets import Sets
 from rstguard.state.store import Store, StoreError
 
@@ -87,11 +87,10 @@ class Record:
 
     def blocked(self, message: Blocked) -> None:
         """Note a ban or shun that is in force."""
-        kind: Kind = "ban" if message.kind == "ban" else "shun"
-        keep = message.keep_existing
-        self.blocked_element(Element(message.source, kind, message.rule, message.seconds, keep))
+        element = message.element
+        self.blocked_element(element)
         if message.offence and self.store:
-            self.store.offended(message.rule, str(message.source), message.offence)
+            self.store.offended(element.rule, str(element.source), message.offence)
 
     def blocked_element(self, element: Element) -> None:
         """Note an element that was put into its set."""

@@ -8,10 +8,18 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Any
 
-from rstguard.ipc.channel import Channel, Closed
-from rstguard.ipc.messages import Counts, Failed, NewPolicy, Ready, Stop
+from rstguard.ipc.channel import Closed, Garbled, SupervisorEnd
+from rstguard.ipc.messages import (
+    Counts,
+    Failed,
+    NewPolicy,
+    News,
+    Ready,
+    Reply,
+    Stop,
+    ToChild,
+)
 from rstguard.supervisor.spawn import Spawned, spawn
 
 log = logging.getLogger(__name__)
@@ -33,8 +41,8 @@ class Child:
         self,
         name: str,
         first: Spawned,
-        start: Callable[[], Iterable[object]],
-        on_message: Callable[[Any], None],
+        start: Callable[[], Iterable[ToChild]],
+        on_message: Callable[[News | Reply], None],
         on_restart: Callable[[str], None],
     ) -> None:
         """Look after `first` and its successors; `start` gives the first messages to each."""
@@ -49,9 +57,11 @@ class Child:
         self._on_message = on_message
         self._on_restart = on_restart
         self._process: subprocess.Popen[bytes] | None = None
-        self._channel: Channel | None = None
+        self._channel: SupervisorEnd | None = None
         self._generations: dict[int, asyncio.Future[None]] = {}
         self._failure = ""
+        self._last_words = ""
+        """What the process said of its end, or did that ended it."""
         self._stopping = False
         self._deaths: list[float] = []
         self._before: Counter[str] = Counter()
@@ -100,7 +110,7 @@ class Child:
         if self._failure:
             raise StartFailed(self._failure)
 
-    def send(self, message: object) -> None:
+    def send(self, message: ToChild) -> None:
         """Send a message; a process that just died misses nothing: its successor starts anew."""
         if self._channel is None:
             return
@@ -111,7 +121,7 @@ class Child:
         if self._channel.waiting:
             asyncio.get_running_loop().call_later(0.01, self._flush, self._channel)
 
-    def _flush(self, channel: Channel) -> None:
+    def _flush(self, channel: SupervisorEnd) -> None:
         if channel is self._channel:
             try:
                 channel.flush()
@@ -131,10 +141,13 @@ class Child:
         self.send(policy)
         await asyncio.wait_for(adopted, seconds)
 
-    def _readable(self, channel: Channel) -> None:
+    def _readable(self, channel: SupervisorEnd) -> None:
         try:
             messages = channel.receive()
-        except Closed:
+        except Closed as closed:
+            if isinstance(closed, Garbled):
+                self._last_words = str(closed)
+                self.kill(self._last_words)
             self._died(channel)
             return
         self.heard_at = time.monotonic()
@@ -143,8 +156,10 @@ class Child:
                 self.reader = message.reader
                 self._is_ready(message.generation)
             elif isinstance(message, Failed):
-                self._failure = message.sentence
-                self.ready.set()
+                self._last_words = message.sentence
+                if not self.ready.is_set():
+                    self._failure = message.sentence
+                    self.ready.set()
             elif isinstance(message, Counts):
                 self._now = Counter(message.totals)
             else:
@@ -161,7 +176,7 @@ class Child:
         if generation == 0:
             self._generations.clear()
 
-    def _died(self, channel: Channel) -> None:
+    def _died(self, channel: SupervisorEnd) -> None:
         loop = asyncio.get_running_loop()
         loop.remove_reader(channel.fileno())
         channel.close()
@@ -183,7 +198,8 @@ class Child:
 
     def _again(self) -> None:
         status = self._process.wait() if self._process else None
-        self._on_restart(f"the {self.name} died (status {status}) and was started again")
+        words, self._last_words = self._last_words or f"status {status}", ""
+        self._on_restart(f"the {self.name} died ({words}) and was started again")
         if not self._stopping:
             self.launch()
 

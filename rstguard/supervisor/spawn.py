@@ -11,7 +11,7 @@ import subprocess
 import sys
 from typing import Final, NamedTuple
 
-from rstguard.ipc.channel import Channel, pair
+from rstguard.ipc.channel import SupervisorEnd, pair, supervisor_end
 from rstguard.ipc.entry import CHANNEL_FD, take_priority
 from rstguard.kernel.command import spawn as start
 
@@ -24,7 +24,7 @@ class Spawned(NamedTuple):
 
     kind: str
     process: subprocess.Popen[bytes]
-    channel: Channel
+    channel: SupervisorEnd
 
 
 def spawn(kind: str) -> Spawned:
@@ -37,7 +37,7 @@ def spawn(kind: str) -> Spawned:
         stdin=subprocess.DEVNULL,
     )
     theirs.close()
-    return Spawned(kind, process, Channel(ours))
+    return Spawned(kind, process, supervisor_end(ours))
 
 
 def spawn_all(workers: int) -> tuple[Spawned, ...]:

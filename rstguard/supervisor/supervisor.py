@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from rstguard.engine.address import Prefix
 from rstguard.engine.ruleset import RuleSet
@@ -23,10 +22,12 @@ from rstguard.ipc.messages import (
     Killed,
     NearestAre,
     NewPolicy,
+    News,
     NotKilled,
     Observed,
     Overloaded,
     Productive,
+    Reply,
     Reset,
     Start,
 )
@@ -329,7 +330,7 @@ class Supervisor:
         """What all processes counted since the guard started."""
         return sum((child.totals for child in self.children), Counter())
 
-    def _heard(self, message: Any) -> None:
+    def _heard(self, message: News | Reply) -> None:
         """Note what a worker or the sweeper did, and pass on what concerns connections."""
         match message:
             case Blocked() | Reset() | Observed():
@@ -349,7 +350,7 @@ class Supervisor:
             case NotKilled():
                 for one in message.unconfirmed:
                     self.events.add(Event("not_killed", str(one.flow), detail=one.sentence))
-            case _:
+            case _:  # what learning takes; the type checker knows that nothing else is left
                 self.learning.heard(message)
 
     def _decided(self, message: Blocked | Reset | Observed) -> None:
@@ -373,14 +374,9 @@ class Supervisor:
 
     def blocked(self, message: Blocked) -> None:
         """Note a ban or shun; a ban also ends the source's connections."""
-        event = Event(
-            message.kind,
-            str(message.source),
-            message.rule,
-            message.reason,
-            detail=f"for {message.seconds} s",
-            enforced=message.enforced,
-        )
+        element = message.element
+        source, rule, detail = str(element.source), element.rule, f"for {element.remaining} s"
+        event = Event(element.kind, source, rule, message.reason, detail, message.enforced)
         self.events.add(event)
         if message.enforced:
             self.record.blocked(message)
@@ -389,9 +385,10 @@ class Supervisor:
                 self.sweeper.send(message)
 
     def _count_ban(self, message: Blocked) -> None:
-        if message.kind != "ban" or message.reason is Reason.KILLED:
+        if message.element.kind != "ban" or message.reason is Reason.KILLED:
             return
-        over = self._cap.over(message.source, self.ruleset.bans_per_minute, time.monotonic())
+        source, most = message.element.source, self.ruleset.bans_per_minute
+        over = self._cap.over(source, most, time.monotonic())
         if over and self.ruleset.enforce and not self.runaway:
             task = asyncio.ensure_future(self._run_away())
             self._tasks.add(task)

@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
-from rstguard.ipc.channel import Channel
-from rstguard.ipc.entry import run_child, take_priority
-from rstguard.ipc.messages import Ready, Start
+from collections.abc import Sequence
+
+from rstguard.ipc.channel import ChildEnd
+from rstguard.ipc.ending import last_words
+from rstguard.ipc.entry import run_child
+from rstguard.ipc.messages import Start
+from rstguard.kernel.conntrack import Conntrack
+from rstguard.kernel.inject import Injector
+from rstguard.kernel.routes import ways
+from rstguard.kernel.sets import Sets
 from rstguard.sweeper.sweeper import Sweeper
 
 
-def _serve(channel: Channel, start: Start) -> None:
-    sweeper = Sweeper(channel, start)
-    channel.send(Ready(0))
-    take_priority(0)  # the supervisor's, which it began with, is not for long work
-    sweeper.run()
+class _Linux:
+    """The kernel of the namespace that this process runs in."""
+
+    def sets(self) -> Sets:
+        return Sets()
+
+    def table(self) -> Conntrack:
+        return Conntrack()
+
+    def injector(self) -> Injector:
+        return Injector()
+
+    def ways(self, addresses: Sequence[int]) -> list[str]:
+        return ways(addresses)
+
+
+def _serve(channel: ChildEnd, start: Start) -> None:
+    with last_words(channel):
+        Sweeper(channel, start, _Linux()).run()
 
 
 if __name__ == "__main__":
