@@ -69,8 +69,10 @@ def check_prefix(prefix: Prefix) -> None:
 
 
 def check_element(element: Element) -> None:
-    """Refuse what no set can hold: another prefix, rule name or time."""
+    """Refuse what no set can hold: a prefix of everybody, or another rule name or time."""
     check_prefix(element.source)
+    if not element.source.length:
+        raise ValueError("a prefix holds every address")
     seconds = element.remaining
     if seconds is not None and not 1 <= seconds <= MAX_SECONDS:
         raise ValueError("a number is no time that an element can have")

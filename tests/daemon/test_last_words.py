@@ -80,7 +80,7 @@ def test_one_that_sends_what_is_no_message_is_replaced(guard: Guard, child: str)
     pid = pid_of(guard, child)
     with channels(pid) as ends:
         (end,) = ends
-        end.send(b'["Blocked",[[0,0],"ban","rate",600,false],"nobody knows why"]')
+        end.send(b'["Blocked",[[1,32],"ban","rate",600,false],"nobody knows why"]')
     wait_until(lambda: is_replaced(guard, child, pid), 10)
     (detail,) = told(guard)
     assert child in detail

@@ -93,6 +93,7 @@ def test_a_message_goes_down_as_it_is(message: ToChild) -> None:
         f'["Observed",[1,{V6 << 1},3,4],"a",{REASON}]',
         f'["Blocked",[[1,33],"ban","a",1,false],{REASON}]',
         f'["Blocked",[[1,-1],"ban","a",1,false],{REASON}]',
+        f'["Blocked",[[0,0],"ban","a",1,false],{REASON}]',
         f'["Blocked",[[1,24],"ban","a",1,false],{REASON}]',
         f'["Blocked",[[1,32],"lift","a",1,false],{REASON}]',
         f'["Blocked",[[1,32],"ban","a;b",1,false],{REASON}]',

@@ -219,7 +219,9 @@ def test_nothing_asked_for_is_forgotten_while_the_kernel_refuses(drive: Drive) -
     driven.end.send(Blocked(ban(), Reason.SYN_RATE))
     wait = driven.turn()
     assert wait is not None
-    assert wait > 0  # it does not ask again at once
+    assert wait > 0
+    driven.turn()
+    assert driven.kernel.failing["dump"] == 2  # it does not ask again at once
     assert not any(flow.mark & marks.CONDEMNED for flow in driven.kernel.flows.values())
     killed = driven.until(Killed)
     assert (killed.matched, killed.confirmed) == (1, 1)
