@@ -10,10 +10,10 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn, Protocol
 
-from rstguard.ipc.channel import Channel, Closed
+from rstguard.ipc.channel import ChildEnd, Closed, child_end
 from rstguard.ipc.messages import Failed, Start
 from rstguard.kernel import KernelError
 from rstguard.kernel.confine import confine
@@ -53,7 +53,27 @@ class Serving(Protocol):
         """Serve until told to stop."""
 
 
-def run_child(name: str, begin: Callable[[Channel, Start], Serving]) -> NoReturn:
+@contextlib.contextmanager
+def last_words(channel: ChildEnd) -> Iterator[None]:
+    """Tell the supervisor in a sentence what ends this process, if nobody expected it to.
+
+    The log gets the traceback.  `Closed`, the supervisor's own end, and `KernelError`, which has a
+    sentence of its own, go on.
+
+    Raises:
+        SystemExit: with status 1, after an unexpected exception.
+    """
+    try:
+        yield
+    except (Closed, KernelError):
+        raise
+    except Exception as error:
+        log.exception("this is a mistake in rstguard; please report it with these lines")
+        channel.send_last(Failed(f"it failed on something unexpected: {error!r}"))
+        sys.exit(1)
+
+
+def run_child(name: str, begin: Callable[[ChildEnd, Start], Serving]) -> NoReturn:
     """Wait for the supervisor's `Start`, serve, and leave when the supervisor is gone.
 
     `begin` opens all that is needed and calls `give_up_privileges`.  Exit status 0 after an orderly
@@ -66,7 +86,7 @@ def run_child(name: str, begin: Callable[[Channel, Start], Serving]) -> NoReturn
     descriptor = os.environ.get(CHANNEL_FD, "")
     if not descriptor.isdigit():
         sys.exit(f"rstguard {name} is started by `rstguard run`, not by hand")
-    channel = Channel(socket.socket(fileno=int(descriptor)))
+    channel = child_end(socket.socket(fileno=int(descriptor)))
     status, serving = 0, None
     try:
         start = channel.wait()
@@ -75,17 +95,16 @@ def run_child(name: str, begin: Callable[[Channel, Start], Serving]) -> NoReturn
         # collect at every 700 new objects would take a third of its time.
         gc.freeze()
         gc.set_threshold(100_000, 50, 1000)
-        serving = begin(channel, start)
-        serving.run()
+        with last_words(channel):
+            serving = begin(channel, start)
+            serving.run()
     except Closed:
         pass
+    except SystemExit:
+        status = 1
     except KernelError as error:
         status = 1
-        with contextlib.suppress(Closed):
-            channel.send(Failed(str(error)))
-    except Exception:
-        status = 1
-        log.exception("this process fails, and ends")
+        channel.send_last(Failed(str(error)))
     # What is open goes with the process.  To tidy up, which begins when `serving` is forgotten,
     # could take calls that are forbidden by now.
     os._exit(status)

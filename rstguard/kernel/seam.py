@@ -130,6 +130,9 @@ class PacketQueue(Pollable, Protocol):
     def give(self, verdicts: Sequence[Verdict]) -> None:
         """Give verdicts, each for all packets up to its number that have none yet."""
 
+    def state(self) -> QueueState:
+        """Return how long it is, and what it lost."""
+
     def set_fail_open(self, fail_open: bool) -> None:
         """Choose what happens to a packet that finds the queue full: pass (True) or drop."""
 

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import assert_never
 
 from rstguard.engine.shedding import UNDONE, Level
 from rstguard.ipc.messages import (
+    AllMeasured,
     Blocked,
     Explained,
+    FoundProductive,
     Killed,
+    LookProductive,
+    Measured,
     NearestAre,
+    News,
     NotKilled,
     Observed,
     Overloaded,
     Productive,
+    Reply,
     Reset,
 )
 from rstguard.observe.events import Event
@@ -35,7 +41,7 @@ class Hearing:
         self.nearest: Inquiry[NearestAre] = Inquiry()
         self.killed: Inquiry[Killed] = Inquiry()
 
-    def hear(self, message: Any) -> None:
+    def hear(self, message: News | Reply) -> None:
         """Note what a worker or the sweeper did, and pass on what concerns others."""
         guard = self._guard
         match message:
@@ -46,12 +52,8 @@ class Hearing:
             case Observed():
                 flow, rule, reason = str(message.flow), message.rule, message.reason
                 guard.events.add(Event("observed", flow, rule, reason))
-            case Explained():
-                self.explained.heard(message)
-            case NearestAre():
-                self.nearest.heard(message)
-            case Killed():
-                self.killed.heard(message)
+            case Explained() | NearestAre() | Killed():
+                self._answered(message)
             case NotKilled():
                 for one in message.unconfirmed:
                     guard.events.add(Event("not_killed", str(one.flow), detail=one.sentence))
@@ -61,8 +63,19 @@ class Hearing:
                     worker.send(message)
             case Overloaded():
                 self._overloaded(message)
-            case _:
+            case Measured() | LookProductive() | AllMeasured() | FoundProductive():
                 self._learning.heard(message)
+            case _:
+                assert_never(message)
+
+    def _answered(self, message: Explained | NearestAre | Killed) -> None:
+        match message:
+            case Explained():
+                self.explained.heard(message)
+            case NearestAre():
+                self.nearest.heard(message)
+            case Killed():
+                self.killed.heard(message)
 
     def _reset(self, message: Reset) -> None:
         flow, enforced = str(message.flow), message.enforced

@@ -66,9 +66,10 @@ def differences(seed: int, directory: Path, look_often: bool = False) -> list[st
     With `look_often` the kernels are compared after each operation, not only at the end.
     """
     operations = random_operations(Random(seed))
+    kernels: dict[str, Kernel] = {"real": Linux(), "fake": FakeKernel()}
     real, fake = (
         Side.of(kernel, directory / f"{seed}-{look_often}-{kind}")
-        for kind, kernel in (("real", Linux()), ("fake", FakeKernel()))
+        for kind, kernel in kernels.items()
     )
     said = []
     with own_network():

@@ -11,17 +11,20 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from rstguard.engine.ruleset import RuleSet
 from rstguard.engine.verdict import PASS, PASS_AND_TRUST, Decision, Reason, Verdict
 from rstguard.engine.wire import ACK, Malformed, Packet, parse
-from rstguard.ipc.channel import Channel, pair
+from rstguard.ipc.channel import child_end, pair
 from rstguard.ipc.messages import Start
 from rstguard.kernel import KernelError
+from rstguard.kernel.inject import Injector
 from rstguard.kernel.nfqueue import LENGTH, MOST, Queue, Queued, states
 from rstguard.kernel.readers import BINDING, BUILT_IN, CHOICE
+from rstguard.kernel.sets import Sets
 from rstguard.worker.worker import Worker
 from tests.engine.packets import ipv4, ruleset, tcp
 
@@ -232,7 +235,8 @@ def test_what_cannot_be_judged_fares_as_on_failure_says(
     """An engine that fails in the middle of a batch costs no other packet its own verdict."""
     rules: RuleSet = replace(ruleset(), fail_open=fail_open, enforce=enforce)
     ours, _theirs = pair()
-    worker = Worker(Channel(ours), Start(rules, NUMBER))
+    kernel = SimpleNamespace(sets=Sets, injector=Injector, queue=Queue, queues=states)
+    worker = Worker(child_end(ours), Start(rules, NUMBER), kernel)
 
     def decide(packet: Packet | Malformed, now: int) -> Decision:
         assert isinstance(packet, Packet)
@@ -240,14 +244,14 @@ def test_what_cannot_be_judged_fares_as_on_failure_says(
             raise RuntimeError("as if the engine had a bug")
         return (PASS, PASS_AND_TRUST, DROPPED)[packet.source_port % 3]
 
-    worker._decide = decide
+    worker._judging.decide = decide
     send(*range(1, 101))
-    assert worker._work_off()
+    worker.turn()
     assert arrived(arrivals) == [
         port
         for port in range(1, 101)
         if (fail_open if port % 5 == 0 else port % 3 != 2 or not enforce)
     ]
-    assert worker._counts == Counter(failed=20)
+    assert worker._reporting.counts == Counter(failed=20)
     assert states()[NUMBER].waiting == 0
-    worker._queue.close()
+    worker.close()
