@@ -10,7 +10,7 @@ from random import Random
 from rstguard.engine.address import parse_address, parse_prefix
 from rstguard.engine.ruleset import RuleSet
 from rstguard.kernel import KernelError
-from rstguard.kernel.elements import Element
+from rstguard.kernel.elements import Element, Kind
 from rstguard.kernel.footprint import Footprint
 from rstguard.kernel.seam import Kernel
 from tests.support.random_policies import random_offers, random_ruleset
@@ -96,7 +96,10 @@ def random_operations(random: Random) -> list[Operation]:
     """Return a list of operations; most begin like a guard."""
     rulesets = [random_ruleset(random) for _ in range(2)]
     found = _beginning(random, rulesets[0])
-    draws = (_of_guard, _of_guard, _of_elements, _of_elements, _of_iptables, _of_ipset, _of_sysctl)
+    draws = (
+        *(_of_guard, _of_guard, _of_guard, _of_elements, _of_elements, _of_sysctl),
+        *(_of_iptables, _of_restore, _of_ipset),
+    )
     for _ in range(random.randint(3, 7)):
         draw = random.choice(draws)
         found.append(draw(random, rulesets))
@@ -137,7 +140,7 @@ def _of_guard(random: Random, rulesets: Sequence[RuleSet]) -> Operation:
     return Operation(name, choices[name])
 
 
-def _of_elements(random: Random, _: Sequence[RuleSet]) -> Operation:
+def _of_elements(random: Random, _rulesets: Sequence[RuleSet]) -> Operation:
     sources = random.sample(_SOURCES, random.randint(1, 3))
     if random.random() < 0.05:
         sources.append(_EVERYBODY)
@@ -173,23 +176,46 @@ def _of_elements(random: Random, _: Sequence[RuleSet]) -> Operation:
 
 
 def _element(random: Random, source: str) -> Element:
+    kind: Kind = random.choice(("ban", "ban", "shun"))
+    keeps = kind == "ban" and random.random() < 0.5
     seconds = random.choice(_SECONDS)
+    if seconds and keeps:
+        seconds += 50
     # Whether an equal one is renewed depends on whether a moment has passed: nobody is to see it.
     rule = f"for-{seconds}"
-    kind = random.random()
-    prefix = parse_prefix(source)
-    if kind < 0.5:
-        return Element(prefix, "ban", rule, seconds)
-    return Element(prefix, "ban" if kind < 0.6 else "shun", rule, seconds, kind < 0.6)
+    return Element(parse_prefix(source), kind, rule, seconds, keeps)
 
 
-def _of_iptables(random: Random, _: Sequence[RuleSet]) -> Operation:
+def _of_iptables(random: Random, _rulesets: Sequence[RuleSet]) -> Operation:
+    family, table = random.choice((4, 6)), random.choice(list(_BUILTIN))
+    command = _iptables_command(random, family, table)
+    return _run([f"ip{'6' * (family == 6)}tables", "-w", "-t", table, *command])
+
+
+def _of_restore(random: Random, _rulesets: Sequence[RuleSet]) -> Operation:
+    """Several changes at once: of each table all are made, or none."""
     family = random.choice((4, 6))
-    table = random.choice(list(_BUILTIN))
+    lines = []
+    for table in random.sample(list(_BUILTIN), random.randint(1, 2)):
+        lines.append(f"*{table}")
+        if random.random() < 0.7:
+            lines.append(f":{random.choice(('other', 'other', 'rstguard-queue'))} - [0:0]")
+        if random.random() < 0.3:  # a chain that is used cannot go, and nothing else is done
+            lines += [f"-A {random.choice(_BUILTIN[table])} -j other", "-X other"]
+        else:
+            count = random.randint(1, 4)
+            lines += [" ".join(_iptables_command(random, family, table)) for _ in range(count)]
+        lines.append("COMMIT")
+    restore = f"ip{'6' * (family == 6)}tables-restore"
+    return _run([restore, "--noflush", "-w", "10"], "\n".join([*lines, ""]))
+
+
+def _iptables_command(random: Random, family: int, table: str) -> list[str]:
     chain = random.choice((*_BUILTIN[table], *_BUILTIN[table], *_CHAINS))
     rule = random.choice(_RULES).format(family=family).split()
     commands = (
         ["-A", chain, *rule],
+        ["-A", chain, "-j", "other"],
         ["-I", chain, *rule],
         ["-I", chain, str(random.randint(1, 3)), *rule],
         ["-D", chain, str(random.randint(1, 2))],
@@ -198,13 +224,14 @@ def _of_iptables(random: Random, _: Sequence[RuleSet]) -> Operation:
         ["-F", chain],
         ["-F"],
         ["-X", random.choice(_CHAINS)],
+        ["-X", "other"],
         ["-X"],
         ["-N", random.choice(("other", "rstguard-raw"))],
     )
-    return _command([f"ip{'6' * (family == 6)}tables", "-w", "-t", table, *random.choice(commands)])
+    return random.choice(commands)
 
 
-def _of_ipset(random: Random, _: Sequence[RuleSet]) -> Operation:
+def _of_ipset(random: Random, _rulesets: Sequence[RuleSet]) -> Operation:
     name, second = random.sample(_SETS, 2)
     element = random.choice((*_SOURCES, "80", "443"))
     commands = (
@@ -220,15 +247,16 @@ def _of_ipset(random: Random, _: Sequence[RuleSet]) -> Operation:
         ["destroy"],
         ["flush"],
     )
-    return _command(["ipset", *random.choice(commands)])
+    return _run(["ipset", *random.choice(commands)])
 
 
-def _of_sysctl(random: Random, _: Sequence[RuleSet]) -> Operation:
+def _of_sysctl(random: Random, _rulesets: Sequence[RuleSet]) -> Operation:
     name, value = random.choice(SYSCTLS), random.choice("01")
     return Operation(f"{name}={value}", lambda side: side.kernel.write_sysctl(name, value))
 
 
-def _command(arguments: list[str]) -> Operation:
+def _run(arguments: list[str], text: str = "") -> Operation:
+    words = " ".join([*arguments, *text.splitlines()])
     # Which of several mistakes of an iptables command is found first is nobody's concern.
     why_counts = arguments[0] == "ipset"
-    return Operation(" ".join(arguments), lambda side: side.kernel.run(arguments), why_counts)
+    return Operation(words, lambda side: side.kernel.run(arguments, text), why_counts)
