@@ -22,6 +22,7 @@ from rstguard.cli.common import (
     errors_in_one_sentence,
     print_json,
     read_policy,
+    say,
 )
 from rstguard.cli.status import lines
 from rstguard.kernel import KernelError
@@ -150,7 +151,7 @@ def status(runtime_dir: RuntimeDir = DEFAULT_DIR, as_json: Json = False) -> None
         print_json(data)
     else:
         for line in lines(data):
-            typer.echo(line)
+            say(line)
     if not data["filtering"]:
         raise typer.Exit(FAILED)
 
@@ -186,9 +187,9 @@ def kill(
     if as_json:
         print_json(done)
     else:
-        typer.echo(f"killed {done['killed']}, confirmed {done['confirmed']}")
+        say(f"killed {done['killed']}, confirmed {done['confirmed']}")
         for one in done["unconfirmed"]:
-            typer.echo(f"  not confirmed: {one['why']}")
+            say(f"  not confirmed: {one['why']}")
     if done["confirmed"] < done["killed"]:
         raise typer.Exit(FAILED)
 
@@ -245,7 +246,7 @@ def _say(done: bool, sentence: str, as_json: bool) -> None:
     if as_json:
         print_json({"changed": done, "said": sentence})
     else:
-        typer.echo(sentence)
+        say(sentence)
 
 
 def cleanup(
@@ -269,4 +270,4 @@ def cleanup(
     if as_json:
         print_json({"done": done})
     else:
-        typer.echo("\n".join(done) or "there was nothing to clean up")
+        say("\n".join(done) or "there was nothing to clean up")
