@@ -12,7 +12,7 @@ import typer
 
 from rstguard import __version__
 from rstguard.cli import ban, events, guard, install, lab, man, policy, top
-from rstguard.cli.common import FAILED, Json, print_json
+from rstguard.cli.common import FAILED, Commands, Json, print_json
 from rstguard.engine.verdict import Reason
 from rstguard.kernel.queues import DEFAULT_NUMBER
 
@@ -28,6 +28,7 @@ app = typer.Typer(
     epilog=EPILOG,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    cls=Commands,
 )
 app.command(epilog="Example: rstguard run --policy /etc/rstguard/policy.yaml")(guard.run)
 app.command(epilog="Example: rstguard status --json | jq .blocked")(guard.status)

@@ -16,6 +16,7 @@ from rstguard.cli.common import (
     ask_guard,
     fail,
     print_json,
+    say,
 )
 from rstguard.engine.ruleset import SECOND
 
@@ -32,7 +33,7 @@ def ban_list(runtime_dir: RuntimeDir = DEFAULT_DIR, as_json: Json = False) -> No
         print_json(rows)
         return
     if not rows:
-        typer.echo("nobody is banned or shunned")
+        say("nobody is banned or shunned")
         return
     # As plain as can be: there may be a million, and scripts may read this, too.
     titles = ("source", "kind", "rule")
@@ -41,7 +42,7 @@ def ban_list(runtime_dir: RuntimeDir = DEFAULT_DIR, as_json: Json = False) -> No
     lines += [(r["source"], r["kind"], r["rule"], _left(r["remaining_s"])) for r in rows]
     for *words, left in lines:
         cells = [word.ljust(width) for word, width in zip(words, widths, strict=True)]
-        typer.echo("  ".join([*cells, f"{left:>12}"]))
+        say("  ".join([*cells, f"{left:>12}"]))
 
 
 def _left(seconds: int | None) -> str:
@@ -67,9 +68,9 @@ def ban_add(
         print_json(done)
     else:
         kept = "its connections stay" if keep_existing else "its connections are reset"
-        typer.echo(f"{done['source']} is banned for {done['seconds']} s; {kept}")
+        say(f"{done['source']} is banned for {done['seconds']} s; {kept}")
         for row in done["protected"]:
-            typer.echo(f"  but {row['address']} is {row['what']}, which is never banned")
+            say(f"  but {row['address']} is {row['what']}, which is never banned")
 
 
 def _seconds(duration: str) -> int:
@@ -113,9 +114,9 @@ def ban_import(
     wrong = [entry for entry in entries if isinstance(entry, Wrong)]
     bans = [entry for entry in entries if isinstance(entry, Ban)]
     for entry in wrong[:_MOST_NAMED]:
-        typer.echo(f"{file}:{entry.line}: {entry.why}", err=True)
+        say(f"{file}:{entry.line}: {entry.why}", err=True)
     if len(wrong) > _MOST_NAMED:
-        typer.echo(f"{file}: {len(wrong) - _MOST_NAMED} more entries are wrong", err=True)
+        say(f"{file}: {len(wrong) - _MOST_NAMED} more entries are wrong", err=True)
     banned, refused = 0, []
     if not dry_run and not (strict and wrong):
         for start in range(0, len(bans), MOST_AT_ONCE):
@@ -125,14 +126,14 @@ def ban_import(
             banned += done["banned"]
             refused += done["refused"]
             if len(bans) > MOST_AT_ONCE and sys.stderr.isatty():
-                typer.echo(f"{start + len(some)} of {len(bans)}", err=True)
+                say(f"{start + len(some)} of {len(bans)}", err=True)
     if as_json:
         rows = [entry._asdict() for entry in wrong]
         print_json({"read": len(bans), "banned": banned, "refused": refused, "wrong": rows})
     else:
         for row in refused[:_MOST_NAMED]:
-            typer.echo(f"{row['source']} is not banned: {row['why']}", err=True)
-        typer.echo(f"{len(bans)} read, {banned} banned, {len(refused)} refused, {len(wrong)} wrong")
+            say(f"{row['source']} is not banned: {row['why']}", err=True)
+        say(f"{len(bans)} read, {banned} banned, {len(refused)} refused, {len(wrong)} wrong")
     if wrong and (strict or not bans):
         raise typer.Exit(FAILED)
 
@@ -158,4 +159,4 @@ def ban_remove(
     if as_json:
         print_json(done)
     else:
-        typer.echo(f"{done['source']} is free")
+        say(f"{done['source']} is free")

@@ -8,16 +8,22 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
-from rstguard.control.protocol import NoDaemon, ask
-from rstguard.ipc.requests import ControlError
+from rstguard.control import protocol
+from rstguard.control.lines import misunderstood
+from rstguard.control.protocol import NoDaemon
+from rstguard.ipc.requests import ControlError, Request
 from rstguard.kernel import KernelError
+from rstguard.observe.text import plain_lines
 
 if TYPE_CHECKING:
     from rstguard.policy.load import Loaded
@@ -46,6 +52,9 @@ StateDir = Annotated[
     ),
 ]
 _MOST_PARENTS = 32
+_LONGEST_LINE = 1 << 16
+_ASKED = ContextVar("_ASKED", default=False)
+"""Whether the command that runs has been answered by a guard."""
 DEFAULT_STATE_DIR = Path("/var/lib/rstguard")
 
 
@@ -58,8 +67,24 @@ def read_policy(file: Path) -> Loaded:
     except PolicyError as error:
         fail(str(error), BAD_POLICY)
     for problem in loaded.warnings:
-        typer.echo(str(problem), err=True)
+        say(str(problem), err=True)
     return loaded
+
+
+class Commands(TyperGroup):
+    """Commands whose errors are one sentence, also where an answer is not what it should be."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was named."""
+        _ASKED.set(False)
+        try:
+            with errors_in_one_sentence():
+                return super().invoke(ctx)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            if not _ASKED.get():
+                raise
+            why = misunderstood(f"{type(error).__name__}: {error}")
+            fail(why, FAILED)
 
 
 @contextmanager
@@ -79,8 +104,30 @@ def errors_in_one_sentence(more: str = "") -> Iterator[None]:
 
 def fail(sentence: str, status: int) -> NoReturn:
     """Say what is wrong, and leave with `status`."""
-    typer.echo(sentence if status == BAD_POLICY else f"rstguard: {sentence}", err=True)
+    say(sentence if status == BAD_POLICY else f"rstguard: {sentence}", err=True)
     raise typer.Exit(status)
+
+
+def say(text: str, err: bool = False) -> None:
+    """Print lines for people, with nothing in them that a terminal obeys, whoever wrote them."""
+    typer.echo(plain_lines(text, _LONGEST_LINE), err=err)
+
+
+def print_text(text: str) -> None:
+    """Print a text as it is, to the letter, for a file or a pipe; on a terminal as `say` does."""
+    typer.echo(plain_lines(text, _LONGEST_LINE) if sys.stdout.isatty() else text, nl=False)
+
+
+def ask(directory: Path, request: Request, patience: float = 30.0) -> Any:
+    """Ask the running guard; `patience` is in seconds.
+
+    Raises:
+        NoDaemon: there is none.
+        ControlError: the guard refused, or its answer cannot be understood.
+    """
+    answer = protocol.ask(directory, request, patience)
+    _ASKED.set(True)
+    return answer
 
 
 def ask_guard(
@@ -124,7 +171,12 @@ def who() -> str:
 
 def print_json(data: object) -> None:
     """Print data for scripts."""
-    typer.echo(json.dumps(data, indent=2))
+    typer.echo(json_text(data, indent=2))
+
+
+def json_text(data: object, indent: int | None = None) -> str:
+    """Return data as JSON in printable ASCII."""
+    return json.dumps(data, indent=indent).replace("\x7f", "\\u007f")
 
 
 def interfaces() -> list[str]:

@@ -11,11 +11,20 @@ from typing import Annotated, Any
 
 import typer
 
-from rstguard.cli.common import DEFAULT_DIR, FAILED, RuntimeDir, ask_guard, fail
-from rstguard.control.protocol import NoDaemon, ask
+from rstguard.cli.common import (
+    DEFAULT_DIR,
+    FAILED,
+    RuntimeDir,
+    ask,
+    ask_guard,
+    fail,
+    json_text,
+    say,
+)
+from rstguard.control.protocol import NoDaemon
 from rstguard.engine.address import Prefix, parse_address, parse_prefix
 from rstguard.ipc.requests import ControlError
-from rstguard.observe.events import KINDS
+from rstguard.observe.events import KINDS, sentence
 
 _LOOK_SECONDS = 0.5
 _LONGEST_LINE = 1 << 16
@@ -75,14 +84,14 @@ def _following(runtime_dir: Path, number: int) -> Iterator[list[Record]]:
             if not isinstance(error, NoDaemon):
                 fail(str(error), FAILED)
             if not gone:
-                typer.echo("rstguard: the guard has stopped; waiting for the next", err=True)
+                say("rstguard: the guard has stopped; waiting for the next", err=True)
             gone, number = True, 0
             continue
         gone = False
         if records:
             left_out = records[0]["number"] - number - 1
             if left_out > 0:
-                typer.echo(f"rstguard: {left_out} events came too fast to be shown", err=True)
+                say(f"rstguard: {left_out} events came too fast to be shown", err=True)
             number = records[-1]["number"]
             yield records
 
@@ -136,23 +145,13 @@ def _prefix(text: str | None) -> Prefix | None:
 
 def _show(records: Iterable[Record], as_json: bool) -> None:
     for record in records:
-        typer.echo(json.dumps(record) if as_json else line(record))
+        say(json_text(record) if as_json else line(record))
 
 
 def line(record: Record) -> str:
     """Return an event as a line for people."""
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record["time"]))
-    would = "" if record["enforced"] else "would "
-    rule = f" by rule {record['rule']}" if record["rule"] else ""
-    detail = f" ({record['detail']})" if record["detail"] else ""
-    why = f": {record['why']}" if record["why"] else ""
-    kind = str(record["kind"]).replace("_", " ")
-    return _printable(f"{when}  {would}{kind} {record['subject']}{rule}{detail}{why}")
-
-
-def _printable(text: str) -> str:
-    """A terminal obeys control characters: a file may be anybody's."""
-    return "".join(one if one.isprintable() else "\N{REPLACEMENT CHARACTER}" for one in text)
+    return f"{when}  {sentence(record)}"
 
 
 def _read(path: Path) -> Iterator[Record]:
@@ -169,7 +168,7 @@ def _read(path: Path) -> Iterator[Record]:
     except OSError as error:
         fail(f"{path} cannot be read ({error.strerror})", FAILED)
     if bad:
-        typer.echo(f"{path}: {bad} lines are no events and were left out", err=True)
+        say(f"{path}: {bad} lines are no events and were left out", err=True)
 
 
 def _record(text: bytes) -> Record | None:

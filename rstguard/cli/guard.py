@@ -23,6 +23,7 @@ from rstguard.cli.common import (
     errors_in_one_sentence,
     print_json,
     read_policy,
+    say,
 )
 from rstguard.cli.status import lines
 from rstguard.ipc.requests import ControlError
@@ -166,7 +167,7 @@ def status(
         print_json(data)
     else:
         for line in lines(data):
-            typer.echo(line)
+            say(line)
     if not (data["filtering"] or (degraded_too and data["state"] == "degraded")):
         raise typer.Exit(FAILED)
 
@@ -202,9 +203,9 @@ def kill(
     if as_json:
         print_json(done)
     else:
-        typer.echo(f"killed {done['killed']}, confirmed {done['confirmed']}")
+        say(f"killed {done['killed']}, confirmed {done['confirmed']}")
         for one in done["unconfirmed"]:
-            typer.echo(f"  not confirmed: {one['why']}")
+            say(f"  not confirmed: {one['why']}")
     if done["confirmed"] < done["killed"]:
         raise typer.Exit(FAILED)
 
@@ -273,7 +274,7 @@ def _say(done: bool, sentence: str, as_json: bool) -> None:
     if as_json:
         print_json({"changed": done, "said": sentence})
     else:
-        typer.echo(sentence)
+        say(sentence)
 
 
 def cleanup(
@@ -298,4 +299,4 @@ def cleanup(
     if as_json:
         print_json({"done": done})
     else:
-        typer.echo("\n".join(done) or "there was nothing to clean up")
+        say("\n".join(done) or "there was nothing to clean up")

@@ -19,6 +19,7 @@ from rstguard.cli.common import (
     ask_guard,
     fail,
     print_json,
+    say,
 )
 from rstguard.cli.replay import progress_on_stderr
 
@@ -161,7 +162,7 @@ def _start(directory: Path, seconds: int, as_json: bool) -> None:
         print_json(told)
     else:
         until = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() + seconds))
-        typer.echo(
+        say(
             f"the guard learns until {until}; take what it has learned, then or before, with "
             "`rstguard policy learn --live --out FILE`"
         )
@@ -172,7 +173,7 @@ def _stop(directory: Path, as_json: bool) -> None:
     if as_json:
         print_json(told)
     else:
-        typer.echo("the guard has stopped learning" if told["stopped"] else "it was not learning")
+        say("the guard has stopped learning" if told["stopped"] else "it was not learning")
 
 
 def _watch(directory: Path, seconds: int) -> None:
@@ -266,12 +267,12 @@ def _report(lesson: Lesson, out: Path, as_json: bool) -> None:
         return
     sources = "source" if lesson.productive == 1 else "sources"
     found = f"{lesson.productive:,} productive {sources} in {lesson.packets:,} packets"
-    typer.echo(f"{out}: limits from {found}")
+    say(f"{out}: limits from {found}")
     for one in data["rules"]:
         kept = f"kept: {one['kept_because']}"
-        typer.echo(f"  {one['rule']}: {one['limit'] or kept}")
+        say(f"  {one['rule']}: {one['limit'] or kept}")
     for note in lesson.notes:
-        typer.echo(f"note: {note}", err=True)
+        say(f"note: {note}", err=True)
 
 
 def _sample() -> str:

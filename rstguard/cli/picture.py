@@ -7,6 +7,7 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 from rstguard.cli.events import line as event_line
+from rstguard.observe.text import plain
 
 Status = dict[str, Any]
 """What the guard answers to `status`, and with it what it answers to `nearest`."""
@@ -50,13 +51,13 @@ def frame(now: Status, before: Status | None, seconds: float, size: tuple[int, i
     nearest = now["nearest"][: min(_MOST_NEAREST, max(_FEWEST_NEAREST, room // 2))]
     events = now["recent"][::-1][: max(_FEWEST_EVENTS, room - max(len(nearest), 1))]
     lines = [*upper, *apart, *_nearest(nearest, width), *_events(events)]
-    return [Line(_cut(text, width), style) for text, style in lines[:height]]
+    return [Line(_cut(plain(text), width), style) for text, style in lines[:height]]
 
 
 def outdated(lines: list[Line], sentence: str, seconds: float, width: int) -> list[Line]:
     """Return the lines of a picture that is no longer of now, under one that says so and why."""
     said = f"NO ANSWER for {_lasting(seconds)}, what follows is older: {sentence}"
-    return [Line(_cut(said, width), Style.BAD), *(Line(text) for text, _ in lines)]
+    return [Line(_cut(plain(said), width), Style.BAD), *(Line(text) for text, _ in lines)]
 
 
 def _cut(text: str, width: int) -> str:

@@ -20,7 +20,9 @@ from rstguard.cli.common import (
     fail,
     interfaces,
     print_json,
+    print_text,
     read_policy,
+    say,
     ssh_client,
     who,
 )
@@ -63,9 +65,9 @@ def policy_check(file: PolicyFile, as_json: Json = False) -> None:
         print_json({"ok": right, "problems": rows})
     else:
         for problem in problems:
-            typer.echo(str(problem), err=True)
+            say(str(problem), err=True)
         if right:
-            typer.echo(f"{file}: the policy is good")
+            say(f"{file}: the policy is good")
     if not right:
         raise typer.Exit(BAD_POLICY)
 
@@ -102,11 +104,11 @@ def policy_apply(
     if as_json:
         print_json(done)
         return
-    typer.echo(f"policy {done['name']} is in force (took {done['took_ms']} ms)")
+    say(f"policy {done['name']} is in force (took {done['took_ms']} ms)")
     protected = ", ".join(f"{row['address']} ({row['what']})" for row in done["protected"])
-    typer.echo(f"never banned, shunned or reset: {protected}")
+    say(f"never banned, shunned or reset: {protected}")
     if seconds is not None:
-        typer.echo(f"rolls back in {seconds} s unless you run `rstguard policy confirm`")
+        say(f"rolls back in {seconds} s unless you run `rstguard policy confirm`")
 
 
 def _seconds(text: str) -> int:
@@ -126,7 +128,7 @@ def policy_confirm(runtime_dir: RuntimeDir = DEFAULT_DIR, as_json: Json = False)
     if as_json:
         print_json(done)
     else:
-        typer.echo(f"policy {done['name']} stays")
+        say(f"policy {done['name']} stays")
 
 
 @app.command("rollback", epilog="Example: rstguard policy rollback")
@@ -136,7 +138,7 @@ def policy_rollback(runtime_dir: RuntimeDir = DEFAULT_DIR, as_json: Json = False
     if as_json:
         print_json(done)
     else:
-        typer.echo(f"policy {done['name']} is in force again (took {done['took_ms']} ms)")
+        say(f"policy {done['name']} is in force again (took {done['took_ms']} ms)")
 
 
 @app.command(
@@ -159,10 +161,10 @@ def policy_history(
     if as_json:
         print_json(entries)
     elif number is not None:
-        typer.echo(entries[0]["text"], nl=False)
+        print_text(entries[0]["text"])
     else:
         for entry in reversed(entries):
-            typer.echo(_line(entry))
+            say(_line(entry))
 
 
 def _line(entry: dict[str, Any]) -> str:
@@ -203,7 +205,7 @@ def policy_show(
     if as_json:
         print_json(data)
     else:
-        typer.echo(data["compiled" if compiled else "text"], nl=False)
+        print_text(data["compiled" if compiled else "text"])
 
 
 @app.command("diff", epilog="Example: rstguard policy diff /etc/rstguard/policy.yaml")
@@ -239,11 +241,11 @@ def policy_diff(
         print_json({"changes": changes, "iptables": lines})
         return
     for change in changes:
-        typer.echo(change)
+        say(change)
     if not changes:
-        typer.echo("nothing would change")
+        say("nothing would change")
     if compiled and lines:
-        typer.echo(f"\n{lines}", nl=False)
+        print_text(f"\n{lines}")
 
 
 @app.command("schema", epilog="Example: rstguard policy schema > policy.schema.json")
@@ -265,13 +267,13 @@ def policy_explain(
     if as_json:
         print_json(told)
         return
-    typer.echo(f"{told['source']}: {told['state']}")
-    typer.echo(f"  {told['connections']} connections in the kernel's table")
+    say(f"{told['source']}: {told['state']}")
+    say(f"  {told['connections']} connections in the kernel's table")
     if told["productive_percent"] is not None:
-        typer.echo(f"  {told['productive_percent']}% of its completed connections are productive")
+        say(f"  {told['productive_percent']}% of its completed connections are productive")
     for row in told["rules"]:
         used = "not counted now" if row["used_percent"] is None else f"{row['used_percent']}% used"
-        typer.echo(f"  {row['name']}: {used}; {row['says']}")
+        say(f"  {row['name']}: {used}; {row['says']}")
 
 
 def _compiled(data: dict[str, Any]) -> dict[str, Any]:

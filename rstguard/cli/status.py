@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from rstguard.observe.events import sentence
+
 Status = dict[str, Any]
 
 _MOST_PROBLEMS = 8
@@ -21,7 +23,7 @@ def lines(data: Status) -> Iterator[str]:
     blocked = data["blocked"]
     yield f"  blocked now: {blocked['ban']} banned, {blocked['shun']} shunned"
     yield from _budget(data["syn_budget"])
-    yield from map(_event, data["recent"][-_MOST_EVENTS:])
+    yield from (f"  {sentence(event)}" for event in data["recent"][-_MOST_EVENTS:])
 
 
 def _warnings(data: Status) -> Iterator[str]:
@@ -71,11 +73,3 @@ def _budget(budget: Status | None) -> Iterator[str]:
         state = "within budget" if over is None else f"SYN cookies for {over:.0f} s"
         scale = f", wscale {offers['scale']}" if offers["scale"] >= 0 else ""
         yield f"    {service['service']}: {state} (mss {offers['mss']}{scale})"
-
-
-def _event(event: dict[str, Any]) -> str:
-    rule = f" by {event['rule']}" if event["rule"] else ""
-    why = f": {event['why']}" if event["why"] else ""
-    detail = f" ({event['detail']})" if event["detail"] else ""
-    would = "" if event["enforced"] else "would "
-    return f"  {would}{event['kind']} {event['subject']}{rule}{detail}{why}"

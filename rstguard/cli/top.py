@@ -8,10 +8,16 @@ from typing import Annotated
 
 import typer
 
-from rstguard.cli.common import DEFAULT_DIR, RuntimeDir, errors_in_one_sentence, print_json
+from rstguard.cli.common import (
+    DEFAULT_DIR,
+    RuntimeDir,
+    ask,
+    errors_in_one_sentence,
+    print_json,
+    say,
+)
 from rstguard.cli.picture import Status, frame, outdated
 from rstguard.cli.screen import Screen, is_terminal, taken
-from rstguard.control.protocol import ask
 from rstguard.ipc.requests import ControlError
 
 _PIPE = (80, 24)
@@ -42,7 +48,7 @@ def top(
             time.sleep(interval)
             now = _look(runtime_dir)
             lines = frame(now, before, time.monotonic() - began, _PIPE)
-            typer.echo("\n".join(line.text for line in lines))
+            say("\n".join(line.text for line in lines))
         else:
             with taken() as screen:
                 Live(screen, runtime_dir, before).run(interval)
@@ -50,7 +56,8 @@ def top(
 
 def _look(runtime_dir: Path) -> Status:
     status: Status = ask(runtime_dir, {"command": "status"})
-    return status | {"nearest": ask(runtime_dir, {"command": "nearest"})}
+    status["nearest"] = ask(runtime_dir, {"command": "nearest"})
+    return status
 
 
 class Live:

@@ -71,7 +71,7 @@ class _Told(dict[str, Any]):
     """An object of the guard's answer; what it lacks is an error of the guard, not of the code."""
 
     def __missing__(self, key: str) -> Any:
-        raise ControlError(_misunderstood(f"it lacks {key!r}"))
+        raise ControlError(misunderstood(f"it lacks {key!r}"))
 
 
 def told(text: bytes) -> Any:
@@ -83,15 +83,16 @@ def told(text: bytes) -> Any:
     try:
         answer = json.loads(text, object_hook=_Told)
     except (ValueError, RecursionError):
-        raise ControlError(_misunderstood("it is no JSON")) from None
+        raise ControlError(misunderstood("it is no JSON")) from None
     if not isinstance(answer, dict):
-        raise ControlError(_misunderstood("it is no JSON object"))
+        raise ControlError(misunderstood("it is no JSON object"))
     if answer["ok"] is not True:
         raise ControlError(plain_lines(str(answer["error"])))
     return answer["data"]
 
 
-def _misunderstood(why: str) -> str:
+def misunderstood(why: str) -> str:
+    """Return what to say of an answer that is not what was asked for."""
     return (
         f"the guard's answer cannot be understood: {why}; is the guard of another version than "
         "this command? Restart it"

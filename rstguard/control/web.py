@@ -19,6 +19,7 @@ import h11
 from rstguard.control.crowd import ACCEPTED_AT_ONCE, BACKLOG, Crowd, Guest
 from rstguard.ipc.requests import Answer
 from rstguard.kernel import KernelError
+from rstguard.observe.events import sentence
 from rstguard.observe.metrics import CONTENT_TYPE, exposition
 
 log = logging.getLogger(__name__)
@@ -154,7 +155,9 @@ class Web:
                 return 200, "text/html; charset=utf-8", self._page
             case b"/status.json":
                 nearest = await self._answer({"command": "nearest"})
-                body = json.dumps(await self._status() | {"nearest": nearest}).encode()
+                status = await self._status()
+                recent = [event | {"text": sentence(event)} for event in status["recent"]]
+                body = json.dumps(status | {"nearest": nearest, "recent": recent}).encode()
                 return 200, "application/json", body
             case b"/metrics":
                 return 200, CONTENT_TYPE, exposition(await self._status())

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from rstguard.engine.verdict import Reason
 from rstguard.observe.sinks import Sink
+from rstguard.observe.text import LONGEST, plain
 
 log = logging.getLogger("rstguard.events")
 
@@ -77,14 +78,33 @@ class Event:
     detail: str = ""
     enforced: bool = True
 
-    @property
-    def text(self) -> str:
-        """The event as a line for people."""
-        would = "" if self.enforced else "would "
-        rule = f" by rule {self.rule}" if self.rule else ""
-        why = f": {self.reason.value}" if self.reason else ""
-        detail = f" ({self.detail})" if self.detail else ""
-        return f"{would}{self.kind.replace('_', ' ')} {self.subject}{rule}{detail}{why}"
+    def record(self, number: int, now: float) -> dict[str, object]:
+        """Return the event as data, with all of `FIELDS`; what others supplied is made plain."""
+        reason = self.reason
+        return {
+            "number": number,
+            "time": round(now, 3),
+            "kind": self.kind,
+            "subject": plain(self.subject),
+            "rule": self.rule,
+            "reason": reason.code if reason else None,
+            "why": reason.value if reason else None,
+            "detail": plain(self.detail),
+            "enforced": self.enforced,
+        }
+
+
+def sentence(record: Mapping[str, object]) -> str:
+    """Return an event's record as a line for people, without its time.
+
+    This is how the log, the journal, `rstguard events`, `status`, `top` and the page all say it.
+    """
+    would = "" if record["enforced"] else "would "
+    kind = str(record["kind"]).replace("_", " ")
+    rule = f" by rule {record['rule']}" if record["rule"] else ""
+    detail = f" ({record['detail']})" if record["detail"] else ""
+    why = f": {record['why']}" if record["why"] else ""
+    return plain(f"{would}{kind} {record['subject']}{rule}{detail}{why}", 4 * LONGEST)
 
 
 def reasons_table() -> str:
@@ -125,9 +145,9 @@ class EventLog:
         self._in_second += 1
         record = self._keep(event, now)
         if self._in_second <= _LINES_A_SECOND:
-            log.info("%s", event.text)
+            log.info("%s", sentence(record))
         if self._in_second <= _RECORDS_A_SECOND:
-            self._write(record, event.text)
+            self._write(record)
 
     def tick(self) -> None:
         """Tell what was left out, also if nothing more happens; call it once a second."""
@@ -137,21 +157,10 @@ class EventLog:
 
     def _keep(self, event: Event, now: float) -> dict[str, object]:
         self._number += 1
-        reason = event.reason
-        record: dict[str, object] = {
-            "number": self._number,
-            "time": round(now, 3),
-            "kind": event.kind,
-            "subject": event.subject,
-            "rule": event.rule,
-            "reason": reason.code if reason else None,
-            "why": reason.value if reason else None,
-            "detail": event.detail,
-            "enforced": event.enforced,
-        }
+        record = event.record(self._number, now)
         self._recent.append(record)
         if event.kind == "reset":
-            self.resets[event.rule, reason.code if reason else None] += 1
+            self.resets[event.rule, event.reason.code if event.reason else None] += 1
         return record
 
     def _next_second(self, second: int) -> None:
@@ -162,11 +171,13 @@ class EventLog:
         self._second, self._in_second = second, 0
         if unwritten > 0:
             event = Event("left_out", str(unwritten), detail="more than 500 in a second")
-            self._write(self._keep(event, float(second)), event.text)
+            self._write(self._keep(event, float(second)))
 
-    def _write(self, record: dict[str, object], text: str) -> None:
-        for sink in self.sinks:
-            sink.write(record, text)
+    def _write(self, record: dict[str, object]) -> None:
+        if self.sinks:
+            text = sentence(record)
+            for sink in self.sinks:
+                sink.write(record, text)
 
     def recent(self, most: int) -> list[dict[str, object]]:
         """Return the latest events, oldest first."""

@@ -14,7 +14,7 @@ from typing import Final
 LONGEST: Final = 500
 """Characters of a name, a path or a sentence that are kept, unless a caller needs more."""
 
-_STRINGS = r"(?:\x1b[\]P_^X]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)"
+_STRINGS = r"(?:\x1b[\]P_^X]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x80-\x9f]*(?:\x07|\x1b\\|\x9c)"
 _SEQUENCES = r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"
 _ESCAPE = re.compile(f"{_STRINGS}|{_SEQUENCES}|\x1b[ -/]*[0-~]")
 """A string that is addressed to the terminal (OSC, DCS, APC, PM, SOS), a control sequence (CSI), or

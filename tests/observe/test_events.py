@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from rstguard.engine.verdict import Reason
-from rstguard.observe.events import FIELDS, KINDS, Event, EventLog, reference
+from rstguard.observe.events import FIELDS, KINDS, Event, EventLog, reference, sentence
 from rstguard.observe.sinks import Journal, JsonLines
+from rstguard.observe.text import plain
 
 ROOT = Path(__file__).parent.parent.parent
 BAN = Event("ban", "198.51.100.7", "syn-rate", Reason.SYN_RATE, "for 600 s")
@@ -39,6 +40,25 @@ def test_a_record_has_every_field_and_no_other(tmp_path: Path) -> None:
     assert record["number"] == 1
     assert record["reason"] == "syn_rate"
     assert record["why"] == Reason.SYN_RATE.value
+
+
+EVIL = "a\x1b]52;c;ZXZpbA==\x07b\r\nc\x07d\x9b31me\u202ef\x00g\x85h\x1b[31m"
+
+
+def test_what_others_supplied_is_plain_wherever_it_goes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    events = EventLog(Clock())
+    events.sinks.append(JsonLines(tmp_path / "events.jsonl"))
+    events.add(Event("policy", EVIL, detail=f"confirmed by root ({EVIL})"))
+    events.close()
+    (record,) = [*lines(tmp_path / "events.jsonl")]
+    assert str(record["subject"]).isprintable()
+    assert str(record["detail"]).isprintable()
+    assert record["detail"] == f"confirmed by root ({plain(EVIL)})"
+    assert all(message.isprintable() for message in caplog.messages)
+    assert sentence(record | {"rule": EVIL, "why": "x" * 10_000}).isprintable()
 
 
 def test_a_file_may_be_rotated_at_any_time(tmp_path: Path) -> None:
@@ -142,7 +162,7 @@ def test_the_journal_gets_fields(tmp_path: Path) -> None:
         events = EventLog(Clock())
         events.sinks.append(Journal(path))
         events.add(BAN)
-        events.add(Event("runaway", "web", detail="two\nlines"))
+        events.sinks[0].write({"kind": "runaway", "detail": "two\nlines"}, "one")
         first, second = journal.recv(4096), journal.recv(4096)
         events.close()
     assert b"MESSAGE=ban 198.51.100.7 by rule syn-rate" in first
