@@ -10,11 +10,10 @@ import asyncio
 import logging
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from rstguard.engine.ruleset import RuleSet
-from rstguard.kernel import KernelError, lifelines
+from rstguard.kernel import KernelError, lifelines, owned
 from rstguard.kernel.lifelines import Lifeline
 from rstguard.observe.events import Event
 
@@ -106,7 +105,7 @@ class Upkeep:
         Raises:
             KernelError: iptables refused.
         """
-        if await asyncio.to_thread(_exists, self._panic_file):
+        if await asyncio.to_thread(owned.exists, self._panic_file):
             await self._switch(panic=True)
         else:
             await asyncio.to_thread(self._guard.footprint.divert, self._guard.ruleset)
@@ -150,7 +149,7 @@ class Upkeep:
             KernelError: it could not be put back.
         """
         guard = self._guard
-        wanted = await asyncio.to_thread(_exists, self._panic_file)
+        wanted = await asyncio.to_thread(owned.exists, self._panic_file)
         if wanted != self.panic:
             await self._switch(wanted)
         if self.panic:
@@ -189,7 +188,3 @@ class Upkeep:
             log.error("PANIC: all traffic passes until `rstguard panic --end`")
         said = "all traffic passes" if panic else "the guard is at work again"
         guard.events.add(Event("panic", "guard", detail=said))
-
-
-def _exists(path: Path) -> bool:
-    return path.exists()
