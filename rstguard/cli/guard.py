@@ -262,7 +262,7 @@ def _note(file: Path) -> str:
     back = "the guard that runs here puts its rules back within seconds: "
     try:
         _make(file.parent)
-        file.touch()
+        file.touch(mode=0o644)  # it is believed only if nobody else may write to it
     except (KernelError, OSError) as error:
         return f"{back}stop it, as {file} cannot be made ({getattr(error, 'strerror', error)})"
     if not listens(file.parent) and is_claimed():

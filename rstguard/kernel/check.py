@@ -12,6 +12,8 @@ from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
 
+from rstguard.kernel.confine import capabilities
+
 _ADMIN_DIRECTORIES = "/usr/local/sbin:/usr/sbin:/sbin"
 
 
@@ -49,7 +51,7 @@ class Host:
     def here(cls) -> Host:
         """Return this machine, as this process sees it."""
         kernel = os.uname().release
-        return cls(_distribution(), kernel, _capabilities(), Path("/lib/modules") / kernel)
+        return cls(_distribution(), kernel, capabilities(), Path("/lib/modules") / kernel)
 
     @property
     def mount_tracefs(self) -> str:
@@ -135,10 +137,3 @@ def _distribution() -> str:
         return ""
     fields = dict(line.split("=", 1) for line in lines if "=" in line)
     return "".join(shlex.split(fields.get("ID", "")))
-
-
-def _capabilities() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("CapEff:"):
-            return int(line.split()[1], 16)
-    return 0

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import faulthandler
 import os
 import platform
@@ -34,6 +35,10 @@ OTHERWISE: Final = 61029
 nobody, nor does systemd (its UIDS-GIDS page).  `nobody` would not do: whoever shares a number with
 another process may signal it."""
 
+DONE: Final = "confined"
+"""The last line of ``python -m rstguard.kernel.confine``, after what could not be given up."""
+
+_CAP_KILL: Final = 5
 _CAP_NET_ADMIN: Final = 12
 _CAPABILITIES: Final = 64
 """More than any kernel has; it says itself which it has."""
@@ -60,12 +65,18 @@ def confine() -> list[str]:
     """
     libc = ctypes.CDLL(None, use_errno=True)
     lacking: list[str] = []
-    raw = _raw_sockets()
+    raw, held = _raw_sockets(), capabilities()
     faulthandler.register(signal.SIGSYS, file=sys.stderr, all_threads=False, chain=True)
     steps: tuple[tuple[Callable[[], None], str], ...] = (
         (lambda: _prctl(libc, _SET_NO_NEW_PRIVS, 1), "its programs may gain privileges"),
-        (lambda: _bound(libc), "its bounding set keeps all capabilities (no CAP_SETPCAP)"),
-        (lambda: _change_user(libc), "it stays root (no CAP_SETUID and CAP_SETGID, or no such id)"),
+        (
+            lambda: _bound(libc),
+            "its bounding set stays whole, as CAP_SETPCAP is missing",
+        ),
+        (
+            lambda: _change_user(libc, held),
+            "it stays root, as CAP_SETUID, CAP_SETGID or CAP_KILL is missing",
+        ),
         (lambda: _keep_one_capability(libc), "it keeps all its capabilities"),
         (lambda: _prctl(libc, _SET_DUMPABLE, 0), "others may read its memory"),
         (lambda: _lock_files(libc), "Landlock, which this kernel or container lacks, is not used"),
@@ -77,6 +88,14 @@ def confine() -> list[str]:
         except OSError as error:
             lacking.append(f"{otherwise}: {error.strerror}")
     return lacking
+
+
+def capabilities() -> int:
+    """Return the effective capabilities of this process as bits (linux/capability.h)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("CapEff:"):
+            return int(line.split()[1], 16)
+    return 0
 
 
 def cause_of_death(status: int | None) -> str:
@@ -130,7 +149,9 @@ def _bound(libc: ctypes.CDLL) -> None:
             _prctl(libc, _CAPBSET_DROP, capability)
 
 
-def _change_user(libc: ctypes.CDLL) -> None:
+def _change_user(libc: ctypes.CDLL, held: int) -> None:
+    if not held >> _CAP_KILL & 1:  # then the supervisor could not end a process of another user
+        raise OSError(errno.EPERM, "the supervisor could not end another user's")
     user, group = _account()
     _prctl(libc, _SET_KEEPCAPS, 1)
     os.setgroups([])
@@ -195,4 +216,5 @@ def _filter(libc: ctypes.CDLL, raw: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.writelines(f"{sentence}\n" for sentence in confine())
+    # `rstguard doctor` asks; the last line tells that all was tried.
+    sys.stdout.writelines(f"{sentence}\n" for sentence in [*confine(), DONE])

@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from rstguard.kernel import KernelError, lifelines, readers
+from rstguard.kernel import KernelError, confine, lifelines, readers
 from rstguard.kernel.check import Check, Host, Outcome
 from rstguard.kernel.queues import owner
 from rstguard.kernel.trial import feature_checks
@@ -51,7 +51,7 @@ def checks(queue: int, queues: int = 1) -> list[Check]:
         _queue_support(host),
     ]
     found += [_queue_free(number) for number in range(queue, queue + queues)]
-    found += [_reset_trace(host), _lifelines()]
+    found += [_confinement(host), _reset_trace(host), _lifelines()]
     return found
 
 
@@ -209,6 +209,24 @@ def _queue_free(number: int) -> Check:
         f"queue {number} is read by {holder}, and only one program can read a queue",
         f"kill {holder.pid}" if holder.pid else "end the program that reads it",
     )
+
+
+def _confinement(host: Host) -> Check:
+    """Let a process confine itself, as workers and sweeper do."""
+    name = "confinement"
+    if not host.capable(_CAP_NET_ADMIN):
+        return Check(name, Outcome.WARNING, "not tried: CAP_NET_ADMIN is missing")
+    *lacking, last = host.ask([sys.executable, "-m", confine.__name__], 2.0).splitlines() or [""]
+    if last != confine.DONE:
+        sentence = f"a process that confines itself does not live: {last or 'it says nothing'}"
+        return Check(name, Outcome.MISSING, sentence, "report this with the kernel's version")
+    if not lacking:
+        sentence = "workers and sweeper keep CAP_NET_ADMIN, open sockets and few system calls"
+        return Check(name, Outcome.OK, sentence)
+    mend = "docker run --cap-add SETUID --cap-add SETGID --cap-add SETPCAP --cap-add KILL …"
+    asked = any("CAP_" in sentence for sentence in lacking)
+    sentence = f"workers and sweeper are not wholly confined: {'; '.join(lacking)}"
+    return Check(name, Outcome.WARNING, sentence, mend if asked else "")
 
 
 def _reset_trace(host: Host) -> Check:

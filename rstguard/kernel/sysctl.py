@@ -2,7 +2,8 @@
 
 Before the first change the old values go into a record, a JSON file in the runtime directory.
 Whoever finds that record later, the daemon that ends or `rstguard cleanup` after a kill -9, can
-undo what was done.  A value that somebody else has changed in the meantime is left as it is.
+undo what was done.  A value that somebody else has changed in the meantime is left as it is.  The
+record is believed only if it is root's alone, and only of settings that the guard changes.
 
 Accounting and time stamps count for connections that begin after they are switched on: older ones
 show no bytes and no age (net/netfilter/nf_conntrack_acct.c, nf_conntrack_timestamp.c).
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from enum import Enum
@@ -19,7 +21,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from rstguard.kernel import KernelError, NotThere
+from rstguard.kernel import KernelError, NotThere, owned
 from rstguard.kernel.seam import Kernel
 
 TRACKING: Mapping[str, str] = MappingProxyType(
@@ -37,6 +39,12 @@ STRICT_PICKUP: Mapping[str, str] = MappingProxyType({"net.netfilter.nf_conntrack
 Not without thought: connections that are older than tracking in this namespace become INVALID for
 good.  Set it where tracking is on already, or where nothing was forwarded before.
 """
+
+CHANGED: frozenset[str] = frozenset({**TRACKING, **STRICT_PICKUP})
+"""All that the guard ever changes; a record that names another is not of its making."""
+
+_VALUE = re.compile("[0-9]|[1-9][0-9]|1[0-9][0-9]|2[0-4][0-9]|25[0-5]")
+"""These settings are bytes in the kernel (nf_conntrack_standalone.c)."""
 
 
 class Outcome(Enum):
@@ -128,20 +136,27 @@ def _write(kernel: Kernel, name: str, value: str) -> None:
 
 
 def _load(record: Path) -> dict[str, _Saved]:
-    try:
-        text = record.read_text()
-    except FileNotFoundError:
+    text = owned.read(record)
+    if text is None:
         return {}
-    except (OSError, UnicodeDecodeError) as problem:
-        raise KernelError(f"the record of old sysctl values {record} cannot be read") from problem
     try:
         entries = json.loads(text)["sysctls"]
-        return {str(name): _Saved(str(e["before"]), str(e["ours"])) for name, e in entries.items()}
+        saved = {str(name): _Saved(str(e["before"]), str(e["ours"])) for name, e in entries.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as problem:
-        raise KernelError(
-            f"the record of old sysctl values {record} is damaged: look at it, "
-            "set the values by hand, and remove it"
-        ) from problem
+        raise _not_ours(record, "is damaged") from problem
+    for name, values in saved.items():
+        if name not in CHANGED:
+            raise _not_ours(record, f"names {name[:100]!r}, which rstguard does not change")
+        if not all(map(_VALUE.fullmatch, values)):
+            raise _not_ours(record, f"has a value of {name} that is no number from 0 to 255")
+    return saved
+
+
+def _not_ours(record: Path, why: str) -> KernelError:
+    return KernelError(
+        f"the record of old sysctl values {record} {why}: look at it, set the values by hand, "
+        "and remove it"
+    )
 
 
 def _save(saved: Mapping[str, _Saved], record: Path) -> None:

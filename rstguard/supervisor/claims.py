@@ -7,7 +7,7 @@ import fcntl
 import os
 from pathlib import Path
 
-from rstguard.kernel import KernelError
+from rstguard.kernel import KernelError, owned
 
 LOCKS = Path("/run/rstguard-locks")
 """One file for each network namespace that is guarded now; for root alone.
@@ -22,7 +22,8 @@ def claim(*directories: Path) -> contextlib.ExitStack:
     Both claims go with their process, however it ends; close what is returned to give them up.
 
     Raises:
-        KernelError: another guard runs here, or the claims cannot be made.
+        KernelError: another guard runs here, others than root may write to a directory, or the
+            claims cannot be made.
     """
     with contextlib.ExitStack() as claims:
         _claim_namespace(claims)
@@ -50,6 +51,7 @@ def _lock_of_namespace() -> Path:
 
 def _claim_directory(directory: Path) -> int:
     """Lock a directory: another guard's socket and sysctl record in it are not ours to replace."""
+    owned.require_directory(directory)
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     if not _locked(descriptor):
         os.close(descriptor)
@@ -65,6 +67,7 @@ def _claim_namespace(claims: contextlib.ExitStack) -> None:
     file = _lock_of_namespace()
     try:
         LOCKS.mkdir(mode=0o700, exist_ok=True)
+        owned.require_directory(LOCKS)
         descriptor = _lock_file(file)
     except OSError as error:
         raise KernelError(

@@ -12,7 +12,7 @@ import logging
 from pathlib import Path
 from typing import Final
 
-from rstguard.kernel import KernelError
+from rstguard.kernel import KernelError, owned
 from rstguard.kernel.footprint import Footprint
 from rstguard.kernel.seam import Kernel
 from rstguard.observe.events import Event
@@ -59,7 +59,7 @@ class Upkeep:
         Raises:
             KernelError: iptables refused.
         """
-        if await asyncio.to_thread(self._panic_file.exists):
+        if await asyncio.to_thread(owned.exists, self._panic_file):
             await self._switch(panic=True)
         else:
             await asyncio.to_thread(self._footprint.divert, self._guard.ruleset)
@@ -95,7 +95,7 @@ class Upkeep:
         Raises:
             KernelError: the rules could not be taken away or put back.
         """
-        wanted = self._panic_file.exists()  # a stat in a directory of ours, in memory
+        wanted = owned.exists(self._panic_file)  # a stat in a directory of ours, in memory
         if wanted != self._withdrawn:
             await self._switch(wanted)
 

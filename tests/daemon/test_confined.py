@@ -95,3 +95,30 @@ def test_a_forbidden_call_is_told(lab: Lab, tmp_path: Path, kind: str) -> None:
         said = guard.log.read_text()
         assert 'File "' in said
         assert " in run" in said
+
+
+def test_a_directory_that_others_may_write_is_refused(lab: Lab, tmp_path: Path) -> None:
+    guard = Guard(lab, POLICY, tmp_path / "run")
+    guard.runtime.chmod(0o1777)
+    guard.launch()
+    assert guard.wait() == 1
+    assert "others than root may write to the directory" in guard.log.read_text()
+    guard.runtime.chmod(0o755)
+    (guard.runtime / "state").mkdir()
+    os.chown(guard.runtime / "state", 1000, 0)
+    guard.launch()
+    assert guard.wait() == 1
+    assert f"others than root may write to the directory {guard.runtime}/state" in (
+        guard.log.read_text()
+    )
+    assert leftovers(lab) == []
+
+
+def test_another_s_panic_file_is_not_obeyed(lab: Lab, tmp_path: Path) -> None:
+    with Guard(lab, POLICY, tmp_path / "run") as guard:
+        panic = guard.runtime / "panic"
+        panic.touch()
+        os.chown(panic, 1000, 1000)
+        wait_until(lambda: f"{panic} is not a file that only root may" in guard.log.read_text())
+        assert guard.filtering()
+        assert not guard.status()["panic"]

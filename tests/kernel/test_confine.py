@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from rstguard.kernel import confine
+from rstguard.kernel.check import Outcome
 from rstguard.kernel.syscalls import machine_of
 
 pytestmark = pytest.mark.netns
@@ -240,10 +241,11 @@ def test_all_is_given_up_but_one_capability() -> None:
 @pytest.mark.parametrize(
     ("missing", "sentences"),
     [
-        ("-setpcap", ["its bounding set keeps all capabilities"]),
+        ("-setpcap", ["its bounding set stays whole"]),
         ("-setuid", ["it stays root"]),
         ("-setgid", ["it stays root"]),
-        ("-setuid,-setgid,-setpcap", ["its bounding set keeps", "it stays root"]),
+        ("-kill", ["it stays root"]),
+        ("-setuid,-setgid,-setpcap", ["its bounding set", "it stays root"]),
     ],
 )
 def test_what_a_container_forbids_is_told_and_the_rest_is_done(
@@ -303,3 +305,28 @@ def test_the_user_is_one_of_its_own(tmp_path: Path) -> None:
     users.write_text("rstguard-worker:x:0:0::/:/bin/sh\nrstguard-worker\n")
     assert confine._account(users) == (confine.OTHERWISE, confine.OTHERWISE)
     assert os.geteuid() == 0
+
+
+@pytest.mark.parametrize(
+    ("prefix", "outcome", "sentence"),
+    [
+        ((), Outcome.OK, "workers and sweeper keep CAP_NET_ADMIN, open sockets and few"),
+        (
+            ("setpriv", "--bounding-set", "-setpcap"),
+            Outcome.WARNING,
+            "not wholly confined: its",
+        ),
+        (("setpriv", "--bounding-set", "-net_admin"), Outcome.WARNING, "not tried: CAP_NET_ADMIN"),
+    ],
+)
+def test_the_doctor_tells(prefix: tuple[str, ...], outcome: Outcome, sentence: str) -> None:
+    code = (
+        "from rstguard.kernel import check, preflight\n"
+        "found = preflight._confinement(check.Host.here())\n"
+        "print(found.outcome.value, found.sentence, found.mend)\n"
+    )
+    command = [*prefix, sys.executable, "-c", code]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert said.startswith(f"{outcome.value} ")
+    assert sentence in said
+    assert ("--cap-add SETPCAP" in said) == ("wholly" in said)

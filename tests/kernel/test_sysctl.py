@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,12 +17,15 @@ LINUX = Linux()
 ACCT = "net.netfilter.nf_conntrack_acct"
 LOOSE = "net.netfilter.nf_conntrack_tcp_loose"
 STAMP = "net.netfilter.nf_conntrack_timestamp"
+RETRANSMISSIONS = "net.netfilter.nf_conntrack_tcp_max_retrans"
+"""Takes more values than the two that the guard's own do."""
 
 pytestmark = [pytest.mark.netns, pytest.mark.usefixtures("own_namespace")]
 
 
 @pytest.fixture
-def record(tmp_path: Path) -> Path:
+def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(sysctl, "CHANGED", sysctl.CHANGED | {RETRANSMISSIONS})
     return tmp_path / "sysctl.json"
 
 
@@ -78,7 +83,7 @@ def test_a_crash_between_record_and_change_does_no_harm(record: Path) -> None:
 def test_a_value_that_somebody_changed_meanwhile_is_left(record: Path) -> None:
     put(STAMP, "0")
     put(ACCT, "0")
-    name = "net.netfilter.nf_conntrack_tcp_max_retrans"
+    name = RETRANSMISSIONS
     put(name, "3")
     sysctl.apply(LINUX, {ACCT: "1", name: "5"}, record)
     put(name, "7")
@@ -89,7 +94,7 @@ def test_a_value_that_somebody_changed_meanwhile_is_left(record: Path) -> None:
 
 
 def test_a_value_changed_between_two_starts_counts_as_old(record: Path) -> None:
-    name = "net.netfilter.nf_conntrack_tcp_max_retrans"
+    name = RETRANSMISSIONS
     put(name, "3")
     sysctl.apply(LINUX, {name: "5"}, record)
     put(name, "7")
@@ -99,7 +104,7 @@ def test_a_value_changed_between_two_starts_counts_as_old(record: Path) -> None:
 
 
 def test_another_wish_keeps_the_first_value(record: Path) -> None:
-    name = "net.netfilter.nf_conntrack_tcp_max_retrans"
+    name = RETRANSMISSIONS
     put(name, "3")
     put(ACCT, "0")
     sysctl.apply(LINUX, {name: "5", ACCT: "1"}, record)
@@ -136,3 +141,74 @@ def test_no_change_without_a_record(tmp_path: Path) -> None:
     with pytest.raises(KernelError, match="choose another --runtime-dir"):
         sysctl.apply(LINUX, {ACCT: "1"}, tmp_path / "missing" / "sysctl.json")
     assert LINUX.read_sysctl(ACCT) == "0"
+
+
+ATTEMPTS: tuple[Callable[[Path], object], ...] = (
+    lambda file: sysctl.restore(LINUX, file),
+    lambda file: sysctl.apply(LINUX, {ACCT: "1"}, file),
+)
+
+
+def forge(record: Path, name: str, before: str, ours: str = "1") -> None:
+    entry = {"before": before, "ours": ours}
+    record.write_text(json.dumps({"version": 1, "sysctls": {name: entry}}))
+
+
+def test_what_the_guard_never_changes_is_not_restored(record: Path) -> None:
+    forge(record, "net.ipv4.ip_forward", "1", "0")
+    for attempt in ATTEMPTS:
+        with pytest.raises(KernelError, match=r"names 'net\.ipv4\.ip_forward', which"):
+            attempt(record)
+    assert LINUX.read_sysctl("net.ipv4.ip_forward") == "0"
+    for name in ("kernel.core_pattern", "net.netfilter/../../kernel.core_pattern", "", "a" * 999):
+        forge(record, name, "1")
+        with pytest.raises(KernelError, match="which rstguard does not change: look at it"):
+            sysctl.restore(LINUX, record)
+
+
+@pytest.mark.parametrize(
+    "value", ["", "-1", "256", "1000", "1 1", "1\n", "0x1", "|/bin/true", "\u0661"]
+)
+def test_values_that_are_no_bytes_are_not_restored(record: Path, value: str) -> None:
+    put(ACCT, "1")
+    for before, ours in ((value, "1"), ("0", value)):
+        forge(record, ACCT, before, ours)
+        with pytest.raises(KernelError, match="no number from 0 to 255"):
+            sysctl.restore(LINUX, record)
+    assert LINUX.read_sysctl(ACCT) == "1"
+
+
+def test_a_record_that_others_may_write_is_not_believed(record: Path) -> None:
+    put(ACCT, "1")
+    directory = record.parent
+    forge(record, ACCT, "0")
+
+    def refused(because: str) -> None:
+        for attempt in ATTEMPTS:
+            with pytest.raises(KernelError, match=because):
+                attempt(record)
+        assert LINUX.read_sysctl(ACCT) == "1"
+
+    for mode in (0o666, 0o620):
+        record.chmod(mode)
+        refused("not a file that only root may write")
+    record.chmod(0o600)
+    os.chown(record, 1000, 0)
+    refused("not a file that only root may write")
+    os.chown(record, 0, 0)
+    for mode in (0o777, 0o1777, 0o770):
+        directory.chmod(mode)
+        refused("others than root may write to the directory")
+    directory.chmod(0o755)
+    os.chown(directory, 1000, 0)
+    refused("others than root may write to the directory")
+    os.chown(directory, 0, 0)
+    elsewhere = record.rename(record.with_name("elsewhere"))
+    record.symlink_to(elsewhere)
+    refused("not a file that only root may write")
+    record.unlink()
+    os.mkfifo(record)
+    refused("not a file that only root may write")
+    record.unlink()
+    elsewhere.rename(record)
+    assert outcomes(sysctl.restore(LINUX, record)) == {ACCT: Outcome.RESTORED}
