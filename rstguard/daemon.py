@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -48,6 +49,9 @@ async def guard(options: Options) -> None:
     loop = asyncio.get_running_loop()
     loop.set_default_executor(_threads())
     sys.setswitchinterval(_SWITCH_SECONDS)
+    # To look through all that is there for good would take a tenth of a second each time.
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 1000)
     supervisor, commands, service = build(options)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, supervisor.stop)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, Final, Protocol
 
 from rstguard.kernel import Full, InUse, KernelError, NotPermitted, NotThere
@@ -38,15 +39,30 @@ def run(arguments: Sequence[str], text: str = "") -> str:
         NotThere: the command is missing, or what it was to work on.
         KernelError: it failed for that or another reason (`refusal`), or took longer than 30 s.
     """
+    with _begun(arguments) as process:
+        return _printed(arguments, process, text)
+
+
+def run_each(commands: Sequence[Sequence[str]]) -> list[str]:
+    """Run several commands at once and return what each prints.
+
+    Under load it is waiting for a processor that takes long.
+
+    Raises:
+        KernelError: one of them failed, as for `run`.
+    """
+    with ExitStack() as all_of_them:
+        begun = [(words, all_of_them.enter_context(_begun(words))) for words in commands]
+        return [_printed(words, process, "") for words, process in begun]
+
+
+@contextmanager
+def _begun(arguments: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
+    """Start a command; whatever goes wrong, it has ended afterwards."""
     name = arguments[0]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     try:
-        with spawn(arguments, text=True, **pipes) as process:
-            try:
-                printed, complaint = process.communicate(text, _TIMEOUT)
-            except BaseException:
-                process.kill()
-                raise
+        process = spawn(arguments, text=True, **pipes)
     except FileNotFoundError:
         raise NotThere(
             f"the command {name} is missing; `rstguard doctor` says how to install it"
@@ -55,9 +71,21 @@ def run(arguments: Sequence[str], text: str = "") -> str:
         raise KernelError(
             f"{name} could not be started ({problem.strerror or problem}); it is tried again"
         ) from None
+    with process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.kill()
+
+
+def _printed(arguments: Sequence[str], process: subprocess.Popen[str], text: str) -> str:
+    try:
+        printed, complaint = process.communicate(text, _TIMEOUT)
     except subprocess.TimeoutExpired:
         raise KernelError(
-            f"{name} did not finish within {_TIMEOUT:.0f} s; does another tool hold its lock?"
+            f"{arguments[0]} did not finish within {_TIMEOUT:.0f} s; does another tool hold its "
+            "lock?"
         ) from None
     if process.returncode:
         raise refusal(arguments, complaint or f"exit status {process.returncode}")

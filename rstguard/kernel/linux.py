@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 from rstguard.engine.nearest import Near
 from rstguard.engine.offers import Service
@@ -24,6 +25,25 @@ from rstguard.kernel.sets import Sets
 
 _SYSCTLS = Path("/proc/sys")
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _at_hand(method: Callable[P, T]) -> Callable[P, T]:
+    """Turn what happens where no descriptor or memory is left into an error with a sentence."""
+
+    @wraps(method)
+    def asked(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return method(*args, **kwargs)
+        except OSError as problem:
+            said = problem.strerror or problem
+            raise KernelError(
+                f"the kernel cannot be asked now ({said}); it is tried again"
+            ) from problem
+
+    return asked
+
 
 class Linux:
     """The kernel of the network namespace of whichever thread calls; keeps nothing itself."""
@@ -34,8 +54,7 @@ class Linux:
 
     def run_each(self, commands: Sequence[Sequence[str]]) -> list[str]:
         """Run several at once."""
-        with ThreadPoolExecutor() as pool:
-            return list(pool.map(self.run, commands))
+        return command.run_each(commands)
 
     def pause(self, seconds: float) -> None:
         """Wait."""
@@ -55,58 +74,72 @@ class Linux:
         except OSError as problem:
             raise _refused(name, problem) from problem
 
+    @_at_hand
     def sets(self) -> Sets:
         """Return the elements of the kernel's sets."""
         return Sets()
 
+    @_at_hand
     def table(self) -> Conntrack:
         """Return the connection table."""
         return Conntrack()
 
+    @_at_hand
     def injector(self) -> Injector:
         """Return raw sockets."""
         return Injector()
 
+    @_at_hand
     def queue(self, number: int, fail_open: bool) -> Queue:
         """Bind a queue."""
         return Queue(number, fail_open)
 
+    @_at_hand
     def queues(self) -> dict[int, QueueState]:
         """Return all bound queues."""
         return states()
 
+    @_at_hand
     def packet_log(self, group: int) -> PacketLog:
         """Bind an NFLOG group."""
         return PacketLog(group)
 
+    @_at_hand
     def interfaces(self) -> list[str]:
         """Return the names of the interfaces."""
         return [name for _, name in socket.if_nameindex()]
 
+    @_at_hand
     def ways(self, addresses: Sequence[int]) -> list[str]:
         """Return what the routing table says."""
         return ways(addresses)
 
+    @_at_hand
     def lifelines(self, administrators: Iterable[str]) -> tuple[Lifeline, ...]:
         """Return the addresses without which the host would be cut off."""
         return find(administrators)
 
+    @_at_hand
     def cookie_counts(self) -> CookieCounts:
         """Return SYNPROXY's counts."""
         return synproxy.counts()
 
+    @_at_hand
     def seconds_since_over(self) -> dict[Service, int]:
         """Return the services that were lately over budget."""
         return synproxy.seconds_since_over(self)
 
+    @_at_hand
     def nearest(self, ruleset: RuleSet, most: int) -> list[Near]:
         """Return who has used most of the limit that the kernel itself counts for."""
         return counted.nearest(ruleset, most)
 
+    @_at_hand
     def explain(self, ruleset: RuleSet, source: int) -> dict[str, float]:
         """Return how much of it one source has used."""
         return counted.explain(ruleset, source)
 
+    @_at_hand
     def blocked_by_kind(self) -> dict[Kind, int]:
         """Return how many sources are banned, and how many shunned."""
         return ipset.blocked_by_kind(self)

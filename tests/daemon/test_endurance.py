@@ -264,7 +264,11 @@ def test_processes_cannot_be_started_for_a_while(
                     time.sleep(0.1)
                 assert said != "filtering"
             began = time.monotonic()
-            wait_until(guard.filtering, 30)
+            try:
+                wait_until(guard.filtering, 15)
+            except TimeoutError:
+                print(guard.log.read_text()[-6000:])
+                raise
             print("filtering again after", round(time.monotonic() - began, 2), "s")
             assert banned(guard) >= sources
         assert guard.stop() == 0
