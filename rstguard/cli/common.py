@@ -23,7 +23,7 @@ from rstguard.control.lines import misunderstood
 from rstguard.control.protocol import NoDaemon
 from rstguard.ipc.requests import ControlError, Request
 from rstguard.kernel import KernelError
-from rstguard.observe.text import plain_lines
+from rstguard.observe.text import plain, plain_lines
 
 if TYPE_CHECKING:
     from rstguard.policy.load import Loaded
@@ -99,23 +99,33 @@ def errors_in_one_sentence(more: str = "") -> Iterator[None]:
     except NoDaemon as error:
         fail(f"{error}{more}", NO_DAEMON)
     except (ControlError, KernelError) as error:
-        fail(f"{error}{more}", FAILED)
+        # The guard refuses a policy with a mistake on each line.
+        _fail_by_line(f"rstguard: {error}{more}", FAILED)
 
 
 def fail(sentence: str, status: int) -> NoReturn:
-    """Say what is wrong, and leave with `status`."""
-    say(sentence if status == BAD_POLICY else f"rstguard: {sentence}", err=True)
+    """Say what is wrong, and leave with `status`; a bad policy has a mistake on each line."""
+    if status == BAD_POLICY:
+        _fail_by_line(sentence, status)
+    say(f"rstguard: {sentence}", err=True)
+    raise typer.Exit(status)
+
+
+def _fail_by_line(sentences: str, status: int) -> NoReturn:
+    for line in sentences.split("\n"):
+        say(line, err=True)
     raise typer.Exit(status)
 
 
 def say(text: str, err: bool = False) -> None:
-    """Print lines for people, with nothing in them that a terminal obeys, whoever wrote them."""
-    typer.echo(plain_lines(text, _LONGEST_LINE), err=err)
+    """Print one line for people, with nothing in it that a terminal obeys, whoever wrote it."""
+    typer.echo(plain(text, _LONGEST_LINE), err=err)
 
 
 def print_text(text: str) -> None:
-    """Print a text as it is, to the letter, for a file or a pipe; on a terminal as `say` does."""
-    typer.echo(plain_lines(text, _LONGEST_LINE) if sys.stdout.isatty() else text, nl=False)
+    """Print a text to the letter for a file or a pipe; on a terminal each line as `say` does."""
+    sys.stdout.write(plain_lines(text, _LONGEST_LINE) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
 
 
 def ask(directory: Path, request: Request, patience: float = 30.0) -> Any:

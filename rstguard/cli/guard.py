@@ -299,4 +299,5 @@ def cleanup(
     if as_json:
         print_json({"done": done})
     else:
-        say("\n".join(done) or "there was nothing to clean up")
+        for sentence in done or ["there was nothing to clean up"]:
+            say(sentence)

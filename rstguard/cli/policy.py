@@ -33,10 +33,7 @@ app.command(
     epilog="Examples: rstguard policy replay policy.yaml yesterday.pcap; "
     "rstguard policy replay policy.yaml yesterday.pcap --against stricter.yaml",
 )(replay.policy_replay)
-app.command(
-    "learn",
-    epilog=learn.EXAMPLES,
-)(learn.policy_learn)
+app.command("learn", epilog=learn.EXAMPLES)(learn.policy_learn)
 
 
 @app.command("check", epilog="Example: rstguard policy check policies/web-edge.yaml")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
-from rstguard.cli.common import BAD_POLICY, FAILED, Json, PolicyFile, fail, print_json
+from rstguard.cli.common import BAD_POLICY, FAILED, Json, PolicyFile, fail, print_json, say
 
 if TYPE_CHECKING:
     from rstguard.engine.ruleset import RuleSet
@@ -121,7 +121,7 @@ def _ruleset(file: Path, mode: Mode | None) -> RuleSet:
     except PolicyError as error:
         fail(str(error), BAD_POLICY)
     for problem in loaded.warnings:
-        typer.echo(str(problem), err=True)
+        say(str(problem), err=True)
     ruleset = compile_policy(loaded.policy)
     return replace(ruleset, enforce=mode is Mode.ENFORCE) if mode else ruleset
 

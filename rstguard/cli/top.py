@@ -48,7 +48,8 @@ def top(
             time.sleep(interval)
             now = _look(runtime_dir)
             lines = frame(now, before, time.monotonic() - began, _PIPE)
-            say("\n".join(line.text for line in lines))
+            for line in lines:
+                say(line.text)
         else:
             with taken() as screen:
                 Live(screen, runtime_dir, before).run(interval)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from ruamel.yaml import YAML
 from ruamel.yaml.composer import Composer
@@ -17,6 +17,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
+from rstguard.policy.problems import PolicyError, Problem
 from rstguard.policy.quantities import show
 
 Path = tuple[str | int, ...]
@@ -26,8 +27,6 @@ Data = dict[str, "Data"] | list["Data"] | str | int | float | bool | None
 
 LARGEST: Final = 64 << 10
 """Bytes that a policy file may have; 500 rules of 120 bytes take 60,000."""
-MOST_PROBLEMS: Final = 200
-"""Mistakes that are told one by one; more of them are only counted."""
 
 _DEEPEST = 8
 _DEEPEST_READ = 64
@@ -37,48 +36,6 @@ _PARSER_SLIPS = (
 )  # fmt: skip
 _TAG = "tag:yaml.org,2002:"
 _SCALARS = ("str", "int", "float", "bool")
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """One thing wrong with a policy file; `line` and `column` begin at 1.
-
-    `where` is a path such as ``rules[2] (port-scan).over``, or "" for the file as a whole.
-    """
-
-    file: str
-    line: int
-    column: int
-    where: str
-    message: str
-    severity: Literal["error", "warning"] = "error"
-
-    def __str__(self) -> str:
-        parts = [f"{self.file}:{self.line}:{self.column}"]
-        parts += ["warning"] * (self.severity == "warning")
-        parts += [self.where] * bool(self.where)
-        return ": ".join([*parts, self.message])
-
-
-class PolicyError(Exception):
-    """A policy that cannot be used.
-
-    `problems` holds every reason, sorted by line; beyond `MOST_PROBLEMS` the last of them says how
-    many more there are.
-    """
-
-    def __init__(self, problems: tuple[Problem, ...]) -> None:
-        if (more := len(problems) - MOST_PROBLEMS) > 0:
-            problems = _bounded(problems, more)
-        super().__init__("\n".join(map(str, problems)))
-        self.problems = problems
-
-
-def _bounded(problems: tuple[Problem, ...], more: int) -> tuple[Problem, ...]:
-    following = problems[MOST_PROBLEMS]
-    said = f"from here on there are {more} mistakes more: correct those above first"
-    place = (following.file, following.line, following.column)
-    return (*problems[:MOST_PROBLEMS], Problem(*place, "", said))
 
 
 @dataclass(slots=True)

@@ -13,9 +13,10 @@ from pathlib import Path as FilePath
 from pydantic import ValidationError
 
 from rstguard.policy.check import check
-from rstguard.policy.document import LARGEST, Document, PolicyError, Problem, read
+from rstguard.policy.document import LARGEST, Document, read
 from rstguard.policy.explain import Finding, explain
 from rstguard.policy.model import MOST_RULES, Policy
+from rstguard.policy.problems import PolicyError, Problem
 
 __all__ = ["Loaded", "PolicyError", "Problem", "load", "parse"]
 

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from rstguard.engine.address import Prefix
 from rstguard.engine.ruleset import SECOND
+from rstguard.observe.text import plain
 from rstguard.replay.hits import KINDS, Hit
 from rstguard.replay.play import BASE
 from rstguard.replay.report import Comparison, Report, capture_time, offset
@@ -35,7 +36,8 @@ def shown(report: Report, top: int, *, brief: bool = False) -> Iterator[Renderab
     seconds = report.length / SECOND
     began = f" from {capture_time(report.start, BASE)}" if report.start else ""
     yield escape(
-        f"{report.policy} over {report.capture}: {report.frames:,} packets in {seconds:,.1f} s"
+        f"{plain(report.policy)} over {plain(str(report.capture))}: "
+        f"{report.frames:,} packets in {seconds:,.1f} s"
         f"{began}; {report.judged:,} were judged"
     )
     if not report.enforce:

@@ -30,6 +30,8 @@ from rstguard.state.history import before as policy_before
 from rstguard.state.record import Record
 from rstguard.state.store import Store, StoreError
 from rstguard.state.waiting import MOST_OFFENCES
+from tests.guard import Guard
+from tests.netns import Lab, wait_until
 
 
 class Clock:
@@ -513,3 +515,25 @@ def test_kill_9_loses_nothing_that_was_written(tmp_path: Path) -> None:
         assert store.set_aside is None
         assert len(store.blocks()) >= written
         store.close()
+
+
+@pytest.mark.netns
+def test_a_guard_whose_file_is_locked_answers_at_once_and_forgets_nothing(
+    lab: Lab, tmp_path: Path
+) -> None:
+    policy = "version: 1\nprotect: {interfaces: [out]}\nrules: []\n"
+    with Guard(lab, policy, tmp_path, workers=1) as guard:
+        path = guard.runtime / "state" / "state.db"
+        wait_until(path.exists)
+        with locked(path) as unlock:
+            guard.ask("ban-add", source="198.51.100.7", seconds=600)
+            longest = 0.0
+            while not (problem := guard.status()["not_remembered"]):
+                began = time.monotonic()
+                guard.ask("ban-list")
+                longest = max(longest, time.monotonic() - began)
+            assert "locked" in problem
+            assert longest < 1  # a tenth of that on a machine that has nothing else to do
+            unlock()
+        wait_until(lambda: not guard.status()["not_remembered"])
+        assert read(path, "SELECT source FROM blocks") == [("198.51.100.7",)]

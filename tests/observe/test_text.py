@@ -56,9 +56,7 @@ def test_whatever_it_is(text: str) -> None:
     assert plain(shown) == shown
 
 
-@pytest.mark.parametrize(
-    "piece", ["\x1b]", "\x1b[0", "\x1b ", "\x90", "\x90a", "\x9b0", "\x9d]", "\x07"]
-)
+@pytest.mark.parametrize("piece", ["\x1b]", "\x1b[0", "\x1b ", "\x90", "\x90a", "\x9b0", "\x07"])
 def test_it_takes_no_time(piece: str) -> None:
     began = time.process_time()
     plain(piece * 1_000_000)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from rstguard.policy.document import LARGEST, MOST_PROBLEMS
+from rstguard.policy.document import LARGEST
 from rstguard.policy.load import PolicyError, Problem, load, parse
+from rstguard.policy.problems import MOST_PROBLEMS
 
 MINIMAL = "version: 1\nprotect: {interfaces: [eth0]}\nrules: [%s]\n"
 
