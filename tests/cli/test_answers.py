@@ -118,8 +118,8 @@ EVENT = {
     "reason": None, "why": EVIL, "detail": EVIL, "enforced": True,
 }  # fmt: skip
 STATUS = {
-    "filtering": True, "panic": False, "uptime_s": 1.0, "productive": 0, "runaway": EVIL,
-    "not_remembered": EVIL, "missing": [EVIL], "nearest": [], "learning": None,
+    "state": "filtering", "filtering": True, "panic": False, "uptime_s": 1.0, "productive": 0,
+    "problems": [EVIL], "nearest": [], "learning": None,
     "policy": {"name": EVIL, "mode": "enforce", "confirm_s": None}, "workers": [],
     "sweeper": {"pid": 1, "restarts": 0}, "blocked": {"ban": 0, "shun": 0}, "counts": {},
     "syn_budget": None, "recent": [EVENT],
