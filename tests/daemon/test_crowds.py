@@ -25,9 +25,10 @@ from tests.netns import wait_until
 
 SOON = 0.1
 ANSWER = {
-    "state": "filtering", "filtering": True, "version": "1", "policy": {"name": "p", "mode": "enforce"},
-    "workers": [], "counts": {}, "resets": [], "sweeper": {"restarts": 0}, "blocked": {"ban": 0, "shun": 0},
-    "syn_budget": None, "productive": 0, "uptime_s": 1.0, "recent": [], "panic": False,
+    "state": "filtering", "filtering": True, "version": "1", "workers": [],
+    "policy": {"name": "p", "mode": "enforce"}, "counts": {}, "resets": [],
+    "sweeper": {"restarts": 0}, "blocked": {"ban": 0, "shun": 0}, "syn_budget": None,
+    "productive": 0, "uptime_s": 1.0, "recent": [], "panic": False,
 }  # fmt: skip
 
 
