@@ -81,6 +81,41 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
                 yield node.lineno, f"{module}.{alias.name}"
 
 
+def module_of(path: Path) -> str:
+    """Return the dotted name of a file of the package; a folder's is that of its __init__."""
+    dotted = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    return dotted.removesuffix(".__init__")
+
+
+def graph(part: str) -> dict[str, set[str]]:
+    """Return which modules of one part import which, imports for types alone counted as well."""
+    names = {module_of(path): path for path in MODULES if part_of(path) == part}
+    found: dict[str, set[str]] = {}
+    for module, path in names.items():
+        imported = (name for _, name in imports(path))
+        reached = {name if name in names else name.rpartition(".")[0] for name in imported}
+        found[module] = (reached & names.keys()) - {module}
+    return found
+
+
+def circle(edges: dict[str, set[str]]) -> list[str]:
+    """Return modules that import each other in a circle, or nothing if there is none."""
+    done: set[str] = set()
+
+    def walk(module: str, way: list[str]) -> list[str]:
+        if module in way:
+            return [*way[way.index(module) :], module]
+        if module in done:
+            return []
+        for other in sorted(edges[module]):
+            if found := walk(other, [*way, module]):
+                return found
+        done.add(module)
+        return []
+
+    return next(filter(None, (walk(module, []) for module in sorted(edges))), [])
+
+
 every_module = pytest.mark.parametrize("path", MODULES, ids=name_of)
 every_engine_module = pytest.mark.parametrize(
     "path", [p for p in MODULES if part_of(p) == "engine"], ids=name_of
@@ -100,6 +135,34 @@ def test_imports_point_down_only(path: Path) -> None:
         if there == here or there in TOP:
             continue
         assert LAYERS[there] < LAYERS[here], f"{name_of(path)}:{line} must not import {name}"
+
+
+@pytest.mark.parametrize("part", sorted({part_of(path) for path in MODULES}))
+def test_no_part_has_a_circle_of_imports(part: str) -> None:
+    assert circle(graph(part)) == []
+
+
+def test_a_circle_is_found() -> None:
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == ["b", "c", "b"]
+
+
+@pytest.mark.parametrize("part", ["worker", "sweeper"])
+def test_worker_and_sweeper_know_neither_each_other_nor_anything_above(part: str) -> None:
+    below = {part, *(name for name, layer in LAYERS.items() if layer < LAYERS[part])}
+    for path in MODULES:
+        if part_of(path) == part:
+            for line, name in imports(path):
+                top, _, rest = name.partition(".")
+                known = top != "rstguard" or rest.split(".")[0] in below | TOP
+                assert known, f"{name_of(path)}:{line}: {name}"
+
+
+@every_module
+def test_the_daemons_successors_are_short(path: Path) -> None:
+    parts = {"ipc", "worker", "sweeper", "state", "supervisor", "control", "daemon"}
+    if part_of(path) in parts:
+        lines = len(path.read_text().splitlines())
+        assert lines <= 300, f"{name_of(path)} has {lines} lines"
 
 
 @every_engine_module

@@ -20,13 +20,12 @@ _ENVIRONMENT = (
 )
 
 
-def man() -> None:
+def man(context: typer.Context) -> None:
     """Print the manual page of all commands; see it with `rstguard man | man -l -`."""
     from rstguard import __version__
-    from rstguard.cli import EPILOG, app
 
-    root = typer.main.get_command(app)
-    typer.echo("\n".join(_page(root, __version__, EPILOG)))
+    root: Any = context.find_root().command
+    typer.echo("\n".join(_page(root, __version__, root.epilog)))
 
 
 def _page(root: Any, version: str, exit_status: str) -> Iterator[str]:

@@ -30,17 +30,15 @@ from rstguard.ipc.messages import (
     Stop,
     ToChild,
 )
-from rstguard.kernel.confine import cause_of_death
 from rstguard.supervisor.backoff import Backoff
-from rstguard.supervisor.spawn import Kind, Process, Spawn, Spawned
+from rstguard.supervisor.sending import Sending
+from rstguard.supervisor.spawn import REAP_SECONDS, Kind, Process, Spawn, Spawned, fate_of
 
 log = logging.getLogger(__name__)
 
 READY_SECONDS: Final = 15.0
 """How long a process may take from its start until it serves."""
 _STOP_SECONDS: Final = 3.0
-_REAP_SECONDS: Final = 5.0
-_FLUSH_SECONDS: Final = 0.01
 _PATIENCE: Final = {"worker": 5.0, "sweeper": 60.0}
 """Seconds without a word after which a process that serves is given up.  A worker reports twice a
 second; one sweep over a million connections takes some ten seconds."""
@@ -97,6 +95,7 @@ class Child:
         self._changed = changed
         self._process: Process | None = None
         self._channel: SupervisorEnd | None = None
+        self._sending: Sending | None = None
         self._ended = asyncio.Event()
         self._settled = asyncio.Event()
         """Set once it serves, or has failed, for the first time."""
@@ -158,7 +157,7 @@ class Child:
         except OSError as error:
             return f"could not be started ({error.strerror or error})"
         _, process, channel = spawned
-        self._process, self._channel = process, channel
+        self._process, self._channel, self._sending = process, channel, Sending(channel)
         loop = asyncio.get_running_loop()
         self._heard_at = loop.time()
         loop.add_reader(channel.fileno(), self._readable, channel)
@@ -170,24 +169,15 @@ class Child:
         finally:
             late.cancel()
             loop.remove_reader(channel.fileno())
+            self._sending.close()
             channel.close()
-            self._channel = None
-        return self._said or await self._fate(process)
+            self._channel = self._sending = None
+        fate = await fate_of(process)
+        return self._said or fate
 
     def _late(self) -> None:
-        if self.state is State.STARTING:
+        if not self.serves:
             self.end(f"was not ready after {READY_SECONDS:.0f} s")
-
-    async def _fate(self, process: Process) -> str:
-        """Return how a process ended that has closed its channel; one that lives on is killed."""
-        end = asyncio.get_running_loop().time() + _REAP_SECONDS
-        while (status := process.poll()) is None:
-            if asyncio.get_running_loop().time() > end - _REAP_SECONDS / 2:
-                process.kill()
-            if asyncio.get_running_loop().time() > end:
-                return "closed its channel, and does not end"
-            await asyncio.sleep(0.005)
-        return cause_of_death(status)
 
     def _become(self, state: State, reason: str) -> None:
         if state is not self.state or state is State.STARTING:
@@ -213,8 +203,8 @@ class Child:
         if self._channel is None or not self.serves:
             return 0.0
         self._readable(self._channel)
-        silent = asyncio.get_running_loop().time() - self._heard_at
-        return _PATIENCE[self.kind] if silent > _PATIENCE[self.kind] else 0.0
+        patience = _PATIENCE[self.kind]
+        return patience if self.silent_for() > patience else 0.0
 
     def silent_for(self) -> float:
         """Return for how many seconds a process that should serve has told nothing."""
@@ -233,36 +223,22 @@ class Child:
         self._ended.set()
 
     def send(self, message: ToChild) -> None:
-        """Send a message; a process that just died misses nothing: its successor starts anew."""
-        channel = self._channel
-        if channel is None:
-            return
-        with contextlib.suppress(Closed):
-            channel.send(message)
-        self._flush_later(channel)
-
-    def _flush_later(self, channel: SupervisorEnd) -> None:
-        if channel.waiting and channel is self._channel:
-            asyncio.get_running_loop().call_later(_FLUSH_SECONDS, self._flush, channel)
-
-    def _flush(self, channel: SupervisorEnd) -> None:
-        if channel is self._channel:
-            with contextlib.suppress(Closed):
-                channel.flush()
-                self._flush_later(channel)
+        """Send a message to the process, if there is one: each begins with all that it needs."""
+        if self._sending is not None:
+            self._sending.send(message)
 
     async def adopt(self, policy: NewPolicy, seconds: float) -> None:
-        """Send a new policy and wait until it is in force.
+        """Send a new policy and wait until it is in force, for `seconds` at most.
 
-        A process that does not serve adopts it with its start.
+        One that does not serve yet takes it up before it does.
 
         Raises:
             TimeoutError: no answer in time.
         """
+        self.send(policy)
         if not self.serves:
             return
         adopted = self._waits[policy.generation] = asyncio.get_running_loop().create_future()
-        self.send(policy)
         try:
             await asyncio.wait_for(adopted, seconds)
         finally:
@@ -309,6 +285,6 @@ class Child:
             if loop.time() > end:
                 log.warning("the %s did not stop in time and was killed", self.name)
                 process.kill()
-                end += _REAP_SECONDS
+                end += REAP_SECONDS
             await asyncio.sleep(0.01)
         self._ended.set()

@@ -6,6 +6,7 @@ takes as long.  One that nobody wants after all sees its channel close, and ends
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -16,9 +17,15 @@ from rstguard.ipc.channel import SupervisorEnd, pair, supervisor_end
 from rstguard.ipc.entry import CHANNEL_FD, take_priority
 from rstguard.kernel import KernelError
 from rstguard.kernel.command import spawn as start
+from rstguard.kernel.confine import cause_of_death
 
 _PRIORITY: Final = -5
 """After the workers, but before others: a policy is to change during a flood, too."""
+
+_GRACE_SECONDS: Final = 0.2
+"""How long a process may live on that has closed its channel."""
+REAP_SECONDS: Final = 5.0
+"""How long the kernel may take to end a process that was killed."""
 
 Kind = Literal["worker", "sweeper"]
 
@@ -67,6 +74,19 @@ def spawn(kind: Kind) -> Spawned:
     finally:
         theirs.close()
     return Spawned(kind, process, supervisor_end(ours))
+
+
+async def fate_of(process: Process) -> str:
+    """Return how a process ended that has closed its channel; one that lives on is killed."""
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    while (status := process.poll()) is None:
+        if loop.time() - began > _GRACE_SECONDS:
+            process.kill()
+        if loop.time() - began > REAP_SECONDS:
+            return "closed its channel, and does not end"
+        await asyncio.sleep(0.005)
+    return cause_of_death(status)
 
 
 def spawn_all(workers: int) -> tuple[Spawned, ...]:

@@ -120,7 +120,14 @@ def crowd() -> Iterator[contextlib.ExitStack]:
 def client(crowd: contextlib.ExitStack, place: Path) -> socket.socket:
     one = crowd.enter_context(socket.socket(socket.AF_UNIX))
     one.settimeout(10)
-    one.connect(str(place / "control.sock"))
+
+    def connected() -> bool:
+        with contextlib.suppress(BlockingIOError):  # as many wait already as may
+            one.connect(str(place / "control.sock"))
+            return True
+        return False
+
+    wait_until(connected)
     return one
 
 
