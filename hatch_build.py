@@ -17,6 +17,13 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 SOURCE = "rstguard/kernel/_queue.c"
+HARDENING = (
+    "-fstack-protector-strong",
+    "-U_FORTIFY_SOURCE",  # some distributions set it to a lower value, which would be a warning
+    "-D_FORTIFY_SOURCE=2",
+    "-Wl,-z,relro,-z,now,-z,noexecstack",
+)
+"""Against mistakes in what parses strangers' packets: what Debian builds its own programs with."""
 
 
 class ExtensionHook(BuildHookInterface[Any]):
@@ -52,7 +59,8 @@ class ExtensionHook(BuildHookInterface[Any]):
 
 def compile_extension(source: Path, output: Path) -> str:
     """Compile a C file into an extension module; return what went wrong, or ""."""
-    flags = ["-O2", "-g", "-fPIC", "-shared", *shlex.split(os.environ.get("CFLAGS", ""))]
+    flags = ["-O2", "-g", "-fPIC", "-shared", *HARDENING]
+    flags += shlex.split(os.environ.get("CFLAGS", ""))
     include = [f"-I{sysconfig.get_paths()[which]}" for which in ("include", "platinclude")]
     # The new file takes the old one's place at once: a running guard has that one mapped.
     fresh = output.with_suffix(".new")

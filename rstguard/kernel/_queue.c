@@ -26,6 +26,10 @@ enum {
 	SYN = 2,
 };
 
+/* The fields of a Packet in the order in which `read_packet` makes them: readers.py compares them. */
+#define NAMES "source destination source_port destination_port sequence acknowledgement flags window " \
+	      "payload_length state window_scale"
+
 /* The last integer made for a field that hardly changes: to make it anew costs more. */
 struct memo {
 	unsigned long value;
@@ -253,9 +257,8 @@ static PyObject *receive(struct reader *reader, PyObject *args)
 	if (most < 1 || most > MOST)
 		return PyErr_Format(PyExc_ValueError, "most must be 1 to %d, not %d", MOST, most);
 	do {
-		Py_BEGIN_ALLOW_THREADS
+		/* It never waits, so other threads need not be let in. */
 		got = recvmmsg(reader->descriptor, reader->messages, most, MSG_DONTWAIT, NULL);
-		Py_END_ALLOW_THREADS
 		/* ENOBUFS tells that the kernel lost packets, which it counts itself. */
 	} while (got < 0 && (errno == ENOBUFS || (errno == EINTR && !PyErr_CheckSignals())));
 	if (PyErr_Occurred())
@@ -277,6 +280,17 @@ static PyObject *receive(struct reader *reader, PyObject *args)
 	return list;
 }
 
+/* Tells whether a packet can be laid out as `read_packet` does: the type is a tuple's, with nothing
+ * added.  Sets an exception if not. */
+static int is_packet_type(PyTypeObject *type)
+{
+	if (PyType_IsSubtype(type, &PyTuple_Type) && type->tp_itemsize == PyTuple_Type.tp_itemsize &&
+	    type->tp_basicsize == PyTuple_Type.tp_basicsize)
+		return 1;
+	PyErr_SetString(PyExc_TypeError, "packet must be a type of tuple, with nothing added");
+	return 0;
+}
+
 static PyObject *new_reader(PyTypeObject *type, PyObject *args, PyObject *names)
 {
 	int descriptor;
@@ -288,8 +302,8 @@ static PyObject *new_reader(PyTypeObject *type, PyObject *args, PyObject *names)
 		return PyErr_Format(PyExc_TypeError, "Reader takes no keyword arguments");
 	if (!PyArg_ParseTuple(args, "iO!y*:Reader", &descriptor, &PyType_Type, &packet, &states))
 		return NULL;
-	if (!PyType_IsSubtype(packet, &PyTuple_Type))
-		PyErr_SetString(PyExc_TypeError, "packet must be a type of tuple");
+	if (!is_packet_type(packet))
+		; /* the exception is set */
 	else if (states.len != STATES)
 		PyErr_Format(PyExc_ValueError, "states must be %d bytes, not %zd", STATES, states.len);
 	else
@@ -329,15 +343,13 @@ static PyObject *parse(PyObject *module, PyObject *args)
 	PyTypeObject *type;
 	Py_buffer data;
 	int state, scales;
-	PyObject *packet;
+	PyObject *packet = NULL;
 
 	(void)module;
 	if (!PyArg_ParseTuple(args, "O!y*ip:parse", &PyType_Type, &type, &data, &state, &scales))
 		return NULL;
-	if (PyType_IsSubtype(type, &PyTuple_Type))
+	if (is_packet_type(type))
 		packet = read_packet(type, &memos, data.buf, data.len, state, scales);
-	else
-		packet = PyErr_Format(PyExc_TypeError, "packet_type must be a type of tuple");
 	forget(&memos);
 	PyBuffer_Release(&data);
 	return packet;
@@ -369,6 +381,7 @@ static int fill(PyObject *module)
 {
 	PyObject *type = PyType_FromSpec(&reader_spec);
 	int failed = !type || PyModule_AddObjectRef(module, "Reader", type) ||
+		     PyModule_AddStringConstant(module, "FIELDS", NAMES) ||
 		     PyModule_AddIntConstant(module, "MOST", MOST);
 
 	Py_XDECREF(type);

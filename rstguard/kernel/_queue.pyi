@@ -1,5 +1,6 @@
 from rstguard.engine.wire import Packet
 
+FIELDS: str
 MOST: int
 
 class Reader:

@@ -125,17 +125,18 @@ def _reader(host: Host) -> Check:
     """Without the extension the guard works as well, at more cost a packet."""
     try:
         found = readers.extension()
-    except KernelError as problem:
-        return Check("packet reader", Outcome.MISSING, str(problem), f"unset {readers.CHOICE}")
+    except KernelError as refusal:
+        return Check("packet reader", Outcome.MISSING, str(refusal), f"unset {readers.CHOICE}")
     if found is not None:
         return Check("packet reader", Outcome.OK, "packets are read by rstguard's own extension")
     if os.environ.get(readers.CHOICE):
         sentence = f"packets are read by netfilterqueue, as {readers.CHOICE} asks"
         return Check("packet reader", Outcome.OK, sentence)
+    problem = readers.built_in()[1]
     return Check(
         "packet reader",
         Outcome.WARNING,
-        "packets are read by netfilterqueue, at more cost: rstguard's extension was not built",
+        f"packets are read by netfilterqueue, at more cost: rstguard's own reader {problem}",
         f"{host.install('gcc', 'libc6-dev', 'python3-dev')}, and install rstguard again",
     )
 

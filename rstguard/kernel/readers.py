@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import os
 import socket
 import struct
@@ -28,6 +29,8 @@ from rstguard.kernel.netlink import (
     configure,
     encode,
 )
+
+log = logging.getLogger(__name__)
 
 LENGTH = 4096
 """Packets the kernel holds for a worker before the policy's `on_failure` applies."""
@@ -87,15 +90,27 @@ def extension() -> ModuleType | None:
         raise KernelError(f"{CHOICE} is {choice!r}; it can be {BUILT_IN} or {BINDING}")
     if choice == BINDING:
         return None
+    module, problem = built_in()
+    if module is None and choice:
+        raise KernelError(
+            f"{CHOICE} asks for rstguard's own packet reader, which {problem}; "
+            "`rstguard doctor` says what mends it"
+        )
+    return module
+
+
+def built_in() -> tuple[ModuleType | None, str]:
+    """Return the extension, or None and what is wrong with it."""
     try:
-        return importlib.import_module("rstguard.kernel._queue")
+        module = importlib.import_module("rstguard.kernel._queue")
+    except ModuleNotFoundError:
+        return None, "was not built"
     except ImportError as problem:
-        if choice:
-            raise KernelError(
-                f"{CHOICE} asks for rstguard's own packet reader, which does not load "
-                f"({problem}); `rstguard doctor` says what mends it"
-            ) from problem
-        return None
+        return None, f"does not load ({problem})"
+    # It makes packets field by field: one left behind by another version would mix them up.
+    if getattr(module, "FIELDS", "").split() != list(Packet._fields):
+        return None, "was built for another version of rstguard"
+    return module, ""
 
 
 def bind(number: int) -> Reader:
@@ -106,6 +121,8 @@ def bind(number: int) -> Reader:
         KernelError: the reader that was asked for is not to be had.
     """
     found = extension()
+    if found is None and not os.environ.get(CHOICE):
+        log.warning("packets are read by netfilterqueue: rstguard's own reader %s", built_in()[1])
     return _Binding(number) if found is None else _BuiltIn(number, found)
 
 

@@ -44,6 +44,11 @@ first_boot() {
   say supervisor-nice "$(nice_of "$(show MainPID)")"
   say may-raise "$(grep -c 'Max nice priority *30' "/proc/$(show MainPID)/limits")"
   for worker in $(children worker); do say worker-nice "$(nice_of "$worker")"; done
+  say supervisor-user "$(ps -o user= -p "$(show MainPID)")"
+  for child in $(children worker) $(children sweeper); do
+    say user "$(ps -o user:20= -p "$child")"
+    say filtered "$(grep -c '^Seccomp:.2$' "/proc/$child/status")"
+  done
   $R ban add 198.51.100.7 --for 1h >/dev/null
 
   sed -i 's/name: first/name: second/' /etc/rstguard/policy.yaml

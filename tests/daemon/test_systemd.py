@@ -73,6 +73,9 @@ def test_from_the_first_start_to_the_end(root: Path) -> None:
     for line in (
         "started: active",
         "status: filtering by policy first (observe: nothing is blocked)",
+        "supervisor-user: root",
+        "user: rstguard-worker",
+        "filtered: 1",
         "reloaded: 0",
         "status: filtering by policy second",
         "bad-reload: 1",
@@ -85,6 +88,8 @@ def test_from_the_first_start_to_the_end(root: Path) -> None:
         "uninstalled: 0 files left",
     ):
         assert line in text, text
+    assert "user: root" not in text.splitlines(), text
+    assert "filtered: 0" not in text, text
     assert not [name for name, value in said.items() if value == "never"], text
     assert 3000 < int(said["left-after-kills"]) < 3600
     assert int(said["left-after-reboot"]) < int(said["left-after-kills"])

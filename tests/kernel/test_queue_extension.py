@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+import shutil
 import socket
 import struct
+import subprocess
 import sys
 from collections.abc import Iterator
 
@@ -12,7 +16,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rstguard.engine.wire import ACK, PSH, SYN, Malformed, Packet, parse
-from rstguard.kernel import _queue
+from rstguard.kernel import KernelError, _queue, preflight, readers
+from rstguard.kernel.check import Host, Outcome
 from rstguard.kernel.netlink import Request, attribute, encode
 from rstguard.kernel.readers import MOST
 from tests.engine.packets import extension, fragment_header, ipv4, ipv6, tcp
@@ -229,6 +234,51 @@ def test_wrong_arguments_are_refused() -> None:
         _queue.Reader(0, Packet, b"")
     with pytest.raises(TypeError):
         _queue.parse(int, b"", 0, False)  # type: ignore[arg-type]
+
+
+class Wider(Packet):
+    """A tuple with an attribute dictionary behind its items."""
+
+
+@pytest.mark.parametrize("wrong", [Wider, object, dict, type("Wide", (tuple,), {})])
+def test_only_a_tuple_with_nothing_added_is_a_packet(wrong: type) -> None:
+    with pytest.raises(TypeError, match="with nothing added"):
+        _queue.parse(wrong, STEMS[0], 0, False)
+    with pytest.raises(TypeError, match="with nothing added"):
+        _queue.Reader(0, wrong, STATES)
+
+
+def test_an_extension_of_another_version_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert tuple(_queue.FIELDS.split()) == Packet._fields
+    monkeypatch.delenv(readers.CHOICE, raising=False)
+    assert readers.extension() is _queue
+    monkeypatch.setattr(_queue, "FIELDS", "destination source")
+    assert readers.extension() is None
+    found = preflight._reader(Host.here())
+    assert found.outcome is Outcome.WARNING
+    assert "rstguard's own reader was built for another version of rstguard" in found.sentence
+    monkeypatch.setenv(readers.CHOICE, readers.BUILT_IN)
+    with pytest.raises(KernelError, match="own packet reader, which was built for another version"):
+        readers.extension()
+    monkeypatch.delattr(_queue, "FIELDS")  # as none before had it
+    monkeypatch.delenv(readers.CHOICE)
+    assert readers.extension() is None
+    with contextlib.suppress(OSError):  # without root
+        readers.bind(65535).close()
+    assert "packets are read by netfilterqueue: rstguard's own reader was built" in caplog.text
+
+
+def test_it_is_hardened() -> None:
+    if shutil.which("readelf") is None:
+        pytest.skip("there is no readelf: apt-get install binutils")
+    command = ["readelf", "--wide", "-lds", _queue.__file__]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "GNU_RELRO" in said
+    assert re.search(r"\(FLAGS(_1)?\).*(BIND_NOW|NOW)", said)
+    assert re.search(r"GNU_STACK.*RW ", said)
+    assert "__stack_chk_fail" in said
 
 
 def test_nothing_is_kept(wire: Wire) -> None:
