@@ -1,0 +1,161 @@
+"""Bans: noted, capped, placed and lifted; a policy that runs away is stopped until it is true."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from rstguard.engine.address import parse_prefix
+from rstguard.engine.ruleset import RuleSet
+from rstguard.engine.verdict import Reason
+from rstguard.ipc.messages import Blocked
+from rstguard.kernel import Full, KernelError, ipset
+from rstguard.kernel.elements import Element
+from rstguard.state.record import Record
+from rstguard.supervisor.bans import Bans
+from rstguard.supervisor.change import Change, Follower
+from rstguard.supervisor.guard import Guard
+from rstguard.supervisor.protected import Protected
+from tests.supervisor.parts import guard_of, kinds, policy
+from tests.support.fake_kernel import FakeKernel
+
+MOST = 3
+
+
+class Site:
+    """Bans of a guard on a kernel that only remembers; changes of policy are refused at will."""
+
+    def __init__(self, directory: Path) -> None:
+        self.kernel = FakeKernel()
+        self.guard: Guard = guard_of(policy(more=f"bans_per_minute: {MOST}"))
+        ipset.apply(self.kernel, self.guard.ruleset)
+        self.record = Record(directory, self.kernel.sets)
+        self.refused = 0
+        """So many changes of policy are refused yet."""
+        self.protected = Protected(self.kernel, self.guard)
+        self.change = Change(self.guard, self.protected, [Follower("rules", self._follow)])
+        self.bans = Bans(self.kernel, self.guard, self.record, self.change)
+
+    async def _follow(self, old: RuleSet, new: RuleSet) -> None:
+        if old.enforce and self.refused:
+            self.refused -= 1
+            raise KernelError("not now")
+
+    def ban(self, source: str, enforced: bool = True) -> None:
+        """Have a worker ban a source."""
+        element = Element(parse_prefix(source), "ban", "rate", 600)
+        if enforced:
+            with self.kernel.sets() as sets:
+                sets.add([element])
+        self.bans.heard(Blocked(element, Reason.SYN_RATE, enforced))
+
+    def enforces(self) -> bool:
+        """Whether the policy enforces, and no runaway was announced."""
+        assert bool(self.guard.runaway) is not self.guard.ruleset.enforce
+        return self.guard.ruleset.enforce
+
+    def banned(self) -> set[str]:
+        """Return who is banned in the kernel."""
+        with self.kernel.sets() as sets:
+            return {str(element.source) for element in sets.list()}
+
+
+@asynccontextmanager
+async def site(directory: Path) -> AsyncIterator[Site]:
+    made = Site(directory)
+    await made.record.open()
+    watching = asyncio.create_task(made.bans.watch())
+    try:
+        yield made
+    finally:
+        watching.cancel()
+        await made.record.close()
+
+
+async def test_a_ban_is_noted_and_the_sweeper_told(tmp_path: Path) -> None:
+    async with site(tmp_path) as here:
+        told: list[object] = []
+        here.guard.sweeper.send = told.append  # type: ignore[method-assign, assignment]
+        here.ban("198.51.100.7")
+        here.ban("198.51.100.8", enforced=False)
+        await asyncio.sleep(1)
+        assert kinds(here.guard) == ["ban", "ban"]
+        # What would only have been done ends no connections.
+        assert [str(one.element.source) for one in told if isinstance(one, Blocked)] == (
+            ["198.51.100.7"]
+        )
+
+
+async def test_a_policy_that_bans_too_many_only_observes_and_they_are_free(tmp_path: Path) -> None:
+    async with site(tmp_path) as here:
+        for number in range(MOST + 1):
+            here.ban(f"198.51.100.{number}")
+        await asyncio.sleep(0.1)
+        assert not here.enforces()
+        assert "banned more than 3 sources in a minute" in here.guard.runaway
+        assert here.banned() == set()
+        assert kinds(here.guard) == ["ban"] * 4 + ["runaway", "unban"]
+
+
+async def test_what_is_not_true_yet_is_not_announced_and_is_tried_again(tmp_path: Path) -> None:
+    """It was announced first; if the change then failed, nobody tried again and all stayed."""
+    async with site(tmp_path) as here:
+        here.refused = 3
+        for number in range(MOST + 1):
+            here.ban(f"198.51.100.{number}")
+        await asyncio.sleep(2.5)
+        assert here.enforces()
+        assert "runaway" not in kinds(here.guard)
+        here.ban("198.51.100.200")  # it goes on banning meanwhile
+        await asyncio.sleep(1)
+        assert not here.enforces()
+        assert here.banned() == set()
+
+
+async def test_bans_that_cannot_be_lifted_yet_are_lifted_later(tmp_path: Path) -> None:
+    async with site(tmp_path) as here:
+        here.kernel.faults.fail("sets.remove", times=3)
+        for number in range(MOST + 1):
+            here.ban(f"198.51.100.{number}")
+        await asyncio.sleep(0.5)
+        assert here.guard.runaway
+        assert len(here.banned()) == MOST + 1
+        await asyncio.sleep(4)
+        assert here.banned() == set()
+
+
+async def test_another_policy_that_came_meanwhile_is_not_touched(tmp_path: Path) -> None:
+    async with site(tmp_path) as here:
+        here.refused = 1
+        for number in range(MOST + 1):
+            here.ban(f"198.51.100.{number}")
+        await asyncio.sleep(0.5)
+        await here.change.apply(policy("second"), "second.yaml")
+        await asyncio.sleep(5)
+        assert here.enforces()
+        assert len(here.banned()) == MOST + 1
+
+
+async def test_bans_by_hand_are_placed_and_lifted_with_an_event(tmp_path: Path) -> None:
+    async with site(tmp_path) as here:
+        for number in range(10):  # an administrator's are not counted
+            await here.bans.add(parse_prefix(f"198.51.100.{number}"), 60, keep_existing=False)
+        assert len(await here.bans.listed()) == 10
+        assert await here.bans.remove(parse_prefix("198.51.100.3"))
+        assert not await here.bans.remove(parse_prefix("198.51.100.3"))
+        assert len(here.banned()) == 9
+        assert here.guard.ruleset.enforce
+        assert kinds(here.guard)[-1] == "unban"
+
+
+async def test_a_full_set_is_an_error_with_a_sentence(tmp_path: Path) -> None:
+    async with site(tmp_path) as here:
+        here.kernel.ipsets.get("rstguard-ban4").options["maxelem"] = "1"
+        await here.bans.add(parse_prefix("198.51.100.1"), 60, keep_existing=False)
+        with pytest.raises(Full, match="it is full"):
+            await here.bans.add(parse_prefix("198.51.100.2"), 60, keep_existing=False)
+        assert kinds(here.guard) == ["ban"]
