@@ -19,7 +19,7 @@ class Backoff:
             first: the first wait, which doubles with each further failure.
             longest: the longest wait.
             calm: so long without a failure, and they are counted from one again.
-            weary: the wait after a minute of failures, or None for `longest`.
+            weary: the wait after a minute without any success, or None for `longest`.
         """
         self._at_once = at_once
         self._first = first
@@ -34,6 +34,10 @@ class Backoff:
     def persists(self) -> bool:
         """Whether there were more failures than those after which the next try came at once."""
         return self.failures > self._at_once
+
+    def succeeded(self, now: float) -> None:
+        """Note that a try at last succeeded, be it for a moment."""
+        self._began = now
 
     def failed(self, now: float) -> float:
         """Note a failure at `now`; return how long to wait."""

@@ -268,6 +268,7 @@ class Child:
     def _ready(self, message: Ready) -> None:
         self.reader = message.reader
         if message.generation == 0:
+            self._backoff.succeeded(asyncio.get_running_loop().time())
             self._become(State.SERVING, "")
             self._settled.set()
         for generation, adopted in self._waits.items():

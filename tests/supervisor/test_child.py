@@ -161,6 +161,15 @@ async def test_what_goes_on_for_a_minute_is_tried_less_often() -> None:
         assert len(stage.all) - within_a_minute < 20
 
 
+async def test_one_that_serves_now_and_then_is_not_kept_waiting_for_long() -> None:
+    stage = Stage()
+    async with living(stage) as (child, _):
+        await child.wait_served()
+        for count in range(1, 200):
+            stage.last.kill()
+            assert await until(partial(is_back, child, count)) < 0.6
+
+
 async def test_one_that_falls_silent_is_noticed_and_killed() -> None:
     stage = Stage()
     async with living(stage) as (child, told):
