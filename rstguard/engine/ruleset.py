@@ -6,6 +6,7 @@ state; `rstguard.engine.rules` gives each `Rule` its tables.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import Enum
 
@@ -13,6 +14,9 @@ from rstguard.engine.address import Prefix
 from rstguard.engine.verdict import Action, Ends
 
 SECOND = 1_000_000_000
+
+RULE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,47}")
+"""The name of a rule or of a policy: it is also kept beside a ban in the kernel's set."""
 
 
 class Measure(Enum):

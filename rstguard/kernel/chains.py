@@ -23,9 +23,10 @@ from dataclasses import dataclass, field
 
 from rstguard.engine.ruleset import RuleSet
 from rstguard.kernel import marks
-from rstguard.kernel.counting import PREFIX, bits
+from rstguard.kernel.counting import bits
 from rstguard.kernel.diversion import Diversion
 from rstguard.kernel.matching import SYN_ONLY, Matching
+from rstguard.kernel.names import PREFIX
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,8 +32,9 @@ from rstguard.engine.offers import Offer, Service
 from rstguard.engine.ruleset import Divert, RuleSet
 from rstguard.kernel import marks
 from rstguard.kernel.chains import Jump, Plan
-from rstguard.kernel.counting import LARGEST_RATE, PREFIX, bits, gate, table_size
+from rstguard.kernel.counting import LARGEST_RATE, bits, gate, table_size
 from rstguard.kernel.matching import SYN_ONLY, interface_names, negated
+from rstguard.kernel.names import PREFIX, set_name
 
 ENGAGED_SECONDS = 60
 """How long after its last cookie a service's ACKs are still searched for cookies."""
@@ -61,7 +62,7 @@ def in_force(ruleset: RuleSet) -> bool:
 
 def engaged_set(family: int) -> str:
     """Return the name of the set of services that were lately over budget."""
-    return f"{PREFIX}-engaged{family}"
+    return set_name("engaged", family)
 
 
 def with_budget(plan: Plan, ruleset: RuleSet, family: int, known: Known) -> Plan:
@@ -160,7 +161,7 @@ class _Build:
             exempt.append("trusted")
         if self.ruleset.blocking != "drop":  # they are answered later, in the filter table
             exempt += ["ban", "shun"]
-        names = (f"{PREFIX}-{name}{self.family}" for name in exempt)
+        names = (set_name(name, self.family) for name in exempt)
         return (*(f"-m set --match-set {name} src -j RETURN" for name in names), *rules)
 
     def bound(self) -> tuple[str, ...]:
@@ -206,7 +207,7 @@ class _Build:
             f"-j CONNMARK --set-xmark {bits(_PROVED)}",
         ]
         if self.ruleset.bans:
-            rules.append(f"-j SET --add-set {PREFIX}-proven{self.family} src --exist")
+            rules.append(f"-j SET --add-set {set_name('proven', self.family)} src --exist")
         if self.ruleset.kernel_rule:
             rules.append(f"-j {PREFIX}-count")
         if {Divert.SYN, Divert.HANDSHAKE} & self.ruleset.diverts:
@@ -236,7 +237,7 @@ class _Build:
         ]
         budget = self.ruleset.syn_budget
         if budget is not None and budget.ports is not None:
-            rules.append(f"-p tcp -m set ! --match-set {PREFIX}-budget-ports src -j RETURN")
+            rules.append(f"-p tcp -m set ! --match-set {set_name('budget-ports')} src -j RETURN")
         for kind, offers in (("rich", "--tcp-option 3"), ("poor", "! --tcp-option 3")):
             rules.append(
                 f"-p tcp -m tcp {offers} -m hashlimit --hashlimit-upto 1/sec --hashlimit-burst 1"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from rstguard.engine.ruleset import SECOND, Rule, RuleSet
 from rstguard.kernel import marks
+from rstguard.kernel.names import PREFIX
 
-PREFIX = "rstguard"
 UNITS = {SECOND: "sec", 60 * SECOND: "min", 3600 * SECOND: "hour", 86400 * SECOND: "day"}
 """Periods that hashlimit knows, in nanoseconds, and their names."""
 LARGEST_RATE = 1_000_000

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from rstguard.engine.ruleset import Divert
 from rstguard.kernel import counting, marks, thinning
-from rstguard.kernel.counting import PREFIX, bits
+from rstguard.kernel.counting import bits
 from rstguard.kernel.matching import SYN_ONLY, Matching
+from rstguard.kernel.names import PREFIX, set_name
 
 # All combinations that nf_conntrack_proto_tcp.c does not list in tcp_valid_flags.
 _IMPOSSIBLE = (
@@ -97,7 +98,7 @@ class Diversion(Matching):
         known = f"-j MARK --set-xmark {bits(marks.TO_QUEUE_KNOWN | marks.TO_QUEUE_PROVEN)}"
         rules = ["-m conntrack ! --ctstate ESTABLISHED -j RETURN"]
         if self.ruleset.bans:
-            rules.append(f"-j SET --add-set {PREFIX}-proven{self.family} src --exist")
+            rules.append(f"-j SET --add-set {set_name('proven', self.family)} src --exist")
         rules.append(f"-j CONNMARK --set-xmark {bits(marks.PROVEN)}")
         if Divert.HANDSHAKE in self.ruleset.diverts:
             # While nobody answers, a connection tries again with each packet, up to this many.
@@ -125,7 +126,7 @@ class Diversion(Matching):
             "-m conntrack ! --ctstate ESTABLISHED -j RETURN",
         ]
         if wanted is not None:
-            rules.append(f"-p tcp -m set ! --match-set {PREFIX}-close-ports dst -j RETURN")
+            rules.append(f"-p tcp -m set ! --match-set {set_name('close-ports')} dst -j RETURN")
         return (*rules, f"-j MARK --set-xmark {bits(state)}", f"-j {PREFIX}-queue")
 
     def reset_out(self) -> tuple[str, ...]:
@@ -137,7 +138,7 @@ class Diversion(Matching):
             "-m conntrack --ctdir ORIGINAL -j RETURN",
         ]
         if self.ruleset.ports_needing(Divert.CLOSE) is not None:
-            rules.append(f"-p tcp -m set ! --match-set {PREFIX}-close-ports src -j RETURN")
+            rules.append(f"-p tcp -m set ! --match-set {set_name('close-ports')} src -j RETURN")
         state = marks.TO_QUEUE_KNOWN | marks.TO_QUEUE_PROVEN | marks.TO_QUEUE_OUTBOUND
         return (*rules, f"-j MARK --set-xmark {bits(state)}", f"-j {PREFIX}-queue-out")
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from rstguard.kernel import KernelError
 from rstguard.kernel.chains import Jump, Plan
 from rstguard.kernel.command import run
-from rstguard.kernel.counting import PREFIX
+from rstguard.kernel.names import PREFIX
 
 _COMMANDS = {4: "iptables", 6: "ip6tables"}
 _WAIT_SECONDS = "10"  # another tool may hold the xtables lock

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rstguard.kernel.check import Check, Host, Outcome
+from rstguard.kernel.names import set_name
 
 _CAP_SYS_ADMIN = 21
-_SET = "rstguard-try"
+_SET = set_name("try")
 _RESTORE = {4: "iptables-restore", 6: "ip6tables-restore"}
 
 
@@ -108,7 +109,7 @@ _FOR_A_BUDGET = (
         "rates per service",
         "raw",
         "-A PREROUTING -p tcp -m hashlimit --hashlimit-above 9/sec --hashlimit-burst 1"
-        " --hashlimit-mode dstip,dstport --hashlimit-name rstguard-try --hashlimit-rate-match"
+        f" --hashlimit-mode dstip,dstport --hashlimit-name {_SET} --hashlimit-rate-match"
         " --hashlimit-rate-interval 1 -j CT --notrack",
         "xt_hashlimit",
     ),
