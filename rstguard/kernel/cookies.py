@@ -30,9 +30,9 @@ from dataclasses import dataclass, replace
 from rstguard.engine.address import address_text, is_v6
 from rstguard.engine.offers import Offer, Service
 from rstguard.engine.ruleset import Divert, RuleSet
-from rstguard.kernel import marks
 from rstguard.kernel.chains import Jump, Plan
-from rstguard.kernel.counting import LARGEST_RATE, bits, gate, table_size
+from rstguard.kernel.counting import LARGEST_RATE, gate, table_size
+from rstguard.kernel.marks import Marks
 from rstguard.kernel.matching import SYN_ONLY, interface_names, negated
 from rstguard.kernel.names import PREFIX, set_name
 
@@ -49,8 +49,6 @@ _SYN_ACK = "-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK SYN,ACK"
 _PLAIN_ACK = "-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK ACK"
 _TIMESTAMP = 8  # TCPOPT_TIMESTAMP
 _NO_SOCKET = "-m owner ! --socket-exists"
-_PROVED = marks.GUARDED | marks.PROVEN
-_COOKIE_SYN = marks.TO_QUEUE_KNOWN | marks.TO_QUEUE_PROVEN
 
 Known = Mapping[Service, Offer]
 
@@ -94,13 +92,13 @@ def with_budget(plan: Plan, ruleset: RuleSet, family: int, known: Known) -> Plan
     mangle[f"{PREFIX}-sample"] = build.sample()
     filters[f"{PREFIX}-cookies"] = build.on_interfaces(f"-i {{}} -j {PREFIX}-proxy")
     filters[f"{PREFIX}-proxy"] = build.proxy()
-    return replace(plan, chains=chains, jumps=(*plan.jumps, *_jumps()))
+    return replace(plan, chains=chains, jumps=(*plan.jumps, *_jumps(build.marks)))
 
 
-def _jumps() -> tuple[Jump, ...]:
-    opening = f"-m mark --mark 0x{_COOKIE_SYN:x}/0x{marks.MASK:x}"
+def _jumps(marks: Marks) -> tuple[Jump, ...]:
+    opening = f"-m mark --mark {marks.to_queue_known}"
     begun = "-m conntrack --ctstate ESTABLISHED --ctdir ORIGINAL"
-    unsaved = f"-m conntrack --ctdir ORIGINAL -m mark ! --mark 0x0/0x{marks.MASK:x}"
+    unsaved = f"-m conntrack --ctdir ORIGINAL -m mark ! --mark {marks.none}"
     lost = "-p tcp -m tcp --tcp-flags FIN,RST NONE -m conntrack --ctstate INVALID,UNTRACKED"
     template = "-m conntrack --ctstate NEW"
     return (
@@ -110,7 +108,7 @@ def _jumps() -> tuple[Jump, ...]:
         Jump(
             "mangle",
             "OUTPUT",
-            f"{_PLAIN_ACK} {begun} -m connmark --mark {bits(_PROVED)}",
+            f"{_PLAIN_ACK} {begun} -m connmark --mark {marks.established}",
             f"{PREFIX}-joined",
             last=True,
         ),
@@ -128,6 +126,10 @@ class _Build:
     ruleset: RuleSet
     family: int
     known: Known
+
+    @property
+    def marks(self) -> Marks:
+        return Marks(self.ruleset.marks)
 
     def on_interfaces(self, rule: str) -> tuple[str, ...]:
         return tuple(rule.format(name) for name in interface_names(self.ruleset))
@@ -191,7 +193,7 @@ class _Build:
         return self.for_each("-j CT --notrack", towards=False)
 
     def opening(self) -> tuple[str, ...]:
-        return self.for_each(f"-j MARK --set-xmark 0x{_COOKIE_SYN:x}/0x{marks.MASK:x}")
+        return self.for_each(f"-j MARK --set-xmark {self.marks.to_queue_known}")
 
     def proved(self) -> tuple[str, ...]:
         """SYNPROXY's SYN, which must begin a new connection in the tracker.
@@ -200,11 +202,12 @@ class _Build:
         SYNPROXY cannot take over an entry that it has not made, and client and server would never
         agree on a sequence number.  All that can be done is to tell the client.
         """
-        begun = f"-m connmark --mark 0x{marks.GUARDED:x}/0x{_PROVED:x}"
+        marks = self.marks
+        begun = f"-m connmark --mark {marks.guarded}"
         rules = [
             f"{begun} -j NFLOG --nflog-group {LOG_GROUP} --nflog-size {_LOG_BYTES}",
             f"{begun} -j DROP",
-            f"-j CONNMARK --set-xmark {bits(_PROVED)}",
+            f"-m connmark --mark {marks.unguarded} -j CONNMARK --set-xmark {marks.proven}",
         ]
         if self.ruleset.bans:
             rules.append(f"-j SET --add-set {set_name('proven', self.family)} src --exist")
@@ -213,7 +216,7 @@ class _Build:
         if {Divert.SYN, Divert.HANDSHAKE} & self.ruleset.diverts:
             rules.append(f"-j {PREFIX}-queue")
         else:
-            rules.append(f"-j MARK --set-xmark 0x0/0x{marks.MASK:x}")
+            rules.append(f"-j MARK --set-xmark {marks.none}")
         return tuple(rules)
 
     def joined(self) -> tuple[str, ...]:
@@ -232,7 +235,7 @@ class _Build:
         SYNPROXY opens would not be translated.
         """
         rules = [
-            f"-m connmark ! --mark {bits(marks.GUARDED)} -j RETURN",
+            f"-m connmark --mark {self.marks.unguarded} -j RETURN",
             "-m conntrack --ctstate DNAT -j RETURN",
         ]
         budget = self.ruleset.syn_budget

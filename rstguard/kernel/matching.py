@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from rstguard.engine.address import is_v6
 from rstguard.engine.ruleset import RuleSet
+from rstguard.kernel.marks import Marks
 from rstguard.kernel.names import set_name
 
 SYN_ONLY = "FIN,SYN,RST,ACK SYN"
@@ -17,6 +18,11 @@ class Matching:
 
     ruleset: RuleSet
     family: int
+
+    @property
+    def marks(self) -> Marks:
+        """The bits of connections and packets, where this policy has them."""
+        return Marks(self.ruleset.marks)
 
     def in_set(self, name: str, direction: str = "src") -> str:
         """Match an address ("src" or "dst") that one of our sets of this family holds."""

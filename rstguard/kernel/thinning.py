@@ -11,8 +11,8 @@ from __future__ import annotations
 from rstguard.engine.address import V6, Prefix
 from rstguard.engine.ruleset import SECOND, RuleSet
 from rstguard.engine.shedding import SAMPLE
-from rstguard.kernel import marks
-from rstguard.kernel.counting import LARGEST_RATE, UNITS, bits, table_size
+from rstguard.kernel.counting import LARGEST_RATE, UNITS, table_size
+from rstguard.kernel.marks import Marks
 from rstguard.kernel.names import PREFIX, set_name
 from rstguard.kernel.sets import Sets
 
@@ -39,7 +39,7 @@ def syns(ruleset: RuleSet, family: int, index: int, to_queue: str) -> tuple[str,
     drops = ruleset.enforce and not ruleset.fail_open
     return (
         _usually(family, index, to_queue),
-        f"-m mark --mark {bits(marks.TO_QUEUE_PROVEN)} {to_queue}",
+        f"-m mark --mark {Marks(ruleset.marks).to_queue_proven} {to_queue}",
         f"{_SAMPLED} {to_queue}",
         f"-m set --match-set {set_name('spared', family)} src {to_queue}",
         *limits,

@@ -33,6 +33,7 @@ _BY_READER: Mapping[str, dict[str, Any]] = MappingProxyType(
         "_interface": {"type": "string", "pattern": r"^[A-Za-z0-9_.@-]{0,15}\*?$"},
         "_trusted": _ADDRESS,
         "_version": {"const": 1},
+        "mark_bits": {"type": "integer", "minimum": 0xFF, "maximum": 0xFF000000},
         "network": _ADDRESS,
         "byte_rate": _BYTE_RATE,
         "count": {"type": "integer"},

@@ -18,6 +18,7 @@ from rstguard.engine.wire import ACK, SYN, Packet, parse
 from rstguard.kernel import KernelError, cookies, synproxy
 from rstguard.kernel.footprint import Footprint
 from rstguard.kernel.inject import Injector
+from rstguard.kernel.marks import Marks
 from rstguard.kernel.nflog import PacketLog
 from rstguard.kernel.synproxy import CookieCounts
 from rstguard.observe.events import Event, EventLog
@@ -61,7 +62,7 @@ class Budget:
         if not cookies.in_force(ruleset):
             self.stop()
         elif self._log is None:
-            self._injector = self._injector or Injector()
+            self._injector = self._injector or Injector(Marks(ruleset.marks))
             self._log = PacketLog(cookies.LOG_GROUP)
             asyncio.get_running_loop().add_reader(self._log.fileno(), self._receive)
             self._tasks = [asyncio.create_task(self._apply()), asyncio.create_task(self._look())]

@@ -14,7 +14,7 @@ from collections.abc import Collection
 
 from rstguard.engine.ruleset import Scope
 from rstguard.kernel.conntrack import Conntrack
-from rstguard.kernel.marks import GUARDED, PROVEN
+from rstguard.kernel.marks import Marks
 from rstguard.kernel.routes import ways
 
 log = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ _MOST_ROUTES = 100_000
 """Different clients whose route is asked for, at about 10 µs each."""
 
 
-def adopt_existing(table: Conntrack, scope: Scope) -> int:
+def adopt_existing(table: Conntrack, scope: Scope, marks: Marks) -> int:
     """Mark the older connections that the scope covers as guarded; return how many.
 
     Raises:
@@ -31,15 +31,15 @@ def adopt_existing(table: Conntrack, scope: Scope) -> int:
     """
     candidates = [
         flow
-        for flow in table.dump(0, GUARDED)
+        for flow in table.dump(*marks.unguarded)
         if flow.seen_reply
         and scope.protects(flow.original.destination, flow.original.destination_port)
         and not scope.trusts(flow.original.source)
     ]
     outside = _outside({flow.original.source for flow in candidates}, scope.interfaces)
     adopted = [flow for flow in candidates if flow.original.source in outside]
-    bits = GUARDED | PROVEN
-    return sum(1 for code in table.set_mark(adopted, bits, bits) if code == 0) if adopted else 0
+    codes = table.set_mark(adopted, *marks.proven) if adopted else []
+    return codes.count(0)
 
 
 def _outside(clients: set[int], patterns: Collection[str]) -> set[int]:

@@ -51,7 +51,7 @@ from rstguard.kernel import KernelError
 from rstguard.kernel.conntrack import Conntrack
 from rstguard.kernel.elements import element_of
 from rstguard.kernel.inject import Injector
-from rstguard.kernel.marks import CONDEMNED, GUARDED, PROVEN, TOLD
+from rstguard.kernel.marks import Marks
 from rstguard.kernel.sets import Sets
 from rstguard.sweeper.condemner import Condemner, Result, Target
 from rstguard.sweeper.condemner import select as chosen
@@ -78,7 +78,8 @@ class Sweeper:
         self._channel = channel
         self._table = Conntrack()
         self._sets = Sets()
-        self._condemner = Condemner(self._table, Injector())
+        self._marks = Marks(start.ruleset.marks)
+        self._condemner = Condemner(self._table, Injector(self._marks), self._marks)
         self._sweep = Sweep(start.ruleset)
         self._measuring = Measuring(start.ruleset, SWEEP_MEASURES)
         self._ruleset: RuleSet = start.ruleset
@@ -89,7 +90,7 @@ class Sweeper:
         self._half_open_of: dict[Prefix, Blocked] = {}
         self._sweep_at = self._report_at = self._half_open_at = 0
         self._running = True
-        self._counts["adopted"] = adopt_existing(self._table, start.ruleset.scope)
+        self._counts["adopted"] = adopt_existing(self._table, start.ruleset.scope, self._marks)
         self._finish_predecessors_work()
         self._end_connections_of_banned()
 
@@ -134,7 +135,7 @@ class Sweeper:
         """Provoke what a sweeper that died had condemned, and no end of which was told."""
         begun = [
             Target(flow, Ends.BOTH, "", Reason.KILLED)
-            for flow in self._table.dump(CONDEMNED, CONDEMNED | TOLD)
+            for flow in self._table.dump(*self._marks.unfinished)
         ]
         self._condemner.start(begun, time.monotonic_ns())
 
@@ -156,7 +157,7 @@ class Sweeper:
         began = time.process_time_ns()
         gc.disable()  # a sweep makes hundreds of thousands of objects, and no cycle
         try:
-            flows = list(self._table.dump(GUARDED | PROVEN, GUARDED | PROVEN | CONDEMNED))
+            flows = list(self._table.dump(*self._marks.swept))
             judgement = self._sweep.judge(flows, now)
         finally:
             gc.enable()
@@ -256,7 +257,7 @@ class Sweeper:
         if not banned:
             return
         # What never was established holds no socket, and a forged flood leaves a table full of it.
-        flows = self._table.dump(0, CONDEMNED, assured=True)
+        flows = self._table.dump(*self._marks.uncondemned, assured=True)
         targets = [
             Target(flow, Ends.BOTH, message.rule, Reason.BANNED)
             for flow, message in _of_sources(flows, banned)
@@ -268,7 +269,7 @@ class Sweeper:
     def _end_half_open(self, now: int) -> None:
         """Free the server of the handshakes that a blocked source can no longer finish."""
         blocked, self._half_open_of = list(self._half_open_of.values()), {}
-        flows = self._table.dump(GUARDED, GUARDED | PROVEN | CONDEMNED)
+        flows = self._table.dump(*self._marks.half_open)
         half_open = (flow for flow in flows if flow.state == TcpState.SYN_RECV)
         targets = [
             Target(flow, Ends.DESTINATION, message.rule, message.reason)

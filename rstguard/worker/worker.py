@@ -46,7 +46,7 @@ from rstguard.ipc.messages import (
 from rstguard.kernel import KernelError, thinning
 from rstguard.kernel.elements import element_of
 from rstguard.kernel.inject import Injector
-from rstguard.kernel.marks import BASE, CONDEMNED_FOR, MASK, STATES, TRUSTED
+from rstguard.kernel.marks import Marks
 from rstguard.kernel.nfqueue import LENGTH, MOST, Queue, Queued, states
 from rstguard.kernel.nfqueue import Verdict as NumberedVerdict
 from rstguard.kernel.sets import Sets
@@ -65,7 +65,6 @@ _PRIORITY = -10
 _REPORT_EVERY = SECOND // 2
 _MOST_REPORTS = 50
 """Refused SYNs and observations of one rule that are told one by one between two counts."""
-_OTHER_BITS = 0xFFFFFFFF ^ MASK
 _NOT_JUDGED = Malformed("not judged")
 _DROPPED = Decision(Verdict.DROP, Reason.PASSED)
 """For a packet that could not be judged, under `on_failure: closed`, also in observe mode."""
@@ -82,7 +81,9 @@ class Worker:
         """
         self._channel = channel
         self._sets = Sets()
-        self._injector = Injector()
+        self._marks = Marks(start.ruleset.marks)
+        self._states = self._marks.states
+        self._injector = Injector(self._marks)
         self._shedding, self._lost = Shedding(LENGTH), 0
         self._index = start.index
         self._measuring = Measuring(start.ruleset, NEEDS)
@@ -94,7 +95,7 @@ class Worker:
         self._report_at = 0
         self._looking = Looking()
         self._running = True
-        self._queue = Queue(start.queue, start.ruleset.fail_open)
+        self._queue = Queue(start.queue, start.ruleset.fail_open, self._marks)
 
     def _take_up(self, ruleset: RuleSet, previous: Engine | None) -> None:
         self._engine = Engine(ruleset, previous)
@@ -181,20 +182,20 @@ class Worker:
         """
         decide, now = self._decide, time.monotonic_ns()  # they all were there by now
         verdicts: list[NumberedVerdict] = []
-        passing = 0
+        ours, passing = self._marks.mask, 0
         for number, mark, data in packets:
             try:
                 packet = self._parse(data, mark) if isinstance(data, bytes) else data
                 decision = decide(packet, now)
             except Exception as error:  # noqa: BLE001 - every packet gets a verdict, come what may
                 packet, decision = _NOT_JUDGED, self._failed(error)
-            if decision is PASS and not mark & MASK:
+            if decision is PASS and not mark & ours:
                 passing = number
                 continue
             if passing:
                 verdicts.append((passing, True, None))
                 passing = 0
-            verdicts.append((number, *self._verdict(mark & _OTHER_BITS, decision, packet)))
+            verdicts.append((number, *self._verdict(mark & ~ours, decision, packet)))
             if decision.rule:
                 self._note(packet, decision)
                 if self._pending and until_objection:
@@ -207,7 +208,7 @@ class Worker:
             self._queue.give(verdicts)
 
     def _parse(self, data: bytes, mark: int) -> Packet | Malformed:
-        return parse(data, STATES[mark >> BASE & 127], self._want_scale)
+        return parse(data, self._states[mark >> self._marks.base & 255], self._want_scale)
 
     def _verdict(
         self, mark: int, decision: Decision, packet: Packet | Malformed
@@ -218,9 +219,9 @@ class Worker:
         if verdict is Verdict.DROP or (verdict is Verdict.RESET and _by_cookie(packet)):
             return False, None
         if verdict is Verdict.RESET:
-            mark |= CONDEMNED_FOR[decision.ends]
+            mark |= self._marks.condemned_for[decision.ends]
         elif decision.trust:
-            mark |= TRUSTED
+            mark |= self._marks.trust.value
         return True, mark
 
     def _failed(self, error: Exception) -> Decision:

@@ -20,6 +20,7 @@ from rstguard.engine.wire import ACK, Malformed, Packet, parse
 from rstguard.ipc.channel import Channel, pair
 from rstguard.ipc.messages import Start
 from rstguard.kernel import KernelError
+from rstguard.kernel.marks import Marks
 from rstguard.kernel.nfqueue import LENGTH, MOST, Queue, Queued, states
 from rstguard.kernel.readers import BINDING, BUILT_IN, CHOICE
 from rstguard.worker.worker import Worker
@@ -56,7 +57,7 @@ def diverted(own_namespace: None, reader: str) -> None:
 
 @pytest.fixture
 def queue(diverted: None) -> Iterator[Queue]:
-    made = Queue(NUMBER, fail_open=False)
+    made = Queue(NUMBER, fail_open=False, marks=Marks())
     yield made
     made.close()
 
@@ -200,7 +201,7 @@ def test_a_full_queue_drops_or_lets_pass(queue: Queue, arrivals: socket.socket) 
 def test_what_nobody_gave_a_verdict_is_dropped_at_the_end(
     diverted: None, arrivals: socket.socket
 ) -> None:
-    queue = Queue(NUMBER, fail_open=True)
+    queue = Queue(NUMBER, fail_open=True, marks=Marks())
     send(*range(1, 6))
     queue.receive(2, False)
     queue.give([(1, True, None)])
@@ -211,7 +212,7 @@ def test_what_nobody_gave_a_verdict_is_dropped_at_the_end(
 
 def test_a_queue_has_one_reader(queue: Queue) -> None:
     with pytest.raises(KernelError, match=f"queue {NUMBER} is in use by another program"):
-        Queue(NUMBER, fail_open=True)
+        Queue(NUMBER, fail_open=True, marks=Marks())
     send(1)
     assert len(queue.receive(MOST, False)) == 1
 
@@ -219,7 +220,7 @@ def test_a_queue_has_one_reader(queue: Queue) -> None:
 def test_a_reader_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CHOICE, "fast")
     with pytest.raises(KernelError, match="it can be rstguard or netfilterqueue"):
-        Queue(NUMBER, fail_open=True)
+        Queue(NUMBER, fail_open=True, marks=Marks())
 
 
 @pytest.mark.parametrize("fail_open", [True, False])
