@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Mapping
 from pathlib import Path
 
 from rstguard.engine.offers import Offer, Service
 from rstguard.engine.ruleset import Per, RuleSet
-from rstguard.kernel import KernelError, chains, cookies, ipset, iptables, sysctl
+from rstguard.kernel import KernelError, chains, clearing, cookies, ipset, iptables, sysctl
+from rstguard.kernel.marks import Marks
+
+log = logging.getLogger(__name__)
 
 RECORD_NAME = "sysctls.json"
 
@@ -26,6 +30,8 @@ class Footprint:
         """The services that SYN cookies may be given out for; takes effect with `divert`."""
         self._placed: dict[int, iptables.Present] = {}
         """What is in the kernel since the last `divert`."""
+        self._clears = True
+        """Whether our bits come off packets before they are routed (`rstguard.kernel.clearing`)."""
         self._whole = threading.RLock()  # nobody is to see the rules half changed
 
     def prepare(self, ruleset: RuleSet) -> bool:
@@ -53,7 +59,24 @@ class Footprint:
             KernelError: iptables refused.
         """
         with self._whole:
+            self._clear(ruleset)
             self._placed = iptables.apply(self._plans(ruleset))
+
+    def _clear(self, ruleset: RuleSet) -> None:
+        """Without it the guard works as well; who marks packets for routing must know."""
+        cleared = self._clears
+        try:
+            clearing.apply(Marks(ruleset.marks))
+            self._clears = True
+        except KernelError as error:
+            self._clears = False
+            if cleared:
+                log.warning(
+                    "packets are routed with the guard's mark bits on them, so every `ip rule` "
+                    "with a fwmark needs a mask without 0x%08x: %s",
+                    ruleset.marks,
+                    error,
+                )
 
     def replace(self, old: RuleSet, new: RuleSet, divert: bool = True) -> None:
         """Exchange one policy's sets and chains for another's; on failure the old ones return.
@@ -77,7 +100,8 @@ class Footprint:
     def missing(self, ruleset: RuleSet) -> list[str]:
         """Return what should be in the kernel and is not, in words."""
         with self._whole:
-            return iptables.missing(self._plans(ruleset), self._placed)
+            uncleared = clearing.missing(Marks(ruleset.marks)) if self._clears else []
+            return [*uncleared, *iptables.missing(self._plans(ruleset), self._placed)]
 
     def lost(self, ruleset: RuleSet) -> list[str]:
         """Return which rules and sets others have taken away, in words.
@@ -87,7 +111,7 @@ class Footprint:
         """
         with self._whole:
             return [
-                *iptables.missing(self._plans(ruleset), self._placed),
+                *self.missing(ruleset),
                 *ipset.lost(ruleset, len(self._queues)),
             ]
 
@@ -115,7 +139,8 @@ class Footprint:
             KernelError: iptables refused.
         """
         with self._whole:
-            return iptables.remove()
+            removed = iptables.remove()
+            return clearing.remove() or removed
 
     def remove(self, keep_bans: bool = False) -> list[str]:
         """Undo everything, whoever left it in this namespace; return what was done, in words.
