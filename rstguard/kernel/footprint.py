@@ -86,6 +86,11 @@ class Footprint:
         Raises:
             KernelError: the new ones were refused; the old ones are in force.
         """
+        if (old.marks, old.labels) != (new.marks, new.labels):
+            raise KernelError(
+                "marks and labels cannot change while connections bear them: restart the guard with"
+                " the new policy, or leave these two keys as they are"
+            )
         try:
             ipset.apply(new, len(self._queues))
             if divert:
@@ -98,7 +103,11 @@ class Footprint:
         ipset.prune(new, len(self._queues))
 
     def missing(self, ruleset: RuleSet) -> list[str]:
-        """Return what should be in the kernel and is not, in words."""
+        """Return which rules should be in the kernel and are not, in words.
+
+        Raises:
+            KernelError: the kernel could not be asked.
+        """
         with self._whole:
             uncleared = clearing.missing(Marks(ruleset.marks)) if self._clears else []
             return [*uncleared, *iptables.missing(self._plans(ruleset), self._placed)]

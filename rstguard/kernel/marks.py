@@ -155,12 +155,13 @@ class Marks:
 
     def __init__(self, mask: int = DEFAULT_MARKS) -> None:
         unit = mask & -mask
-        if mask != unit * _ALL or mask >> 32:
+        if not mask or mask != unit * _ALL or mask >> 32:
             raise ValueError(f"0x{mask:x} is not eight adjacent bits of a mark")
         self.mask = mask
         self.base = unit.bit_length() - 1
 
         # The stage of a connection: each as a match, and as what a rule sets.
+        self.stage_mask = _STAGE * unit
         self.unguarded = Bits(0, _STAGE * unit)
         self.guarded = Bits(_GUARDED * unit, _STAGE * unit)
         self.proven = Bits(_PROVEN * unit, _STAGE * unit)

@@ -128,6 +128,13 @@ _FOR_A_BUDGET = (
     _Feature("packet log", "mangle", "-A OUTPUT -p tcp -j NFLOG --nflog-group 1", "xt_NFLOG"),
 )
 
+_LABELS = _Feature(
+    "connection labels",
+    "mangle",
+    "-A PREROUTING -m connlabel --label 127 -j RETURN",
+    "xt_connlabel",
+)
+
 
 def feature_checks(host: Host, deadline: float) -> list[Check]:
     """Return a check for the set support and for each family's rules; `deadline` is monotonic s."""
@@ -145,7 +152,8 @@ def feature_checks(host: Host, deadline: float) -> list[Check]:
             sentence = "not tried: no network namespace could be made here"
             return [Check("kernel features", Outcome.WARNING, sentence, "unshare --net true")]
         trial = _Trial(host, inside, deadline)
-        return [trial.sets(), *(check(f) for f in (4, 6) for check in (trial.rules, trial.budget))]
+        found = [trial.sets(), *(check(f) for f in (4, 6) for check in (trial.rules, trial.budget))]
+        return [*found, trial.labels()]
 
 
 class _Trial(NamedTuple):
@@ -193,6 +201,18 @@ class _Trial(NamedTuple):
         if found.outcome is not Outcome.MISSING:
             return found
         sentence = f"a policy with syn_budget cannot be used: {found.sentence}"
+        return found._replace(outcome=Outcome.WARNING, sentence=sentence)
+
+    def labels(self) -> Check:
+        """Load a rule that asks for a label; no policy needs one yet (`rstguard.kernel.marks`)."""
+        if self.host.find(_RESTORE[4]) is None:
+            return Check(
+                _LABELS.name, Outcome.WARNING, f"not tried: {_RESTORE[4]} is not installed"
+            )
+        found = self._each(_LABELS.name, 4, (_LABELS,))
+        if found.outcome is not Outcome.MISSING:
+            return found
+        sentence = f"a completed handshake proves an address by itself: {found.sentence}"
         return found._replace(outcome=Outcome.WARNING, sentence=sentence)
 
     def _each(self, name: str, family: int, features: Sequence[_Feature]) -> Check:

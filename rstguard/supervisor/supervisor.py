@@ -265,11 +265,6 @@ class Supervisor:
         """
         await asyncio.to_thread(self.upkeep.look_for_lifelines)
         new = self.upkeep.spare(compile_policy(loaded.policy))
-        if (new.marks, new.labels) != (self.ruleset.marks, self.ruleset.labels):
-            raise ControlError(
-                "marks and labels cannot change while connections bear them, the old policy "
-                "stays: restart the guard with the new one, or leave these two keys as they are"
-            )
         await self.change_ruleset(lambda _: new)
         self.loaded, self.file, self.runaway = loaded, file, ""
         self.events.add(Event("policy", self.ruleset.name, detail=mode_of(self.ruleset)))

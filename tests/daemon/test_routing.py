@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from rstguard.ipc.requests import ControlError
 from rstguard.kernel import clearing
 from rstguard.kernel.marks import Marks
 from rstguard.kernel.nfqueue import LENGTH
@@ -64,11 +65,18 @@ class Network:
     rules: str
     choice: str
     device: str
+    marks: int = 0xFF000000
+    """The bits that are the guard's."""
+
+    @property
+    def policy(self) -> str:
+        """The guard's policy."""
+        return f"{POLICY}marks: {self.marks:#x}\n"
 
 
 NETWORKS = {
     "marked packets have a table": Network(_MARKED + _COOKIES, "fwmark 0x1", "alt"),
-    "so do connections": Network(_RESTORED, "fwmark 0x1", "alt"),
+    "so do connections": Network(_RESTORED, "fwmark 0x1", "alt", marks=0xFF00),
     "all others go into a tunnel": Network(_MARKED, "not fwmark 0x1", "in"),
     "marked packets go to a proxy": Network(_MARKED, "fwmark 0x1", ""),
 }
@@ -142,7 +150,7 @@ def lab(request: pytest.FixtureRequest) -> Iterator[Routed]:
 
 @pytest.fixture(scope="module")
 def guard(lab: Routed, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guard]:
-    with Guard(lab, POLICY, tmp_path_factory.mktemp("routed"), workers=1) as guard:
+    with Guard(lab, lab.network.policy, tmp_path_factory.mktemp("routed"), workers=1) as guard:
         yield guard
 
 
@@ -220,7 +228,7 @@ def test_cookies(lab: Routed, guard: Guard, v6: bool) -> None:
     """The SYN that the kernel opens for a client is routed by the administrator's marks alone."""
     if "OUTPUT" not in lab.network.rules or "restore" in lab.network.rules:
         pytest.skip("what leaves this host is not marked here")
-    guard.apply(POLICY + BUDGET)
+    guard.apply(lab.network.policy + BUDGET)
     service = lab.service(COOKIES, v6)
     with services(service):
         service.connect(source(v6)).talk()
@@ -233,7 +241,7 @@ def test_cookies(lab: Routed, guard: Guard, v6: bool) -> None:
         wait_until(lambda: guard.status()["syn_budget"]["cookies"]["accepted"] > before)
     assert lab.astray(v6) == 0
     assert lab.astray(v6, "POSTROUTING") == 0
-    guard.apply(POLICY)
+    guard.apply(lab.network.policy)
 
 
 @BOTH_FAMILIES
@@ -250,14 +258,20 @@ def test_without_the_table_packets_are_routed_with_bits(
         else:  # the kernel forwards nothing that belongs to a socket of its own
             with pytest.raises(TimeoutError):
                 life(lab, v6)
-    guard.apply(POLICY)
+    guard.apply(lab.network.policy)
     lab.run("gateway", "ip6tables" if v6 else "iptables", "-w", "-t", "mangle", "-Z", "FORWARD")
     life(lab, v6)
     assert lab.astray(v6) == 0
 
 
+def test_the_bits_cannot_change_while_connections_bear_them(lab: Routed, guard: Guard) -> None:
+    with pytest.raises(ControlError, match="restart the guard with the new policy"):
+        guard.apply(f"{POLICY}marks: 0xff0\n")
+    assert guard.filtering()
+
+
 def test_nothing_is_left(lab: Routed, guard: Guard) -> None:
     assert guard.stop() == 0
     with lab.inside("gateway"):
-        assert len(clearing.missing(Marks())) == 2
+        assert len(clearing.missing(Marks(lab.network.marks))) == 2
         assert not clearing.remove()

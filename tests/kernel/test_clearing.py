@@ -1,0 +1,120 @@
+"""The table of nf_tables: made, compared, taken away; and what it does to marks."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from rstguard.kernel import KernelError, clearing, nftables
+from rstguard.kernel.command import run
+from rstguard.kernel.conntrack import Conntrack
+from rstguard.kernel.marks import Marks
+from rstguard.kernel.names import PREFIX
+
+pytestmark = pytest.mark.netns
+
+PORT = 8000
+MARKS = Marks(0x0FF00000)
+
+
+@pytest.fixture
+def table(own_namespace: None) -> Iterator[None]:
+    run(["ip", "link", "set", "lo", "up"])
+    clearing.apply(MARKS)
+    yield
+    clearing.remove()
+
+
+def test_it_comes_and_goes(own_namespace: None) -> None:
+    assert len(clearing.missing(MARKS)) == 2
+    clearing.trial()
+    assert len(clearing.missing(MARKS)) == 2
+    clearing.apply(MARKS)
+    assert clearing.missing(MARKS) == []
+    assert len(clearing.missing(Marks())) == 2  # other bits are another table
+    clearing.apply(Marks())
+    assert clearing.missing(Marks()) == []
+    assert clearing.remove()
+    assert not clearing.remove()
+
+
+def test_one_that_is_as_it_should_be_is_left_alone(
+    table: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nftables, "replace", None)
+    clearing.apply(MARKS)
+
+
+def test_what_the_kernel_lacks_is_told(own_namespace: None) -> None:
+    unknown = nftables.Rule("unknown", nftables.has_any(nftables.Field("nothing", 1), 1))
+    chain = nftables.Chain("prerouting", 0, -149, "filter", (unknown,))
+    with pytest.raises(KernelError, match="the kernel has no nf_tables, or lacks a part of it"):
+        nftables.replace(PREFIX, [chain])
+    assert nftables.comments(PREFIX) == {}
+
+
+def marked(on_packet: int, on_connection: int) -> tuple[int, int]:
+    """Send a segment with a mark on it and on its connection; return what became of both."""
+    mangle = ["iptables", "-w", "-t", "mangle"]
+    for chain in ("PREROUTING", "INPUT"):
+        run([*mangle, "-F", chain])
+    before = ("PREROUTING", "-p", "tcp", "--dport", str(PORT), "-j")
+    run([*mangle, "-A", *before, "CONNMARK", "--set-xmark", f"{on_connection:#x}"])
+    run([*mangle, "-A", *before, "MARK", "--set-xmark", f"{on_packet:#x}"])
+    for bit in range(32):
+        match = (
+            "-p",
+            "tcp",
+            "--dport",
+            str(PORT),
+            "-m",
+            "mark",
+            "--mark",
+            f"{1 << bit}/{1 << bit}",
+        )
+        run([*mangle, "-A", "INPUT", *match])
+    with (
+        socket.create_server(("127.0.0.1", PORT)) as listener,
+        socket.create_connection(("127.0.0.1", PORT)),
+        listener.accept()[0],
+        Conntrack() as connections,
+    ):
+        (flow,) = connections.dump()
+    seen = run(["iptables-save", "-c", "-t", "mangle"]).splitlines()
+    counts = [line for line in seen if " -A INPUT " in line]
+    packet = sum(1 << bit for bit, line in enumerate(counts) if not line.startswith("[0:"))
+    run(["conntrack", "-F"])
+    return packet, flow.mark
+
+
+GUARDED, PROVEN, TRUSTED = (bits.value for bits in (MARKS.guarded, MARKS.proven, MARKS.trusted))
+
+
+@pytest.mark.parametrize(
+    ("packet", "connection", "packet_after", "connection_after"),
+    [
+        pytest.param(0x5, 0x6, 0x5, 0x6, id="marks of others"),
+        pytest.param(MARKS.mask | 5, 6, MARKS.mask | 5, 6, id="our bits, a stranger's connection"),
+        pytest.param(MARKS.trust.value | 5, PROVEN | 6, 5, TRUSTED | 6, id="trust"),
+        pytest.param(MARKS.trust.value, GUARDED, 0, GUARDED, id="no trust without proof"),
+        pytest.param(
+            MARKS.condemned_source.value | 5, GUARDED, 5, GUARDED | MARKS.condemned_source.value,
+            id="condemned",
+        ),
+        pytest.param(MARKS.to_queue_known.value | 5, PROVEN, 5, PROVEN, id="known, and not read"),
+        pytest.param(PROVEN | 5, PROVEN | 5, 5, PROVEN | 5, id="copied from the connection"),
+        pytest.param(MARKS.to_queue_stray.value | 5, 6, 5, 6, id="a stray, and not read"),
+    ],
+)  # fmt: skip
+def test_marks(
+    table: None, packet: int, connection: int, packet_after: int, connection_after: int
+) -> None:
+    found_packet, found_connection = marked(packet, connection)
+    # Later segments of the same connection bear the mark as well, in the state ESTABLISHED.
+    if packet & MARKS.mask == MARKS.to_queue_stray.value:
+        assert found_packet & ~MARKS.mask == packet_after
+    else:
+        assert found_packet == packet_after
+    assert found_connection == connection_after
