@@ -12,7 +12,9 @@ Own chains only, each reached by one jump from a built-in chain.  The way of a p
   needs to see it.  Connections that need nothing more leave the chain at its second rule.  It
   comes last in the built-in chain: after the queue a packet goes on at the next hook, and the
   rules of other software must not be skipped.
-- mangle FORWARD and INPUT move a worker's verdict from the packet's mark to its connection.
+- Right behind it the table of `rstguard.kernel.clearing` moves a worker's verdict from the packet's
+  mark to its connection, before the packet is routed.  Where the kernel has no such table mangle
+  FORWARD and INPUT do so, only too late for `ip rule`.
 - filter INPUT, FORWARD and OUTPUT answer every segment of a condemned connection with a RST
   that carries the sender's own ACK number, the only one RFC 5961 (3.2) always accepts.
 """

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from rstguard.kernel import KernelError, clearing, nftables
+from rstguard.kernel import KernelError, clearing, ipset, nftables
 from rstguard.kernel.command import run
 from rstguard.kernel.conntrack import Conntrack
+from rstguard.kernel.footprint import Footprint
 from rstguard.kernel.marks import Marks
 from rstguard.kernel.names import PREFIX
+from rstguard.policy.compile import compile_policy
+from rstguard.policy.load import parse
 
 pytestmark = pytest.mark.netns
 
@@ -118,3 +122,33 @@ def test_marks(
     else:
         assert found_packet == packet_after
     assert found_connection == connection_after
+
+
+def test_a_kernel_without_it_is_guarded_all_the_same_and_told_once(
+    own_namespace: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def refused(_: Marks) -> None:
+        raise KernelError("the kernel has no nf_tables")
+
+    text = "version: 1\nprotect: {interfaces: [lo]}\nrules: []\n"
+    ruleset = compile_policy(parse(text, "policy.yaml").policy)
+    footprint = Footprint(tmp_path, range(7, 8))
+    ipset.apply(ruleset)
+    with monkeypatch.context() as without:
+        without.setattr(clearing, "apply", refused)
+        for _ in range(2):
+            footprint.divert(ruleset)
+            assert footprint.lost(ruleset) == []
+        (said,) = caplog.messages
+    assert "every `ip rule` with a fwmark needs a mask without 0xff000000" in said
+    footprint.divert(ruleset)
+    assert footprint.lost(ruleset) == []
+    assert clearing.remove()
+    assert len(footprint.lost(ruleset)) == 2
+    footprint.mend(ruleset)
+    assert footprint.lost(ruleset) == []
+    assert footprint.withdraw()
+    assert not clearing.remove()

@@ -129,6 +129,16 @@ def test_verdicts_leave_alone_what_came_later(queue: Queue, arrivals: socket.soc
     assert queue.receive(MOST, False) == []
 
 
+def test_what_leaves_bears_no_bit_and_is_known_by_its_hook(queue: Queue) -> None:
+    run("iptables", *["-w", "-t", "mangle", "-F", "OUTPUT"])
+    words = f"-w -t mangle -A POSTROUTING -p tcp --dport {PORT} -j NFQUEUE --queue-num {NUMBER}"
+    run("iptables", *words.split())
+    send(1, mark=MARK)
+    ((number, mark, _),) = queue.receive(MOST, False)
+    assert mark == MARK | Marks().outbound
+    queue.give([(number, True, None)])
+
+
 def test_a_mark_comes_with_the_packet_and_stays_unless_changed(queue: Queue) -> None:
     send(1, 2, 3, mark=MARK)
     batch = queue.receive(MOST, False)
