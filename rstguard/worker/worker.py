@@ -82,7 +82,8 @@ class Worker:
         self._channel = channel
         self._sets = Sets()
         self._marks = Marks(start.ruleset.marks)
-        self._states = self._marks.states
+        self._states, self._trust = self._marks.states, self._marks.trust.value
+        self._others = 0xFFFFFFFF ^ self._marks.mask
         self._injector = Injector(self._marks)
         self._shedding, self._lost = Shedding(LENGTH), 0
         self._index = start.index
@@ -182,7 +183,7 @@ class Worker:
         """
         decide, now = self._decide, time.monotonic_ns()  # they all were there by now
         verdicts: list[NumberedVerdict] = []
-        ours, passing = self._marks.mask, 0
+        ours, others, passing = self._marks.mask, self._others, 0
         for number, mark, data in packets:
             try:
                 packet = self._parse(data, mark) if isinstance(data, bytes) else data
@@ -195,7 +196,7 @@ class Worker:
             if passing:
                 verdicts.append((passing, True, None))
                 passing = 0
-            verdicts.append((number, *self._verdict(mark & ~ours, decision, packet)))
+            verdicts.append((number, *self._verdict(mark & others, decision, packet)))
             if decision.rule:
                 self._note(packet, decision)
                 if self._pending and until_objection:
@@ -221,7 +222,7 @@ class Worker:
         if verdict is Verdict.RESET:
             mark |= self._marks.condemned_for[decision.ends]
         elif decision.trust:
-            mark |= self._marks.trust.value
+            mark |= self._trust
         return True, mark
 
     def _failed(self, error: Exception) -> Decision:
