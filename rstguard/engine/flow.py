@@ -49,6 +49,7 @@ class Flow(NamedTuple):
     other's mirror.  Bytes and packets are counted by the kernel since the connection began
     (IP headers included), and are 0 while accounting is off.  `age` is in nanoseconds, or -1 while
     the kernel does not stamp connections.  `timeout` is what the entry has left, in seconds.
+    `labels` has a bit for each connection label that is set.
     """
 
     ident: int
@@ -64,6 +65,7 @@ class Flow(NamedTuple):
     age: int
     timeout: int
     zone: int
+    labels: int = 0
 
 
 def endpoint(address: int, port: int) -> str:

@@ -17,7 +17,7 @@ from rstguard.engine.lenient import LenientLimiter
 from rstguard.engine.limiter import Distinct, Limiter, Memory
 from rstguard.engine.ruleset import SECOND, Measure, Per, Rule
 from rstguard.engine.verdict import Action, Reason
-from rstguard.engine.wire import KNOWN, OVER, Packet
+from rstguard.engine.wire import KNOWN, OVER, RST, Packet
 
 Check = Callable[[Packet, int], bool]
 """Count a packet at a time (nanoseconds); True if the rule is crossed by it."""
@@ -192,7 +192,7 @@ def _out_of_state(rule: Rule, limiter: Limiter) -> dict[Kind, Check]:
 
 def _reset_rate(rule: Rule, limiter: Limiter) -> dict[Kind, Check]:
     rate = _rate(rule, limiter)
-    return {Kind.CLOSE: lambda packet, now: bool(packet.flags & 4) and rate(packet, now)}
+    return {Kind.CLOSE: lambda packet, now: bool(packet.flags & RST) and rate(packet, now)}
 
 
 def _distinct_ports(rule: Rule, tried: Distinct) -> dict[Kind, Check]:

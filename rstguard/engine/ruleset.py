@@ -6,6 +6,7 @@ state; `rstguard.engine.rules` gives each `Rule` its tables.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import Enum
 
@@ -13,6 +14,14 @@ from rstguard.engine.address import Prefix
 from rstguard.engine.verdict import Action, Ends
 
 SECOND = 1_000_000_000
+
+DEFAULT_MARKS = 0xFF000000
+"""The bits of marks that are the guard's: eight adjacent ones (`rstguard.kernel.marks`)."""
+DEFAULT_LABELS = 124
+"""The first of the four connection labels that are the guard's."""
+
+RULE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,47}")
+"""The name of a rule or of a policy: it is also kept beside a ban in the kernel's set."""
 
 
 class Measure(Enum):
@@ -207,7 +216,8 @@ class RuleSet:
     `enforce` False means: decide, count and report, but change nothing.  `fail_open` is what
     passes while the engine is down or overrun.  `blocking` is what a banned or shunned source
     sees: "drop", "reset" or "unreachable".  `shun_duration` and `sweep_every` are nanoseconds.
-    More than `bans_per_minute` are taken for a mistake of the policy.
+    More than `bans_per_minute` are taken for a mistake of the policy.  `marks` are the mark bits,
+    `labels` is the first of the connection labels that the guard may use.
     `inspect_packets` caps how many early packets of a connection may pass through the queue.
     """
 
@@ -224,6 +234,8 @@ class RuleSet:
     shun_duration: int = 10 * SECOND
     sweep_every: int = 2 * SECOND
     bans_per_minute: int = 1000
+    marks: int = DEFAULT_MARKS
+    labels: int = DEFAULT_LABELS
 
     @property
     def diverts(self) -> frozenset[Divert]:

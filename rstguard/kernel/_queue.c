@@ -13,6 +13,8 @@
 #include <linux/netfilter/nfnetlink_queue.h>
 #include <linux/netlink.h>
 #include <netinet/in.h>
+#include <linux/netfilter.h> /* behind in.h, with which it shares definitions */
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -22,6 +24,7 @@ enum {
 	ROOM = 2048, /* bytes for one: nfqueue.py asks for 1024 of the packet, about 200 go with it */
 	FIELDS = 11, /* of a Packet */
 	STATES = 256,
+	MOST_BASE = 24, /* bits of a mark below the highest eight */
 	FRAGMENT = 0x1fff,
 	SYN = 2,
 };
@@ -45,6 +48,8 @@ struct reader {
 	PyTypeObject *packet;
 	struct memos memos;
 	int descriptor;
+	unsigned int base; /* the lowest of our bits of a mark */
+	uint32_t outbound; /* the bits of a packet that the protected side sends */
 	uint8_t states[STATES];
 	struct mmsghdr messages[MOST];
 	struct iovec parts[MOST];
@@ -171,8 +176,9 @@ static PyObject *read_packet(PyTypeObject *type, struct memos *memos, const uint
 
 /* Reads one message of `size` bytes; returns whether it brings a packet.  If it is cut off, what is
  * there of it counts: the packet needs its verdict. */
-static int read_message(const char *at, size_t size, struct queued *queued)
+static int read_message(const char *at, size_t size, uint32_t outbound, struct queued *queued)
 {
+	uint8_t hook = NF_INET_PRE_ROUTING;
 	const struct nlmsghdr *message = (const void *)at;
 	const char *end = at + size;
 	int found = 0;
@@ -196,6 +202,8 @@ static int read_message(const char *at, size_t size, struct queued *queued)
 				queued->number = big32(value);
 				found = 1;
 			}
+			if (length >= sizeof(struct nfqnl_msg_packet_hdr))
+				hook = value[offsetof(struct nfqnl_msg_packet_hdr, hook)];
 			break;
 		case NFQA_MARK:
 			if (length >= 4)
@@ -210,13 +218,15 @@ static int read_message(const char *at, size_t size, struct queued *queued)
 			break;
 		at += NLA_ALIGN(attribute->nla_len);
 	}
+	if (hook == NF_INET_POST_ROUTING)
+		queued->mark |= outbound;
 	return found;
 }
 
 /* Returns (number, mark, Packet or bytes). */
 static PyObject *as_tuple(struct reader *reader, const struct queued *queued, int scales)
 {
-	int state = reader->states[queued->mark >> 24];
+	int state = reader->states[queued->mark >> reader->base & (STATES - 1)];
 	PyObject *packet, *number, *mark, *tuple;
 
 	packet = read_packet(reader->packet, &reader->memos, queued->data, queued->length, state,
@@ -270,7 +280,8 @@ static PyObject *receive(struct reader *reader, PyObject *args)
 		struct queued queued;
 		PyObject *tuple;
 
-		if (!read_message(reader->rooms[i], reader->messages[i].msg_len, &queued))
+		if (!read_message(reader->rooms[i], reader->messages[i].msg_len, reader->outbound,
+				  &queued))
 			continue;
 		tuple = as_tuple(reader, &queued, scales);
 		if (!tuple || PyList_Append(list, tuple))
@@ -294,24 +305,30 @@ static int is_packet_type(PyTypeObject *type)
 static PyObject *new_reader(PyTypeObject *type, PyObject *args, PyObject *names)
 {
 	int descriptor;
+	unsigned int base, outbound;
 	PyTypeObject *packet;
 	Py_buffer states;
 	struct reader *reader = NULL;
 
 	if (names && PyDict_GET_SIZE(names))
 		return PyErr_Format(PyExc_TypeError, "Reader takes no keyword arguments");
-	if (!PyArg_ParseTuple(args, "iO!y*:Reader", &descriptor, &PyType_Type, &packet, &states))
+	if (!PyArg_ParseTuple(args, "iO!y*II:Reader", &descriptor, &PyType_Type, &packet, &states,
+			      &base, &outbound))
 		return NULL;
 	if (!is_packet_type(packet))
 		; /* the exception is set */
 	else if (states.len != STATES)
 		PyErr_Format(PyExc_ValueError, "states must be %d bytes, not %zd", STATES, states.len);
+	else if (base > MOST_BASE)
+		PyErr_Format(PyExc_ValueError, "base must be 0 to %d, not %u", MOST_BASE, base);
 	else
 		reader = (struct reader *)type->tp_alloc(type, 0);
 	if (reader) {
 		Py_INCREF(packet);
 		reader->packet = packet;
 		reader->descriptor = descriptor;
+		reader->base = base;
+		reader->outbound = outbound;
 		memcpy(reader->states, states.buf, STATES);
 		for (int i = 0; i < MOST; i++) {
 			reader->parts[i] = (struct iovec){ reader->rooms[i], ROOM };
@@ -361,9 +378,10 @@ static PyMethodDef reader_methods[] = {
 };
 
 static PyType_Slot reader_slots[] = {
-	{ Py_tp_doc, "Reader(descriptor, packet_type, states)\n--\n\n"
+	{ Py_tp_doc, "Reader(descriptor, packet_type, states, base, outbound)\n--\n\n"
 		     "Reads a bound queue's socket; `states` gives a packet's state for each value of "
-		     "the highest byte of its mark." },
+		     "the eight bits of its mark from `base` on, and `outbound` is added to the mark "
+		     "of one that was queued in POSTROUTING." },
 	{ Py_tp_new, new_reader },
 	{ Py_tp_dealloc, free_reader },
 	{ Py_tp_methods, reader_methods },

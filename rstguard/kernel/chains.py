@@ -12,7 +12,9 @@ Own chains only, each reached by one jump from a built-in chain.  The way of a p
   needs to see it.  Connections that need nothing more leave the chain at its second rule.  It
   comes last in the built-in chain: after the queue a packet goes on at the next hook, and the
   rules of other software must not be skipped.
-- mangle FORWARD and INPUT move a worker's verdict from the packet's mark to its connection.
+- Right behind it the table of `rstguard.kernel.clearing` moves a worker's verdict from the packet's
+  mark to its connection, before the packet is routed.  Where the kernel has no such table mangle
+  FORWARD and INPUT do so, only too late for `ip rule`.
 - filter INPUT, FORWARD and OUTPUT answer every segment of a condemned connection with a RST
   that carries the sender's own ACK number, the only one RFC 5961 (3.2) always accepts.
 """
@@ -22,10 +24,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from rstguard.engine.ruleset import RuleSet
-from rstguard.kernel import marks
-from rstguard.kernel.counting import PREFIX, bits
 from rstguard.kernel.diversion import Diversion
+from rstguard.kernel.marks import Bits, Marks
 from rstguard.kernel.matching import SYN_ONLY, Matching
+from rstguard.kernel.names import PREFIX
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +67,8 @@ def plan(ruleset: RuleSet, family: int, queues: range) -> Plan:
             f"{PREFIX}-blocked": _blocked(matching),
             f"{PREFIX}-probe": ("-j CT --notrack",),
         },
-        "mangle": {**diversion.chains(), f"{PREFIX}-save": _save()},
-        "filter": {f"{PREFIX}-condemned": condemned()},
+        "mangle": {**diversion.chains(), f"{PREFIX}-save": _save(matching.marks)},
+        "filter": {f"{PREFIX}-condemned": condemned(matching.marks)},
     }
     if ruleset.blocking != "drop":
         refuse = matching.on_interfaces(f"{PREFIX}-refused", outbound=False, tcp=True)
@@ -76,9 +78,10 @@ def plan(ruleset: RuleSet, family: int, queues: range) -> Plan:
 
 
 def _jumps(ruleset: RuleSet, outbound: bool) -> tuple[Jump, ...]:
-    probe = f"-m mark --mark {bits(marks.PROBE)}"
-    saved = f"-m mark ! --mark 0x0/0x{marks.MASK:x}"
-    dead = f"-p tcp -m connmark ! --mark 0x0/0x{marks.CONDEMNED:x}"
+    marks = Marks(ruleset.marks)
+    probe = f"-m mark --mark {marks.probe}"
+    saved = f"-m mark ! --mark {marks.none} -m connmark ! --mark {marks.unguarded}"
+    dead = f"-p tcp -m connmark ! --mark {marks.uncondemned}"
     jumps = [
         Jump("raw", "PREROUTING", "", f"{PREFIX}-raw"),
         Jump("raw", "OUTPUT", probe, f"{PREFIX}-probe"),
@@ -99,37 +102,43 @@ def _jumps(ruleset: RuleSet, outbound: bool) -> tuple[Jump, ...]:
     return tuple(jumps)
 
 
-def _save() -> tuple[str, ...]:
+def _save(marks: Marks) -> tuple[str, ...]:
     """Bits are added to the connection, never taken: a late verdict must not undo a later one."""
-    rules = [
-        f"-m mark --mark {bits(bit)} -j CONNMARK --set-xmark {bits(bit)}"
-        for bit in (marks.TRUSTED, marks.CONDEMNED_SOURCE, marks.CONDEMNED_DESTINATION)
-    ]
-    return (*rules, f"-j MARK --set-xmark 0x0/0x{marks.MASK:x}")
+    proven = f"-m connmark --mark {marks.established}"
+    return (
+        f"-m mark --mark {marks.trust} {proven} -j CONNMARK --set-xmark {marks.trusted}",
+        *(
+            f"-m mark --mark {bit} -j CONNMARK --set-xmark {bit}"
+            for bit in (marks.condemned_source, marks.condemned_destination)
+        ),
+        f"-j MARK --set-xmark {marks.none}",
+    )
 
 
-def condemned() -> tuple[str, ...]:
+def condemned(marks: Marks) -> tuple[str, ...]:
     """Return the rules for segments of condemned connections.
 
-    An end is noted as told just before it is: that note is the proof that it was reset.
+    The bit that says that an end was sent its RST is set just before: it is the proof that the end
+    was reset.
 
-    A RST to an end that was not told yet is no answer of ours: the other end has sent it, and so is
-    dead as well.  One that was just reset says so to whatever was on its way to it.
+    A RST to an end that was not sent one yet is no answer of ours: the other end has sent it, and
+    so is dead as well.  One that was just reset says so to whatever was on its way to it.
     """
     ends = (
-        ("ORIGINAL", "REPLY", marks.CONDEMNED_SOURCE, marks.TOLD_SOURCE),
-        ("REPLY", "ORIGINAL", marks.CONDEMNED_DESTINATION, marks.TOLD_DESTINATION),
+        ("ORIGINAL", "REPLY", marks.condemned_source, marks.rst_sent_source),
+        ("REPLY", "ORIGINAL", marks.condemned_destination, marks.rst_sent_destination),
     )
     rst = "-p tcp -m tcp --tcp-flags RST RST"
     rules = [
         f"{rst} -m conntrack --ctdir {towards} -m connmark --mark"
-        f" 0x{condemned:x}/0x{condemned | told:x} -j CONNMARK --set-xmark {bits(marks.TOLD)}"
-        for _, towards, condemned, told in ends
+        f" {Bits(condemned.value, condemned.mask | sent.mask)}"
+        f" -j CONNMARK --set-xmark {marks.rst_sent}"
+        for _, towards, condemned, sent in ends
     ]
     rules.append(f"{rst} -j RETURN")
-    for direction, _, condemned, told in ends:
-        match = f"-p tcp -m conntrack --ctdir {direction} -m connmark --mark {bits(condemned)}"
-        rules.append(f"{match} -j CONNMARK --set-xmark {bits(told)}")
+    for direction, _, condemned, sent in ends:
+        match = f"-p tcp -m conntrack --ctdir {direction} -m connmark --mark {condemned}"
+        rules.append(f"{match} -j CONNMARK --set-xmark {sent}")
         rules.append(f"{match} -j REJECT --reject-with tcp-reset")
     return (*rules, "-j DROP")
 

@@ -136,6 +136,20 @@ class Conntrack:
             raise ValueError(f"bits 0x{bits:x} outside mask 0x{mask:x}")
         return [a.error for a in self._ask(_NEW, flows, entry.mark_attributes(bits, mask))]
 
+    def set_labels(self, flows: Sequence[Flow], bits: int, mask: int) -> list[int]:
+        """Give connections the labels (old & ~mask) | bits; return an errno for each, or 0.
+
+        `GONE` means: no longer in the table.  ENOSPC: it began while no rule asked for labels, and
+        has no room for any (nf_connlabels_replace).
+
+        Raises:
+            ValueError: `bits` has bits that `mask` lacks.
+            KernelError: the kernel could not be asked.
+        """
+        if bits & ~mask:
+            raise ValueError(f"labels 0x{bits:x} outside mask 0x{mask:x}")
+        return [a.error for a in self._ask(_NEW, flows, entry.labels_attributes(bits, mask))]
+
     def delete(self, flows: Sequence[Flow]) -> list[int]:
         """Take connections out of the table; return an errno for each, 0 for success.
 

@@ -30,10 +30,11 @@ from dataclasses import dataclass, replace
 from rstguard.engine.address import address_text, is_v6
 from rstguard.engine.offers import Offer, Service
 from rstguard.engine.ruleset import Divert, RuleSet
-from rstguard.kernel import marks
 from rstguard.kernel.chains import Jump, Plan
-from rstguard.kernel.counting import LARGEST_RATE, PREFIX, bits, gate, table_size
+from rstguard.kernel.counting import LARGEST_RATE, gate, table_size
+from rstguard.kernel.marks import Marks
 from rstguard.kernel.matching import SYN_ONLY, interface_names, negated
+from rstguard.kernel.names import PREFIX, set_name
 
 ENGAGED_SECONDS = 60
 """How long after its last cookie a service's ACKs are still searched for cookies."""
@@ -48,8 +49,6 @@ _SYN_ACK = "-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK SYN,ACK"
 _PLAIN_ACK = "-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK ACK"
 _TIMESTAMP = 8  # TCPOPT_TIMESTAMP
 _NO_SOCKET = "-m owner ! --socket-exists"
-_PROVED = marks.GUARDED | marks.PROVEN
-_COOKIE_SYN = marks.TO_QUEUE_KNOWN | marks.TO_QUEUE_PROVEN
 
 Known = Mapping[Service, Offer]
 
@@ -61,7 +60,7 @@ def in_force(ruleset: RuleSet) -> bool:
 
 def engaged_set(family: int) -> str:
     """Return the name of the set of services that were lately over budget."""
-    return f"{PREFIX}-engaged{family}"
+    return set_name("engaged", family)
 
 
 def with_budget(plan: Plan, ruleset: RuleSet, family: int, known: Known) -> Plan:
@@ -93,13 +92,13 @@ def with_budget(plan: Plan, ruleset: RuleSet, family: int, known: Known) -> Plan
     mangle[f"{PREFIX}-sample"] = build.sample()
     filters[f"{PREFIX}-cookies"] = build.on_interfaces(f"-i {{}} -j {PREFIX}-proxy")
     filters[f"{PREFIX}-proxy"] = build.proxy()
-    return replace(plan, chains=chains, jumps=(*plan.jumps, *_jumps()))
+    return replace(plan, chains=chains, jumps=(*plan.jumps, *_jumps(build.marks)))
 
 
-def _jumps() -> tuple[Jump, ...]:
-    opening = f"-m mark --mark 0x{_COOKIE_SYN:x}/0x{marks.MASK:x}"
+def _jumps(marks: Marks) -> tuple[Jump, ...]:
+    opening = f"-m mark --mark {marks.to_queue_known}"
     begun = "-m conntrack --ctstate ESTABLISHED --ctdir ORIGINAL"
-    unsaved = f"-m conntrack --ctdir ORIGINAL -m mark ! --mark 0x0/0x{marks.MASK:x}"
+    unsaved = f"-m conntrack --ctdir ORIGINAL -m mark ! --mark {marks.none}"
     lost = "-p tcp -m tcp --tcp-flags FIN,RST NONE -m conntrack --ctstate INVALID,UNTRACKED"
     template = "-m conntrack --ctstate NEW"
     return (
@@ -109,7 +108,7 @@ def _jumps() -> tuple[Jump, ...]:
         Jump(
             "mangle",
             "OUTPUT",
-            f"{_PLAIN_ACK} {begun} -m connmark --mark {bits(_PROVED)}",
+            f"{_PLAIN_ACK} {begun} -m connmark --mark {marks.established}",
             f"{PREFIX}-joined",
             last=True,
         ),
@@ -127,6 +126,10 @@ class _Build:
     ruleset: RuleSet
     family: int
     known: Known
+
+    @property
+    def marks(self) -> Marks:
+        return Marks(self.ruleset.marks)
 
     def on_interfaces(self, rule: str) -> tuple[str, ...]:
         return tuple(rule.format(name) for name in interface_names(self.ruleset))
@@ -160,7 +163,7 @@ class _Build:
             exempt.append("trusted")
         if self.ruleset.blocking != "drop":  # they are answered later, in the filter table
             exempt += ["ban", "shun"]
-        names = (f"{PREFIX}-{name}{self.family}" for name in exempt)
+        names = (set_name(name, self.family) for name in exempt)
         return (*(f"-m set --match-set {name} src -j RETURN" for name in names), *rules)
 
     def bound(self) -> tuple[str, ...]:
@@ -190,7 +193,7 @@ class _Build:
         return self.for_each("-j CT --notrack", towards=False)
 
     def opening(self) -> tuple[str, ...]:
-        return self.for_each(f"-j MARK --set-xmark 0x{_COOKIE_SYN:x}/0x{marks.MASK:x}")
+        return self.for_each(f"-j MARK --set-xmark {self.marks.to_queue_known}")
 
     def proved(self) -> tuple[str, ...]:
         """SYNPROXY's SYN, which must begin a new connection in the tracker.
@@ -199,20 +202,21 @@ class _Build:
         SYNPROXY cannot take over an entry that it has not made, and client and server would never
         agree on a sequence number.  All that can be done is to tell the client.
         """
-        begun = f"-m connmark --mark 0x{marks.GUARDED:x}/0x{_PROVED:x}"
+        marks = self.marks
+        begun = f"-m connmark --mark {marks.guarded}"
         rules = [
             f"{begun} -j NFLOG --nflog-group {LOG_GROUP} --nflog-size {_LOG_BYTES}",
             f"{begun} -j DROP",
-            f"-j CONNMARK --set-xmark {bits(_PROVED)}",
+            f"-m connmark --mark {marks.unguarded} -j CONNMARK --set-xmark {marks.proven}",
         ]
         if self.ruleset.bans:
-            rules.append(f"-j SET --add-set {PREFIX}-proven{self.family} src --exist")
+            rules.append(f"-j SET --add-set {set_name('proven', self.family)} src --exist")
         if self.ruleset.kernel_rule:
             rules.append(f"-j {PREFIX}-count")
         if {Divert.SYN, Divert.HANDSHAKE} & self.ruleset.diverts:
             rules.append(f"-j {PREFIX}-queue")
         else:
-            rules.append(f"-j MARK --set-xmark 0x0/0x{marks.MASK:x}")
+            rules.append(f"-j MARK --set-xmark {marks.none}")
         return tuple(rules)
 
     def joined(self) -> tuple[str, ...]:
@@ -231,12 +235,12 @@ class _Build:
         SYNPROXY opens would not be translated.
         """
         rules = [
-            f"-m connmark ! --mark {bits(marks.GUARDED)} -j RETURN",
+            f"-m connmark --mark {self.marks.unguarded} -j RETURN",
             "-m conntrack --ctstate DNAT -j RETURN",
         ]
         budget = self.ruleset.syn_budget
         if budget is not None and budget.ports is not None:
-            rules.append(f"-p tcp -m set ! --match-set {PREFIX}-budget-ports src -j RETURN")
+            rules.append(f"-p tcp -m set ! --match-set {set_name('budget-ports')} src -j RETURN")
         for kind, offers in (("rich", "--tcp-option 3"), ("poor", "! --tcp-option 3")):
             rules.append(
                 f"-p tcp -m tcp {offers} -m hashlimit --hashlimit-upto 1/sec --hashlimit-burst 1"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from rstguard.engine.ruleset import SECOND, Rule, RuleSet
-from rstguard.kernel import marks
+from rstguard.kernel.marks import Marks
+from rstguard.kernel.names import PREFIX
 
-PREFIX = "rstguard"
 UNITS = {SECOND: "sec", 60 * SECOND: "min", 3600 * SECOND: "hour", 86400 * SECOND: "day"}
 """Periods that hashlimit knows, in nanoseconds, and their names."""
 LARGEST_RATE = 1_000_000
@@ -16,11 +16,6 @@ _BUCKETS = 1 << 16
 """Its chains: by default there are 8192, and a full one would be searched through 128 entries."""
 _MICROSECONDS = 1_000_000
 """In a second: hashlimit keeps the time between two packets in whole ones (user2credits)."""
-
-
-def bits(value: int) -> str:
-    """Return some mark bits as the value and mask of an iptables match or target."""
-    return f"0x{value:x}/0x{value:x}"
 
 
 def syns(ruleset: RuleSet, family: int) -> tuple[str, ...]:
@@ -41,7 +36,7 @@ def syns(ruleset: RuleSet, family: int) -> tuple[str, ...]:
         f" --hashlimit-burst {rule.burst} --hashlimit-mode srcip --hashlimit-srcmask {length}"
         f" --hashlimit-name {table} {table_size(lives, rule.period // SECOND)} -j RETURN"
     )
-    over = f"-j MARK --set-xmark {bits(marks.TO_QUEUE_OVER)}"
+    over = f"-j MARK --set-xmark {Marks(ruleset.marks).to_queue_over}"
     queue = f"-j {PREFIX}-queue"
     return (f"{gate(f'{PREFIX}{family}-count', lives)} {queue}", within, over, queue)
 

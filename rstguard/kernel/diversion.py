@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rstguard.engine.ruleset import Divert
-from rstguard.kernel import counting, marks, thinning
-from rstguard.kernel.counting import PREFIX, bits
+from rstguard.kernel import counting, thinning
 from rstguard.kernel.matching import SYN_ONLY, Matching
+from rstguard.kernel.names import PREFIX, set_name
 
 # All combinations that nf_conntrack_proto_tcp.c does not list in tcp_valid_flags.
 _IMPOSSIBLE = (
@@ -55,24 +55,23 @@ class Diversion(Matching):
     def classify(self) -> tuple[str, ...]:
         """Most packets belong to connections that need nothing more: they leave first."""
         diverts = self.ruleset.diverts
-        settled = marks.GUARDED | marks.PROVEN
-        if Divert.HANDSHAKE in diverts:
-            settled |= marks.TRUSTED
+        marks = self.marks
+        settled = marks.trusted if Divert.HANDSHAKE in diverts else marks.established
         rules = [f"-p tcp -m tcp --tcp-flags {SYN_ONLY} -g {PREFIX}-syn"]
         if Divert.CLOSE in diverts:
             rules.append(f"-p tcp -m tcp ! --tcp-flags FIN,RST NONE -j {PREFIX}-close")
         if Divert.SMALL_WINDOW in diverts:
             rules.append(self.small_window())
         rules += [
-            f"-m connmark --mark {bits(settled)} -j RETURN",
+            f"-m connmark --mark {settled} -j RETURN",
             "-m conntrack --ctstate ESTABLISHED --ctdir REPLY -j RETURN",
-            f"-m connmark ! --mark 0x0/0x{marks.CONDEMNED:x} -j RETURN",
+            f"-m connmark ! --mark {marks.uncondemned} -j RETURN",
             *self.unless_trusted(),
             f"{self.hit('ban')} -j DROP",
             f"-m conntrack --ctstate INVALID,NEW -g {PREFIX}-invalid",
         ]
         plain_ack = "-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK ACK"
-        guarded = f"-m connmark --mark {bits(marks.GUARDED)}"
+        guarded = f"-m connmark ! --mark {marks.unguarded}"
         return (*rules, f"{plain_ack} {guarded} -j {PREFIX}-first")
 
     def syn(self) -> tuple[str, ...]:
@@ -80,34 +79,34 @@ class Diversion(Matching):
         rules = [*self.unless_trusted(), *self.in_scope()]
         if self.ruleset.blocking != "drop":  # they are answered later, in the filter table
             rules += [f"{self.hit(name)} -j RETURN" for name in ("ban", "shun")]
-        rules += [
-            f"-m conntrack --ctstate NEW -j CONNMARK --set-xmark {bits(marks.GUARDED)}",
-        ]
+        marks = self.marks
+        begins = f"-m conntrack --ctstate NEW -m connmark --mark {marks.unguarded}"
+        rules.append(f"{begins} -j CONNMARK --set-xmark {marks.guarded}")
         counted = self.ruleset.kernel_rule
         if counted or Divert.SYN in self.ruleset.diverts:
+            # Another program may have copied the bits of a connection onto its packets.
+            rules.append(f"-j MARK --set-xmark {marks.none}")
             if self.ruleset.bans and not counted:
-                rules.append(
-                    f"{self.in_set('proven')} -j MARK --set-xmark {bits(marks.TO_QUEUE_PROVEN)}"
-                )
+                rules.append(f"{self.in_set('proven')} -j MARK --set-xmark {marks.to_queue_proven}")
             rules.append(f"-j {PREFIX}-count" if counted else f"-j {PREFIX}-syns")
         return tuple(rules)
 
     def first_ack(self) -> tuple[str, ...]:
         """The kernel accepted the client's ACK of the SYN-ACK: its address is real."""
-        known = f"-j MARK --set-xmark {bits(marks.TO_QUEUE_KNOWN | marks.TO_QUEUE_PROVEN)}"
+        marks = self.marks
         rules = ["-m conntrack ! --ctstate ESTABLISHED -j RETURN"]
         if self.ruleset.bans:
-            rules.append(f"-j SET --add-set {PREFIX}-proven{self.family} src --exist")
-        rules.append(f"-j CONNMARK --set-xmark {bits(marks.PROVEN)}")
+            rules.append(f"-j SET --add-set {set_name('proven', self.family)} src --exist")
+        first = f"-m connmark --mark {marks.guarded}"
+        rules.append(f"{first} -j CONNMARK --set-xmark {marks.proven}")
         if Divert.HANDSHAKE in self.ruleset.diverts:
             # While nobody answers, a connection tries again with each packet, up to this many.
             enough = f"-m connbytes --connbytes {self.ruleset.inspect_packets + 2}"
             enough += " --connbytes-mode packets --connbytes-dir original"
-            trusted = bits(marks.TRUSTED)
             rules += [
-                f"{enough} -j CONNMARK --set-xmark {trusted}",
-                f"-m connmark --mark {trusted} -j RETURN",
-                known,
+                f"{enough} -j CONNMARK --set-xmark {marks.trusted}",
+                f"-m connmark --mark {marks.trusted} -j RETURN",
+                f"-j MARK --set-xmark {marks.to_queue_known}",
                 f"-j {PREFIX}-queue",
             ]
         return tuple(rules)
@@ -116,30 +115,32 @@ class Diversion(Matching):
         """FINs and RSTs of guarded connections, of the ports that ask for them."""
         if Divert.CLOSE not in self.ruleset.diverts:
             return ()
-        settled = marks.GUARDED | marks.PROVEN
-        state = marks.TO_QUEUE_KNOWN | marks.TO_QUEUE_PROVEN
+        marks = self.marks
         wanted = self.ruleset.ports_needing(Divert.CLOSE)
         rules = [
-            f"-m connmark ! --mark 0x0/0x{marks.CONDEMNED:x} -j RETURN",
-            f"-m connmark ! --mark {bits(settled)} -j RETURN",
+            f"-m connmark ! --mark {marks.uncondemned} -j RETURN",
+            f"-m connmark ! --mark {marks.established} -j RETURN",
             "-m conntrack ! --ctstate ESTABLISHED -j RETURN",
         ]
         if wanted is not None:
-            rules.append(f"-p tcp -m set ! --match-set {PREFIX}-close-ports dst -j RETURN")
-        return (*rules, f"-j MARK --set-xmark {bits(state)}", f"-j {PREFIX}-queue")
+            rules.append(f"-p tcp -m set ! --match-set {set_name('close-ports')} dst -j RETURN")
+        return (*rules, f"-j MARK --set-xmark {marks.to_queue_known}", f"-j {PREFIX}-queue")
 
     def reset_out(self) -> tuple[str, ...]:
-        """A server's RST also ends a connection, and no client's segment may follow it."""
+        """A server's RST also ends a connection, and no client's segment may follow it.
+
+        It bears no bit of ours: who reads the queue knows it by the hook.
+        """
+        marks = self.marks
         rules = [
             "-p tcp -m tcp ! --tcp-flags RST RST -j RETURN",
-            f"-m connmark ! --mark 0x0/0x{marks.CONDEMNED:x} -j RETURN",
-            f"-m connmark ! --mark {bits(marks.GUARDED | marks.PROVEN)} -j RETURN",
+            f"-m connmark ! --mark {marks.uncondemned} -j RETURN",
+            f"-m connmark ! --mark {marks.established} -j RETURN",
             "-m conntrack --ctdir ORIGINAL -j RETURN",
         ]
         if self.ruleset.ports_needing(Divert.CLOSE) is not None:
-            rules.append(f"-p tcp -m set ! --match-set {PREFIX}-close-ports src -j RETURN")
-        state = marks.TO_QUEUE_KNOWN | marks.TO_QUEUE_PROVEN | marks.TO_QUEUE_OUTBOUND
-        return (*rules, f"-j MARK --set-xmark {bits(state)}", f"-j {PREFIX}-queue-out")
+            rules.append(f"-p tcp -m set ! --match-set {set_name('close-ports')} src -j RETURN")
+        return (*rules, f"-j MARK --set-xmark {marks.none}", f"-j {PREFIX}-queue-out")
 
     def small_window(self) -> str:
         """The window is the last half of the TCP header's fourth word; unscaled as it stands."""
@@ -148,7 +149,7 @@ class Diversion(Matching):
         most = f"0x{min(largest, 0xFFFF):x}"
         return (
             f"-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK ACK -m connmark --mark"
-            f' {bits(marks.GUARDED | marks.PROVEN)} -m u32 --u32 "{where}=0x0:{most}"'
+            f' {self.marks.established} -m u32 --u32 "{where}=0x0:{most}"'
             f" -j {PREFIX}-window"
         )
 
@@ -156,11 +157,12 @@ class Diversion(Matching):
         """ACKs that advertise a small window, of trusted connections too."""
         if Divert.SMALL_WINDOW not in self.ruleset.diverts:
             return ()
-        proven = f"-j MARK --set-xmark {bits(marks.TO_QUEUE_PROVEN)}"
+        marks = self.marks
         return (
-            f"-m connmark ! --mark 0x0/0x{marks.CONDEMNED:x} -j RETURN",
+            f"-m connmark ! --mark {marks.uncondemned} -j RETURN",
             *self.unless_trusted(),
-            proven,
+            f"-j MARK --set-xmark {marks.none}",
+            f"-j MARK --set-xmark {marks.to_queue_proven}",
             f"-j {PREFIX}-queue",
         )
 
@@ -169,15 +171,10 @@ class Diversion(Matching):
         diverts = self.ruleset.diverts
         rules = []
         if Divert.STRAY in diverts or Divert.BAD_FLAGS in diverts:
-            if self.ruleset.bans:
-                rules.append(
-                    f"{self.in_set('proven')} -j MARK --set-xmark {bits(marks.TO_QUEUE_PROVEN)}"
-                )
-            rules = [*self.in_scope(), *rules]
+            rules = self.in_scope()
         if Divert.BAD_FLAGS in diverts and Divert.STRAY not in diverts:
             rules += [f"-p tcp -m tcp --tcp-flags {f} -j {PREFIX}-strays" for f in _IMPOSSIBLE]
         if Divert.STRAY in diverts:
-            rules.append(f"-j MARK --set-xmark {bits(marks.TO_QUEUE_STRAY)}")
             rules.append(f"-j {PREFIX}-strays")
         return tuple(rules)
 
@@ -200,12 +197,21 @@ class Diversion(Matching):
             chains[f"{PREFIX}-syns-{index}"] = syns
             strays = thinning.strays(self.family, index, to_queue)
             chains[f"{PREFIX}-strays-{index}"] = strays
-        for name in ("syns", "strays"):
-            chains[f"{PREFIX}-{name}"] = tuple(
-                f"{match}-g {PREFIX}-{name}-{index}"
-                for index, match in enumerate(self.steering("source"))
+        for name, before in (("syns", ()), ("strays", self.stray_marks())):
+            ways = enumerate(self.steering("source"))
+            chains[f"{PREFIX}-{name}"] = (
+                *before,
+                *(f"{match}-g {PREFIX}-{name}-{index}" for index, match in ways),
             )
         return chains
+
+    def stray_marks(self) -> tuple[str, ...]:
+        """What the reader of the queue is told of a segment that fits no connection."""
+        rules = [f"-j MARK --set-xmark {self.marks.to_queue_stray}"]
+        if self.ruleset.bans:
+            proven = self.in_set("proven")
+            rules.append(f"{proven} -j MARK --set-xmark {self.marks.to_queue_proven}")
+        return tuple(rules)
 
     def to_queue(self, number: int) -> str:
         """Return the target of a queue."""

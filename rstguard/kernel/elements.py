@@ -6,24 +6,19 @@ for it, so `ban list` works after a crash and beside a running guard.
 
 from __future__ import annotations
 
-import re
 from typing import Literal, NamedTuple
 
 from rstguard.engine.address import Prefix, is_v6
-from rstguard.engine.ruleset import SECOND
+from rstguard.engine.ruleset import RULE_NAME, SECOND
 from rstguard.engine.verdict import Ban, Shun
 from rstguard.kernel import NotPermitted
 from rstguard.kernel.command import Commands
+from rstguard.kernel.names import BAN_SETS, SHUN_SETS
 
 Kind = Literal["ban", "shun"]
 
-BAN_SETS = ("rstguard-ban4", "rstguard-ban6")
-SHUN_SETS = ("rstguard-shun4", "rstguard-shun6")
-
 MAX_SECONDS = 2_147_483
 """Longest time the kernel keeps an element, just under 25 days (IPSET_MAX_TIMEOUT)."""
-
-_RULE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,47}")
 
 
 class Element(NamedTuple):
@@ -44,9 +39,8 @@ class Element(NamedTuple):
     @property
     def set_name(self) -> str:
         """The set that holds the element."""
-        family = "6" if is_v6(self.source.network) else "4"
         shunned = self.kind == "shun" or self.keep_existing
-        return f"rstguard-{'shun' if shunned else 'ban'}{family}"
+        return (SHUN_SETS if shunned else BAN_SETS)[is_v6(self.source.network)]
 
     @property
     def lasts(self) -> float:
@@ -60,7 +54,7 @@ class Element(NamedTuple):
         Raises:
             ValueError: the rule's name is none that a policy could hold.
         """
-        if not _RULE.fullmatch(self.rule):
+        if not RULE_NAME.fullmatch(self.rule):
             raise ValueError(f"{self.rule!r} is no rule name (1-48 letters, digits, -, _ and .)")
         return f"{self.kind} {self.rule}"
 

@@ -23,7 +23,7 @@ AF_INET6: Final = 10
 
 TUPLE_ORIG, TUPLE_REPLY, STATUS, PROTOINFO, TIMEOUT, MARK = 1, 2, 3, 4, 7, 8
 COUNTERS_ORIG, COUNTERS_REPLY, ID, ZONE, TIMESTAMP, MARK_MASK, FILTER = 9, 10, 12, 18, 20, 21, 25
-STATUS_MASK = 26
+STATUS_MASK, LABELS, LABELS_MASK = 26, 22, 23
 TUPLE_IP, TUPLE_PROTO = 1, 2
 IP_V4_SRC, IP_V4_DST, IP_V6_SRC, IP_V6_DST = 1, 2, 3, 4
 PROTO_NUM, PROTO_SRC_PORT, PROTO_DST_PORT = 1, 2, 3
@@ -64,6 +64,7 @@ class Fields(NamedTuple):
     server_bytes: int = 0
     start: int = 0
     zone: int = 0
+    labels: int = 0
 
 
 def _tuple_paths(outer: int, first: int) -> dict[Path, int]:
@@ -93,12 +94,14 @@ WHERE: Final[dict[Path, int]] = {
     (COUNTERS_REPLY, COUNTER_BYTES): 17,
     (TIMESTAMP, TIMESTAMP_START): 18,
     (ZONE,): 19,
+    (LABELS,): 20,
 }
 """Which attribute gives which of `Fields`."""
 
 _ADDRESS_SLOTS: Final = frozenset({0, 1, 4, 5})
 _LAST_NAMING_SLOT: Final = 8
 """Up to here no value may be missing."""
+_LABELS_SLOT: Final = 20
 _CODES: Final = {1: "B", 2: "H", 4: "I", 8: "Q", 16: "16s"}
 
 
@@ -127,8 +130,11 @@ def fields(data: bytes, start: int, end: int) -> Fields:
     """
     values = list(Fields())
     for slot, (value, value_end) in _places(data, start, end).items():
-        number = int.from_bytes(data[value:value_end], "big")
-        values[slot] = number | V6 if value_end - value == 16 else number
+        raw = data[value:value_end]
+        if slot == _LABELS_SLOT:
+            values[slot] = _labels(raw)
+        else:
+            values[slot] = int.from_bytes(raw, "big") | (V6 if len(raw) == 16 else 0)
     return Fields._make(values)
 
 
@@ -145,6 +151,8 @@ def _places(data: bytes, start: int, end: int) -> dict[int, tuple[int, int]]:
         allowed: tuple[int, ...] = (1, 2, 4, 8)
         if slot in _ADDRESS_SLOTS:
             allowed = (address_size,)
+        elif slot == _LABELS_SLOT:
+            allowed = (0, 16)
         elif slot > _LAST_NAMING_SLOT:
             allowed = (0, 1, 2, 4, 8)
         if size not in allowed or (slot in places and not size):
@@ -208,7 +216,7 @@ class Reader:
             source, destination, source_port, destination_port,
             reply_source, reply_destination, reply_source_port, reply_destination_port,
             protocol, status, state, mark, ident, timeout,
-            client_packets, client_bytes, server_packets, server_bytes, began, zone,
+            client_packets, client_bytes, server_packets, server_bytes, began, zone, labels,
         ) = layout.values(data, start)  # fmt: skip
         if protocol != TCP:
             return None
@@ -222,8 +230,14 @@ class Reader:
             bool(status & IPS_SEEN_REPLY),
             client_packets, client_bytes, server_packets, server_bytes,
             max(self._now - began, 0) if began else -1, timeout, zone,
+            _labels(labels) if labels else 0,
         )  # fmt: skip
         return _new(Flow, values)
+
+
+def _labels(bits: int | bytes) -> int:
+    """Number n is bit n of an array of longs in the host's order (nf_conntrack_labels.h)."""
+    return int.from_bytes(bits, "little")  # type: ignore[arg-type]
 
 
 def _v6(address: int | bytes) -> int:
@@ -248,6 +262,7 @@ def flow_of(found: Fields, now: int) -> Flow | None:
         age=max(now - found.start, 0) if found.start else -1,
         timeout=found.timeout,
         zone=found.zone,
+        labels=found.labels,
     )
 
 
@@ -278,6 +293,13 @@ def name_attributes(flow: Flow) -> bytes:
 def mark_attributes(mark: int, mask: int) -> bytes:
     """Return the attributes that carry a mark and which of its bits count."""
     return attribute(MARK, mark.to_bytes(4, "big")) + attribute(MARK_MASK, mask.to_bytes(4, "big"))
+
+
+def labels_attributes(bits: int, mask: int) -> bytes:
+    """Return the attributes that set or clear those of the 128 labels that `mask` has."""
+    return attribute(LABELS, bits.to_bytes(16, "little")) + attribute(
+        LABELS_MASK, mask.to_bytes(16, "little")
+    )
 
 
 def assured_only() -> bytes:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Mapping
 from pathlib import Path
 
 from rstguard.engine.offers import Offer, Service
 from rstguard.engine.ruleset import Per, RuleSet
-from rstguard.kernel import KernelError, chains, cookies, ipset, iptables, sysctl
+from rstguard.kernel import KernelError, chains, clearing, cookies, ipset, iptables, sysctl
+from rstguard.kernel.marks import Marks
 from rstguard.kernel.seam import Kernel
+
+log = logging.getLogger(__name__)
 
 RECORD_NAME = "sysctls.json"
 
@@ -28,6 +32,8 @@ class Footprint:
         """The services that SYN cookies may be given out for; takes effect with `divert`."""
         self._placed: dict[int, iptables.Present] = {}
         """What is in the kernel since the last `divert`."""
+        self._clears = True
+        """Whether our bits come off packets before they are routed (`rstguard.kernel.clearing`)."""
         self._whole = threading.RLock()  # nobody is to see the rules half changed
 
     def prepare(self, ruleset: RuleSet) -> bool:
@@ -55,7 +61,24 @@ class Footprint:
             KernelError: iptables refused.
         """
         with self._whole:
+            self._clear(ruleset)
             self._placed = iptables.apply(self._kernel, self._plans(ruleset))
+
+    def _clear(self, ruleset: RuleSet) -> None:
+        """Without it the guard works as well; who marks packets for routing must know."""
+        cleared = self._clears
+        try:
+            clearing.apply(self._kernel, Marks(ruleset.marks))
+            self._clears = True
+        except KernelError as error:
+            self._clears = False
+            if cleared:
+                log.warning(
+                    "packets are routed with the guard's mark bits on them, so every `ip rule` "
+                    "with a fwmark needs a mask without 0x%08x: %s",
+                    ruleset.marks,
+                    error,
+                )
 
     def replace(self, old: RuleSet, new: RuleSet, divert: bool = True) -> None:
         """Exchange one policy's sets and chains for another's; on failure the old ones return.
@@ -65,6 +88,11 @@ class Footprint:
         Raises:
             KernelError: the new ones were refused; the old ones are in force.
         """
+        if (old.marks, old.labels) != (new.marks, new.labels):
+            raise KernelError(
+                "marks and labels cannot change while connections bear them: restart the guard with"
+                " the new policy, or leave these two keys as they are"
+            )
         try:
             ipset.apply(self._kernel, new, len(self.queues))
             if divert:
@@ -77,9 +105,16 @@ class Footprint:
         ipset.prune(self._kernel, new, len(self.queues))
 
     def missing(self, ruleset: RuleSet) -> list[str]:
-        """Return what should be in the kernel and is not, in words."""
+        """Return which rules should be in the kernel and are not, in words.
+
+        Raises:
+            KernelError: the kernel could not be asked.
+        """
         with self._whole:
-            return iptables.missing(self._kernel, self._plans(ruleset), self._placed)
+            marks = Marks(ruleset.marks)
+            uncleared = clearing.missing(self._kernel, marks) if self._clears else []
+            rules = iptables.missing(self._kernel, self._plans(ruleset), self._placed)
+            return [*uncleared, *rules]
 
     def lost(self, ruleset: RuleSet) -> list[str]:
         """Return which rules and sets others have taken away, in words.
@@ -89,7 +124,7 @@ class Footprint:
         """
         with self._whole:
             return [
-                *iptables.missing(self._kernel, self._plans(ruleset), self._placed),
+                *self.missing(ruleset),
                 *ipset.lost(self._kernel, ruleset, len(self.queues)),
             ]
 
@@ -117,7 +152,8 @@ class Footprint:
             KernelError: iptables refused.
         """
         with self._whole:
-            return iptables.remove(self._kernel)
+            removed = iptables.remove(self._kernel)
+            return clearing.remove(self._kernel) or removed
 
     def remove(self, keep_bans: bool = False) -> list[str]:
         """Undo everything, whoever left it in this namespace; return what was done, in words.

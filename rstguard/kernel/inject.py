@@ -1,6 +1,6 @@
 """Send ready-made IP packets, with whatever source address they carry.
 
-Every packet gets the mark `marks.PROBE`, by which a rule in raw OUTPUT keeps it from the connection
+Every packet gets the mark `Marks.probe`, by which a rule in raw OUTPUT keeps it from the connection
 tracker.  Receivers may be other hosts or sockets of this host.
 """
 
@@ -12,7 +12,8 @@ import socket
 from collections.abc import Iterable
 from struct import pack
 
-from rstguard.kernel import KernelError, marks
+from rstguard.kernel import KernelError
+from rstguard.kernel.marks import Marks
 
 _SEND_BUFFER = 4 << 20
 
@@ -27,15 +28,15 @@ class Injector:
         KernelError: privileges are missing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, marks: Marks) -> None:
         self.sent = 0
         self.failed: dict[str, int] = {}
         try:
             # IPPROTO_RAW implies that we write the IP header: raw(7), ipv6 rawv6_init_sk.
-            self._ipv4 = _open(socket.AF_INET)
+            self._ipv4 = _open(socket.AF_INET, marks)
             self._ipv6: socket.socket | None = None
             with contextlib.suppress(OSError):  # a host may have no IPv6 at all
-                self._ipv6 = _open(socket.AF_INET6)
+                self._ipv6 = _open(socket.AF_INET6, marks)
         except OSError as error:
             raise KernelError(
                 f"No raw socket to be had ({error.strerror}): run as root or with CAP_NET_RAW."
@@ -78,11 +79,11 @@ class Injector:
             self._ipv6.sendto(packet, (socket.inet_ntop(socket.AF_INET6, packet[24:40]), 0))
 
 
-def _open(family: socket.AddressFamily) -> socket.socket:
+def _open(family: socket.AddressFamily, marks: Marks) -> socket.socket:
     kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
     raw = socket.socket(family, kind, socket.IPPROTO_RAW)
     try:
-        raw.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, pack("=I", marks.PROBE))
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, pack("=I", marks.probe.value))
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
     except OSError:
         raw.close()

@@ -30,10 +30,9 @@ from rstguard.engine.address import V6, Prefix, is_v6
 from rstguard.engine.ruleset import Divert, RuleSet
 from rstguard.kernel import InUse, KernelError, cookies, thinning
 from rstguard.kernel.command import Commands
-from rstguard.kernel.elements import BAN_SETS, SHUN_SETS, Kind, ipset
+from rstguard.kernel.elements import Kind, ipset
+from rstguard.kernel.names import BAN_SETS, SHUN_SETS, is_ours, set_name
 from rstguard.kernel.seam import Kernel
-
-PREFIX = "rstguard-"
 
 PROOF_SECONDS = 600
 """How long a completed handshake proves a source's address, in seconds."""
@@ -73,31 +72,31 @@ def plan(ruleset: RuleSet, workers: int = 1) -> tuple[SetSpec, ...]:
     everything = (Prefix(0, 0), Prefix(V6, 0))
     specs: list[SetSpec] = []
     for digit, family, width, whole in (
-        ("4", "inet", ruleset.source_ipv4, 32),
-        ("6", "inet6", ruleset.source_ipv6, 128),
+        (4, "inet", ruleset.source_ipv4, 32),
+        (6, "inet6", ruleset.source_ipv6, 128),
     ):
         timed = f"family {family} maxelem {_MAX_ELEMENTS} timeout 0 comment"
         netmask = f" netmask {width}" if width < whole else ""
         specs += [
-            SetSpec(f"{PREFIX}ban{digit}", "hash:net", timed, _GROWING),
-            SetSpec(f"{PREFIX}shun{digit}", "hash:net", timed, _GROWING),
+            SetSpec(set_name("ban", digit), "hash:net", timed, _GROWING),
+            SetSpec(set_name("shun", digit), "hash:net", timed, _GROWING),
             # When a million sources have proved themselves, a new proof replaces an old one
             # (forceadd): all that a full set can do is lose proof, so that a source is shunned
             # where it might have been banned; never the other way round.  `ipset list` does not
             # show forceadd in all versions, so it is no option to agree in.
             SetSpec(
-                f"{PREFIX}proven{digit}",
+                set_name("proven", digit),
                 "hash:ip",
                 f"family {family} maxelem {_MAX_ELEMENTS} timeout {PROOF_SECONDS}{netmask}",
                 f"{_FIXED} forceadd",
             ),
-            _networks(f"{PREFIX}trusted{digit}", family, scope.trusted),
-            _networks(f"{PREFIX}spared{digit}", family, scope.spared),
-            _networks(f"{PREFIX}dst{digit}", family, scope.destinations or everything),
+            _networks(set_name("trusted", digit), family, scope.trusted),
+            _networks(set_name("spared", digit), family, scope.spared),
+            _networks(set_name("dst", digit), family, scope.destinations or everything),
         ]
         specs += [
             SetSpec(
-                thinning.set_name(int(digit), index),
+                thinning.thin_set(digit, index),
                 "hash:net",
                 f"family {family} maxelem 65536 timeout 0",
             )
@@ -105,12 +104,12 @@ def plan(ruleset: RuleSet, workers: int = 1) -> tuple[SetSpec, ...]:
         ]
         if cookies.in_force(ruleset):
             engaged = f"family {family} maxelem 65536 timeout {cookies.ENGAGED_SECONDS}"
-            specs.append(SetSpec(cookies.engaged_set(int(digit)), "hash:ip,port", engaged))
+            specs.append(SetSpec(cookies.engaged_set(digit), "hash:ip,port", engaged))
     budget = ruleset.syn_budget if cookies.in_force(ruleset) else None
     ports = (
-        (f"{PREFIX}ports", scope.ports),
-        (f"{PREFIX}close-ports", ruleset.ports_needing(Divert.CLOSE)),
-        (f"{PREFIX}budget-ports", budget.ports if budget else None),
+        (set_name("ports"), scope.ports),
+        (set_name("close-ports"), ruleset.ports_needing(Divert.CLOSE)),
+        (set_name("budget-ports"), budget.ports if budget else None),
     )
     specs += [_ports(name, members) for name, members in ports if members is not None]
     return tuple(specs)
@@ -129,7 +128,7 @@ def apply(kernel: Commands, ruleset: RuleSet, workers: int = 1) -> None:
     """
     specs = plan(ruleset, workers)
     present = _sets(kernel)
-    clears = [f"destroy {name}" for name in present if _is_ours(name) and name.endswith(_FRESH)]
+    clears = [f"destroy {name}" for name in present if is_ours(name) and name.endswith(_FRESH)]
     builds: list[str] = []
     swaps: list[str] = []
     for spec in specs:
@@ -245,10 +244,6 @@ def _ports(name: str, ports: Iterable[int]) -> SetSpec:
     return SetSpec(name, "bitmap:port", "range 0-65535", members=tuple(members))
 
 
-def _is_ours(name: str) -> bool:
-    return name.startswith(PREFIX)
-
-
 def _wanted(spec: SetSpec) -> _Header:
     return _Header(spec.type, _options(spec.options))
 
@@ -318,7 +313,7 @@ def _verify(kernel: Commands, specs: tuple[SetSpec, ...]) -> None:
 def _destroy(kernel: Kernel, kept: Collection[str]) -> list[str]:
     waited = 0.0
     while True:
-        ours = [name for name in _sets(kernel) if _is_ours(name) and name not in kept]
+        ours = [name for name in _sets(kernel) if is_ours(name) and name not in kept]
         try:
             _restore(kernel, [f"destroy {name}" for name in ours])
             return ours

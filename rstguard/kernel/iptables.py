@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from rstguard.kernel import KernelError
 from rstguard.kernel.chains import Jump, Plan
-from rstguard.kernel.counting import PREFIX
+from rstguard.kernel.names import PREFIX
 from rstguard.kernel.seam import Kernel
 
 _COMMANDS = {4: "iptables", 6: "ip6tables"}

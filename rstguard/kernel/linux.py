@@ -12,13 +12,24 @@ from typing import ParamSpec, TypeVar
 from rstguard.engine.nearest import Near
 from rstguard.engine.offers import Service
 from rstguard.engine.ruleset import RuleSet
-from rstguard.kernel import KernelError, NotPermitted, NotThere, command, counted, ipset, synproxy
+from rstguard.kernel import (
+    KernelError,
+    NotPermitted,
+    NotThere,
+    command,
+    counted,
+    ipset,
+    nftables,
+    synproxy,
+)
 from rstguard.kernel.conntrack import Conntrack
 from rstguard.kernel.elements import Kind
 from rstguard.kernel.inject import Injector
 from rstguard.kernel.lifelines import Lifeline, find
+from rstguard.kernel.marks import Marks
 from rstguard.kernel.nflog import PacketLog
 from rstguard.kernel.nfqueue import Queue, QueueState, states
+from rstguard.kernel.nftables import Chain
 from rstguard.kernel.routes import ways
 from rstguard.kernel.seam import CookieCounts
 from rstguard.kernel.sets import Sets
@@ -85,14 +96,29 @@ class Linux:
         return Conntrack()
 
     @_at_hand
-    def injector(self) -> Injector:
+    def injector(self, marks: Marks) -> Injector:
         """Return raw sockets."""
-        return Injector()
+        return Injector(marks)
 
     @_at_hand
-    def queue(self, number: int, fail_open: bool) -> Queue:
+    def queue(self, number: int, fail_open: bool, marks: Marks) -> Queue:
         """Bind a queue."""
-        return Queue(number, fail_open)
+        return Queue(number, fail_open, marks)
+
+    @_at_hand
+    def replace_table(self, table: str, chains: Sequence[Chain]) -> None:
+        """Put a table of nf_tables in place."""
+        nftables.replace(table, chains)
+
+    @_at_hand
+    def table_comments(self, table: str) -> dict[str, list[str]]:
+        """Return the comments of its rules."""
+        return nftables.comments(table)
+
+    @_at_hand
+    def remove_table(self, table: str) -> bool:
+        """Take it away."""
+        return nftables.remove(table)
 
     @_at_hand
     def queues(self) -> dict[int, QueueState]:

@@ -1,73 +1,252 @@
-"""The mark bits that rstguard owns, on connections and on packets.
+"""The plan of all bits that the guard keeps on connections and packets, those to come included.
 
-Eight adjacent high bits; everything below belongs to other software and is never changed.  A bit
-means one thing on the connection (connmark) and another on a packet on its way into the queue,
-where it tells the engine what the kernel knows (`rstguard.engine.wire`: KNOWN, PROVEN, …).
+Eight adjacent bits of the mark, chosen by the policy's key `marks` (`DEFAULT_MARKS`); every other
+bit belongs to other software and is never changed.  Four labels beside them (`Labels`).
+
+On a connection (connmark), from the lowest bit; what the engine, the rules and later measures need
+would take nine bits one by one, and eight are enough by two decisions:
+
+- GUARDED, PROVEN and TRUSTED are *stages*: who is trusted has proved itself, and who has proved
+  itself is guarded.  Two bits hold the three.  A stage only rises, and each rule that raises it
+  asks for the one below: so a late verdict takes nothing back.
+- SYN_ACK_SEEN matters before the handshake is over, CLOSING only after it: they share a bit.  The
+  rule that makes a connection PROVEN is the one to clear it, once a rule sets it.
+
+A mark bit is what a dump filters by, what a rule clears again, and what must work for connections
+that are older than the guard.  A label is what is only ever set, and only on connections that began
+while some rule asked for labels: older ones have no room for them, and none can be made
+(nf_conntrack_labels.c: nf_ct_labels_ext_add when an entry is made; nf_connlabels_replace gives
+ENOSPC, xt_connlabel sets nothing).  No dump filters by labels, and no rule clears one.
+
+On a packet the bits mean something else, and only between a rule of ours and the queue, or between
+the queue and the next hook function, where they are taken off it before it is routed
+(`rstguard.kernel.clearing`): on its way into the queue what the kernel knows of it
+(`rstguard.engine.wire`: KNOWN, PROVEN, …), on its way back the verdict.  No bit means both: a
+packet that passes because nobody reads the queue must not condemn its connection.  A verdict's bit
+stands where it can do no harm if another program copies a connection's whole mark onto its packets
+(`CONNMARK --restore-mark` without a mask): a verdict to condemn where the connection is condemned,
+one to trust where it was sent a RST.
+
+A mark that is no eight adjacent bits is refused (ValueError); a policy says so before.
 """
 
 from __future__ import annotations
 
+from typing import Final, NamedTuple
+
 from rstguard.engine import wire
+from rstguard.engine.ruleset import DEFAULT_LABELS, DEFAULT_MARKS
 from rstguard.engine.verdict import Ends
 
-BASE = 24
-"""Number of the lowest of the eight bits."""
+_GUARDED, _PROVEN, _TRUSTED = 1, 2, 3
+_STAGE = 3
+_CLOSING = _SYN_ACK_SEEN = 1 << 2
+_CONDEMNED_SOURCE, _CONDEMNED_DESTINATION = 1 << 3, 1 << 4
+_HELD = 1 << 5
+_RST_SENT_SOURCE, _RST_SENT_DESTINATION = 1 << 6, 1 << 7
 
-MASK = 0xFF << BASE
+_TO_QUEUE_KNOWN, _TO_QUEUE_PROVEN, _TO_QUEUE_OVER, _TO_QUEUE_STRAY = 1, 2, 1 << 2, 1 << 5
+_OUTBOUND = _TO_QUEUE_KNOWN | _TO_QUEUE_PROVEN | _TO_QUEUE_STRAY
+_TRUST = 1 << 6
+_ALL = 0xFF
 
-# On the connection.
-GUARDED = 1 << BASE
-"""Began with a SYN that came in on a protected interface to a protected target."""
-PROVEN = 2 << BASE
-"""The kernel saw the handshake completed, so the source address is real."""
-TRUSTED = 4 << BASE
-"""Nothing of it needs to pass through the queue any more."""
-CONDEMNED_SOURCE = 8 << BASE
-"""Every further segment of the client is answered with a RST."""
-CONDEMNED_DESTINATION = 16 << BASE
-"""Every further segment of the server is answered with a RST."""
-CONDEMNED = CONDEMNED_SOURCE | CONDEMNED_DESTINATION
-TOLD_SOURCE = 64 << BASE
-"""The client has been sent a RST: set by the rule in front of the one that sends it."""
-TOLD_DESTINATION = 128 << BASE
-"""The server has been sent a RST: likewise."""
-TOLD = TOLD_SOURCE | TOLD_DESTINATION
+_LIKELY, _CONFIRMED, _ADOPTED = range(3)
 
-# On a packet coming back from the queue: TRUSTED, CONDEMNED_SOURCE, CONDEMNED_DESTINATION as above.
-VERDICT = TRUSTED | CONDEMNED
 
-# On a packet on its way into the queue.  None of these is a verdict bit: a packet that passes
-# because nobody reads the queue must not condemn its connection.
-_APART = 32 << BASE
-TO_QUEUE_KNOWN = 1 << BASE
-TO_QUEUE_PROVEN = 2 << BASE
-TO_QUEUE_OUTBOUND = TO_QUEUE_KNOWN | TO_QUEUE_PROVEN | _APART
-TO_QUEUE_STRAY = _APART
-TO_QUEUE_OVER = 64 << BASE
+class Meaning(NamedTuple):
+    """One line of the plan: where a bit is, which (of the lowest as 0x1), and what it says."""
+
+    place: str
+    name: str
+    value: int
+    says: str
+    reserved: bool = False
+    """Whether nothing sets or reads it yet."""
+
+
+_ON_CONNECTION, _INTO, _BACK, _LABEL = (
+    "mark of a connection", "mark of a packet, into the queue", "mark of a packet, back from it",
+    "label of a connection",
+)  # fmt: skip
+
+PLAN: Final = (
+    Meaning(
+        _ON_CONNECTION, "GUARDED", _GUARDED,
+        "began with a SYN that came in on a protected interface to a protected target",
+    ),
+    Meaning(
+        _ON_CONNECTION, "PROVEN", _PROVEN,
+        "guarded, and the kernel saw the handshake completed",
+    ),
+    Meaning(
+        _ON_CONNECTION, "TRUSTED", _TRUSTED,
+        "proven, and nothing of it needs to pass through the queue any more",
+    ),
+    Meaning(
+        _ON_CONNECTION, "CLOSING", _CLOSING,
+        "a FIN or RST was seen: a sweep need not read it", reserved=True,
+    ),
+    Meaning(
+        _ON_CONNECTION, "SYN_ACK_SEEN", _SYN_ACK_SEEN,
+        "guarded but not proven: the server has answered its SYN", reserved=True,
+    ),
+    Meaning(
+        _ON_CONNECTION, "CONDEMNED_SOURCE", _CONDEMNED_SOURCE,
+        "every further segment of the client is answered with a RST",
+    ),
+    Meaning(
+        _ON_CONNECTION, "CONDEMNED_DESTINATION", _CONDEMNED_DESTINATION,
+        "every further segment of the server is answered with a RST",
+    ),
+    Meaning(
+        _ON_CONNECTION, "HELD", _HELD,
+        "a RST is held back until the end that it claims to come from was asked", reserved=True,
+    ),
+    Meaning(
+        _ON_CONNECTION, "RST_SENT_SOURCE", _RST_SENT_SOURCE,
+        "the client has been sent a RST: set by the rule in front of the one that sends it",
+    ),
+    Meaning(
+        _ON_CONNECTION, "RST_SENT_DESTINATION", _RST_SENT_DESTINATION,
+        "the server has been sent a RST: likewise",
+    ),
+    Meaning(
+        _LABEL, "LIKELY", _LIKELY,
+        "proven by an ACK alone, which can be forged by trying: counts, but bans nobody",
+        reserved=True,
+    ),
+    Meaning(
+        _LABEL, "CONFIRMED", _CONFIRMED,
+        "the server has sent data since, which nobody can have forged", reserved=True,
+    ),
+    Meaning(
+        _LABEL, "ADOPTED", _ADOPTED,
+        "taken up in mid-life: its age and its window scale are not known", reserved=True,
+    ),
+    Meaning(_INTO, "KNOWN", _TO_QUEUE_KNOWN, "the tracker calls the connection established"),
+    Meaning(_INTO, "PROVEN", _TO_QUEUE_PROVEN, "the source lately completed a handshake"),
+    Meaning(_INTO, "OVER", _TO_QUEUE_OVER, "by the kernel's count it is one too many"),
+    Meaning(_INTO, "STRAY", _TO_QUEUE_STRAY, "it fits no connection that the tracker knows"),
+    Meaning(
+        _BACK, "CONDEMN_SOURCE", _CONDEMNED_SOURCE, "its connection is condemned, the client told",
+    ),
+    Meaning(
+        _BACK, "CONDEMN_DESTINATION", _CONDEMNED_DESTINATION,
+        "its connection is condemned, the server told",
+    ),
+    Meaning(_BACK, "TRUST", _TRUST, "its connection is trusted, if it is proven"),
+)  # fmt: skip
+"""Every bit and label, in the order of docs/how-it-works.md."""
+
+
+class Bits(NamedTuple):
+    """Some bits of a mark: what they are under a mask.  To be matched, or to be set."""
+
+    value: int
+    mask: int
+
+    def __str__(self) -> str:
+        """Return them as iptables writes them, in a match and in a target alike."""
+        return f"0x{self.value:x}/0x{self.mask:x}"
+
+
+class Marks:
+    """The bits at the place that a policy gives them: `mask` is eight adjacent ones."""
+
+    def __init__(self, mask: int = DEFAULT_MARKS) -> None:
+        unit = mask & -mask
+        if not mask or mask != unit * _ALL or mask >> 32:
+            raise ValueError(f"0x{mask:x} is not eight adjacent bits of a mark")
+        self.mask = mask
+        self.base = unit.bit_length() - 1
+
+        # The stage of a connection: each as a match, and as what a rule sets.
+        self.stage_mask = _STAGE * unit
+        self.unguarded = Bits(0, _STAGE * unit)
+        self.guarded = Bits(_GUARDED * unit, _STAGE * unit)
+        self.proven = Bits(_PROVEN * unit, _STAGE * unit)
+        self.trusted = Bits(_TRUSTED * unit, _STAGE * unit)
+        self.established = Bits(_PROVEN * unit, _PROVEN * unit)
+        """PROVEN or TRUSTED: only a match."""
+
+        # Other bits of a connection.
+        self.held = _one(_HELD * unit)
+        self.closing = self.syn_ack_seen = _one(_CLOSING * unit)
+        self.condemned_source = _one(_CONDEMNED_SOURCE * unit)
+        self.condemned_destination = _one(_CONDEMNED_DESTINATION * unit)
+        self.condemned = _both(self.condemned_source, self.condemned_destination)
+        self.uncondemned = Bits(0, self.condemned.mask)
+        self.rst_sent_source = _one(_RST_SENT_SOURCE * unit)
+        self.rst_sent_destination = _one(_RST_SENT_DESTINATION * unit)
+        self.rst_sent = _both(self.rst_sent_source, self.rst_sent_destination)
+        self.condemned_for = {
+            Ends.BOTH: self.condemned.value,
+            Ends.SOURCE: self.condemned_source.value,
+            Ends.DESTINATION: self.condemned_destination.value,
+        }
+        """The bits that reset the named ends of a connection, and those of the verdict to do so."""
+        self.rst_sent_for = {
+            Ends.BOTH: self.rst_sent.value,
+            Ends.SOURCE: self.rst_sent_source.value,
+            Ends.DESTINATION: self.rst_sent_destination.value,
+        }
+        """The bits that prove that the named ends were sent a RST."""
+
+        # What is read from the table of connections.
+        alive = self.uncondemned.mask
+        self.swept = Bits(self.established.value, self.established.mask | alive)
+        self.half_open = Bits(self.guarded.value, self.guarded.mask | alive)
+        self.unfinished = Bits(alive, alive | self.rst_sent.mask)
+        """Condemned, and no end was sent its RST yet."""
+
+        # A packet's.
+        self.none = Bits(0, mask)
+        self.to_queue_proven = _one(_TO_QUEUE_PROVEN * unit)
+        self.to_queue_over = _one(_TO_QUEUE_OVER * unit)
+        self.to_queue_stray = Bits(_TO_QUEUE_STRAY * unit, mask)
+        self.to_queue_known = Bits((_TO_QUEUE_KNOWN | _TO_QUEUE_PROVEN) * unit, mask)
+        """A segment of a guarded connection whose handshake is over; or SYNPROXY's own SYN."""
+        self.outbound = _OUTBOUND * unit
+        """What a packet of the protected side is given by who reads the queue (POSTROUTING)."""
+        self.trust = _one(_TRUST * unit)
+        self.probe = Bits(mask, mask)
+        """On a packet that the guard sends to make a silent end speak, until it is known by it."""
+
+    @property
+    def states(self) -> tuple[int, ...]:
+        """The state bits of `rstguard.engine.wire` for ``mark >> base & 255`` of a packet."""
+        return tuple(map(_state, range(_ALL + 1)))
+
+
+class Labels:
+    """The numbers of the labels, from `first` on (0-124); all are reserved, no rule sets one yet.
+
+    Without the connlabel match (CONFIG_NETFILTER_XT_MATCH_CONNLABEL and CONFIG_NF_CONNTRACK_LABELS;
+    the check "connection labels" of `rstguard doctor`) there are no grades of proof, a completed
+    handshake proves an address as it does now, and connections that were taken up are not told
+    from others.
+    """
+
+    def __init__(self, first: int = DEFAULT_LABELS) -> None:
+        self.likely = first + _LIKELY
+        self.confirmed = first + _CONFIRMED
+        self.adopted = first + _ADOPTED
+
+
+def _one(value: int) -> Bits:
+    return Bits(value, value)
+
+
+def _both(one: Bits, other: Bits) -> Bits:
+    return _one(one.value | other.value)
 
 
 def _state(bits: int) -> int:
-    known = bool(bits & TO_QUEUE_KNOWN)
-    proven = bool(bits & TO_QUEUE_PROVEN)
-    apart = bool(bits & _APART)
+    known, stray = bool(bits & _TO_QUEUE_KNOWN), bool(bits & _TO_QUEUE_STRAY)
     return (
         wire.KNOWN * known
-        | wire.PROVEN * proven
-        | wire.OUTBOUND * (apart and known)
-        | wire.STRAY * (apart and not known)
-        | wire.OVER * bool(bits & TO_QUEUE_OVER)
+        | wire.PROVEN * bool(bits & _TO_QUEUE_PROVEN)
+        | wire.OUTBOUND * (stray and known)
+        | wire.STRAY * (stray and not known)
+        | wire.OVER * bool(bits & _TO_QUEUE_OVER)
     )
-
-
-STATES = tuple(_state(bits << BASE) for bits in range(128))
-"""The state bits of `rstguard.engine.wire` for ``mark >> BASE & 127`` of a queued packet."""
-
-# On a packet that rstguard itself sends to provoke a silent end.
-PROBE = MASK
-
-CONDEMNED_FOR = {
-    Ends.BOTH: CONDEMNED,
-    Ends.SOURCE: CONDEMNED_SOURCE,
-    Ends.DESTINATION: CONDEMNED_DESTINATION,
-}
-"""The bits that reset the named ends of a connection."""

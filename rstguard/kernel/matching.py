@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from rstguard.engine.address import is_v6
 from rstguard.engine.ruleset import RuleSet
-from rstguard.kernel.counting import PREFIX
+from rstguard.kernel.marks import Marks
+from rstguard.kernel.names import set_name
 
 SYN_ONLY = "FIN,SYN,RST,ACK SYN"
 
@@ -18,9 +19,14 @@ class Matching:
     ruleset: RuleSet
     family: int
 
+    @property
+    def marks(self) -> Marks:
+        """The bits of connections and packets, where this policy has them."""
+        return Marks(self.ruleset.marks)
+
     def in_set(self, name: str, direction: str = "src") -> str:
         """Match an address ("src" or "dst") that one of our sets of this family holds."""
-        return f"-m set --match-set {PREFIX}-{name}{self.family} {direction}"
+        return f"-m set --match-set {set_name(name, self.family)} {direction}"
 
     def hit(self, name: str) -> str:
         """Match who is banned or shunned: lifelines and trusted ones amid a banned network are not.
@@ -55,7 +61,7 @@ class Matching:
         if scope.destinations:
             rules.append(f"{negated(self.in_set('dst', 'dst'))} -j RETURN")
         if scope.ports is not None:
-            rules.append(f"-p tcp -m set ! --match-set {PREFIX}-ports dst -j RETURN")
+            rules.append(f"-p tcp -m set ! --match-set {set_name('ports')} dst -j RETURN")
         return rules
 
 

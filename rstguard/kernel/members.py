@@ -14,7 +14,8 @@ from typing import Final
 
 from rstguard.engine.address import V6, Prefix, packed
 from rstguard.kernel import KernelError
-from rstguard.kernel.elements import SHUN_SETS, Element, Kind
+from rstguard.kernel.elements import Element, Kind
+from rstguard.kernel.names import SHUN_SETS
 from rstguard.kernel.netlink import (
     ATTRIBUTE,
     HEADER,

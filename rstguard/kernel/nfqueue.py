@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rstguard.kernel import InUse, KernelError
+from rstguard.kernel.marks import Marks
 from rstguard.kernel.netlink import attribute, encode
 from rstguard.kernel.queues import owner
 from rstguard.kernel.readers import CONFIG, LENGTH, MOST, Queued, bind, request
@@ -64,8 +65,8 @@ def _states(text: str) -> dict[int, QueueState]:
 class Queue:
     """One bound queue.  Each packet that `receive` returns is owed one verdict."""
 
-    def __init__(self, number: int, fail_open: bool) -> None:
-        """Bind queue `number` (0-65535).
+    def __init__(self, number: int, fail_open: bool, marks: Marks) -> None:
+        """Bind queue `number` (0-65535); `marks` says where the bits on its packets are.
 
         Raises:
             InUse: another program reads the queue.
@@ -74,7 +75,7 @@ class Queue:
         self.number = number
         taken = states().get(number)
         try:
-            self._reader = bind(number)
+            self._reader = bind(number, marks)
         except OSError as error:
             if taken is not None:
                 raise InUse(

@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from rstguard.kernel import KernelError, confine, lifelines, readers
+from rstguard.kernel import KernelError, clearing, confine, lifelines, readers
 from rstguard.kernel.check import Check, Host, Outcome
 from rstguard.kernel.queues import owner
 from rstguard.kernel.trial import feature_checks
@@ -44,6 +44,7 @@ def checks(queue: int, queues: int = 1) -> list[Check]:
     found += [_tool(host, tool) for tool in ("iptables", "ip6tables", "ipset")]
     found += feature_checks(host, deadline)
     found += [
+        _routing(host),
         _binding(host),
         _reader(host),
         _tracking(host),
@@ -53,6 +54,24 @@ def checks(queue: int, queues: int = 1) -> list[Check]:
     found += [_queue_free(number) for number in range(queue, queue + queues)]
     found += [_confinement(host), _reset_trace(host), _lifelines()]
     return found
+
+
+def _routing(host: Host) -> Check:
+    """The table that clears marks before packets are routed is checked by the kernel, not made."""
+    name = "routing by marks"
+    if not host.capable(_CAP_NET_ADMIN):
+        return Check(name, Outcome.WARNING, "not tried: it needs CAP_NET_ADMIN", "")
+    try:
+        clearing.trial()
+    except KernelError as error:
+        return Check(
+            name,
+            Outcome.WARNING,
+            f"packets are routed with the guard's mark bits on them, so every `ip rule` with a"
+            f" fwmark needs a mask without them: {error}",
+            host.load_module("nf_tables"),
+        )
+    return Check(name, Outcome.OK, "no bit of the guard is on a packet while it is routed")
 
 
 def _lifelines() -> Check:

@@ -19,7 +19,7 @@ from netfilterqueue import NetfilterQueue
 
 from rstguard.engine.wire import Packet
 from rstguard.kernel import KernelError
-from rstguard.kernel.marks import STATES
+from rstguard.kernel.marks import Marks
 from rstguard.kernel.netlink import (
     NETLINK_NETFILTER,
     SO_RCVBUFFORCE,
@@ -51,9 +51,14 @@ _SUBSYSTEM = 3
 CONFIG = 2
 _CFG_CMD, _CFG_PARAMS, _CFG_QUEUE_MAXLEN = 1, 2, 3
 _BIND, _COPY_PACKET = 1, 2
+_POST_ROUTING = 4  # linux/netfilter.h, enum nf_inet_hooks
 
 Queued = tuple[int, int, Packet | bytes]
-"""A packet's number in its queue, its mark, and itself: read, or from its IP header on."""
+"""A packet's number in its queue, its mark, and itself: read, or from its IP header on.
+
+One that the protected side sends bears no bit of ours; it is known by its hook, and its mark is
+given with `Marks.outbound`.
+"""
 
 
 class Reader(Protocol):
@@ -113,7 +118,7 @@ def built_in() -> tuple[ModuleType | None, str]:
     return module, ""
 
 
-def bind(number: int) -> Reader:
+def bind(number: int, marks: Marks) -> Reader:
     """Bind queue `number` (0-65535) and return what reads it.
 
     Raises:
@@ -123,13 +128,13 @@ def bind(number: int) -> Reader:
     found = extension()
     if found is None and not os.environ.get(CHOICE):
         log.warning("packets are read by netfilterqueue: rstguard's own reader %s", built_in()[1])
-    return _Binding(number) if found is None else _BuiltIn(number, found)
+    return _Binding(number, marks) if found is None else _BuiltIn(number, marks, found)
 
 
 class _BuiltIn:
     name = BUILT_IN
 
-    def __init__(self, number: int, module: ModuleType) -> None:
+    def __init__(self, number: int, marks: Marks, module: ModuleType) -> None:
         kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
         self.socket = socket.socket(socket.AF_NETLINK, kind, NETLINK_NETFILTER)
         try:
@@ -145,8 +150,8 @@ class _BuiltIn:
         except OSError:
             self.socket.close()
             raise
-        states = bytes(STATES[byte & 127] for byte in range(256))
-        self.receive = module.Reader(self.socket.fileno(), Packet, states).receive
+        about_marks = (bytes(marks.states), marks.base, marks.outbound)
+        self.receive = module.Reader(self.socket.fileno(), Packet, *about_marks).receive
 
     def close(self) -> None:
         self.socket.close()
@@ -156,6 +161,7 @@ class _Collected(Protocol):
     """What the binding hands over; it gives no verdict unless it is told to."""
 
     id: int
+    hook: int
     mark: int
 
     def get_payload(self) -> bytes: ...
@@ -170,7 +176,8 @@ class _Binding:
 
     name = BINDING
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, marks: Marks) -> None:
+        self._outbound = marks.outbound
         self._queue = NetfilterQueue()
         self._queue.bind(
             number, self._collect, max_len=LENGTH, range=_COPY_BYTES, sock_len=_RECEIVE_BUFFER
@@ -192,7 +199,8 @@ class _Binding:
             data = packet.get_payload()
         except RuntimeError:
             data = b""  # it has none
-        self._collected.append((packet.id, packet.mark, data))
+        outbound = self._outbound if packet.hook == _POST_ROUTING else 0
+        self._collected.append((packet.id, packet.mark | outbound, data))
         if len(self._collected) >= self._most:
             raise _Full
 

@@ -18,7 +18,9 @@ from rstguard.engine.ruleset import RuleSet
 from rstguard.kernel.command import Commands
 from rstguard.kernel.elements import Element, Kind
 from rstguard.kernel.lifelines import Lifeline
+from rstguard.kernel.marks import Marks
 from rstguard.kernel.nfqueue import Queued, QueueState, Verdict
+from rstguard.kernel.nftables import Chain
 
 
 class CookieCounts(NamedTuple):
@@ -198,18 +200,41 @@ class Kernel(Commands, Protocol):
     def table(self) -> Connections:
         """Return the connection table."""
 
-    def injector(self) -> PacketSender:
-        """Return what sends ready-made packets.
+    def injector(self, marks: Marks) -> PacketSender:
+        """Return what sends ready-made packets, which bear the mark of a probe.
 
         Raises:
             KernelError: no raw socket can be had.
         """
 
-    def queue(self, number: int, fail_open: bool) -> PacketQueue:
+    def queue(self, number: int, fail_open: bool, marks: Marks) -> PacketQueue:
         """Bind queue `number` (0-65535); `fail_open`: packets pass where it is full.
+
+        `marks` says where the bits on its packets are.
 
         Raises:
             InUse: another program reads it.
+        """
+
+    def replace_table(self, table: str, chains: Sequence[Chain]) -> None:
+        """Put a table of nf_tables in place, whole.
+
+        Raises:
+            KernelError: the kernel has no nf_tables, or refused.
+        """
+
+    def table_comments(self, table: str) -> dict[str, list[str]]:
+        """Return the comments of a table's rules, in their order, by the names of its chains.
+
+        Raises:
+            KernelError: the kernel has no nf_tables, or could not be asked.
+        """
+
+    def remove_table(self, table: str) -> bool:
+        """Take a table of nf_tables away; tell whether it was there.
+
+        Raises:
+            KernelError: the kernel refused.
         """
 
     def queues(self) -> dict[int, QueueState]:

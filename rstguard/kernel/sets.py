@@ -28,8 +28,9 @@ from typing import Self
 
 from rstguard.engine.address import Prefix, is_v6, packed
 from rstguard.kernel import Full, KernelError, NotPermitted, NotThere
-from rstguard.kernel.elements import BAN_SETS, MAX_SECONDS, SHUN_SETS, Element
+from rstguard.kernel.elements import MAX_SECONDS, Element
 from rstguard.kernel.members import members
+from rstguard.kernel.names import BAN_SETS, SHUN_SETS, set_name
 from rstguard.kernel.netlink import (
     NETLINK_NETFILTER,
     NLM_F_ACK,
@@ -165,7 +166,7 @@ class Sets:
 
     def proven(self, address: int) -> bool:
         """Tell whether the kernel has lately seen the source of a tagged address prove itself."""
-        return self._holds("rstguard-proven6" if is_v6(address) else "rstguard-proven4", address)
+        return self._holds(set_name("proven", 6 if is_v6(address) else 4), address)
 
     def _holds(self, name: str, address: int) -> bool:
         whole = Prefix(address, 128 if is_v6(address) else 32)

@@ -11,8 +11,9 @@ from __future__ import annotations
 from rstguard.engine.address import V6, Prefix
 from rstguard.engine.ruleset import SECOND, RuleSet
 from rstguard.engine.shedding import SAMPLE
-from rstguard.kernel import marks
-from rstguard.kernel.counting import LARGEST_RATE, PREFIX, UNITS, bits, table_size
+from rstguard.kernel.counting import LARGEST_RATE, UNITS, table_size
+from rstguard.kernel.marks import Marks
+from rstguard.kernel.names import PREFIX, set_name
 from rstguard.kernel.seam import ElementSets
 
 SECONDS = 3
@@ -27,9 +28,9 @@ _EVERYTHING = {
 }
 
 
-def set_name(family: int, index: int) -> str:
+def thin_set(family: int, index: int) -> str:
     """Return the name of the set of a worker, counted from 0, in an address family."""
-    return f"{PREFIX}-thin{family}-{index}"
+    return f"{set_name('thin', family)}-{index}"
 
 
 def syns(ruleset: RuleSet, family: int, index: int, to_queue: str) -> tuple[str, ...]:
@@ -38,9 +39,9 @@ def syns(ruleset: RuleSet, family: int, index: int, to_queue: str) -> tuple[str,
     drops = ruleset.enforce and not ruleset.fail_open
     return (
         _usually(family, index, to_queue),
-        f"-m mark --mark {bits(marks.TO_QUEUE_PROVEN)} {to_queue}",
+        f"-m mark --mark {Marks(ruleset.marks).to_queue_proven} {to_queue}",
         f"{_SAMPLED} {to_queue}",
-        f"-m set --match-set {PREFIX}-spared{family} src {to_queue}",
+        f"-m set --match-set {set_name('spared', family)} src {to_queue}",
         *limits,
         "-j DROP" if drops else "-j RETURN",
     )
@@ -78,7 +79,7 @@ def strays(family: int, index: int, to_queue: str) -> tuple[str, ...]:
 
 
 def _usually(family: int, index: int, to_queue: str) -> str:
-    return f"-m set ! --match-set {set_name(family, index)} src {to_queue}"
+    return f"-m set ! --match-set {thin_set(family, index)} src {to_queue}"
 
 
 def thin(sets: ElementSets, index: int) -> None:
@@ -88,7 +89,7 @@ def thin(sets: ElementSets, index: int) -> None:
         KernelError: the kernel refused.
     """
     for family, prefixes in _EVERYTHING.items():
-        sets.put(set_name(family, index), prefixes, SECONDS)
+        sets.put(thin_set(family, index), prefixes, SECONDS)
 
 
 def restore(sets: ElementSets, index: int) -> None:
@@ -98,4 +99,4 @@ def restore(sets: ElementSets, index: int) -> None:
         KernelError: the kernel refused.
     """
     for family, prefixes in _EVERYTHING.items():
-        sets.take(set_name(family, index), prefixes)
+        sets.take(thin_set(family, index), prefixes)

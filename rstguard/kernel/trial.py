@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rstguard.kernel.check import Check, Host, Outcome
+from rstguard.kernel.names import set_name
 
 _CAP_SYS_ADMIN = 21
-_SET = "rstguard-try"
+_SET = set_name("try")
 _RESTORE = {4: "iptables-restore", 6: "ip6tables-restore"}
 
 
@@ -108,7 +109,7 @@ _FOR_A_BUDGET = (
         "rates per service",
         "raw",
         "-A PREROUTING -p tcp -m hashlimit --hashlimit-above 9/sec --hashlimit-burst 1"
-        " --hashlimit-mode dstip,dstport --hashlimit-name rstguard-try --hashlimit-rate-match"
+        f" --hashlimit-mode dstip,dstport --hashlimit-name {_SET} --hashlimit-rate-match"
         " --hashlimit-rate-interval 1 -j CT --notrack",
         "xt_hashlimit",
     ),
@@ -125,6 +126,13 @@ _FOR_A_BUDGET = (
         "xt_TCPOPTSTRIP",
     ),
     _Feature("packet log", "mangle", "-A OUTPUT -p tcp -j NFLOG --nflog-group 1", "xt_NFLOG"),
+)
+
+_LABELS = _Feature(
+    "connection labels",
+    "mangle",
+    "-A PREROUTING -m connlabel --label 127 -j RETURN",
+    "xt_connlabel",
 )
 
 
@@ -144,7 +152,8 @@ def feature_checks(host: Host, deadline: float) -> list[Check]:
             sentence = "not tried: no network namespace could be made here"
             return [Check("kernel features", Outcome.WARNING, sentence, "unshare --net true")]
         trial = _Trial(host, inside, deadline)
-        return [trial.sets(), *(check(f) for f in (4, 6) for check in (trial.rules, trial.budget))]
+        found = [trial.sets(), *(check(f) for f in (4, 6) for check in (trial.rules, trial.budget))]
+        return [*found, trial.labels()]
 
 
 class _Trial(NamedTuple):
@@ -192,6 +201,18 @@ class _Trial(NamedTuple):
         if found.outcome is not Outcome.MISSING:
             return found
         sentence = f"a policy with syn_budget cannot be used: {found.sentence}"
+        return found._replace(outcome=Outcome.WARNING, sentence=sentence)
+
+    def labels(self) -> Check:
+        """Load a rule that asks for a label; no policy needs one yet (`rstguard.kernel.marks`)."""
+        if self.host.find(_RESTORE[4]) is None:
+            return Check(
+                _LABELS.name, Outcome.WARNING, f"not tried: {_RESTORE[4]} is not installed"
+            )
+        found = self._each(_LABELS.name, 4, (_LABELS,))
+        if found.outcome is not Outcome.MISSING:
+            return found
+        sentence = f"a completed handshake proves an address by itself: {found.sentence}"
         return found._replace(outcome=Outcome.WARNING, sentence=sentence)
 
     def _each(self, name: str, family: int, features: Sequence[_Feature]) -> Check:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator
 
+from rstguard.engine.ruleset import RULE_NAME
 from rstguard.policy.quantities import PortRange, count, show
 from rstguard.policy.quantities import ports as port_range
 
 Item = TypeVar("Item")
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,47}")
-
 
 def _name(value: object) -> str:
-    if isinstance(value, str) and _NAME.fullmatch(value):
+    if isinstance(value, str) and RULE_NAME.fullmatch(value):
         return value
     raise ValueError(
         f"{show(value)} is not a name: write letters, digits, '-', '_' and '.', 48 at most"

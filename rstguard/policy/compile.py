@@ -51,6 +51,8 @@ def compile_policy(policy: Policy) -> RuleSet:
         shun_duration=policy.shun_for,
         sweep_every=policy.sweep_every,
         bans_per_minute=policy.bans_per_minute,
+        marks=policy.marks,
+        labels=policy.labels,
     )
     return offload(ruleset) if policy.offload == "auto" else ruleset
 

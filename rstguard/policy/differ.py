@@ -38,6 +38,8 @@ def _settings(ruleset: RuleSet) -> dict[str, str]:
         "SYN budget": "none",
         "sweep every": f"{ruleset.sweep_every / 1e9:g} s",
         "bans per minute": str(ruleset.bans_per_minute),
+        "mark bits": f"0x{ruleset.marks:08x}",
+        "connection labels": f"from {ruleset.labels} on",
         **named,
     }
 

@@ -13,9 +13,17 @@ from typing import Annotated, Final, Literal
 from pydantic import AfterValidator, Field, PlainValidator, model_validator
 
 from rstguard.engine.address import V6, Prefix
-from rstguard.engine.ruleset import SECOND
+from rstguard.engine.ruleset import DEFAULT_LABELS, DEFAULT_MARKS, SECOND
 from rstguard.policy.base import Model, Name, Ports, Widths, not_empty
-from rstguard.policy.quantities import MINUTE, count, duration, network, rate_per_second, show
+from rstguard.policy.quantities import (
+    MINUTE,
+    count,
+    duration,
+    mark_bits,
+    network,
+    rate_per_second,
+    show,
+)
 from rstguard.policy.rules import AnyRule
 
 MOST_RULES: Final = 500
@@ -97,6 +105,8 @@ class Policy(Model):
     offload: Literal["auto", "never"] = "auto"
     sweep_every: Annotated[int, PlainValidator(duration(SECOND // 2, MINUTE))] = 2 * SECOND
     bans_per_minute: Annotated[int, PlainValidator(count(1, 1_000_000))] = 1000
+    marks: Annotated[int, PlainValidator(mark_bits)] = DEFAULT_MARKS
+    labels: Annotated[int, PlainValidator(count(0, DEFAULT_LABELS))] = DEFAULT_LABELS
     protect: Protect = Field(examples=["{interfaces: [eth0]}"])
     trusted: tuple[Trusted, ...] = Field(default=(), max_length=1000)
     source: Widths = Widths()

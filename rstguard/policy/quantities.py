@@ -98,6 +98,19 @@ def count(low: int, high: int) -> Callable[[object], int]:
     return read
 
 
+def mark_bits(value: object) -> int:
+    """Read the bits of a mark that are the guard's: eight adjacent ones of 32."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 32:
+        raise ValueError(f"{show(value)} is no mask of a mark: write one as 0xff000000")
+    lowest = value & -value
+    if value != 0xFF * lowest:
+        raise ValueError(
+            f"0x{value:x} is not eight adjacent bits, which the guard needs: write a mask as "
+            "0xff000000 or 0x00ff0000"
+        )
+    return value
+
+
 def percent(low: int, high: int) -> Callable[[object], int]:
     """Return a reader of percentages, as `80%`, from `low` to `high`."""
 

@@ -25,6 +25,10 @@ MEANINGS = MappingProxyType(
         "sweep_every": "how often the connection table is read, `500ms` to `1m`, by default `2s`",
         "bans_per_minute": "beyond this a policy is taken for a mistake and only observes, "
         "by default 1000",
+        "marks": "the eight adjacent bits of marks that are the guard's, by default `0xff000000`; "
+        "changed only by a restart",
+        "labels": "the first of the four connection labels that are the guard's, by default 124; "
+        "changed only by a restart",
         "protect": "what is guarded",
         "trusted": "networks that are never counted, reset, shunned or banned",
         "source": "how wide one source is: by default `{ipv4: 32, ipv6: 64}`",

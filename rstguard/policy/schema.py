@@ -13,6 +13,7 @@ from typing import Any
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
+from rstguard.engine.ruleset import RULE_NAME
 from rstguard.policy.model import Policy
 
 FILE_NAME = "policy.schema.json"
@@ -28,10 +29,11 @@ _BYTE_RATE = {"type": "string", "pattern": r"^[0-9.]+ ?([kMG]?B|[KMG]iB) ?/ ?s$"
 _ADDRESS = {"type": "string", "examples": ["10.0.0.0/8", "2001:db8::/48"]}
 _BY_READER: Mapping[str, dict[str, Any]] = MappingProxyType(
     {
-        "_name": {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,47}$"},
+        "_name": {"type": "string", "pattern": f"^{RULE_NAME.pattern}$"},
         "_interface": {"type": "string", "pattern": r"^[A-Za-z0-9_.@-]{0,15}\*?$"},
         "_trusted": _ADDRESS,
         "_version": {"const": 1},
+        "mark_bits": {"type": "integer", "minimum": 0xFF, "maximum": 0xFF000000},
         "network": _ADDRESS,
         "byte_rate": _BYTE_RATE,
         "count": {"type": "integer"},

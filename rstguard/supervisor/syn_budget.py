@@ -17,6 +17,7 @@ from rstguard.engine.segment import cookie_rst
 from rstguard.engine.wire import ACK, SYN, Packet, parse
 from rstguard.kernel import KernelError, cookies
 from rstguard.kernel.footprint import Footprint
+from rstguard.kernel.marks import Marks
 from rstguard.kernel.seam import CookieCounts, Kernel, PacketCopies, PacketSender
 from rstguard.observe.events import Event, EventLog
 
@@ -63,7 +64,7 @@ class Budget:
         if not cookies.in_force(ruleset):
             self.stop()
         elif self._log is None:
-            self._injector = self._injector or self._kernel.injector()
+            self._injector = self._injector or self._kernel.injector(Marks(ruleset.marks))
             self._log = self._kernel.packet_log(cookies.LOG_GROUP)
             asyncio.get_running_loop().add_reader(self._log.fileno(), self._receive)
 

@@ -2,15 +2,15 @@
 
 What is provable, and how:
 
-- An end has been sent its RST once its TOLD bit is on the connection; the rule in front of the one
-  that sends the RST sets it.  The packet counters would tell it less surely: between setting the
-  mark and reading the counters a busy end may already have died, and dead ends count no more.
+- An end has been sent its RST once its RST_SENT bit is on the connection; the rule in front of the
+  one that sends the RST sets it.  The packet counters would tell it less surely: between setting
+  the mark and reading the counters a busy end may already have died, and dead ends count no more.
 - State CLOSE proves no more than that one RST passed.  The tracker enters it with the first RST of
   the kernel's own (nf_reject, nf_ct_set_closing) as with a RST of an end that passed its checks.
-  With no TOLD bit it was the latter: an end closed the connection itself, before it was condemned,
-  and its RST went on to the other, so there is nothing left to kill.
-- An end whose RST passes to another that was not told yet is dead, and the other hears of it: the
-  rule for it sets both TOLD bits.  So ends a client whose segments were on their way when its
+  With no RST_SENT bit it was the latter: an end closed the connection itself, before it was
+  condemned, and its RST went on to the other, so there is nothing left to kill.
+- An end whose RST passes to another that was sent none yet is dead, and the other hears of it: the
+  rule for it sets both RST_SENT bits.  So ends a client whose segments were on their way when its
   server was reset: the dead server answers them with a RST of its own, and both are silent.
 - An entry in CLOSE vanishes after 10 s, so absence must not be waited for; and absence by itself
   proves nothing (the table may have been flushed).
@@ -24,7 +24,7 @@ from typing import Final, NamedTuple
 
 from rstguard.engine.flow import Flow, TcpState, Tuple
 from rstguard.engine.verdict import Ends, Reason
-from rstguard.kernel import marks
+from rstguard.kernel.marks import Marks
 
 MILLISECOND: Final = 1_000_000
 
@@ -34,14 +34,6 @@ it does not answer does not put off the next."""
 
 OVER: Final = frozenset({TcpState.TIME_WAIT, TcpState.CLOSE})
 """States in which no end will send data any more."""
-
-
-TOLD_FOR: Final = {
-    Ends.BOTH: marks.TOLD,
-    Ends.SOURCE: marks.TOLD_SOURCE,
-    Ends.DESTINATION: marks.TOLD_DESTINATION,
-}
-"""The bits that prove that the named ends were sent a RST."""
 
 
 class Target(NamedTuple):
@@ -89,36 +81,37 @@ class Case:
     target: Target
     since: int
     deadline: int
+    marks: Marks
     condemned: bool = False
     condemned_at: int = 0
     probes: int = 0
     closed_before: bool = False
     disturbed: bool = False
-    told: int = 0
+    rst_sent: int = 0
 
     @property
     def wanted(self) -> int:
-        """The TOLD bits that prove the case."""
-        return TOLD_FOR[self.target.ends]
+        """The RST_SENT bits that prove the case."""
+        return self.marks.rst_sent_for[self.target.ends]
 
     @property
     def bits(self) -> int:
         """The bits that condemn the ends."""
-        return marks.CONDEMNED_FOR[self.target.ends]
+        return self.marks.condemned_for[self.target.ends]
 
     def judge(self, seen: Flow | None, now: int) -> Result | None:
         """Return the end of the case if what the table shows ends it; `seen` None is absence."""
         if seen is None or seen.ident != self.target.flow.ident:
             return self.absent(now)
-        self.told |= seen.mark & self.wanted
-        if self.told == self.wanted:
+        self.rst_sent |= seen.mark & self.wanted
+        if self.rst_sent == self.wanted:
             return self.result(Outcome.RESET, now)
-        # Other software has changed the mark; it may have taken TOLD bits with it.
-        self.disturbed |= self.condemned and not seen.mark & marks.CONDEMNED
-        if seen.state in OVER and not seen.mark & marks.TOLD and not self.disturbed:
+        # Other software has changed the mark; it may have taken RST_SENT bits with it.
+        self.disturbed |= self.condemned and not seen.mark & self.marks.condemned.mask
+        if seen.state in OVER and not seen.mark & self.marks.rst_sent.mask and not self.disturbed:
             # The kernel reports the mark before the state, and a RST may pass in between: only the
             # second such reading is proof.
-            if self.closed_before or not seen.mark & marks.CONDEMNED:
+            if self.closed_before or not seen.mark & self.marks.condemned.mask:
                 return self.result(Outcome.OVER, now)
             self.closed_before = True
         if now >= self.deadline:
@@ -139,7 +132,8 @@ class Case:
         """Return the end of the case."""
         silent = None
         if outcome is Outcome.SILENT:
-            silent = _ENDS[self.wanted & ~self.told]
+            unsent = self.wanted & ~self.rst_sent
+            silent = next(e for e, bits in self.marks.rst_sent_for.items() if bits == unsent)
         text = f"{self.target.flow.original}: {detail or self._sentence(outcome, silent)}."
         return Result(self.target, outcome, silent, now, now - self.since, text)
 
@@ -149,11 +143,10 @@ class Case:
         if silent is None:
             return str(outcome.value)
         other = {Ends.SOURCE: "the server was reset", Ends.DESTINATION: "the client was reset"}
-        rest = f"; {other[silent]}" if self.told else ""
+        rest = f"; {other[silent]}" if self.rst_sent else ""
         return f"{_STAYED_SILENT[silent]} to {self.probes} probes{rest}"
 
 
-_ENDS: Final = {bits: ends for ends, bits in TOLD_FOR.items()}
 _WERE_RESET: Final[dict[Ends, str]] = {
     Ends.BOTH: "client and server were reset",
     Ends.SOURCE: "the client was reset",
@@ -166,15 +159,15 @@ _STAYED_SILENT: Final[dict[Ends, str]] = {
 }
 
 
-def probe_paths(flow: Flow, told: int) -> list[Tuple]:
-    """Return, for each end that a TOLD bit names, who a probe must seem to be from, and to whom.
+def probe_paths(flow: Flow, ends: int, marks: Marks) -> list[Tuple]:
+    """Return, for each end that a RST_SENT bit names, who a probe must seem to be from, and to.
 
     With NAT each end knows the connection by another tuple; conntrack gives both.
     """
     paths = []
-    if told & marks.TOLD_SOURCE:
+    if ends & marks.rst_sent_source.mask:
         paths.append(_turned(flow.original))
-    if told & marks.TOLD_DESTINATION:
+    if ends & marks.rst_sent_destination.mask:
         paths.append(_turned(flow.reply))
     return paths
 

@@ -21,11 +21,10 @@ from rstguard.engine.address import Prefix
 from rstguard.engine.flow import Flow, Tuple
 from rstguard.engine.segment import probe
 from rstguard.engine.verdict import Ends
-from rstguard.kernel import marks
+from rstguard.kernel.marks import Marks
 from rstguard.sweeper.cases import (
     MILLISECOND,
     OVER,
-    TOLD_FOR,
     Case,
     Outcome,
     Result,
@@ -92,12 +91,14 @@ class Condemner:
         self,
         table: Table,
         sender: Sender,
+        marks: Marks,
         deadline: int = DEADLINE,
         most: int = MOST_PENDING,
         draw: Callable[[], int] | None = None,
     ) -> None:
         self._table = table
         self._sender = sender
+        self._marks = marks
         self._deadline = deadline
         self._most = most
         self._draw = draw or _random_number
@@ -122,7 +123,7 @@ class Condemner:
                     self._merge(case, target)
                     continue
                 self._close(key, case.absent(now))  # its name belongs to a newer connection
-            case = Case(target, now, now + self._deadline)
+            case = Case(target, now, now + self._deadline, self._marks)
             if len(self._cases) >= self._most:
                 detail = f"not condemned, as {self._most} others are pending; try again"
                 self._finished.append(case.result(Outcome.REFUSED, now, detail))
@@ -179,10 +180,10 @@ class Condemner:
                 strangers.append(flow)
         # Between our reading and our marking, a new connection took the old one's place.
         if strangers:
-            self._table.set_mark(strangers, 0, marks.CONDEMNED)
+            self._table.set_mark(strangers, *self._marks.uncondemned)
 
     def _condemn(self, items: list[_Item], now: int) -> None:
-        for ends, bits in marks.CONDEMNED_FOR.items():
+        for ends, bits in self._marks.condemned_for.items():
             group = [(key, case) for key, case in items if case.target.ends is ends]
             flows = [case.target.flow for _, case in group]
             codes = self._table.set_mark(flows, bits, bits) if flows else []
@@ -199,15 +200,16 @@ class Condemner:
     def _provoke(self, now: int) -> None:
         paths: list[Tuple] = []
         over: list[Flow] = []
+        marks = self._marks
         for case in self._cases.values():
             if case.condemned and case.due(now):
                 case.probes += 1
-                paths += probe_paths(case.target.flow, case.wanted & ~case.told)
+                paths += probe_paths(case.target.flow, case.wanted & ~case.rst_sent, marks)
         while self._again and self._again[0][0] <= now:
             _, rounds, target = self._again.popleft()
             if rounds > 0:
                 self._again.append((now + AGAIN_AFTER, rounds - 1, target))
-                paths += probe_paths(target.flow, TOLD_FOR[target.ends])
+                paths += probe_paths(target.flow, marks.rst_sent_for[target.ends], marks)
             elif target.ends is Ends.BOTH:
                 over.append(target.flow)
         if over:  # a new connection of the same addresses and ports is welcome again

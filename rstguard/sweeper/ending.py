@@ -13,7 +13,7 @@ from rstguard.engine.verdict import Ends, Reason
 from rstguard.ipc.channel import ChildEnd
 from rstguard.ipc.messages import Blocked, Kill, NotKilled, Reset
 from rstguard.kernel.elements import Element
-from rstguard.kernel.marks import CONDEMNED, TOLD
+from rstguard.kernel.marks import Marks
 from rstguard.kernel.seam import Connections, ElementSets
 from rstguard.sweeper import targets
 from rstguard.sweeper.condemner import MOST_PENDING, Condemner, Target
@@ -38,8 +38,10 @@ class Ending:
         condemner: Condemner,
         counts: Counter[str],
         clock: Callable[[], int],
+        marks: Marks,
     ) -> None:
         """Tell of kills by `channel`, and count in `counts`."""
+        self._marks = marks
         self._channel, self._table, self._sets = channel, table, sets
         self._condemner, self._counts, self._clock = condemner, counts, clock
         self._kills = Kills()
@@ -89,7 +91,7 @@ class Ending:
         Raises:
             KernelError: the connection table or the sets cannot be read.
         """
-        self._kill_all(self._table.dump(CONDEMNED, CONDEMNED | TOLD), now)
+        self._kill_all(self._table.dump(*self._marks.unfinished), now)
         self._end_connections_of_banned(now)
 
     @property
@@ -134,14 +136,14 @@ class Ending:
 
     def _end_sources(self, elements: Iterable[Element], now: int) -> None:
         """A source that is banned is gone with all its connections."""
-        found = targets.of_banned(self._table, elements, self._ruleset.scope)
+        found = targets.of_banned(self._table, elements, self._ruleset.scope, self._marks)
         self._counts["ended_by_ban"] += len(found)
         self._condemner.start(found, now)
 
     def _end_half_open(self, now: int) -> None:
         """Free the server of the handshakes that a blocked source can no longer finish."""
         blocks = self._half_open_of.values()
-        found = targets.half_open(self._table, blocks, self._ruleset.scope)
+        found = targets.half_open(self._table, blocks, self._ruleset.scope, self._marks)
         self._half_open_of.clear()
         self._counts["half_open_ended"] += len(found)
         self._condemner.start(found, now)

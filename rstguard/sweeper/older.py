@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Collection, Sequence
 
 from rstguard.engine.ruleset import Scope
-from rstguard.kernel.marks import GUARDED, PROVEN
+from rstguard.kernel.marks import Marks
 from rstguard.kernel.seam import Connections
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ Ways = Callable[[Sequence[int]], list[str]]
 """Tells the interface that the route to each address leads out of (`rstguard.kernel.routes`)."""
 
 
-def adopt_existing(table: Connections, scope: Scope, ways: Ways) -> int:
+def adopt_existing(table: Connections, scope: Scope, ways: Ways, marks: Marks) -> int:
     """Mark the older connections that the scope covers as guarded; return how many.
 
     Raises:
@@ -34,15 +34,15 @@ def adopt_existing(table: Connections, scope: Scope, ways: Ways) -> int:
     """
     candidates = [
         flow
-        for flow in table.dump(0, GUARDED)
+        for flow in table.dump(*marks.unguarded)
         if flow.seen_reply
         and scope.protects(flow.original.destination, flow.original.destination_port)
         and not scope.trusts(flow.original.source)
     ]
     outside = _outside({flow.original.source for flow in candidates}, scope.interfaces, ways)
     adopted = [flow for flow in candidates if flow.original.source in outside]
-    bits = GUARDED | PROVEN
-    return sum(1 for code in table.set_mark(adopted, bits, bits) if code == 0) if adopted else 0
+    codes = table.set_mark(adopted, *marks.proven) if adopted else []
+    return codes.count(0)
 
 
 def _outside(clients: set[int], patterns: Collection[str], ways: Ways) -> set[int]:

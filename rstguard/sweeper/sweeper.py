@@ -37,6 +37,7 @@ from rstguard.ipc.messages import (
     ToChild,
 )
 from rstguard.kernel import KernelError
+from rstguard.kernel.marks import Marks
 from rstguard.kernel.seam import Kernel
 from rstguard.sweeper.condemner import Condemner
 from rstguard.sweeper.ending import Ending
@@ -79,16 +80,17 @@ class Sweeper:
         """
         self._channel, self._clock = channel, clock
         table, sets = kernel.table(), kernel.sets()
-        condemner = Condemner(table, kernel.injector(), draw=draw)
+        marks = Marks(start.ruleset.marks)
+        condemner = Condemner(table, kernel.injector(marks), marks, draw=draw)
         self._counts: Counter[str] = Counter()
-        self._ending = Ending(channel, table, sets, condemner, self._counts, clock)
+        self._ending = Ending(channel, table, sets, condemner, self._counts, clock, marks)
         self._sweeping = Sweeping(
             channel, table, sets, self._ending, self._counts, start.ruleset, cpu_clock
         )
         self._sweep_at = self._report_at = self._rests_until = 0
         self._running = True
         self._follow(start.ruleset)
-        self._counts["adopted"] = adopt_existing(table, start.ruleset.scope, kernel.ways)
+        self._counts["adopted"] = adopt_existing(table, start.ruleset.scope, kernel.ways, marks)
         self._ending.take_over(clock())
 
     def _follow(self, ruleset: RuleSet) -> None:

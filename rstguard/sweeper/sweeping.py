@@ -16,7 +16,7 @@ from rstguard.ipc.channel import ChildEnd
 from rstguard.ipc.measuring import Measuring
 from rstguard.ipc.messages import FoundProductive, Observed, Productive, Reset, blocked_message
 from rstguard.kernel import KernelError
-from rstguard.kernel.marks import CONDEMNED, GUARDED, PROVEN
+from rstguard.kernel.marks import Marks
 from rstguard.kernel.seam import Connections, ElementSets
 from rstguard.sweeper.cases import Target
 from rstguard.sweeper.ending import Ending
@@ -48,6 +48,7 @@ class Sweeping:
         self._counts, self._cpu_clock = counts, cpu_clock
         self._percents: dict[int, int] = {}
         self._ruleset = ruleset
+        self._marks = Marks(ruleset.marks)
         self.sweep = Sweep(ruleset)
         self.measuring = Measuring(ruleset, SWEEP_MEASURES)
 
@@ -69,7 +70,7 @@ class Sweeping:
         began = self._cpu_clock()
         gc.disable()  # a sweep makes hundreds of thousands of objects, and no cycle
         try:
-            flows = list(self._table.dump(GUARDED | PROVEN, GUARDED | PROVEN | CONDEMNED))
+            flows = list(self._table.dump(*self._marks.swept))
             judgement = self.sweep.judge(flows, now)
         finally:
             gc.enable()

@@ -10,7 +10,7 @@ from rstguard.engine.ruleset import Scope
 from rstguard.engine.verdict import Ends, Reason
 from rstguard.ipc.messages import Reset
 from rstguard.kernel.elements import Element
-from rstguard.kernel.marks import CONDEMNED, GUARDED, PROVEN
+from rstguard.kernel.marks import Marks
 from rstguard.kernel.seam import Connections
 from rstguard.sweeper.cases import Target
 
@@ -22,7 +22,9 @@ class Block(NamedTuple):
     reason: Reason
 
 
-def of_banned(table: Connections, elements: Iterable[Element], scope: Scope) -> list[Target]:
+def of_banned(
+    table: Connections, elements: Iterable[Element], scope: Scope, marks: Marks
+) -> list[Target]:
     """Return the connections of banned sources; those of bans that keep them are left out.
 
     Raises:
@@ -32,17 +34,19 @@ def of_banned(table: Connections, elements: Iterable[Element], scope: Scope) -> 
     if not banned:
         return []
     # What never was established holds no socket, and a forged flood leaves a table full of it.
-    flows = table.dump(0, CONDEMNED, assured=True)
+    flows = table.dump(*marks.uncondemned, assured=True)
     return list(_of_sources(flows, banned, Ends.BOTH, scope))
 
 
-def half_open(table: Connections, blocks: Iterable[Block], scope: Scope) -> list[Target]:
+def half_open(
+    table: Connections, blocks: Iterable[Block], scope: Scope, marks: Marks
+) -> list[Target]:
     """Return the handshakes that blocked sources can no longer finish, to free the server of them.
 
     Raises:
         KernelError: the connection table cannot be read.
     """
-    flows = table.dump(GUARDED, GUARDED | PROVEN | CONDEMNED)
+    flows = table.dump(*marks.half_open)
     waiting = (flow for flow in flows if flow.state == TcpState.SYN_RECV)
     return list(_of_sources(waiting, blocks, Ends.DESTINATION, scope))
 

@@ -16,7 +16,7 @@ from rstguard.engine.engine import Decide
 from rstguard.engine.ruleset import Measure, RuleSet
 from rstguard.engine.verdict import PASS, Decision, Reason, Verdict
 from rstguard.engine.wire import HANDSHAKE, KNOWN, SYN, Malformed, Packet, parse
-from rstguard.kernel.marks import BASE, CONDEMNED_FOR, MASK, STATES, TRUSTED
+from rstguard.kernel.marks import Marks
 from rstguard.kernel.nfqueue import MOST, Queued
 from rstguard.kernel.nfqueue import Verdict as NumberedVerdict
 from rstguard.kernel.seam import PacketQueue
@@ -29,7 +29,6 @@ _BATCHES_IN_A_ROW: Final = 8
 A batch is what waits already, at most 64 packets: the first of them has its verdict when the last
 is judged, well under a millisecond later.
 """
-_OTHER_BITS: Final = 0xFFFFFFFF ^ MASK
 _NOT_JUDGED: Final = Malformed("not judged")
 _DROPPED: Final = Decision(Verdict.DROP, Reason.PASSED)
 """For a packet that could not be judged, under `on_failure: closed`, also in observe mode."""
@@ -58,8 +57,12 @@ class Judging:
         acting: CarryOut,
         counts: Counter[str],
         clock: Callable[[], int],
+        marks: Marks,
     ) -> None:
         """Judge the packets of `queue`; `clock` tells monotonic nanoseconds."""
+        self._condemned_for, self._trust = marks.condemned_for, marks.trust.value
+        self._states, self._base = marks.states, marks.base
+        self._ours, self._others = marks.mask, 0xFFFFFFFF ^ marks.mask
         self._queue, self._acting, self._counts, self._clock = queue, acting, counts, clock
         self.decide = decide
         self.packets = 0
@@ -94,14 +97,14 @@ class Judging:
         """Judge a batch and give its verdicts.  This runs for every diverted packet."""
         decide, now = self.decide, self._clock()  # they all were there by now
         verdicts: list[NumberedVerdict] = []
-        passing, first = 0, True
+        ours, passing, first = self._ours, 0, True
         for number, mark, data in batch:
             try:
                 packet = self._parse(data, mark) if isinstance(data, bytes) else data
                 decision = decide(packet, now)
             except Exception as error:  # noqa: BLE001 - every packet gets a verdict, come what may
                 packet, decision = _NOT_JUDGED, self._failed(error)
-            if decision is PASS and not mark & MASK:
+            if decision is PASS and not mark & ours:
                 passing = number
                 continue
             if passing:
@@ -121,7 +124,7 @@ class Judging:
             self._acting.carry_out()
 
     def _parse(self, data: bytes, mark: int) -> Packet | Malformed:
-        return parse(data, STATES[mark >> BASE & 127], self._want_scale)
+        return parse(data, self._states[mark >> self._base & 255], self._want_scale)
 
     def _settle(
         self, number: int, mark: int, packet: Packet | Malformed, decision: Decision
@@ -137,11 +140,11 @@ class Judging:
             self._counts["unreadable"] += 1
         if verdict is Verdict.DROP or refused:
             return (number, False, None), asks
-        mark &= _OTHER_BITS
+        mark &= self._others
         if verdict is Verdict.RESET:
-            mark |= CONDEMNED_FOR[decision.ends]
+            mark |= self._condemned_for[decision.ends]
         elif decision.trust:
-            mark |= TRUSTED
+            mark |= self._trust
         return (number, True, mark), asks
 
     def _failed(self, error: Exception) -> Decision:

@@ -39,6 +39,7 @@ from rstguard.ipc.messages import (
     ToChild,
 )
 from rstguard.kernel import KernelError, thinning
+from rstguard.kernel.marks import Marks
 from rstguard.kernel.nfqueue import LENGTH
 from rstguard.kernel.seam import Kernel
 from rstguard.worker.acting import Acting
@@ -84,11 +85,12 @@ class Worker:
         self._looking = Looking()
         self._running = True
         self._reporting = Reporting(channel)
-        self._acting = Acting(self._sets, kernel.injector(), self._reporting)
+        marks = Marks(start.ruleset.marks)
+        self._acting = Acting(self._sets, kernel.injector(marks), self._reporting)
         self._engine = Engine(start.ruleset)
-        self._queue = kernel.queue(start.queue, start.ruleset.fail_open)
+        self._queue = kernel.queue(start.queue, start.ruleset.fail_open, marks)
         self._judging = Judging(
-            self._queue, self._engine.decide, self._acting, self._reporting.counts, clock
+            self._queue, self._engine.decide, self._acting, self._reporting.counts, clock, marks
         )
         self._take_up(start.ruleset, self._engine)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
-from rstguard.kernel.marks import GUARDED, PROVEN
+from rstguard.kernel.marks import Marks
 from tests.bench.figures import Figure, at_most, seen
 from tests.bench.gateway import PORT, SERVER, Guard, Site, example_policy, memory_mb
 from tests.netns import wait_until
@@ -83,5 +83,5 @@ def _line(number: int) -> str:
     source = f"198.51.{host >> 8}.{host & 255}"
     return (
         f"-I -p tcp -s {source} -d {SERVER} --sport {20000 + port} --dport {PORT}"
-        f" --state ESTABLISHED -t 600 -u SEEN_REPLY,ASSURED -m {GUARDED | PROVEN}\n"
+        f" --state ESTABLISHED -t 600 -u SEEN_REPLY,ASSURED -m {Marks().proven.value}\n"
     )

@@ -17,6 +17,7 @@ from rstguard.engine.address import parse_address
 from rstguard.engine.segment import emit
 from rstguard.engine.wire import SYN, Packet
 from rstguard.kernel.inject import Injector
+from rstguard.kernel.marks import Marks
 from tests.guard import (
     BOTH_FAMILIES,
     Guard,
@@ -75,7 +76,7 @@ class Flood:
     def __init__(self, lab: Lab, target: str, port: int) -> None:
         self._frames = [_forged(target, port, number) for number in range(20_000)]
         with lab.inside("client"):
-            self._injector = Injector()
+            self._injector = Injector(Marks())
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run)
 

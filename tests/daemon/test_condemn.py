@@ -11,7 +11,7 @@ from rstguard.engine.address import parse_address, parse_prefix
 from rstguard.engine.flow import Flow, TcpState, Tuple
 from rstguard.engine.verdict import Ends, Reason
 from rstguard.engine.wire import ACK, Packet, parse
-from rstguard.kernel import marks
+from rstguard.kernel.marks import Bits, Marks
 from rstguard.sweeper.cases import MILLISECOND, PROBE_AT
 from rstguard.sweeper.condemner import (
     AGAIN_AFTER,
@@ -23,6 +23,11 @@ from rstguard.sweeper.condemner import (
     Target,
     select,
 )
+
+MARKS = Marks()
+CONDEMNED = MARKS.condemned.value
+SOURCE_RESET = MARKS.condemned_source.value | MARKS.rst_sent_source.value
+DESTINATION_RESET = MARKS.condemned_destination.value | MARKS.rst_sent_destination.value
 
 
 class Kernel:
@@ -86,13 +91,13 @@ class Kernel:
         )
         for flow in list(self.flows.values()):
             if path == flow.original:
-                self.speak(flow, marks.CONDEMNED_SOURCE, marks.TOLD_SOURCE)
+                self.speak(flow, MARKS.condemned_source, MARKS.rst_sent_source)
             elif path == flow.reply:
-                self.speak(flow, marks.CONDEMNED_DESTINATION, marks.TOLD_DESTINATION)
+                self.speak(flow, MARKS.condemned_destination, MARKS.rst_sent_destination)
 
-    def speak(self, flow: Flow, condemned: int, told: int) -> None:
-        if flow.mark & condemned:
-            new = flow._replace(mark=flow.mark | told, state=TcpState.CLOSE)
+    def speak(self, flow: Flow, condemned: Bits, sent: Bits) -> None:
+        if flow.mark & condemned.mask:
+            new = flow._replace(mark=flow.mark | sent.value, state=TcpState.CLOSE)
             self.flows[(flow.original, flow.zone)] = new
 
     def change(
@@ -143,7 +148,7 @@ def finish(condemner: Condemner) -> list[Result]:
 
 
 def kill(kernel: Kernel, *targets: Target) -> list[Result]:
-    condemner = Condemner(kernel, kernel)
+    condemner = Condemner(kernel, kernel, MARKS)
     condemner.start(targets, 1000)
     return finish(condemner)
 
@@ -162,7 +167,7 @@ def test_an_idle_connection_dies_at_both_ends_by_one_probe_each() -> None:
 def test_both_ends_are_probed_some_more_in_case_a_rst_was_lost() -> None:
     flow = a_flow()
     kernel = Kernel(flow)
-    condemner = Condemner(kernel, kernel)
+    condemner = Condemner(kernel, kernel, MARKS)
     condemner.start([a_target(flow)], 0)
     condemner.step(0)
     progress = condemner.step(MILLISECOND)
@@ -239,8 +244,8 @@ def test_an_end_that_never_answers_is_named(deaf: object, silent: Ends, text: st
 @pytest.mark.parametrize(
     ("ends", "probed", "bits"),
     [
-        (Ends.SOURCE, client_of, marks.CONDEMNED_SOURCE | marks.TOLD_SOURCE),
-        (Ends.DESTINATION, server_of, marks.CONDEMNED_DESTINATION | marks.TOLD_DESTINATION),
+        (Ends.SOURCE, client_of, SOURCE_RESET),
+        (Ends.DESTINATION, server_of, DESTINATION_RESET),
     ],
 )
 def test_only_the_named_end_is_told(ends: Ends, probed: object, bits: int) -> None:
@@ -291,7 +296,7 @@ def test_a_newer_connection_that_caught_the_mark_loses_it_again() -> None:
     flow = a_flow()
     kernel = Kernel(flow)
     kernel.deaf = {client_of(flow): 1000, server_of(flow): 1000}
-    condemner = Condemner(kernel, kernel)
+    condemner = Condemner(kernel, kernel, MARKS)
     condemner.start([a_target(flow)], 0)
     condemner.step(0)
     kernel.change(flow, ident=99)
@@ -304,7 +309,7 @@ def test_an_end_that_closes_meanwhile_ends_the_case_at_the_second_look() -> None
     flow = a_flow()
     kernel = Kernel(flow)
     kernel.deaf = {client_of(flow): 1000, server_of(flow): 1000}
-    condemner = Condemner(kernel, kernel)
+    condemner = Condemner(kernel, kernel, MARKS)
     condemner.start([a_target(flow)], 0)
     condemner.step(0)
     kernel.change(flow, state=TcpState.CLOSE)
@@ -314,18 +319,18 @@ def test_an_end_that_closes_meanwhile_ends_the_case_at_the_second_look() -> None
 
 
 def test_a_rst_seen_between_mark_and_state_is_no_end() -> None:
-    """The kernel reports the mark before the state: CLOSE may come without its TOLD bit, once."""
+    """The kernel reports the mark before the state: CLOSE may come without its RST_SENT, once."""
     flow = a_flow()
     kernel = Kernel(flow)
     kernel.deaf = {client_of(flow): 1000, server_of(flow): 1000}
-    condemner = Condemner(kernel, kernel)
+    condemner = Condemner(kernel, kernel, MARKS)
     condemner.start([a_target(flow)], 0)
     condemner.step(0)
     kernel.change(flow, state=TcpState.CLOSE)
     assert condemner.step(MILLISECOND).pending == 1
-    kernel.change(flow, mark=marks.CONDEMNED | marks.TOLD_SOURCE)
+    kernel.change(flow, mark=CONDEMNED | MARKS.rst_sent_source.value)
     assert condemner.step(3 * MILLISECOND).pending == 1
-    kernel.change(flow, mark=marks.CONDEMNED | marks.TOLD)
+    kernel.change(flow, mark=CONDEMNED | MARKS.rst_sent.value)
     (result,) = condemner.step(7 * MILLISECOND).results
     assert result.outcome is Outcome.RESET
 
@@ -334,7 +339,7 @@ def test_a_flushed_table_proves_nothing() -> None:
     flow = a_flow()
     kernel = Kernel(flow)
     kernel.deaf = {client_of(flow): 1000}
-    condemner = Condemner(kernel, kernel)
+    condemner = Condemner(kernel, kernel, MARKS)
     condemner.start([a_target(flow)], 0)
     condemner.step(0)
     kernel.flows.clear()
@@ -346,7 +351,7 @@ def test_a_mark_that_other_software_took_away_is_set_again() -> None:
     flow = a_flow()
     kernel = Kernel(flow)
     kernel.deaf = {client_of(flow): 1, server_of(flow): 1}
-    condemner = Condemner(kernel, kernel)
+    condemner = Condemner(kernel, kernel, MARKS)
     condemner.start([a_target(flow)], 0)
     condemner.step(0)
     kernel.change(flow, mark=0)
@@ -358,7 +363,7 @@ def test_if_the_proof_was_taken_away_too_nothing_is_claimed() -> None:
     flow = a_flow()
     kernel = Kernel(flow)
     kernel.deaf = {client_of(flow): 1}
-    condemner = Condemner(kernel, kernel)
+    condemner = Condemner(kernel, kernel, MARKS)
     condemner.start([a_target(flow)], 0)
     condemner.step(0)
     kernel.change(flow, mark=0)  # the server had been told, and is now dead and deaf
@@ -368,7 +373,7 @@ def test_if_the_proof_was_taken_away_too_nothing_is_claimed() -> None:
 
 
 def test_a_connection_condemned_earlier_is_confirmed_by_what_it_was_told_then() -> None:
-    flow = a_flow(mark=marks.CONDEMNED | marks.TOLD, state=TcpState.CLOSE)
+    flow = a_flow(mark=CONDEMNED | MARKS.rst_sent.value, state=TcpState.CLOSE)
     kernel = Kernel(flow)
     (result,) = kill(kernel, a_target(flow))
     assert result.outcome is Outcome.RESET
@@ -398,7 +403,7 @@ def test_an_end_added_later_is_condemned_and_told_too() -> None:
     flow = a_flow()
     kernel = Kernel(flow)
     kernel.deaf = {client_of(flow): 1}
-    condemner = Condemner(kernel, kernel)
+    condemner = Condemner(kernel, kernel, MARKS)
     condemner.start([a_target(flow, Ends.SOURCE)], 0)
     condemner.step(0)
     condemner.start([a_target(flow, Ends.DESTINATION)], MILLISECOND)
@@ -410,7 +415,7 @@ def test_an_end_added_later_is_condemned_and_told_too() -> None:
 def test_what_is_beyond_the_bound_is_refused_and_said() -> None:
     flows = [a_flow(number) for number in range(1, 6)]
     kernel = Kernel(*flows)
-    condemner = Condemner(kernel, kernel, most=3)
+    condemner = Condemner(kernel, kernel, MARKS, most=3)
     condemner.start(map(a_target, flows), 0)
     assert condemner.pending == 3
     outcomes = [result.outcome for result in finish(condemner)]
@@ -420,13 +425,13 @@ def test_what_is_beyond_the_bound_is_refused_and_said() -> None:
 def test_two_thousand_take_two_questions() -> None:
     flows = [a_flow(number) for number in range(1, 2001)]
     kernel = Kernel(*flows)
-    condemner = Condemner(kernel, kernel)
+    condemner = Condemner(kernel, kernel, MARKS)
     kernel.hear = lambda packet: None  # type: ignore[method-assign]
     condemner.start(map(a_target, flows), 0)
     condemner.step(0)
     assert len(kernel.probes) == 4000
     for flow in flows:
-        kernel.change(flow, mark=marks.CONDEMNED | marks.TOLD)
+        kernel.change(flow, mark=CONDEMNED | MARKS.rst_sent.value)
     progress = condemner.step(MILLISECOND)
     assert (len(progress.results), progress.pending) == (2000, 0)
     assert kernel.reads == 2
@@ -436,7 +441,7 @@ def test_a_step_takes_in_a_bounded_number_and_none_is_forgotten() -> None:
     flows = [a_flow(number) for number in range(1, 10_001)]
     kernel = Kernel(*flows)
     kernel.hear = lambda packet: None  # type: ignore[method-assign]
-    condemner = Condemner(kernel, kernel)
+    condemner = Condemner(kernel, kernel, MARKS)
     condemner.start(map(a_target, flows), 0)
     counts = []
     for _ in range(4):
@@ -448,7 +453,7 @@ def test_a_step_takes_in_a_bounded_number_and_none_is_forgotten() -> None:
 
 def test_nothing_to_do_asks_for_no_step() -> None:
     kernel = Kernel()
-    condemner = Condemner(kernel, kernel)
+    condemner = Condemner(kernel, kernel, MARKS)
     condemner.start([], 0)
     assert condemner.next_step_at is None
 
@@ -457,7 +462,7 @@ def test_looks_grow_rarer_but_never_cease() -> None:
     flow = a_flow()
     kernel = Kernel(flow)
     kernel.deaf = {client_of(flow): 1000, server_of(flow): 1000}
-    condemner = Condemner(kernel, kernel)
+    condemner = Condemner(kernel, kernel, MARKS)
     condemner.start([a_target(flow)], 0)
     gaps, before = [], 0
     while condemner.next_step_at is not None:

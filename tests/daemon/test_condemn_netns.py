@@ -15,9 +15,10 @@ import pytest
 
 from rstguard.engine.flow import Flow
 from rstguard.engine.verdict import Ends, Reason
-from rstguard.kernel import chains, marks
+from rstguard.kernel import chains
 from rstguard.kernel.conntrack import Conntrack
 from rstguard.kernel.inject import Injector
+from rstguard.kernel.marks import Marks
 from rstguard.sweeper.condemner import Condemner, Outcome, Result, Target, select
 from tests.netns import OUTSIDE4, OUTSIDE6, SERVER4, SERVER6, Lab, wait_until
 
@@ -26,24 +27,21 @@ pytestmark = pytest.mark.netns
 CLOSED = 7
 """TCP_CLOSE, as the first byte of TCP_INFO."""
 NAT_PORT, INSIDE_PORT = 7000, 7001
-
-
-def bits(value: int) -> str:
-    return f"{value:#x}/{value:#x}"
+MARKS = Marks()
 
 
 def condemned_chain() -> str:
     """Return the rules that kill, and the jumps to them."""
     rules = [
         "*raw",
-        f"-A OUTPUT -m mark --mark {bits(marks.PROBE)} -j CT --notrack",
+        f"-A OUTPUT -m mark --mark {MARKS.probe} -j CT --notrack",
         "COMMIT",
         "*filter",
         ":dead - [0:0]",
-        *(f"-A dead {rule}" for rule in chains.condemned()),
+        *(f"-A dead {rule}" for rule in chains.condemned(MARKS)),
     ]
     rules += [
-        f"-A {hook} -p tcp -m connmark ! --mark 0x0/{marks.CONDEMNED:#x} -j dead"
+        f"-A {hook} -p tcp -m connmark ! --mark {MARKS.uncondemned} -j dead"
         for hook in ("INPUT", "FORWARD", "OUTPUT")
     ]
     return "\n".join([*rules, "COMMIT", ""])
@@ -108,8 +106,8 @@ def kill(
 ) -> list[Result]:
     """Do what the sweeper does, until every case has its result, or nothing is left to do."""
     results: list[Result] = []
-    with lab.inside("gateway"), Conntrack() as table, Injector() as injector:
-        condemner = Condemner(table, injector, deadline=int(deadline * 1e9))
+    with lab.inside("gateway"), Conntrack() as table, Injector(MARKS) as injector:
+        condemner = Condemner(table, injector, MARKS, deadline=int(deadline * 1e9))
         targets = [Target(flow, ends, "test", Reason.KILLED) for flow in flows]
         condemner.start(targets, time.monotonic_ns())
         while condemner.next_step_at is not None and (to_the_end or len(results) < len(flows)):

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from rstguard.control.protocol import NoDaemon
-from rstguard.kernel import marks
 from rstguard.kernel.conntrack import Conntrack
+from rstguard.kernel.marks import Marks
 from rstguard.sweeper.condemner import select
 from tests.daemon.conftest import Crowd, Open
 from tests.guard import (
@@ -153,7 +153,7 @@ def test_what_a_killed_sweeper_condemned_is_killed_by_the_next(
         link.talk()
         with lab.inside("gateway"), Conntrack() as table:
             (flow,) = select(table.dump(), source_port=link.port)
-            assert table.set_mark([flow], marks.CONDEMNED, marks.CONDEMNED) == [0]
+            assert table.set_mark([flow], *Marks().condemned) == [0]
         assert not link.dead
         os.kill(guard.status()["sweeper"]["pid"], signal.SIGKILL)
         link.wait_reset()

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from rstguard.kernel import KernelError
+from rstguard.kernel.marks import Marks
 from rstguard.kernel.nfqueue import Queue
 from tests.daemon.conftest import Open
 from tests.guard import Guard, Link, alive, leftovers, source
@@ -225,7 +226,7 @@ def queue_taken(guard: Guard) -> Iterator[None]:
         with guard.lab.inside("gateway"):
             while not stopped.is_set():
                 try:
-                    queue = Queue(QUEUE, fail_open=True)
+                    queue = Queue(QUEUE, fail_open=True, marks=Marks())
                 except KernelError:
                     continue
                 taken.set()

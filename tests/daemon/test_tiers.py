@@ -14,6 +14,7 @@ from rstguard.engine.segment import emit
 from rstguard.engine.wire import SYN, Packet
 from rstguard.kernel.conntrack import Conntrack
 from rstguard.kernel.inject import Injector
+from rstguard.kernel.marks import Marks
 from rstguard.kernel.nfqueue import states
 from tests.daemon.conftest import Open
 from tests.daemon.test_budget import over_budget, state_of
@@ -247,7 +248,7 @@ def test_what_the_kernel_cannot_remember_comes_to_the_engine(
     service = serve(PORT)
     tier.apply(SLOW)
     seen, sent = tier.seen, [*range(FIRST, LAST + 1)] * BUDGET
-    with lab.inside("client"), Injector() as injector:
+    with lab.inside("client"), Injector(Marks()) as injector:
         injector.send(forged(number, port) for number, port in enumerate(sent))
     counted = 0
     if tier.in_kernel:

@@ -29,6 +29,7 @@ from pathlib import Path
 from rstguard.kernel import confine, netlink, nfqueue
 from rstguard.kernel.conntrack import Conntrack
 from rstguard.kernel.inject import Injector
+from rstguard.kernel.marks import Marks
 from rstguard.kernel.netlink import Netlink
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -64,7 +65,7 @@ def work():
         assert "ValueError" in traceback.format_exc()
 
 with open("/dev/null", "w") as quiet:
-    table, injector, link = Conntrack(), Injector(), Netlink()
+    table, injector, link = Conntrack(), Injector(Marks()), Netlink()
     raw = injector._ipv4
     left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     queues = open("/proc/self/net/netfilter/nfnetlink_queue", "rb", buffering=0)

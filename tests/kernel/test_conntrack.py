@@ -14,6 +14,7 @@ from rstguard.engine.address import parse_address
 from rstguard.engine.flow import Flow, TcpState
 from rstguard.kernel import entry
 from rstguard.kernel.conntrack import GONE, Conntrack
+from rstguard.kernel.marks import Labels
 from rstguard.kernel.netlink import Netlink, Request
 from tests.guard import segments
 from tests.netns import CLIENT4, CLIENT6, SERVER4, SERVER6, Lab, wait_until
@@ -228,3 +229,31 @@ def test_two_dumps_at_once(table: Conntrack, pair: dict[str, socket.socket]) -> 
     both = list(zip(table.dump(), table.dump(), strict=True))
     assert len(both) >= 2
     assert all(one.original == other.original for one, other in both)
+
+
+def test_labels_are_set_by_a_rule_and_cleared_by_netlink(lab: Lab, table: Conntrack) -> None:
+    """The older connection has no room for labels: what must work for it can be no label."""
+    label = Labels().adopted
+    with (
+        lab.listen("server", 8001) as listener,
+        lab.connect("client", SERVER4, 8001) as older,
+        listener.accept()[0],
+    ):
+        rule = (
+            *("-t", "mangle", "PREROUTING", "-p", "tcp", "--dport", "8001"),
+            *("-m", "connlabel", "--label", str(label), "--set"),
+        )
+        place = rule.index("PREROUTING")
+        lab.run("gateway", "iptables", "-w", *rule[:place], "-A", *rule[place:])
+        try:
+            with lab.connect("client", SERVER4, 8001) as newer, listener.accept()[0]:
+                older.sendall(b"x")
+                found = {flow.original.source_port: flow for flow in table.dump()}
+                old, new = (found[one.getsockname()[1]] for one in (older, newer))
+                assert (old.labels, new.labels) == (0, 1 << label)
+                assert table.set_labels([old, new], 3, 3 | 1 << label) == [errno.ENOSPC, 0]
+                again = table.read([old, new])
+                assert [flow and flow.labels for flow in again] == [0, 3]
+        finally:
+            lab.run("gateway", "iptables", "-w", *rule[:place], "-D", *rule[place:])
+    lab.run("gateway", "conntrack", "-F")

@@ -29,7 +29,7 @@ def test_the_exact_rules(family: int, length: int) -> None:
     within += f" --hashlimit-mode srcip --hashlimit-srcmask {length}"
     within += f" --hashlimit-name rstguard{family}-100-1-200-{length} --hashlimit-htable-size 65536"
     within += f" --hashlimit-htable-max {TABLE} --hashlimit-htable-expire 2000 -j RETURN"
-    over = "-j MARK --set-xmark 0x40000000/0x40000000"
+    over = "-j MARK --set-xmark 0x4000000/0x4000000"
     assert syns(ruleset(), family) == (gate, within, over, "-j rstguard-queue")
 
 

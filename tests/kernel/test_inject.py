@@ -11,9 +11,9 @@ from rstguard.engine.address import parse_address
 from rstguard.engine.flow import Tuple
 from rstguard.engine.segment import probe
 from rstguard.engine.wire import Packet, parse
-from rstguard.kernel import marks
 from rstguard.kernel.conntrack import Conntrack
 from rstguard.kernel.inject import Injector
+from rstguard.kernel.marks import Marks
 from tests.netns import INSIDE4, INSIDE6, SERVER4, SERVER6, Lab
 
 pytestmark = pytest.mark.netns
@@ -24,7 +24,7 @@ FOREIGN4, FOREIGN6 = "203.0.113.9", "2001:db8::9"
 @pytest.fixture(scope="module")
 def lab() -> Iterator[Lab]:
     with Lab("rgb") as lab:
-        mark = f"{marks.PROBE:#x}/{marks.PROBE:#x}"
+        mark = str(Marks().probe)
         for tool in ("iptables", "ip6tables"):
             rule = ("-m", "mark", "--mark", mark, "-j", "CT", "--notrack")
             lab.run("gateway", tool, "-w", "-t", "raw", "-A", "OUTPUT", *rule)
@@ -34,7 +34,7 @@ def lab() -> Iterator[Lab]:
 
 @pytest.fixture
 def injector(lab: Lab) -> Iterator[Injector]:
-    with lab.inside("gateway"), Injector() as injector:
+    with lab.inside("gateway"), Injector(Marks()) as injector:
         yield injector
 
 

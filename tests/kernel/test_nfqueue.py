@@ -22,6 +22,7 @@ from rstguard.ipc.channel import child_end, pair
 from rstguard.ipc.messages import Start
 from rstguard.kernel import KernelError
 from rstguard.kernel.inject import Injector
+from rstguard.kernel.marks import Marks
 from rstguard.kernel.nfqueue import LENGTH, MOST, Queue, Queued, states
 from rstguard.kernel.readers import BINDING, BUILT_IN, CHOICE
 from rstguard.kernel.sets import Sets
@@ -59,7 +60,7 @@ def diverted(own_namespace: None, reader: str) -> None:
 
 @pytest.fixture
 def queue(diverted: None) -> Iterator[Queue]:
-    made = Queue(NUMBER, fail_open=False)
+    made = Queue(NUMBER, fail_open=False, marks=Marks())
     yield made
     made.close()
 
@@ -131,6 +132,16 @@ def test_verdicts_leave_alone_what_came_later(queue: Queue, arrivals: socket.soc
     assert queue.state().waiting == 0
     assert arrived(arrivals) == [4, 5]
     assert queue.receive(MOST, False) == []
+
+
+def test_what_leaves_bears_no_bit_and_is_known_by_its_hook(queue: Queue) -> None:
+    run("iptables", *["-w", "-t", "mangle", "-F", "OUTPUT"])
+    words = f"-w -t mangle -A POSTROUTING -p tcp --dport {PORT} -j NFQUEUE --queue-num {NUMBER}"
+    run("iptables", *words.split())
+    send(1, mark=MARK)
+    ((number, mark, _),) = queue.receive(MOST, False)
+    assert mark == MARK | Marks().outbound
+    queue.give([(number, True, None)])
 
 
 def test_a_mark_comes_with_the_packet_and_stays_unless_changed(queue: Queue) -> None:
@@ -205,7 +216,7 @@ def test_a_full_queue_drops_or_lets_pass(queue: Queue, arrivals: socket.socket) 
 def test_what_nobody_gave_a_verdict_is_dropped_at_the_end(
     diverted: None, arrivals: socket.socket
 ) -> None:
-    queue = Queue(NUMBER, fail_open=True)
+    queue = Queue(NUMBER, fail_open=True, marks=Marks())
     send(*range(1, 6))
     queue.receive(2, False)
     queue.give([(1, True, None)])
@@ -216,7 +227,7 @@ def test_what_nobody_gave_a_verdict_is_dropped_at_the_end(
 
 def test_a_queue_has_one_reader(queue: Queue) -> None:
     with pytest.raises(KernelError, match=f"queue {NUMBER} is in use by another program"):
-        Queue(NUMBER, fail_open=True)
+        Queue(NUMBER, fail_open=True, marks=Marks())
     send(1)
     assert len(queue.receive(MOST, False)) == 1
 
@@ -224,7 +235,7 @@ def test_a_queue_has_one_reader(queue: Queue) -> None:
 def test_a_reader_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CHOICE, "fast")
     with pytest.raises(KernelError, match="it can be rstguard or netfilterqueue"):
-        Queue(NUMBER, fail_open=True)
+        Queue(NUMBER, fail_open=True, marks=Marks())
 
 
 @pytest.mark.parametrize("fail_open", [True, False])

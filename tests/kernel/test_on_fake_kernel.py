@@ -18,6 +18,7 @@ from rstguard.kernel.conntrack import GONE
 from rstguard.kernel.elements import Element
 from rstguard.kernel.footprint import RECORD_NAME, Footprint
 from rstguard.kernel.linux import Linux
+from rstguard.kernel.marks import Marks
 from rstguard.kernel.seam import Kernel
 from rstguard.kernel.sysctl import Outcome
 from rstguard.policy.compile import compile_policy
@@ -383,9 +384,9 @@ def test_a_queue_has_one_reader_and_owes_verdicts(kernel: FakeKernel) -> None:
     worker = kernel.process("worker")
     kernel.packets.take_queue(5640, "suricata (process 812)")
     with pytest.raises(InUse, match=r"queue 5640 is in use by another program, suricata"):
-        worker.queue(5640, fail_open=True)
+        worker.queue(5640, fail_open=True, marks=Marks())
     kernel.packets.free_queue(5640)
-    queue = worker.queue(5640, fail_open=True)
+    queue = worker.queue(5640, fail_open=True, marks=Marks())
     for data in (b"one", b"two", b"three"):
         kernel.packets.queue(5640, data, mark=7)
     assert queue.fileno() in kernel.packets.readable()
@@ -408,7 +409,7 @@ def test_packets_that_are_sent_can_be_answered(kernel: FakeKernel) -> None:
         return "ENETUNREACH" if packet == b"lost" else ""
 
     kernel.packets.hook = answer
-    with kernel.injector() as injector:
+    with kernel.injector(Marks()) as injector:
         assert injector.send([b"one", b"lost"]) == 1
         assert injector.failed == {"ENETUNREACH": 1}
     assert kernel.packets.sent == [b"one"]

@@ -18,12 +18,14 @@ from hypothesis import strategies as st
 from rstguard.engine.wire import ACK, PSH, SYN, Malformed, Packet, parse
 from rstguard.kernel import KernelError, _queue, preflight, readers
 from rstguard.kernel.check import Host, Outcome
+from rstguard.kernel.marks import Marks
 from rstguard.kernel.netlink import Request, attribute, encode
 from rstguard.kernel.readers import MOST
 from tests.engine.packets import extension, fragment_header, ipv4, ipv6, tcp
 
 NUMBER, MARK = 0x01020304, 5 << 24 | 7
 STATES = bytes(range(256))
+BASE, OUTBOUND = 24, 0x23000000
 
 STEMS = [
     ipv4(tcp()),
@@ -127,9 +129,11 @@ def message(*attributes: bytes, kind: int = 3 << 8) -> bytes:
     return encode(Request(kind, socket.AF_INET, b"".join(attributes)), 0, 0)
 
 
-def packet_message(data: bytes, number: int = NUMBER, mark: int | None = MARK) -> bytes:
-    """Lay out what the kernel sends: number, what does not matter, mark, the packet."""
-    parts = [attribute(1, struct.pack(">IHBx", number, 0x800, 0)), attribute(5, bytes(4))]
+def packet_message(
+    data: bytes, number: int = NUMBER, mark: int | None = MARK, hook: int = 0
+) -> bytes:
+    """Lay out what the kernel sends: number and hook, what does not matter, mark, the packet."""
+    parts = [attribute(1, struct.pack(">IHBx", number, 0x800, hook)), attribute(5, bytes(4))]
     if mark is not None:
         parts.append(attribute(3, struct.pack(">I", mark)))
     return message(*parts, attribute(10, data))
@@ -138,10 +142,10 @@ def packet_message(data: bytes, number: int = NUMBER, mark: int | None = MARK) -
 class Wire:
     """A reader, and the other end of its socket."""
 
-    def __init__(self) -> None:
+    def __init__(self, base: int = BASE) -> None:
         self.far, self._near = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.far.setblocking(False)
-        self.reader = _queue.Reader(self._near.fileno(), Packet, STATES)
+        self.reader = _queue.Reader(self._near.fileno(), Packet, STATES, base, OUTBOUND)
 
     def read(self, *messages: bytes) -> list[tuple[int, int, Packet | bytes]]:
         for one in messages:
@@ -180,6 +184,24 @@ def test_what_a_packet_shares_with_the_one_before_is_no_older(
     assert [packet for _, _, packet in found] == [
         parse(body, STATES[MARK >> 24]) for body in bodies
     ]
+
+
+@pytest.mark.parametrize("base", range(25))
+def test_the_state_is_in_the_eight_bits_from_the_base_on(base: int) -> None:
+    wire = Wire(base)
+    mark = 0xA5 << base | 0x7F000001 & ~(0xFF << base)
+    ((_, seen, packet),) = wire.read(packet_message(ipv4(tcp()), mark=mark))
+    wire.close()
+    assert isinstance(packet, Packet)
+    assert (seen, packet.state) == (mark, STATES[0xA5])
+
+
+@pytest.mark.parametrize("hook", range(5))
+def test_what_the_protected_side_sends_is_known_by_its_hook(wire: Wire, hook: int) -> None:
+    ((_, mark, packet),) = wire.read(packet_message(ipv4(tcp()), mark=1, hook=hook))
+    assert isinstance(packet, Packet)
+    assert mark == (1 | OUTBOUND if hook == 4 else 1)
+    assert packet.state == STATES[mark >> BASE]
 
 
 def test_no_mark_is_mark_0_and_nothing_there_is_no_packet(wire: Wire) -> None:
@@ -229,9 +251,11 @@ def test_a_closed_socket_is_an_error() -> None:
 
 def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(TypeError):
-        _queue.Reader(0, int, STATES)  # type: ignore[arg-type]
+        _queue.Reader(0, int, STATES, BASE, OUTBOUND)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="states must be 256 bytes"):
-        _queue.Reader(0, Packet, b"")
+        _queue.Reader(0, Packet, b"", BASE, OUTBOUND)
+    with pytest.raises(ValueError, match="base must be 0 to 24"):
+        _queue.Reader(0, Packet, STATES, 25, OUTBOUND)
     with pytest.raises(TypeError):
         _queue.parse(int, b"", 0, False)  # type: ignore[arg-type]
 
@@ -245,7 +269,7 @@ def test_only_a_tuple_with_nothing_added_is_a_packet(wrong: type) -> None:
     with pytest.raises(TypeError, match="with nothing added"):
         _queue.parse(wrong, STEMS[0], 0, False)
     with pytest.raises(TypeError, match="with nothing added"):
-        _queue.Reader(0, wrong, STATES)
+        _queue.Reader(0, wrong, STATES, BASE, OUTBOUND)
 
 
 def test_an_extension_of_another_version_is_not_used(
@@ -266,7 +290,7 @@ def test_an_extension_of_another_version_is_not_used(
     monkeypatch.delenv(readers.CHOICE)
     assert readers.extension() is None
     with contextlib.suppress(OSError):  # without root
-        readers.bind(65535).close()
+        readers.bind(65535, Marks()).close()
     assert "packets are read by netfilterqueue: rstguard's own reader was built" in caplog.text
 
 
@@ -290,7 +314,7 @@ def test_nothing_is_kept(wire: Wire) -> None:
             wire.read(*messages)
             for data in STEMS:
                 _queue.parse(Packet, data, 0, True)
-            _queue.Reader(0, Packet, STATES)
+            _queue.Reader(0, Packet, STATES, BASE, OUTBOUND)
         counts.append((sys.getallocatedblocks(), sys.getrefcount(Packet)))
     assert abs(counts[2][0] - counts[1][0]) < 50
     assert abs(counts[2][1] - counts[1][1]) < 5

@@ -35,11 +35,14 @@ def test_another_order_is_said_to_change_nothing() -> None:
 
 
 def test_the_head_is_compared() -> None:
-    head = HEAD.replace("p\n", "q\nmode: observe\non_failure: closed\nbans_per_minute: 7\n", 1)
+    head = HEAD.replace(
+        "p\n", "q\nmode: observe\non_failure: closed\nbans_per_minute: 7\nmarks: 0xff00\n", 1
+    )
     said = differences(compiled(RATE), compiled(RATE, head=head + "trusted: [10.0.0.0/8]\n"))
     assert "name: p -> q" in said
     assert "while the engine is down: traffic passes -> nothing passes" in said
     assert "bans per minute: 1000 -> 7" in said
+    assert "mark bits: 0xff000000 -> 0x0000ff00" in said
     assert "trusted: nobody -> 10.0.0.0/8" in said
     assert "nothing will be blocked any more: the policy only observes" in said
 

@@ -26,14 +26,17 @@ from rstguard.ipc.messages import (
     Start,
     Stop,
 )
-from rstguard.kernel import KernelError, marks
+from rstguard.kernel import KernelError
 from rstguard.kernel.elements import Element
+from rstguard.kernel.marks import Bits, Marks
 from rstguard.sweeper.sweeper import Sweeper
 from tests.daemon.test_condemn import Kernel as Table
 from tests.daemon.test_condemn import a_flow, client_of, server_of
 from tests.engine.packets import rule, ruleset
 
-GUARDED = marks.GUARDED | marks.PROVEN
+MARKS = Marks()
+CONDEMNED = MARKS.condemned.mask
+GUARDED = MARKS.proven.value
 CLIENT = parse_prefix("192.0.2.1")
 
 
@@ -56,7 +59,7 @@ class Kernel(Table):
     def sets(self) -> Kernel:
         return self
 
-    def injector(self) -> Kernel:
+    def injector(self, _marks: Marks) -> Kernel:
         return self
 
     def ways(self, addresses: Sequence[int]) -> list[str]:
@@ -142,9 +145,9 @@ def test_kills_in_two_zones_are_not_confused(drive: Drive) -> None:
     kernel = driven.kernel
     speak = kernel.speak
 
-    def only_in_its_zone(flow: Flow, condemned: int, told: int) -> None:
+    def only_in_its_zone(flow: Flow, condemned: Bits, sent: Bits) -> None:
         if flow.zone == 0:
-            speak(flow, condemned, told)
+            speak(flow, condemned, sent)
 
     kernel.speak = only_in_its_zone  # type: ignore[method-assign]
     driven.end.send(Kill(5, source=CLIENT))
@@ -187,8 +190,8 @@ def test_a_ban_ends_what_its_source_holds(drive: Drive) -> None:
     driven = drive(ruleset(), mine, foreign._replace(original=elsewhere))
     driven.end.send(Blocked(ban(), Reason.SYN_RATE))
     driven.turn()
-    marked = {f.original.source: f.mark & marks.CONDEMNED for f in driven.kernel.flows.values()}
-    assert marked == {CLIENT.network: marks.CONDEMNED, elsewhere.source: 0}
+    marked = {f.original.source: f.mark & CONDEMNED for f in driven.kernel.flows.values()}
+    assert marked == {CLIENT.network: CONDEMNED, elsewhere.source: 0}
 
 
 @pytest.mark.parametrize("keep", [True, False])
@@ -197,7 +200,7 @@ def test_what_was_banned_before_is_ended_at_the_start(drive: Drive, keep: bool) 
     driven = drive(ruleset(), a_flow(1), banned=[banned])
     driven.turn()
     (flow,) = driven.kernel.flows.values()
-    assert bool(flow.mark & marks.CONDEMNED) is not keep
+    assert bool(flow.mark & CONDEMNED) is not keep
 
 
 def test_a_list_of_bans_is_looked_up_again(drive: Drive) -> None:
@@ -207,7 +210,7 @@ def test_a_list_of_bans_is_looked_up_again(drive: Drive) -> None:
     driven.end.send(Recheck())
     driven.turn()
     (flow,) = driven.kernel.flows.values()
-    assert flow.mark & marks.CONDEMNED
+    assert flow.mark & CONDEMNED
 
 
 def test_nothing_asked_for_is_forgotten_while_the_kernel_refuses(drive: Drive) -> None:
@@ -222,10 +225,10 @@ def test_nothing_asked_for_is_forgotten_while_the_kernel_refuses(drive: Drive) -
     assert wait > 0
     driven.turn()
     assert driven.kernel.failing["dump"] == 2  # it does not ask again at once
-    assert not any(flow.mark & marks.CONDEMNED for flow in driven.kernel.flows.values())
+    assert not any(flow.mark & CONDEMNED for flow in driven.kernel.flows.values())
     killed = driven.until(Killed)
     assert (killed.matched, killed.confirmed) == (1, 1)
-    assert all(flow.mark & marks.CONDEMNED for flow in driven.kernel.flows.values())
+    assert all(flow.mark & CONDEMNED for flow in driven.kernel.flows.values())
 
 
 def test_a_full_set_keeps_no_connection_alive(drive: Drive) -> None:
@@ -240,8 +243,8 @@ def test_a_full_set_keeps_no_connection_alive(drive: Drive) -> None:
     reset = driven.until(Reset)
     assert reset.rule == "idle"
     driven.turn()
-    assert driven.kernel.flows[(quiet.original, 0)].mark & marks.CONDEMNED
-    assert not driven.kernel.flows[(crowd.original, 0)].mark & marks.CONDEMNED
+    assert driven.kernel.flows[(quiet.original, 0)].mark & CONDEMNED
+    assert not driven.kernel.flows[(crowd.original, 0)].mark & CONDEMNED
     driven.now += SECOND
     driven.turn()
     counts = [message for message in driven.end.receive() if isinstance(message, Counts)]
@@ -249,13 +252,13 @@ def test_a_full_set_keeps_no_connection_alive(drive: Drive) -> None:
 
 
 def test_what_is_half_open_is_ended_for_a_shunned_source(drive: Drive) -> None:
-    waiting = a_flow(1, marks.GUARDED, TcpState.SYN_RECV)
+    waiting = a_flow(1, MARKS.guarded.value, TcpState.SYN_RECV)
     driven = drive(ruleset(), waiting, a_flow(2, GUARDED))
     driven.end.send(Blocked(ban()._replace(kind="shun"), Reason.SYN_RATE))
     driven.turn()
     found = {name.source_port: flow.mark for (name, _), flow in driven.kernel.flows.items()}
-    assert found[1] & marks.CONDEMNED == marks.CONDEMNED_FOR[Ends.DESTINATION]
-    assert not found[2] & marks.CONDEMNED
+    assert found[1] & CONDEMNED == MARKS.condemned_for[Ends.DESTINATION]
+    assert not found[2] & CONDEMNED
 
 
 def test_what_stayed_is_told(drive: Drive) -> None:

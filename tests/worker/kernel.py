@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from rstguard.engine.wire import Packet, parse
 from rstguard.kernel import KernelError
 from rstguard.kernel.elements import Element
+from rstguard.kernel.marks import Marks
 from rstguard.kernel.nfqueue import QueueState, Verdict
 
 
@@ -67,10 +68,10 @@ class Kernel:
     def sets(self) -> Kernel:
         return self
 
-    def injector(self) -> Kernel:
+    def injector(self, _marks: Marks) -> Kernel:
         return self
 
-    def queue(self, number: int, fail_open: bool) -> Queue:
+    def queue(self, number: int, fail_open: bool, _marks: Marks) -> Queue:
         self.made.number, self.made.fail_open = number, fail_open
         return self.made
 

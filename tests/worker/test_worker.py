@@ -30,7 +30,7 @@ from rstguard.ipc.messages import (
     Stop,
     ToChild,
 )
-from rstguard.kernel import marks
+from rstguard.kernel.marks import Marks
 from rstguard.worker.worker import Worker
 from tests.engine.packets import CLIENT, packet, rule, ruleset
 from tests.worker.kernel import Kernel
@@ -90,7 +90,8 @@ def policy(action: Action, enforce: bool = True, measure: Measure = Measure.SYN_
 SYNS = [packet(source_port=port) for port in range(1, 9)]
 OWN_SYN = packet(state=KNOWN | PROVEN)
 """The kernel's own SYN, for a client that has returned a SYN cookie."""
-QUEUED_OWN = marks.TO_QUEUE_KNOWN | marks.TO_QUEUE_PROVEN
+MARKS = Marks()
+QUEUED_OWN = MARKS.to_queue_known.value | MARKS.to_queue_proven.value
 
 
 def test_packets_that_nobody_objects_to_pass_with_one_verdict(drive: Drive) -> None:
@@ -108,7 +109,7 @@ def test_each_of_a_mixed_batch_gets_its_own(drive: Drive) -> None:
     driven.turn()
     verdicts = driven.queue.verdicts
     assert [verdicts[number] for number in (1, 2, 3)] == [(True, None)] + [(False, None)] * 2
-    assert verdicts[4] == (True, marks.TRUSTED | 5)  # the bits of others stay
+    assert verdicts[4] == (True, MARKS.trust.value | 5)  # the bits of others stay
     assert driven.queue.owed == []
 
 
@@ -198,7 +199,7 @@ def test_a_client_that_returned_a_cookie_is_refused_by_a_rst(
     driven = drive(policy(action, enforce))
     driven.queue.put(OWN_SYN, OWN_SYN, mark=QUEUED_OWN)
     driven.turn()
-    assert driven.queue.verdicts[1] == (True, marks.TRUSTED)  # the handshake is over
+    assert driven.queue.verdicts[1] == (True, MARKS.trust.value)  # the handshake is over
     assert driven.queue.verdicts[2][0] is passes
     assert len(driven.kernel.sent) == rsts
     assert all(sent.flags & RST for sent in driven.kernel.sent)
@@ -209,7 +210,7 @@ def test_a_usual_syn_is_refused_by_its_mark(drive: Drive) -> None:
     driven = drive(policy(Action.RESET))
     driven.queue.put(*SYNS[:2])
     driven.turn()
-    assert driven.queue.verdicts[2] == (True, marks.CONDEMNED_FOR[Ends.BOTH])
+    assert driven.queue.verdicts[2] == (True, MARKS.condemned_for[Ends.BOTH])
     assert driven.kernel.sent == []
 
 

@@ -8,7 +8,8 @@ from contextlib import AbstractContextManager
 from typing import Self
 
 from rstguard.engine.address import Prefix, is_v6
-from rstguard.kernel.elements import BAN_SETS, MAX_SECONDS, SHUN_SETS, Element
+from rstguard.kernel.elements import MAX_SECONDS, Element
+from rstguard.kernel.names import BAN_SETS, SHUN_SETS
 from rstguard.kernel.sets import refusal
 from tests.support.fake_kernel.ipsets import IpSets, KernelSet, Member, Refused
 

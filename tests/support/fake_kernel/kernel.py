@@ -15,7 +15,9 @@ from rstguard.engine.ruleset import RuleSet
 from rstguard.kernel import NotThere, ipset, synproxy
 from rstguard.kernel.elements import Kind
 from rstguard.kernel.lifelines import Lifeline
+from rstguard.kernel.marks import Marks
 from rstguard.kernel.nfqueue import QueueState
+from rstguard.kernel.nftables import Chain
 from rstguard.kernel.seam import CookieCounts
 from tests.support.fake_kernel.connections import ConnectionTable, FakeConnections
 from tests.support.fake_kernel.elements import FakeSets
@@ -69,6 +71,8 @@ class FakeKernel:
         }
         self.ipsets = IpSets(clock, self._references)
         self.sysctls = {f"{_TRACKER}{name}": value for name, value in _DEFAULTS.items()}
+        self.nftables: dict[str, tuple[Chain, ...]] = {}
+        """Tables of nf_tables, by name."""
         self.stubborn: dict[str, str] = {}
         """Sysctls that take a value and have another one then."""
         self.connections = ConnectionTable(wall)
@@ -175,17 +179,33 @@ class FakeKernel:
         with self._around("table"):
             return FakeConnections(self.connections, self._around)
 
-    def injector(self) -> FakeInjector:
+    def injector(self, marks: Marks) -> FakeInjector:
         """Return what sends packets."""
         with self._around("injector"):
             return FakeInjector(self.packets, self._around)
 
-    def queue(self, number: int, fail_open: bool) -> FakeQueue:
+    def queue(self, number: int, fail_open: bool, marks: Marks) -> FakeQueue:
         """Bind a queue."""
         with self._around("queue", str(number)):
             bound = FakeQueue(self.packets, number, fail_open, self.name, self._around)
             self._open.append(bound)
             return bound
+
+    def replace_table(self, table: str, chains: Sequence[Chain]) -> None:
+        """Put a table of nf_tables in place."""
+        with self._around("replace_table", table):
+            self.nftables[table] = tuple(chains)
+
+    def table_comments(self, table: str) -> dict[str, list[str]]:
+        """Return the comments of its rules."""
+        with self._around("table_comments", table):
+            chains = self.nftables.get(table, ())
+            return {chain.name: [rule.comment for rule in chain.rules] for chain in chains}
+
+    def remove_table(self, table: str) -> bool:
+        """Take it away."""
+        with self._around("remove_table", table):
+            return self.nftables.pop(table, None) is not None
 
     def queues(self) -> dict[int, QueueState]:
         """Return all bound queues."""

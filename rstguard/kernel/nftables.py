@@ -1,0 +1,244 @@
+"""A table of nf_tables of our own: made whole, compared, taken away.
+
+Written as netlink messages (linux/netfilter/nf_tables.h), for the command `nft` may not be there.
+Only what `rstguard.kernel.clearing` needs: chains at hooks, rules that match and set marks.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+from rstguard.kernel import KernelError
+from rstguard.kernel.entry import walk
+from rstguard.kernel.marks import Bits
+from rstguard.kernel.netlink import (
+    CHUNK,
+    HEADER,
+    NETLINK_NETFILTER,
+    NFGEN,
+    NLM_F_ACK,
+    NLMSG_ERROR,
+    PATIENCE,
+    Netlink,
+    Request,
+    attribute,
+    encode,
+    messages,
+    nest,
+)
+
+_INET: Final = 1
+_SUBSYSTEM: Final = 10
+_HEADERS: Final = HEADER.size + NFGEN.size
+_BEGIN, _END = 0x10, 0x11
+_CREATE, _APPEND = 0x400, 0x800
+_NEW_TABLE, _DELETE_TABLE, _NEW_CHAIN, _NEW_RULE, _GET_RULE = 0, 2, 3, 6, 7
+_TABLE_NAME = 1
+_CHAIN_TABLE, _CHAIN_NAME, _CHAIN_HOOK, _CHAIN_TYPE = 1, 3, 4, 7
+_HOOK_NUMBER, _HOOK_PRIORITY = 1, 2
+_RULE_TABLE, _RULE_CHAIN, _RULE_EXPRESSIONS, _RULE_COMMENT = 1, 2, 4, 7
+_EQUAL, _UNEQUAL = 0, 1
+_REGISTER = struct.pack(">I", 1)
+_ALL_BITS = 0xFFFFFFFF
+
+
+class Field(NamedTuple):
+    """Something that an expression reads or writes: 32 bits of a packet or of its connection."""
+
+    expression: str
+    key: int
+
+
+MARK_OF_PACKET: Final = Field("meta", 3)
+MARK_OF_CONNECTION: Final = Field("ct", 3)
+STATE_OF_CONNECTION: Final = Field("ct", 0)
+INVALID, NEW = 1, 8
+"""Bits of the state (NF_CT_STATE_INVALID_BIT, NF_CT_STATE_BIT)."""
+
+
+class Rule(NamedTuple):
+    """One rule: what it is for, which `nft list ruleset` shows, and its expressions."""
+
+    comment: str
+    expressions: bytes
+
+
+class Chain(NamedTuple):
+    """A chain at a hook (enum nf_inet_hooks), of type filter or route."""
+
+    name: str
+    hook: int
+    priority: int
+    kind: str
+    rules: tuple[Rule, ...]
+
+
+def replace(table: str, chains: Sequence[Chain], commit: bool = True) -> None:
+    """Make a table of family inet anew, in one transaction.
+
+    Without `commit` the kernel checks it and makes nothing: a batch that is not ended is undone.
+
+    Raises:
+        KernelError: the kernel has no nf_tables, lacks a part of it, or refused.
+    """
+    error = _transact(_making(table, chains), commit)
+    if error == errno.EPERM:
+        raise KernelError("changing nf_tables needs root (CAP_NET_ADMIN): use sudo")
+    if error:
+        said = os.strerror(error)
+        raise KernelError(f"the kernel has no nf_tables, or lacks a part of it ({said})")
+
+
+def remove(table: str) -> bool:
+    """Take a table away; tell whether it was there.
+
+    Raises:
+        KernelError: the kernel refused.
+    """
+    error = _transact([(_DELETE_TABLE, 0, attribute(_TABLE_NAME, _text(table)))])
+    if error in (0, errno.ENOENT, errno.EOPNOTSUPP, errno.EINVAL):  # the last two: no nf_tables
+        return not error
+    raise KernelError(f"the table inet {table} could not be removed: {os.strerror(error)}")
+
+
+def comments(table: str) -> dict[str, list[str]]:
+    """Return the comments of a table's rules, by chain; nothing if there is no such table.
+
+    Raises:
+        KernelError: the kernel has no nf_tables, or could not be asked.
+    """
+    found: dict[str, list[str]] = {}
+    netlink = Netlink()
+    try:
+        kind = _SUBSYSTEM << 8 | _GET_RULE
+        for chunk, spans in netlink.dump(Request(kind, _INET, _named(_RULE_TABLE, table))):
+            for start, end in spans:
+                values = {
+                    path: chunk[value:value_end]
+                    for path, value, value_end in walk(chunk, start + _HEADERS, end)
+                }
+                chain = values[(_RULE_CHAIN,)].rstrip(b"\0").decode()
+                comment = values.get((_RULE_COMMENT,), b"")[2:].rstrip(b"\0")
+                found.setdefault(chain, []).append(comment.decode(errors="replace"))
+    finally:
+        netlink.close()
+    return found
+
+
+_Message = tuple[int, int, bytes]
+"""Its kind, its flags, its attributes."""
+
+
+def _making(table: str, chains: Sequence[Chain]) -> list[_Message]:
+    name = _named(_TABLE_NAME, table)
+    made = [(_NEW_TABLE, _CREATE, name), (_DELETE_TABLE, 0, name), (_NEW_TABLE, _CREATE, name)]
+    for chain in chains:
+        hook = attribute(_HOOK_NUMBER, struct.pack(">i", chain.hook))
+        hook += attribute(_HOOK_PRIORITY, struct.pack(">i", chain.priority))
+        attributes = _named(_CHAIN_TABLE, table) + _named(_CHAIN_NAME, chain.name)
+        attributes += nest(_CHAIN_HOOK, hook) + _named(_CHAIN_TYPE, chain.kind)
+        made.append((_NEW_CHAIN, _CREATE, attributes))
+        place = _named(_RULE_TABLE, table) + _named(_RULE_CHAIN, chain.name)
+        for rule in chain.rules:
+            comment = bytes((0, len(rule.comment) + 1)) + _text(rule.comment)  # as nft writes it
+            rest = nest(_RULE_EXPRESSIONS, rule.expressions) + attribute(_RULE_COMMENT, comment)
+            made.append((_NEW_RULE, _CREATE | _APPEND, place + rest))
+    return made
+
+
+def _transact(made: Sequence[_Message], commit: bool = True) -> int:
+    """Send one batch, of which all or nothing is done; return the first errno, 0 for success."""
+    last = len(made)
+    parts = [encode(Request(_BEGIN, socket.AF_UNSPEC, b"", _SUBSYSTEM), 0, 0)]
+    for number, (kind, flags, attributes) in enumerate(made, 1):
+        request = Request(_SUBSYSTEM << 8 | kind, _INET, attributes)
+        parts.append(encode(request, flags | (NLM_F_ACK if number == last else 0), number))
+    if commit:
+        parts.append(encode(Request(_END, socket.AF_UNSPEC, b"", _SUBSYSTEM), 0, last + 1))
+    kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
+    try:
+        with socket.socket(socket.AF_NETLINK, kind, NETLINK_NETFILTER) as channel:
+            channel.settimeout(PATIENCE)
+            channel.sendto(b"".join(parts), (0, 0))
+            return _first_error(channel, last)
+    except OSError as error:
+        raise KernelError(f"nf_tables could not be asked: {error.strerror or error}") from error
+
+
+def _first_error(channel: socket.socket, last: int) -> int:
+    found = 0
+    while True:
+        chunk = channel.recv(CHUNK)
+        for start, _, kind, _, number in messages(chunk):
+            if kind == NLMSG_ERROR:
+                (code,) = struct.unpack_from("=i", chunk, start + HEADER.size)
+                found = found or -code
+                if number in (0, last):  # the batch as a whole, or the end of it
+                    return found
+
+
+def _text(text: str) -> bytes:
+    return text.encode() + b"\0"
+
+
+def _named(kind: int, name: str) -> bytes:
+    return attribute(kind, _text(name))
+
+
+# Expressions.  Each works on one register; a rule goes on while they match.
+
+
+def is_exactly(field: Field, bits: Bits) -> bytes:
+    """Match if the bits are these under their mask."""
+    return _load(field) + _bitwise(bits.mask) + _compare(_EQUAL, bits.value)
+
+
+def has_any(field: Field, mask: int) -> bytes:
+    """Match if one of these bits is there; what belongs to no connection has no mark of one."""
+    return _load(field) + _bitwise(mask) + _compare(_UNEQUAL, 0)
+
+
+def put(field: Field, bits: Bits) -> bytes:
+    """Make the bits these under their mask, and leave the others."""
+    return _load(field) + _bitwise(_ALL_BITS ^ bits.mask, bits.value) + _store(field)
+
+
+def _expression(name: str, *attributes: bytes) -> bytes:
+    return nest(1, attribute(1, _text(name)), nest(2, *attributes))
+
+
+def _value(kind: int, value: int) -> bytes:
+    return nest(kind, attribute(1, struct.pack("=I", value)))
+
+
+def _load(field: Field) -> bytes:
+    key = attribute(2, struct.pack(">I", field.key))
+    return _expression(field.expression, attribute(1, _REGISTER), key)
+
+
+def _store(field: Field) -> bytes:
+    source = 3 if field.expression == "meta" else 4
+    key = attribute(2, struct.pack(">I", field.key))
+    return _expression(field.expression, attribute(source, _REGISTER), key)
+
+
+def _bitwise(mask: int, xor: int = 0) -> bytes:
+    registers = attribute(1, _REGISTER) + attribute(2, _REGISTER)
+    length = attribute(3, struct.pack(">I", 4))
+    return _expression("bitwise", registers, length, _value(4, mask), _value(5, xor))
+
+
+def _compare(operation: int, value: int) -> bytes:
+    how = attribute(2, struct.pack(">I", operation))
+    return _expression("cmp", attribute(1, _REGISTER), how, _value(3, value))
+
+
+ACCEPT: Final = _expression(
+    "immediate", attribute(1, bytes(4)), nest(2, nest(2, attribute(1, struct.pack(">I", 1))))
+)
+"""The packet goes on at the next hook function."""
