@@ -42,7 +42,7 @@ _numbers = itertools.count(1)
 def give_sources(lab: Lab) -> None:
     """Make the client's host the owner of 10.128.0.0/9 and fd73::/32."""
     lab.set("client", {"net/ipv6/ip_nonlocal_bind": "1"})
-    # The way to them leads over addresses of their own: a next hop is spared by the guard.
+    # The way to them leads over addresses of their own: a next hop is protected by the guard.
     lab.run("client", "ip", "address", "add", f"{ROUTER4}/24", "dev", "eth0")
     router6 = (f"{ROUTER6}/64", "dev", "eth0", "preferred_lft", "0")
     lab.run("client", "ip", "-6", "address", "add", *router6)

@@ -56,28 +56,28 @@ def doctor(
     ] = DEFAULT_NUMBER,
     as_json: Json = False,
 ) -> None:
-    """Tell what this machine lacks, and the command that mends it."""
+    """Tell what this machine lacks, and the command that fixes it."""
     from rstguard.kernel.preflight import Outcome, checks
 
     found = checks(queue)
     if as_json:
         rows = [
-            {"name": c.name, "outcome": c.outcome.value, "text": c.sentence, "mend": c.mend}
+            {"name": c.name, "outcome": c.outcome.value, "text": c.sentence, "fix": c.fix}
             for c in found
         ]
         print_json(rows)
     else:
         for check in found:
             typer.echo(f"{check.outcome.value:8} {check.name}: {check.sentence}")
-            if check.mend:
-                typer.echo(f"         mend it: {check.mend}")
+            if check.fix:
+                typer.echo(f"         fix: {check.fix}")
     if any(check.outcome is Outcome.MISSING for check in found):
         raise typer.Exit(FAILED)
 
 
 @app.command(epilog="Example: rstguard reasons --json")
 def reasons(as_json: Json = False) -> None:
-    """List every reason for which a packet or connection can meet its fate."""
+    """List every reason a packet is dropped or a connection is reset."""
     if as_json:
         print_json({reason.code: reason.value for reason in Reason})
     else:

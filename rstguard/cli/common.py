@@ -89,7 +89,7 @@ class Commands(TyperGroup):
 
 @contextmanager
 def errors_in_one_sentence(more: str = "") -> Iterator[None]:
-    """Turn the errors that are the user's to mend into a sentence and an exit status.
+    """Turn the errors that are the user's to fix into a sentence and an exit status.
 
     `more` is said after the sentence.
     """
@@ -156,7 +156,7 @@ def ssh_client() -> str:
 
     sudo takes SSH_CONNECTION out of the environment, so a parent may be the one to have it.
     """
-    from rstguard.kernel.lifelines import ssh_connection
+    from rstguard.kernel.protected import ssh_connection
 
     process = Path("/proc/self")
     for _ in range(_MOST_PARENTS):

@@ -130,7 +130,7 @@ def _workers(now: Status, before: Status, seconds: float) -> Iterator[Line]:
         if not row["ready"]:
             yield Line(f"{text}, NOT READY", Style.BAD)
         elif row["overload"]:
-            yield Line(f"{text}, OVERLOAD: {row['left_undone']}", Style.BAD)
+            yield Line(f"{text}, OVERLOAD: {row['shed']}", Style.BAD)
         else:
             yield Line(text)
     if rest := pressed[len(shown) :]:

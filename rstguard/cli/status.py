@@ -46,7 +46,7 @@ def _processes(data: Status) -> Iterator[str]:
             f"{worker['overrun']} overrun, {worker['restarts']} restarts"
         )
         if worker["overload"]:
-            yield f"    overloaded: {worker['left_undone']}"
+            yield f"    overloaded: {worker['shed']}"
     sweeper, flows = data["sweeper"], data["counts"].get("flows", 0)
     yield (
         f"  sweeper {sweeper['pid']}: {flows} connections at the last sweep, "

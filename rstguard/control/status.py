@@ -7,7 +7,7 @@ import os
 from typing import Final
 
 from rstguard import __version__
-from rstguard.engine.shedding import UNDONE, Level
+from rstguard.engine.shedding import SHED, Level
 from rstguard.ipc.requests import Request
 from rstguard.kernel.cookies import in_force
 from rstguard.kernel.footprint import Footprint
@@ -176,6 +176,6 @@ def _worker(
         "packets": worker.totals["packets"],
         "waiting": queue.waiting if queue else None,
         "overload": int(level),
-        "left_undone": UNDONE[level],
+        "shed": SHED[level],
         "overrun": queue.dropped_full + queue.dropped_reader if queue else None,
     }

@@ -5,8 +5,8 @@ The order of checks, on one screen:
 1. A SYN, a closing segment, a first ACK, …: the packet's kind picks the rules that look at it.
 2. The first SYN of a source is put off: it is counted when the source is met again, before anything
    else of it (`rstguard.engine.newcomers`).
-3. Every rule that looks at it counts it; the sternest action of those that are crossed wins.
-4. Only then, off the usual path, is the trusted list asked: it has the last word.
+3. Every rule that looks at it counts it; the most severe action of those that are hit wins.
+4. Only then, off the usual path, the trusted list is consulted: it overrides every rule.
 5. `ban` needs proof of address and becomes a shun without it.
 """
 
@@ -54,7 +54,7 @@ _NO_USUAL_SYN = OUTBOUND | KNOWN
 _NO_UNPROVEN_SYN = _NO_USUAL_SYN | PROVEN | OVER
 _UNREADABLE = Decision(Verdict.DROP, Reason.UNREADABLE)
 _TRUSTED = Decision(Verdict.ACCEPT, Reason.TRUSTED)
-_SPARED = Decision(Verdict.ACCEPT, Reason.SPARED)
+_PROTECTED = Decision(Verdict.ACCEPT, Reason.PROTECTED)
 
 _OVERLOADED = Decision(Verdict.DROP, Reason.OVERLOAD)
 OVERLOAD = "overload"
@@ -94,7 +94,7 @@ class Engine:
         self._newcomers.count = self._count_syn
         self._put_off, self._meet = self._newcomers.put_off, self._newcomers.meet
         self._heavy = HeavyHitters(_WATCHED, _WATCH_FOR)
-        self.left_undone: int = previous.left_undone if previous else 0
+        self.shed: int = previous.shed if previous else 0
         self._exhausting = {meter.rule: meter.exhaust for meter in self.meters}
         self._dropping = {
             rule.name: Decision(Verdict.DROP, REASONS[rule.measure], rule.name)
@@ -146,13 +146,13 @@ class Engine:
             if packet[6] & HANDSHAKE == SYN and not packet[9] & _NO_UNPROVEN_SYN:
                 source = packet[0]
                 sent = count(source >> (shift6 if source >= V6 else shift4))
-                if sent > _TOO_HEAVY and not ruleset.scope.spares(source):
+                if sent > _TOO_HEAVY and not ruleset.scope.exempts(source):
                     return self._shun_heavy(packet, now)
                 if all_syns or (newcomers and not knows(packet)):
-                    self.left_undone += 1
+                    self.shed += 1
                     return PASS if all_pass else self._leave_undone(packet, now)
             elif packet.state & STRAY or BAD_FLAGS[packet.flags]:
-                self.left_undone += 1
+                self.shed += 1
                 return PASS
             return self.decide(packet, now)
 
@@ -161,9 +161,9 @@ class Engine:
     def _leave_undone(self, packet: Packet, now: int) -> Decision:
         """Let a SYN pass or not, unjudged but for what its service may get at all."""
         for check, rule in self._of_service.get(packet[3], self._of_service_elsewhere):
-            if check(packet, now) and not self.ruleset.scope.spares(packet.source):
+            if check(packet, now) and not self.ruleset.scope.exempts(packet.source):
                 return self._dropping[rule.name]
-        if self.ruleset.fail_open or self.ruleset.scope.spares(packet.source):
+        if self.ruleset.fail_open or self.ruleset.scope.exempts(packet.source):
             return PASS
         return _OVERLOADED
 
@@ -175,15 +175,15 @@ class Engine:
         return Decision(Verdict.DROP, Reason.OVERLOAD, OVERLOAD, effects=effects)
 
     def _object(self, packet: Packet, rule: Rule, calm: Decision, now: int) -> Decision:
-        """Turn the sternest crossed rule into a decision."""
+        """Turn the most severe rule that was hit into a decision."""
         if self.ruleset.scope.trusts(packet.source):
             return calm if calm.trust else _TRUSTED
         reason = REASONS[rule.measure]
         outbound = bool(packet.state & OUTBOUND)
-        if rule.action >= Action.RESET and self.ruleset.scope.spares(packet.source):
+        if rule.action >= Action.RESET and self.ruleset.scope.exempts(packet.source):
             # Its address may be forged, so what is too fast does not pass either.
             too_fast = rule.measure in RATE_MEASURES and kind_of(packet) is Kind.SYN
-            return self._dropping[rule.name] if too_fast else calm if calm.trust else _SPARED
+            return self._dropping[rule.name] if too_fast else calm if calm.trust else _PROTECTED
         if rule.action is Action.DROP and not outbound:
             return self._dropping[rule.name]
         if rule.action is Action.BAN:

@@ -176,19 +176,19 @@ class Scope:
     """What is protected, and who is exempt.
 
     Empty `destinations` mean any address, None `ports` any TCP port.  Interfaces are names or
-    globs as in the policy file ("wan*").  `trusted` are exempt from everything, `spared` only from
-    being banned, shunned and reset: what of theirs is too fast is dropped.
+    globs as in the policy file ("wan*").  `trusted` are exempt from everything, `protected` only
+    from being banned, shunned and reset: what of theirs is too fast is dropped.
     """
 
     interfaces: tuple[str, ...]
     destinations: tuple[Prefix, ...]
     ports: frozenset[int] | None
     trusted: tuple[Prefix, ...]
-    spared: tuple[Prefix, ...] = ()
+    protected: tuple[Prefix, ...] = ()
 
-    def spares(self, source: int) -> bool:
+    def exempts(self, source: int) -> bool:
         """Tell whether a tagged address may not be banned, shunned or reset."""
-        return any(prefix.covers(source) for prefix in self.spared + self.trusted)
+        return any(prefix.covers(source) for prefix in self.protected + self.trusted)
 
     def trusts(self, source: int) -> bool:
         """Tell whether a tagged address is on the trusted list."""

@@ -33,7 +33,7 @@ class Level(IntEnum):
 SAMPLE = 16
 """Of SYNs without proof of address and of strays one in so many still comes to a thinned queue."""
 
-UNDONE = {
+SHED = {
     Level.NOTHING: "everything is judged again",
     Level.STRAYS: "segments of no connection are not judged",
     Level.NEWCOMERS: "first SYNs of new sources are not judged either",

@@ -123,7 +123,7 @@ class Sweep:
         for rule in self._rules:
             within = known if rule.ports is None else _on_ports(known, rule.ports)
             for flow in _CROSSED[rule.measure](self, rule, within, now, elapsed):
-                if rule.action is not Action.OBSERVE and self.ruleset.scope.spares(
+                if rule.action is not Action.OBSERVE and self.ruleset.scope.exempts(
                     flow.original.source
                 ):
                     continue
@@ -136,8 +136,8 @@ class Sweep:
                 if rule.action is Action.OBSERVE:
                     observed.append(Objection(flow, rule))
                     continue
-                sternest = objections.get(flow.original)
-                if sternest is None or rule.action > sternest.rule.action:
+                worst = objections.get(flow.original)
+                if worst is None or rule.action > worst.rule.action:
                     objections[flow.original] = Objection(flow, rule)
         self._swept = now
         return self._sentence(objections.values(), observed, now)

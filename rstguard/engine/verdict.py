@@ -42,7 +42,7 @@ class Reason(Enum):
 
     PASSED = "no rule objects"
     TRUSTED = "the source is on the policy's trusted list"
-    SPARED = "the source is a lifeline of this host, and is never banned, shunned or reset"
+    PROTECTED = "the source is a protected address: it is never banned, shunned or reset"
     UNREADABLE = "the packet could not be parsed as TCP over IPv4 or IPv6"
     SYN_RATE = "the source sent SYNs faster than the rule allows"
     CONNECTION_RATE = "the source completed handshakes faster than the rule allows"
@@ -108,7 +108,7 @@ class Decision(NamedTuple):
     """The outcome for one packet: exactly one verdict, and what else is to be done.
 
     `trust` asks that the rest of the connection no longer passes through the queue.  `rule` is the
-    name of the sternest rule that objected, or "" if none did.
+    name of the most severe rule that objected, or "" if none did.
     """
 
     verdict: Verdict

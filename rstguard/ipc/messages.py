@@ -177,7 +177,7 @@ class Failed(_Said, frozen=True):
 
 
 class Observed(_Said, frozen=True):
-    """A rule that only observes was crossed."""
+    """A rule that only observes was hit."""
 
     flow: Tuple
     rule: RuleName

@@ -26,12 +26,12 @@ class Outcome(Enum):
 
 
 class Check(NamedTuple):
-    """One thing the guard needs: its state in a sentence, and the command that mends it or ""."""
+    """One thing the guard needs: its state in a sentence, and the command that fixes it or ""."""
 
     name: str
     outcome: Outcome
     sentence: str
-    mend: str = ""
+    fix: str = ""
 
 
 @dataclass(frozen=True, slots=True)

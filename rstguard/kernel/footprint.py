@@ -128,7 +128,7 @@ class Footprint:
                 *ipset.lost(self._kernel, ruleset, len(self.queues)),
             ]
 
-    def mend(self, ruleset: RuleSet) -> None:
+    def restore(self, ruleset: RuleSet) -> None:
         """Put sets and rules in place again.
 
         Raises:

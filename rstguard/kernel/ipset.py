@@ -8,7 +8,7 @@ rstguard-shun4, -shun6      hash:net        sources whose new SYNs are dropped f
 rstguard-proven4, -proven6  hash:ip         sources that lately completed a handshake; filled
                                             by the chains
 rstguard-trusted4, -6       hash:net        the policy's `trusted`
-rstguard-spared4, -spared6  hash:net        lifelines of this host: they are not blocked
+rstguard-protected4, -spared6  hash:net        protected addresses: they are not blocked
 rstguard-dst4, -dst6        hash:net        the policy's `protect.destinations`, or everything
 rstguard-ports              bitmap:port     the policy's `protect.ports`, unless it means all
 rstguard-close-ports        bitmap:port     ports whose FINs and RSTs a rule needs to see,
@@ -91,7 +91,7 @@ def plan(ruleset: RuleSet, workers: int = 1) -> tuple[SetSpec, ...]:
                 f"{_FIXED} forceadd",
             ),
             _networks(set_name("trusted", digit), family, scope.trusted),
-            _networks(set_name("spared", digit), family, scope.spared),
+            _networks(set_name("protected", digit), family, scope.protected),
             _networks(set_name("dst", digit), family, scope.destinations or everything),
         ]
         specs += [

@@ -25,11 +25,11 @@ from rstguard.kernel import (
 from rstguard.kernel.conntrack import Conntrack
 from rstguard.kernel.elements import Kind
 from rstguard.kernel.inject import Injector
-from rstguard.kernel.lifelines import Lifeline, find
 from rstguard.kernel.marks import Marks
 from rstguard.kernel.nflog import PacketLog
 from rstguard.kernel.nfqueue import Queue, QueueState, states
 from rstguard.kernel.nftables import Chain
+from rstguard.kernel.protected import ProtectedAddress, find
 from rstguard.kernel.routes import ways
 from rstguard.kernel.seam import CookieCounts
 from rstguard.kernel.sets import Sets
@@ -141,7 +141,7 @@ class Linux:
         return ways(addresses)
 
     @_at_hand
-    def lifelines(self, administrators: Iterable[str]) -> tuple[Lifeline, ...]:
+    def protected(self, administrators: Iterable[str]) -> tuple[ProtectedAddress, ...]:
         """Return the addresses without which the host would be cut off."""
         return find(administrators)
 
@@ -177,10 +177,10 @@ def _path(name: str) -> Path:
 
 def _refused(name: str, problem: OSError) -> KernelError:
     if isinstance(problem, FileNotFoundError):
-        mend = "the connection tracker is not loaded: run `modprobe nf_conntrack`"
+        fix = "the connection tracker is not loaded: run `modprobe nf_conntrack`"
         if "nf_conntrack" not in name:
-            mend = "this kernel does not have it"
-        return NotThere(f"there is no sysctl {name}: {mend}")
+            fix = "this kernel does not have it"
+        return NotThere(f"there is no sysctl {name}: {fix}")
     if isinstance(problem, PermissionError):
         return NotPermitted(f"changing the sysctl {name} needs root: run the command with sudo")
     return KernelError(

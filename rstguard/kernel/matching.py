@@ -29,13 +29,13 @@ class Matching:
         return f"-m set --match-set {set_name(name, self.family)} {direction}"
 
     def hit(self, name: str) -> str:
-        """Match who is banned or shunned: lifelines and trusted ones amid a banned network are not.
+        """Match who is banned or shunned; protected and trusted ones amid a banned network are not.
 
         The block is asked first: that is the only question for nearly every packet.
         """
-        spared = negated(self.in_set("spared"))
+        protected = negated(self.in_set("protected"))
         trusted = f" {negated(self.in_set('trusted'))}" if self.trusts else ""
-        return f"{self.in_set(name)} {spared}{trusted}"
+        return f"{self.in_set(name)} {protected}{trusted}"
 
     def on_interfaces(self, chain: str, outbound: bool, tcp: bool = False) -> tuple[str, ...]:
         """Return rules that send what comes in, or goes out, on protected interfaces to a chain."""

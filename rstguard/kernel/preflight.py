@@ -1,4 +1,4 @@
-"""What this machine lacks to run the guard, and the command that mends each.
+"""What this machine lacks to run the guard, and the command that fixes each.
 
 Nothing is changed but what the kernel does by itself when something is first used: trying a rule
 makes it load the module.  Rules are tried in a network namespace made for it, never in this one
@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from rstguard.kernel import KernelError, clearing, confine, lifelines, readers
+from rstguard.kernel import KernelError, clearing, confine, protected, readers
 from rstguard.kernel.check import Check, Host, Outcome
 from rstguard.kernel.queues import owner
 from rstguard.kernel.trial import feature_checks
@@ -75,13 +75,13 @@ def _routing(host: Host) -> Check:
 
 
 def _lifelines() -> Check:
-    """Say whom the guard would spare, before it runs."""
+    """Say which addresses the guard would protect, before it runs."""
     try:
-        found = lifelines.find()
+        found = protected.find()
     except (KernelError, OSError) as error:
-        return Check("lifelines", Outcome.WARNING, f"they could not be found: {error}")
+        return Check("protected", Outcome.WARNING, f"they could not be found: {error}")
     shown = ", ".join(f"{line.address} ({line.what})" for line in found)
-    return Check("lifelines", Outcome.OK, f"never banned, shunned or reset: {shown or 'nobody'}")
+    return Check("protected", Outcome.OK, f"never banned, shunned or reset: {shown or 'nobody'}")
 
 
 def _python() -> Check:
@@ -243,10 +243,10 @@ def _confinement(host: Host) -> Check:
     if not lacking:
         sentence = "workers and sweeper keep CAP_NET_ADMIN, open sockets and few system calls"
         return Check(name, Outcome.OK, sentence)
-    mend = "docker run --cap-add SETUID --cap-add SETGID --cap-add SETPCAP --cap-add KILL …"
+    fix = "docker run --cap-add SETUID --cap-add SETGID --cap-add SETPCAP --cap-add KILL …"
     asked = any("CAP_" in sentence for sentence in lacking)
     sentence = f"workers and sweeper are not wholly confined: {'; '.join(lacking)}"
-    return Check(name, Outcome.WARNING, sentence, mend if asked else "")
+    return Check(name, Outcome.WARNING, sentence, fix if asked else "")
 
 
 def _reset_trace(host: Host) -> Check:

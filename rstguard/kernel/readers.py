@@ -99,7 +99,7 @@ def extension() -> ModuleType | None:
     if module is None and choice:
         raise KernelError(
             f"{CHOICE} asks for rstguard's own packet reader, which {problem}; "
-            "`rstguard doctor` says what mends it"
+            "`rstguard doctor` says what fixes it"
         )
     return module
 

@@ -17,10 +17,10 @@ from rstguard.engine.offers import Service
 from rstguard.engine.ruleset import RuleSet
 from rstguard.kernel.command import Commands
 from rstguard.kernel.elements import Element, Kind
-from rstguard.kernel.lifelines import Lifeline
 from rstguard.kernel.marks import Marks
 from rstguard.kernel.nfqueue import Queued, QueueState, Verdict
 from rstguard.kernel.nftables import Chain
+from rstguard.kernel.protected import ProtectedAddress
 
 
 class CookieCounts(NamedTuple):
@@ -253,7 +253,7 @@ class Kernel(Commands, Protocol):
     def ways(self, addresses: Sequence[int]) -> list[str]:
         """Return the interface by which packets to each tagged address leave, or ""."""
 
-    def lifelines(self, administrators: Iterable[str]) -> tuple[Lifeline, ...]:
+    def protected(self, administrators: Iterable[str]) -> tuple[ProtectedAddress, ...]:
         """Return the addresses without which the host would be cut off.
 
         `administrators` are addresses from which somebody has lately given the guard a command.

@@ -41,7 +41,7 @@ def syns(ruleset: RuleSet, family: int, index: int, to_queue: str) -> tuple[str,
         _usually(family, index, to_queue),
         f"-m mark --mark {Marks(ruleset.marks).to_queue_proven} {to_queue}",
         f"{_SAMPLED} {to_queue}",
-        f"-m set --match-set {set_name('spared', family)} src {to_queue}",
+        f"-m set --match-set {set_name('protected', family)} src {to_queue}",
         *limits,
         "-j DROP" if drops else "-j RETURN",
     )

@@ -229,8 +229,8 @@ class _Trial(NamedTuple):
 
     def _why_not_even_plain(self, restore: str, family: int) -> tuple[str, str]:
         if family == 6 and not Path("/proc/net/if_inet6").exists():
-            mend = "remove ipv6.disable=1 from the kernel's command line, and reboot"
-            return "the kernel runs without IPv6, which rstguard guards as well", mend
+            fix = "remove ipv6.disable=1 from the kernel's command line, and reboot"
+            return "the kernel runs without IPv6, which rstguard guards as well", fix
         said = self._ask([restore, "--noflush", "-w", "1"], _text((_PLAIN,), family)).strip()
         last = said.splitlines()[-1] if said else "no message"
         module = "nf_tables" if "nf_tables" in said else "ip_tables"
@@ -249,10 +249,10 @@ class _Trial(NamedTuple):
     def _left(self) -> float:
         return self.deadline - time.monotonic()
 
-    def _failed(self, name: str, sentence: str, mend: str) -> Check:
+    def _failed(self, name: str, sentence: str, fix: str) -> Check:
         if self._left <= 0:
             return Check(name, Outcome.WARNING, "not tried to the end: this machine is too busy")
-        return Check(name, Outcome.MISSING, sentence, mend)
+        return Check(name, Outcome.MISSING, sentence, fix)
 
 
 def _text(features: Sequence[_Feature], family: int) -> str:

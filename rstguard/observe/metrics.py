@@ -69,7 +69,7 @@ def _named(*names: str) -> Callable[[Snapshot], Iterable[Sample]]:
 
 def _restarts(data: Snapshot) -> Iterator[Sample]:
     for worker in data["workers"]:
-        yield (f"worker of queue {worker['queue']}",), float(worker["restarts"])
+        yield (f"worker (queue {worker['queue']})",), float(worker["restarts"])
     yield ("sweeper",), float(data["sweeper"]["restarts"])
 
 
@@ -124,17 +124,17 @@ TABLE: tuple[Row, ...] = (
         "Packets that the kernel did not put into a queue, or lost from it, as it was full.",
         _each_worker("overrun")),
     Row("rstguard_worker_overload_level", "gauge", ("queue",),
-        "How much a worker leaves undone to keep up; 0 is nothing.", _each_worker("overload")),
-    Row("rstguard_left_undone_total", "counter", (),
+        "How much load a worker sheds to keep up; 0 is none.", _each_worker("overload")),
+    Row("rstguard_shed_total", "counter", (),
         "Packets that passed or were dropped unjudged because of overload.",
-        _count("left_undone")),
+        _count("shed")),
     Row("rstguard_process_restarts_total", "counter", ("process",),
         "How often a process of the guard died and was started again.", _restarts),
     Row("rstguard_verdicts_total", "counter", ("verdict",),
-        "Packets that crossed a rule, by verdict; in observe mode the verdict is not carried out.",
+        "Packets that hit a rule, by verdict; in observe mode the verdict is not carried out.",
         _counted("verdict.")),
-    Row("rstguard_rule_crossed_total", "counter", ("rule",),
-        "How often a rule was the sternest that a packet or connection crossed.",
+    Row("rstguard_rule_hits_total", "counter", ("rule",),
+        "How often a rule was the most severe that a packet or connection hit.",
         _counted("rule.")),
     Row("rstguard_events_total", "counter", ("kind", "rule"),
         "Events by kind and rule; in observe mode those that would have been are counted.",

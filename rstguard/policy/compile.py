@@ -174,13 +174,13 @@ def _rules(ruleset: RuleSet) -> Iterator[str]:
 
 
 def describe_rule(rule: Rule) -> str:
-    """Return when a rule is crossed and what it then does, on one line."""
+    """Return when a rule is hit and what it then does, on one line."""
     ports = "" if rule.ports is None else f", ports {_port_set(rule.ports)}"
     return f"{_condition(rule)}{ports} -> {_action(rule)}"
 
 
 def _condition(rule: Rule) -> str:
-    """Return when a rule is crossed, in plain numbers."""
+    """Return when a rule is hit, in plain numbers."""
     text = f"{rule.measure.value} "
     if rule.measure in RATE_MEASURES:
         unit = " bytes" if rule.measure is Measure.BYTE_RATE else ""

@@ -57,7 +57,7 @@ def _rules(old: RuleSet, new: RuleSet) -> Iterator[str]:
             change = f"{describe_rule(before[name])} -> {describe_rule(rule)}"
             yield f"rule {name} changes, and counts anew: {change}"
     if [name for name in before if name in after] != [name for name in after if name in before]:
-        yield "the rules stand in another order, which changes nothing: the sternest action wins"
+        yield "the rules stand in another order, which changes nothing: the most severe action wins"
 
 
 def rules_diff(old: Mapping[str, str], new: Mapping[str, str]) -> str:

@@ -34,7 +34,7 @@ MEANINGS = MappingProxyType(
         "source": "how wide one source is: by default `{ipv4: 32, ipv6: 64}`",
         "inspect": "how much of a connection the engine sees",
         "syn_budget": "above it the kernel answers a service's SYNs with SYN cookies",
-        "rules": "every rule sees every packet it applies to; the sternest action wins",
+        "rules": "every rule sees every packet it applies to; the most severe action wins",
         "interfaces": 'where untrusted traffic comes in; globs end in `*`, as `"wan*"`',
         "destinations": "addresses and networks; omitted: any",
         "ports": "numbers and ranges; omitted: any (in a rule: all that are protected)",
@@ -51,7 +51,7 @@ MEANINGS = MappingProxyType(
         "productive": "share of the source's completed connections that carried data both ways, "
         "`50%` to `100%`",
         "per": "`{ipv4: N, ipv6: M}` counts by prefix, `service` by destination and port",
-        "over": "the limit; beyond it the rule is crossed",
+        "over": "the limit; beyond it the rule is hit",
         "burst": "how much at once, by default what the limit allows in its own time",
         "unless": "a productive source may go further",
         "within": "how long a target, or an unfinished handshake, counts",
@@ -106,7 +106,7 @@ def _sentence(model: type[BaseModel]) -> str:
 
 
 def _table(model: type[BaseModel], without: type[BaseModel] | None = None) -> Iterator[str]:
-    yield "| key | meaning | needed | example |"
+    yield "| key | meaning | required | example |"
     yield "|---|---|---|---|"
     for name, field in model.model_fields.items():
         if name == "measure" or (without and name in without.model_fields):

@@ -174,6 +174,6 @@ class Effects:
             self.let_go(connection)
 
     def observe(self, source: int, rule: Rule, now: int) -> None:
-        """A sweep rule that only observes was crossed."""
+        """A sweep rule that only observes was hit."""
         reason = REASONS[rule.measure]
         self.hits.add("observe", self.source_of(source), rule.name, reason, now)

@@ -10,7 +10,7 @@ from rstguard.engine.flow import Tuple
 from rstguard.engine.verdict import Reason
 
 KINDS = ("ban", "shun", "reset", "refuse", "drop", "observe")
-"""What can happen, the sternest first.
+"""What can happen, the most severe first.
 
 A source is banned, shunned, refused (its SYNs are answered with a RST), or has packets dropped; a
 connection is reset; a rule that only observes notes a source.

@@ -8,8 +8,8 @@ not have arrived" and are not judged.  What a server still sends in the capture 
 Differences from the live guard, besides those of the tracker: nothing is ever shed; a SYN budget is
 left out (every SYN reaches the engine, none is answered with a cookie); half-open connections of a
 blocked source end at once, not within a second; `protect.interfaces` is ignored; a client whose SYN
-was dropped does not try again; the addresses that a live guard spares by itself are not known; and
-a policy that bans too many a minute is not turned into an observing one (the report tells of it).
+was dropped does not try again; the addresses that a live guard protects by itself are not known;
+and a policy that bans too many a minute is not turned into an observing one (the report says so).
 """
 
 from __future__ import annotations

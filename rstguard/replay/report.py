@@ -22,7 +22,7 @@ class Report:
     """What one policy would have done to a capture.
 
     `start` is the time of the first packet (nanoseconds since 1970), `length` the time from it to
-    the last (nanoseconds).  `hits` come sternest first, then by what they kept away.  `left_out`
+    the last (nanoseconds).  `hits` come most severe first, then by what they kept away.  `left_out`
     counts what was done but has no record of its own.
     """
 

@@ -217,7 +217,7 @@ class Child:
     def end(self, why: str) -> None:
         """Kill a process; its successor is started as after any death."""
         self._said = why
-        log.error("the %s %s; it is killed and started again", self.name, why)
+        log.error("the %s %s; killing and restarting it", self.name, why)
         if self._process:
             self._process.kill()
         self._ended.set()

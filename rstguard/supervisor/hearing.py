@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import assert_never
 
-from rstguard.engine.shedding import UNDONE, Level
+from rstguard.engine.shedding import SHED, Level
 from rstguard.ipc.messages import (
     AllMeasured,
     Blocked,
@@ -92,4 +92,4 @@ class Hearing:
         if message.level is not Level.NOTHING:
             guard.unjudged_at = asyncio.get_running_loop().time()
             self._learning.overrun()
-        guard.events.add(Event("overload", f"worker {message.pid}", detail=UNDONE[message.level]))
+        guard.events.add(Event("overload", f"worker {message.pid}", detail=SHED[message.level]))

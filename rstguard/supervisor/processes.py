@@ -47,7 +47,7 @@ class Processes:
         several = len(workers) > 1
         for index, first in enumerate(workers):
             queue = options.queue + index
-            name = f"worker of queue {queue}" if several else "worker"
+            name = f"worker (queue {queue})" if several else "worker"
             start = self._starting(queue, index)
             guard.workers.append(
                 Child(name, "worker", options.spawn, first, start, hear, self._changed)
@@ -117,7 +117,7 @@ class Processes:
         guard, counts = self._guard, self._guard.counts
         if counts["block_failed"] > self._counted["block_failed"]:
             guard.unplaced_at = now
-        if counts["left_undone"] > self._counted["left_undone"]:
+        if counts["shed"] > self._counted["shed"]:
             guard.unjudged_at = now
         self._counted = counts
 

@@ -1,6 +1,6 @@
 """The addresses that no policy bans, shuns or resets: found, kept up to date, told.
 
-Own addresses, next hops, name servers, and administrators (`rstguard.kernel.lifelines`).
+Own addresses, next hops, name servers, and administrators (`rstguard.kernel.protected`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from rstguard.engine.address import Networks, Prefix
 from rstguard.engine.ruleset import RuleSet
 from rstguard.ipc.requests import ControlError
 from rstguard.kernel import KernelError
-from rstguard.kernel.lifelines import Lifeline, is_address
+from rstguard.kernel.protected import ProtectedAddress, is_address
 from rstguard.kernel.seam import Kernel
 from rstguard.supervisor.guard import Guard
 
@@ -36,25 +36,25 @@ class Protected:
         self._kernel = kernel
         self._guard = guard
         self._administrators: list[str] = []
-        self._found: tuple[Lifeline, ...] = ()
-        self.addresses: tuple[Lifeline, ...] = ()
+        self._found: tuple[ProtectedAddress, ...] = ()
+        self.addresses: tuple[ProtectedAddress, ...] = ()
         """Those that the policy in force protects."""
 
     def within(self, ruleset: RuleSet) -> RuleSet:
         """Return a policy that protects the addresses that were found last."""
-        spared = tuple(line.address for line in self._found)
-        return replace(ruleset, scope=replace(ruleset.scope, spared=spared))
+        protected = tuple(line.address for line in self._found)
+        return replace(ruleset, scope=replace(ruleset.scope, protected=protected))
 
     async def look(self) -> None:
         """Find them anew; takes some milliseconds, and longer with many routes."""
         try:
-            self._found = await asyncio.to_thread(self._kernel.lifelines, self._administrators)
+            self._found = await asyncio.to_thread(self._kernel.protected, self._administrators)
         except KernelError as error:
             log.error("own addresses and next hops could not be read: %s", error)
 
     async def follow(self, _old: RuleSet, new: RuleSet) -> None:
         """Note that this policy is in force: only now are its addresses told to anybody."""
-        protected = set(new.scope.spared)
+        protected = set(new.scope.protected)
         self.addresses = tuple(line for line in self._found if line.address in protected)
 
     def administrator(self, address: object) -> None:

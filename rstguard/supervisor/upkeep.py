@@ -141,7 +141,7 @@ class Upkeep:
             if not lost or now < self._not_before:
                 return
             self._not_before = now + self._contention.failed(now)
-            await asyncio.to_thread(self._footprint.mend, guard.ruleset)
+            await asyncio.to_thread(self._footprint.restore, guard.ruleset)
             await self._record.bring_back()
             guard.missing = ()
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
@@ -166,7 +166,7 @@ class Upkeep:
                 guard.missing = ()
                 await asyncio.to_thread(self._footprint.withdraw)
             else:
-                await asyncio.to_thread(self._footprint.mend, guard.ruleset)
+                await asyncio.to_thread(self._footprint.restore, guard.ruleset)
                 self._tell(panic)
             self._withdrawn = panic
 

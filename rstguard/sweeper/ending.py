@@ -53,7 +53,7 @@ class Ending:
         self._half_open_at = 0
 
     def follow(self, ruleset: RuleSet) -> None:
-        """Take up what a policy says of whom it spares, and whether it enforces."""
+        """Take up what a policy says of which addresses are protected, and whether it enforces."""
         self._ruleset = ruleset
 
     def of_blocked(self, message: Blocked) -> None:

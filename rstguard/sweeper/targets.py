@@ -78,7 +78,7 @@ def _of_sources(
         for shift in shifts:
             found = by_key.get((shift, address >> shift))
             if found is not None:
-                if not scope.spares(address):
+                if not scope.exempts(address):
                     yield Target(flow, ends, found.element.rule, found.reason)
                 break
 

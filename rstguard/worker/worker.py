@@ -191,7 +191,7 @@ class Worker:
         now = self._clock()
         if self._reporting.due(now):
             self._thin(self._shedding.level, self._shedding.level)
-            more = {"packets": self._judging.packets, "left_undone": self._engine.left_undone}
+            more = {"packets": self._judging.packets, "shed": self._engine.shed}
             self._reporting.tell(now, more)
         self._channel.flush()
 

@@ -291,10 +291,10 @@ def _unshed(site: Site, guard: Guard, flood: Flood, number: int) -> Rate:
     """Measure at a rate at which every packet is judged, once the last flood is forgotten."""
     for attempt in range(_TRIES):
         wait_until(lambda: guard.status()["workers"][0]["overload"] == 0)
-        before = guard.status()["counts"].get("left_undone", 0)
+        before = guard.status()["counts"].get("shed", 0)
         rate = _rate(site, guard.worker, flood, number + attempt * 100, _BEARABLE)
         wait_until(lambda: guard.status()["workers"][0]["overload"] == 0)
-        shed = guard.status()["counts"].get("left_undone", 0) - before
+        shed = guard.status()["counts"].get("shed", 0) - before
         if shed <= rate.packets / 100:
             return rate
     raise RuntimeError(f"{shed} packets were not judged: the machine is busy, try again")

@@ -1,4 +1,4 @@
-"""How soon the guard answers and mends itself while something holds it up."""
+"""How soon the guard answers and recovers while something holds it up."""
 
 from __future__ import annotations
 

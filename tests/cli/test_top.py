@@ -48,7 +48,7 @@ def status(**more: Any) -> dict[str, Any]:
 def worker(queue: int, **more: Any) -> dict[str, Any]:
     return {
         "pid": 100 + queue, "queue": queue, "packets": 5, "waiting": 0, "overrun": 0, "restarts": 0,
-        "overload": 0, "left_undone": "", "ready": True,
+        "overload": 0, "shed": "", "ready": True,
     } | more  # fmt: skip
 
 
@@ -109,7 +109,7 @@ def test_the_nearest_have_room_beside_what_happened() -> None:
 
 def test_workers_that_are_hard_pressed_come_first() -> None:
     workers = [worker(number) for number in range(12)]
-    workers[7] = worker(7, waiting=900, overload=1, left_undone="newcomers wait", packets=205)
+    workers[7] = worker(7, waiting=900, overload=1, shed="newcomers wait", packets=205)
     workers[9] = worker(9, waiting=None, overrun=None, ready=False)
     lines = shown(status(workers=workers), status())
     first = lines.index(

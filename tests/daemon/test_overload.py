@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rstguard.engine.shedding import UNDONE, Level
+from rstguard.engine.shedding import SHED, Level
 from rstguard.kernel.readers import BINDING, BUILT_IN, CHOICE
 from tests.daemon.conftest import Crowd, Open
 from tests.daemon.flood import syn_flood
@@ -50,14 +50,12 @@ def test_a_backlog_is_worked_off_and_its_sender_shunned(
         finally:
             os.kill(worker, signal.SIGCONT)
         wait_until(lambda: guard.block_of(attacker) is not None)
-        wait_until(lambda: overloads(guard)[-1:] == [UNDONE[Level.NOTHING]], 20)
-        told = [one for one in overloads(guard) if one != UNDONE[Level.THINNED]]
-        assert told[0] == UNDONE[Level.SYNS]
-        assert told[-3:] == [UNDONE[Level(level)] for level in (2, 1, 0)], (
-            "one level after the other"
-        )
+        wait_until(lambda: overloads(guard)[-1:] == [SHED[Level.NOTHING]], 20)
+        told = [one for one in overloads(guard) if one != SHED[Level.THINNED]]
+        assert told[0] == SHED[Level.SYNS]
+        assert told[-3:] == [SHED[Level(level)] for level in (2, 1, 0)], "one level after the other"
         status = guard.status()
-        assert status["counts"]["left_undone"] > 0
+        assert status["counts"]["shed"] > 0
         assert status["workers"][0]["overload"] == 0
         shuns = [e for e in status["recent"] if e["kind"] == "shun"]
         assert [(e["subject"], e["rule"], e["reason"]) for e in shuns] == [

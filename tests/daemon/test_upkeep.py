@@ -62,7 +62,7 @@ def test_the_cap_counts_the_bans_of_a_minute() -> None:
     assert cap.take() == []
 
 
-# Lifelines
+# Protected addresses
 
 
 @pytest.mark.netns
@@ -95,7 +95,7 @@ def test_a_lifeline_is_neither_banned_nor_reset_and_others_are(guard: Guard, lab
 
 
 @pytest.mark.netns
-def test_who_applies_a_policy_over_ssh_is_spared(guard: Guard, lab: Lab) -> None:
+def test_who_applies_a_policy_over_ssh_is_protected(guard: Guard, lab: Lab) -> None:
     mine = source(False)
     environment = {**os.environ, "SSH_CONNECTION": f"{mine} 50000 {SERVER4} 22"}
     environment["RSTGUARD_RUNTIME_DIR"] = str(guard.runtime)
@@ -122,7 +122,7 @@ def guard_words() -> list[str]:
 def test_a_new_address_is_spared_within_seconds(guard: Guard, lab: Lab) -> None:
     lab.run("gateway", "ip", "address", "add", "203.0.113.77/32", "dev", "lo")
     wait_until(lambda: "203.0.113.77" in str(guard.status()["protected"]), 15)
-    assert "203.0.113.77" in lab.run("gateway", "ipset", "list", "rstguard-spared4")
+    assert "203.0.113.77" in lab.run("gateway", "ipset", "list", "rstguard-protected4")
 
 
 # The cap
@@ -199,12 +199,12 @@ def test_panic_works_on_a_full_disk_and_says_what_it_cannot(
         (elsewhere, "it has another runtime directory"),
     ):
         wait_until(guard.filtering)
-        mended = guard.events("restored", "restored")
+        restored = guard.events("restored", "restored")
         command = [*guard_words(), "panic", "--runtime-dir", str(directory)]
         inside = ["ip", "netns", "exec", lab.names["gateway"], *command]
         done = subprocess.run(inside, capture_output=True, text=True, check=False)
         assert done.returncode == 1
-        wait_until(lambda before=mended: guard.events("restored", "restored") > before)  # type: ignore[misc]
+        wait_until(lambda before=restored: guard.events("restored", "restored") > before)  # type: ignore[misc]
         assert "all traffic passes now, but" in done.stderr
         assert sentence in done.stderr
         assert done.stderr.count("\n") == 1
@@ -281,7 +281,7 @@ def test_it_does_not_fight(guard: Guard, lab: Lab) -> None:
 
     wait_until(flush, 30)
     assert "again and again" in guard.log.read_text()
-    mended = guard.events("restored", "restored")
+    restored = guard.events("restored", "restored")
     lab.run("gateway", "iptables", "-w", "-t", "mangle", "-F")
     with pytest.raises(TimeoutError):
-        wait_until(lambda: guard.events("restored", "restored") > mended, 3)
+        wait_until(lambda: guard.events("restored", "restored") > restored, 3)

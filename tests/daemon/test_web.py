@@ -61,7 +61,7 @@ def test_metrics(lab: Lab, guard: Guard) -> None:
     assert values["rstguard_filtering"] == 1
     rest = {"syn_budget_engaged", "syn_cookies_total", "resets_total", "verdicts_total"}
     missing = {row.name for row in TABLE} - values.keys() - {f"rstguard_{name}" for name in rest}
-    assert missing <= {"rstguard_rule_crossed_total"}
+    assert missing <= {"rstguard_rule_hits_total"}
 
 
 @pytest.mark.netns

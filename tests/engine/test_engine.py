@@ -1,4 +1,4 @@
-"""What becomes of crossed rules: the sternest wins, a ban needs proof, nothing is ordered twice."""
+"""What becomes of rules that are hit: the most severe wins, a ban needs proof, nothing twice."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_every_packet_is_of_some_kind_and_decided(flags: int, state: int) -> Non
         assert engine.decide(packet(flags, state=state), now).verdict in Verdict
 
 
-# The sternest action wins, whatever the order of the rules.
+# The worst action wins, whatever the order of the rules.
 
 
 @pytest.mark.parametrize("turned_round", [False, True])
@@ -111,7 +111,7 @@ def test_every_packet_is_of_some_kind_and_decided(flags: int, state: int) -> Non
         ([Action.OBSERVE, Action.BAN, Action.DROP], Action.BAN),
     ],
 )
-def test_the_sternest_action_wins(
+def test_the_most_severe_action_wins(
     actions: list[Action], winner: Action, turned_round: bool
 ) -> None:
     rules = [rule(Measure.SYN_RATE, action, limit=1, name=action.name) for action in actions]

@@ -135,7 +135,7 @@ def test_what_belongs_to_a_connection_is_judged_at_every_level() -> None:
             for port in (1, 2)
         ]
         assert [v.verdict for v in verdicts] == [Verdict.ACCEPT, Verdict.DROP]
-        assert engine.left_undone == 0
+        assert engine.shed == 0
 
 
 def test_strays_go_first() -> None:
@@ -143,7 +143,7 @@ def test_strays_go_first() -> None:
     for _ in range(5):
         decision = engine.at(Level.STRAYS)(segment(OFFENDER, ACK, STRAY), SECOND)
         assert decision is PASS
-    assert engine.left_undone == 5
+    assert engine.shed == 5
     assert engine.at(Level.STRAYS)(segment(OFFENDER), SECOND).rule == "syn_rate-rule"
 
 
@@ -158,7 +158,7 @@ def test_then_newcomers_then_all_unproven_syns(fail_open: bool, verdict: Verdict
     assert engine.at(Level.SYNS)(known, SECOND).verdict is verdict
     assert engine.at(Level.SYNS)(known, SECOND).rule == ""
     assert engine.at(Level.SYNS)(proven, SECOND).rule == "syn_rate-rule"
-    assert engine.left_undone == 3
+    assert engine.shed == 3
 
 
 def test_the_limit_of_a_service_holds_at_every_level() -> None:

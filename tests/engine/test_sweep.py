@@ -277,7 +277,7 @@ def test_a_connection_without_replies_proves_nothing() -> None:
     assert [type(block) for block in judgement.blocks] == [Shun]
 
 
-def test_the_sternest_rule_decides_about_a_connection() -> None:
+def test_the_most_severe_rule_decides_about_a_connection() -> None:
     mild = rule(Measure.AGE, Action.RESET, SECOND, name="mild")
     stern = rule(Measure.IDLE, Action.BAN, 0, name="stern")
     for rules in ((mild, stern), (stern, mild)):

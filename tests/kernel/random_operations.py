@@ -130,7 +130,7 @@ def _of_guard(random: Random, rulesets: Sequence[RuleSet]) -> Operation:
         "learn": learn,
         "replace": lambda side: side.footprint.replace(old, new, diverts),
         "withdraw": lambda side: side.footprint.withdraw(),
-        "mend": lambda side: side.footprint.mend(old),
+        "restore": lambda side: side.footprint.restore(old),
         "lost": lambda side: side.footprint.lost(old),
         "forbid_pickup": lambda side: side.footprint.forbid_pickup(),
         "blocked": lambda side: side.kernel.blocked_by_kind(),

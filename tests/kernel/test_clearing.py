@@ -152,7 +152,7 @@ def test_a_kernel_without_it_is_guarded_all_the_same_and_told_once(
     assert footprint.lost(ruleset) == []
     assert clearing.remove(LINUX)
     assert len(footprint.lost(ruleset)) == 2
-    footprint.mend(ruleset)
+    footprint.restore(ruleset)
     assert footprint.lost(ruleset) == []
     assert footprint.withdraw()
     assert not clearing.remove(LINUX)

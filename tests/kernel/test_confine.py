@@ -324,7 +324,7 @@ def test_the_doctor_tells(prefix: tuple[str, ...], outcome: Outcome, sentence: s
     code = (
         "from rstguard.kernel import check, preflight\n"
         "found = preflight._confinement(check.Host.here())\n"
-        "print(found.outcome.value, found.sentence, found.mend)\n"
+        "print(found.outcome.value, found.sentence, found.fix)\n"
     )
     command = [*prefix, sys.executable, "-c", code]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -91,7 +91,7 @@ def test_both_kernels_are_kernels() -> None:
     assert kernels
 
 
-# Footprint: made, checked, mended, undone
+# Footprint: made, checked, restored, undone
 
 
 def test_a_guard_comes_up_and_leaves_nothing_behind(
@@ -146,7 +146,7 @@ def test_what_others_take_away_is_named_and_put_back(
     ]
     kernel.flush_all()
     assert rules(kernel) == []
-    footprint.mend(WEB)
+    footprint.restore(WEB)
     assert footprint.lost(WEB) == []
     assert everything(kernel) == before
 
@@ -158,7 +158,7 @@ def test_a_rule_that_another_program_changed_is_found(
     footprint.divert(WEB)
     kernel.run(["iptables", "-t", "mangle", "-R", "rstguard-in", "1", "-j", "ACCEPT"])
     assert footprint.lost(WEB) == ["what the chain rstguard-in in mangle says (IPv4)"]
-    footprint.mend(WEB)
+    footprint.restore(WEB)
     assert footprint.lost(WEB) == []
 
 
@@ -202,7 +202,7 @@ def test_where_a_change_fails_the_old_policy_is_in_force(
     kernel.faults.fail("run", naming=naming)
     with pytest.raises(KernelError, match="a fault of the test"):
         footprint.replace(WEB, OTHER)
-    footprint.mend(WEB)  # with another policy's sets left over
+    footprint.restore(WEB)  # with another policy's sets left over
     ipset.prune(kernel, WEB, len(QUEUES))
     assert footprint.lost(WEB) == []
     assert everything(kernel) == before

@@ -27,7 +27,7 @@ READER = (
 )
 SHOW = (
     "from rstguard.kernel.preflight import checks\n"
-    "for c in checks(0): print(c.name, c.outcome.value, c.sentence, c.mend, sep='|')\n"
+    "for c in checks(0): print(c.name, c.outcome.value, c.sentence, c.fix, sep='|')\n"
 )
 
 
@@ -106,7 +106,7 @@ def test_the_reader_of_a_queue_is_named(reader: subprocess.Popen[str]) -> None:
     check = by_name(preflight.checks(7))["queue 7"]
     assert check.outcome is Outcome.MISSING
     assert f"process {reader.pid}" in check.sentence
-    assert check.mend == f"kill {reader.pid}"
+    assert check.fix == f"kill {reader.pid}"
 
 
 @pytest.mark.netns
@@ -147,8 +147,8 @@ def test_tools_that_are_missing_are_named_with_their_package(
     host = bare_host(tmp_path, monkeypatch, "unshare", "nsenter", "cat")
     found = by_name(preflight.checks(0))
     assert found["ip6tables"].outcome is Outcome.MISSING
-    assert found["ip6tables"].mend == host.install("iptables")
-    assert found["ipset"].mend == "apt-get install -y ipset"
+    assert found["ip6tables"].fix == host.install("iptables")
+    assert found["ipset"].fix == "apt-get install -y ipset"
     assert found["kernel sets"].outcome is Outcome.WARNING
     assert found["IPv4 rules"].sentence == "not tried: iptables-restore is not installed"
 
@@ -172,7 +172,7 @@ def test_a_rule_that_the_kernel_lacks_is_named(
     found = by_name(feature_checks(host, time.monotonic() + 5))
     assert found["IPv4 rules"].outcome is Outcome.MISSING
     assert "NFQUEUE target (module xt_NFQUEUE)" in found["IPv4 rules"].sentence
-    assert "xt_NFQUEUE" in found["IPv4 rules"].mend
+    assert "xt_NFQUEUE" in found["IPv4 rules"].fix
     assert found["IPv6 rules"].outcome is Outcome.OK
 
 
@@ -218,9 +218,9 @@ def test_the_packet_reader_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     check = by_name(preflight.checks(0))["packet reader"]
     assert check.outcome is Outcome.WARNING
     assert "was not built" in check.sentence
-    assert "install rstguard again" in check.mend
+    assert "install rstguard again" in check.fix
 
 
 def test_every_lack_has_a_mend() -> None:
     found = preflight.checks(0)
-    assert all(check.mend for check in found if check.outcome is Outcome.MISSING)
+    assert all(check.fix for check in found if check.outcome is Outcome.MISSING)

@@ -18,7 +18,7 @@ BEHIND = (
     "inject.Injector",
     "ipset",
     "iptables",
-    "lifelines.find",
+    "protected.find",
     "linux",
     "nflog.PacketLog",
     "nfqueue.Queue",

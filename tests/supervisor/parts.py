@@ -30,7 +30,7 @@ def guard_of(loaded: Loaded | None = None) -> Guard:
         diverts=True,
     )
     stage = Stage()
-    for name in ("worker of queue 0", "worker of queue 1"):
+    for name in ("worker (queue 0)", "worker (queue 1)"):
         child = Child(name, "worker", stage.spawn, None, list, list[object]().append, Told())
         guard.workers.append(child)
     guard.sweepers.append(

@@ -47,7 +47,7 @@ def both(*changes: Callable[[Guard], None]) -> Callable[[Guard], None]:
 @pytest.mark.parametrize(
     ("change", "condition", "says"),
     [
-        (fell(0), DEGRADED, "the worker of queue 0 does not serve (it is started again"),
+        (fell(0), DEGRADED, "the worker (queue 0) does not serve (it is started again"),
         (fell(2), DEGRADED, "the sweeper does not serve"),
         (fell(2, State.STARTING), DEGRADED, "the sweeper does not serve (starting)"),
         (both(fell(0), fell(1)), NOT, "no worker serves"),
@@ -84,7 +84,7 @@ async def test_a_worker_that_is_silent_does_not_filter() -> None:
     await asyncio.sleep(2)
     guard.workers[1].forgive()
     how = health(guard, now())
-    assert how == (DEGRADED, ("the worker of queue 0 has been silent for 2 s",))
+    assert how == (DEGRADED, ("the worker (queue 0) has been silent for 2 s",))
     await asyncio.sleep(2)
     assert health(guard, now()).condition is NOT
 

@@ -21,7 +21,7 @@ _TRUSTED: tuple[list[str], ...] = (
     ["10.0.0.0/8", "10.1.0.0/16"],
 )
 _PORTS = (None, [80], [22, 80, 443], ["8000-8010", 80], ["1-65535"])
-_SPARED = ("192.0.2.1", "198.51.100.7", "2001:db8::1")
+_PROTECTED = ("192.0.2.1", "198.51.100.7", "2001:db8::1")
 _SOURCES: tuple[dict[str, int], ...] = ({}, {"ipv4": 24}, {"ipv4": 32, "ipv6": 56}, {"ipv6": 128})
 _RATES = ("20/s", "100/s", "90/m", "1000/h")
 _RULES: tuple[dict[str, Any], ...] = (
@@ -72,8 +72,8 @@ def random_ruleset(random: Random) -> RuleSet:
         if random.random() < 0.3:
             del policy["syn_budget"]["ports"]
     ruleset = compile_policy(Policy.model_validate(policy))
-    spared = tuple(map(parse_prefix, random.sample(_SPARED, random.randint(0, 2))))
-    return replace(ruleset, scope=replace(ruleset.scope, spared=spared))
+    protected = tuple(map(parse_prefix, random.sample(_PROTECTED, random.randint(0, 2))))
+    return replace(ruleset, scope=replace(ruleset.scope, protected=protected))
 
 
 def random_offers(random: Random) -> dict[Service, Offer]:

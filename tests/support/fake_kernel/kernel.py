@@ -14,10 +14,10 @@ from rstguard.engine.offers import Service
 from rstguard.engine.ruleset import RuleSet
 from rstguard.kernel import NotThere, ipset, synproxy
 from rstguard.kernel.elements import Kind
-from rstguard.kernel.lifelines import Lifeline
 from rstguard.kernel.marks import Marks
 from rstguard.kernel.nfqueue import QueueState
 from rstguard.kernel.nftables import Chain
+from rstguard.kernel.protected import ProtectedAddress
 from rstguard.kernel.seam import CookieCounts
 from tests.support.fake_kernel.connections import ConnectionTable, FakeConnections
 from tests.support.fake_kernel.elements import FakeSets
@@ -43,7 +43,7 @@ class Host:
     """Tagged address -> interface; all others go by `default_way`."""
     default_way: str = "eth0"
     interfaces: list[str] = field(default_factory=lambda: ["lo", "eth0", "eth1"])
-    lifelines: list[Lifeline] = field(default_factory=list)
+    protected: list[ProtectedAddress] = field(default_factory=list)
     """Besides the administrators."""
     cookie_counts: CookieCounts = field(default_factory=lambda: CookieCounts(0, 0, 0))
     near: list[Near] = field(default_factory=list)
@@ -229,15 +229,15 @@ class FakeKernel:
         with self._around("ways"):
             return [self.host.routes.get(one, self.host.default_way) for one in addresses]
 
-    def lifelines(self, administrators: Iterable[str]) -> tuple[Lifeline, ...]:
+    def protected(self, administrators: Iterable[str]) -> tuple[ProtectedAddress, ...]:
         """Return those that the host has, and the administrators."""
-        with self._around("lifelines"):
-            found = {line.address: line.what for line in self.host.lifelines}
+        with self._around("protected"):
+            found = {line.address: line.what for line in self.host.protected}
             for text in administrators:
                 address = parse_address(text)
                 whole = Prefix(address, 128 if is_v6(address) else 32)
                 found[whole] = "whoever changed the policy"
-            return tuple(Lifeline(address, what) for address, what in sorted(found.items()))
+            return tuple(ProtectedAddress(address, what) for address, what in sorted(found.items()))
 
     def cookie_counts(self) -> CookieCounts:
         """Return what the test says."""

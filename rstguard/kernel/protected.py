@@ -1,7 +1,7 @@
 """The addresses without which a gateway, or its administrator, would be cut off.
 
 Own addresses, next hops, name servers, and whoever is logged in by SSH.  A policy may slow them
-down as anybody, but they are never banned, shunned or reset: see `Scope.spared`.
+down as anybody, but they are never banned, shunned or reset: see `Scope.protected`.
 
 An SSH connection counts only once its user is logged in: else whoever can reach port 22 could make
 himself unbannable.  There are two signs of that, both made after authentication: the session file
@@ -26,19 +26,19 @@ _SESSIONS = Path("/run/systemd/sessions")
 _OWN = re.compile(r"\binet6? ([^\s/]+)")
 _VIA = re.compile(r"\bvia (?:inet6? )?(\S+)")
 _MOST = 4096
-"""Lifelines that are kept; a router with more next hops has other worries."""
+"""Protected addresses that are kept; a router with more next hops has other worries."""
 _LARGEST_FILE = 1 << 20
 
 
-class Lifeline(NamedTuple):
+class ProtectedAddress(NamedTuple):
     """One address, as a prefix of full length, and what it is."""
 
     address: Prefix
     what: str
 
 
-def find(administrators: Iterable[str] = ()) -> tuple[Lifeline, ...]:
-    """Return the lifelines of this network namespace, each address once, sorted.
+def find(administrators: Iterable[str] = ()) -> tuple[ProtectedAddress, ...]:
+    """Return the protected addresses of this network namespace, each address once, sorted.
 
     `administrators` are addresses from which somebody has lately given the guard a command.
     What cannot be read is left out: a machine without a resolver has no name servers.
@@ -48,7 +48,7 @@ def find(administrators: Iterable[str] = ()) -> tuple[Lifeline, ...]:
         address = _host(text)
         if address is not None and len(found) < _MOST:
             found.setdefault(address, what)
-    return tuple(Lifeline(address, what) for address, what in sorted(found.items()))
+    return tuple(ProtectedAddress(address, what) for address, what in sorted(found.items()))
 
 
 def _all(administrators: Iterable[str]) -> Iterator[tuple[str, str]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rstguard.kernel.lifelines import find, is_address, ssh_clients, ssh_connection
+from rstguard.kernel.protected import find, is_address, ssh_clients, ssh_connection
 from tests.netns import Lab
 
 
