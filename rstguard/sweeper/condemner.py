@@ -3,7 +3,8 @@
 A connection is condemned by mark bits: from then on the kernel answers every segment of a condemned
 end with a RST that this end must accept (RFC 5961; `rstguard.kernel.chains`).  A busy end thereby
 dies by its own next segment.  A silent end is provoked: a probe that seems to come from its peer
-makes it speak (`rstguard.engine.segment.probe`).  `rstguard.sweeper.cases` says what counts as proof.
+makes it speak (`rstguard.engine.segment.probe`).  `rstguard.sweeper.cases` says what counts as
+proof.
 
 Each round asks the kernel for the pending connections by name, not by a dump: this costs the same
 per entry, is not slowed by the others in the table, and tells absence from a lost mark.

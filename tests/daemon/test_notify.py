@@ -178,7 +178,7 @@ def test_a_process_that_does_not_serve_is_told_and_restarts_nothing(
 ) -> None:
     listener.hears("WATCHDOG=1")
     stopped = held(guard, guard.children()[which])
-    name = ("worker (queue 5)640", "worker (queue 5)641", "sweeper")[which]
+    name = ("worker (queue 5640)", "worker (queue 5641)", "sweeper")[which]
     said = f"STATUS=degraded: the {name} does not serve (starting)"
     wait_until(lambda: any(field.startswith(said) for field in listener.all()))
     del listener.heard[:]

@@ -71,7 +71,7 @@ def samples(data: dict[str, Any]) -> dict[tuple[str, tuple[str, ...]], float]:
         ("queue_waiting_packets", ("5641",), 3),
         ("queue_overrun_total", ("5640",), 2),
         ("worker_overload_level", ("5641",), 2),
-        ("process_restarts_total", ("worker (queue 5)640",), 1),
+        ("process_restarts_total", ("worker (queue 5640)",), 1),
         ("process_restarts_total", ("sweeper",), 4),
         ("verdicts_total", ("drop",), 11),
         ("rule_hits_total", ("rate",), 12),
