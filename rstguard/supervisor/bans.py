@@ -82,7 +82,7 @@ class Bans:
             KernelError: the kernel refused.
         """
         element = Element(source, "ban", MANUAL, seconds, keep_existing)
-        await asyncio.to_thread(self._place, [element], shorten=True)
+        await self._place([element], shorten=True)
         self.heard(Blocked(element, Reason.KILLED))
 
     async def add_list(self, elements: list[Element]) -> None:
@@ -91,7 +91,7 @@ class Bans:
         Raises:
             KernelError: the kernel refused.
         """
-        await asyncio.to_thread(self._place, elements)
+        await self._place(elements)
         for element in elements:
             self._record.blocked_element(element)
         if elements:
@@ -159,7 +159,14 @@ class Bans:
             detail = "banned in the minute before the policy ran away"
             self._guard.events.add(Event("unban", f"{len(sources)} sources", detail=detail))
 
-    def _place(self, elements: Iterable[Element], shorten: bool = False) -> None:
+    async def _place(self, elements: Iterable[Element], shorten: bool = False) -> None:
+        try:
+            await asyncio.to_thread(self._put, elements, shorten)
+        except KernelError:
+            self._guard.unplaced_at = asyncio.get_running_loop().time()
+            raise
+
+    def _put(self, elements: Iterable[Element], shorten: bool) -> None:
         with self._kernel.sets() as sets:
             sets.add(elements, shorten)
 

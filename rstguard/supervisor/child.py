@@ -278,6 +278,9 @@ class Child:
     async def stop(self) -> None:
         """Ask the process to finish; kill it if it does not within three seconds."""
         self._stopping.set()
+        if self._first is not None:  # nobody has told it anything yet
+            self._first.channel.close()
+            self._first.process.kill()
         self.send(Stop())
         loop = asyncio.get_running_loop()
         end = loop.time() + _STOP_SECONDS

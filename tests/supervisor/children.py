@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from rstguard.ipc.channel import Closed, child_end, pair, supervisor_end
-from rstguard.ipc.messages import FromChild, NewPolicy, Ready, Start, Stop
+from rstguard.ipc.messages import Counts, FromChild, NewPolicy, Ready, Start, Stop
 from rstguard.supervisor.child import Child
 from rstguard.supervisor.spawn import Kind, Spawned
 
@@ -100,6 +100,18 @@ def obedient(one: Played) -> None:
         kill(status)
 
     one.end = end  # type: ignore[method-assign]
+
+
+def lively(one: Played) -> None:
+    """Have it give signs of life besides."""
+    obedient(one)
+
+    def report() -> None:
+        if one.status is None:
+            one.say(Counts({}))
+            asyncio.get_running_loop().call_later(0.5, report)
+
+    report()
 
 
 class Told(list[tuple[str, str]]):
