@@ -45,7 +45,7 @@ def in_force(guard: Guard) -> str:
 def test_what_nobody_confirms_goes_back_by_itself(guard: Guard) -> None:
     done = guard.cli("policy", "apply", write(guard, "second"), "--confirm", "1s")
     assert done.returncode == 0
-    assert "goes in 1 s unless" in done.stdout
+    assert "rolls back in 1 s unless you run" in done.stdout
     assert in_force(guard) == "second"
     assert "NOT CONFIRMED" in guard.cli("status").stdout
     wait_until(lambda: in_force(guard) == "first")
