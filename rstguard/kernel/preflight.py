@@ -52,7 +52,7 @@ def checks(queue: int, queues: int = 1) -> list[Check]:
         _queue_support(host),
     ]
     found += [_queue_free(number) for number in range(queue, queue + queues)]
-    found += [_confinement(host), _reset_trace(host), _lifelines()]
+    found += [_confinement(host), _reset_trace(host), _protected()]
     return found
 
 
@@ -74,7 +74,7 @@ def _routing(host: Host) -> Check:
     return Check(name, Outcome.OK, "no bit of the guard is on a packet while it is routed")
 
 
-def _lifelines() -> Check:
+def _protected() -> Check:
     """Say which addresses the guard would protect, before it runs."""
     try:
         found = protected.find()

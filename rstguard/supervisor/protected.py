@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 Within = Callable[[RuleSet], RuleSet]
 
 LOOK_SECONDS: Final = 5.0
+LONGEST_SECONDS: Final = 60.0
 SHARE: Final = 20
 """Looking takes at most one part in so many of the time: routes may be very many."""
 _MOST_ADMINISTRATORS: Final = 16
@@ -100,4 +101,4 @@ class Protected:
                     await self.follow(ruleset, ruleset)  # what an address is may have changed
             except ControlError as error:
                 log.error("%s", error)
-            wait = max(LOOK_SECONDS, SHARE * (loop.time() - began))
+            wait = min(max(LOOK_SECONDS, SHARE * (loop.time() - began)), LONGEST_SECONDS)

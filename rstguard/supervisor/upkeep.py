@@ -9,6 +9,9 @@ from __future__ import annotations
 import asyncio
 import fnmatch
 import logging
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -27,6 +30,7 @@ PANIC_SECONDS: Final = 0.25
 """How often the panic file is looked for: a panic that ends a second later is told, too."""
 PANIC_NAME: Final = "panic"
 """A file of this name in the runtime directory: nothing is to be diverted."""
+_LONGEST_SECONDS: Final = 30.0
 _SHARE: Final = 20
 """Looking takes at most one part in so many of the time."""
 
@@ -52,6 +56,7 @@ class Upkeep:
         self._contested = False
         self._withdrawn = False
         self._looking: asyncio.Task[None] | None = None
+        self._complaints: deque[str] = deque(maxlen=4)
 
     async def begin(self) -> None:
         """Divert packets for the first time, unless the panic switch is on.
@@ -73,21 +78,27 @@ class Upkeep:
         while True:
             await asyncio.sleep(wait)
             began = loop.time()
-            try:
+            with self._complaining():
                 await self._put_back()
-            except KernelError as error:
-                log.error("%s", error)
             # Where there are very many rules looking is dear, and done less often.
-            wait = max(LOOK_SECONDS, _SHARE * (loop.time() - began))
+            wait = min(max(LOOK_SECONDS, _SHARE * (loop.time() - began)), _LONGEST_SECONDS)
 
     async def watch_panic(self) -> None:
         """Obey the panic switch; does not end by itself."""
         while True:
-            try:
+            with self._complaining():
                 await self.obey_panic()
-            except KernelError as error:
-                log.error("%s", error)
             await asyncio.sleep(PANIC_SECONDS)
+
+    @contextmanager
+    def _complaining(self) -> Iterator[None]:
+        """Say what goes wrong, to be tried again: once, not with each try."""
+        try:
+            yield
+        except KernelError as error:
+            if str(error) not in self._complaints:
+                log.error("%s", error)
+                self._complaints.append(str(error))
 
     async def obey_panic(self) -> None:
         """Look whether the panic switch is on, and do what it says.
@@ -144,6 +155,7 @@ class Upkeep:
             await asyncio.to_thread(self._footprint.restore, guard.ruleset)
             await self._record.bring_back()
             guard.missing = ()
+            self._complaints.clear()
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         guard.events.add(Event("restored", "rules", detail=f"{lost[0]}{more} had been taken away"))
         if not self._contention.persists:

@@ -114,7 +114,7 @@ def guard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guard]:
 
 
 @pytest.mark.netns
-def test_trusted_and_lifelines_are_left_out(guard: Guard, tmp_path: Path) -> None:
+def test_trusted_and_protected_addresses_are_left_out(guard: Guard, tmp_path: Path) -> None:
     path = tmp_path / "list"
     path.write_text(f"198.51.100.7\n192.0.2.5\n{ROUTER4}\nnonsense\n")
     done = guard.cli("ban", "import", str(path), "--for", "1h")

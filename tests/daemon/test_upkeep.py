@@ -39,7 +39,7 @@ def guard(lab: Lab, tmp_path: Path) -> Iterator[Guard]:
 # Pure parts
 
 
-def test_the_first_losses_are_mended_at_once_and_then_less_and_less_often() -> None:
+def test_the_first_losses_are_restored_at_once_and_then_less_and_less_often() -> None:
     backoff = contention()
     first = [(backoff.failed(float(now)), backoff.persists) for now in (0, 2, 4)]
     assert first == 3 * [(0, False)]

@@ -74,7 +74,7 @@ def test_who_is_logged_in_from_a_link_local_address(tmp_path: Path) -> None:
         assert is_address(said[0])
 
 
-def test_administrators_and_own_addresses_are_lifelines() -> None:
+def test_administrators_and_own_addresses_are_protected() -> None:
     found = {str(line.address): line.what for line in find(["198.51.100.7", "nonsense"])}
     assert found["198.51.100.7"] == "whoever changed the policy"
     assert found["127.0.0.1"] == "this host"
