@@ -35,9 +35,9 @@ from rstguard.engine.verdict import (
     Verdict,
 )
 from rstguard.engine.wire import (
-    ACK,
     BAD_FLAGS,
     FIN,
+    HANDSHAKE,
     KNOWN,
     OUTBOUND,
     OVER,
@@ -49,7 +49,6 @@ from rstguard.engine.wire import (
     Packet,
 )
 
-_HANDSHAKE_FLAGS = FIN | SYN | RST | ACK
 # Only TCP is diverted, and with all its headers: what cannot be read is made not to be.
 _NO_USUAL_SYN = OUTBOUND | KNOWN
 _NO_UNPROVEN_SYN = _NO_USUAL_SYN | PROVEN | OVER
@@ -106,7 +105,8 @@ class Engine:
         """Return what is to be done about a packet that arrives at `now` (nanoseconds)."""
         if type(packet) is not Packet:
             return _UNREADABLE
-        if packet[6] & _HANDSHAKE_FLAGS == SYN and not packet[9] & _NO_USUAL_SYN:
+        # By indices, see `Packet`: flags, state; here and below 0 is the source, 3 the port.
+        if packet[6] & HANDSHAKE == SYN and not packet[9] & _NO_USUAL_SYN:
             checks, at_once = self._syn_by_port.get(packet[3], self._syn_elsewhere)
             if at_once is not None and self._put_off(packet, now):
                 checks = at_once
@@ -143,7 +143,7 @@ class Engine:
         def decide_under_load(packet: Packet | Malformed, now: int) -> Decision:
             if type(packet) is not Packet:
                 return _UNREADABLE
-            if packet[6] & _HANDSHAKE_FLAGS == SYN and not packet[9] & _NO_UNPROVEN_SYN:
+            if packet[6] & HANDSHAKE == SYN and not packet[9] & _NO_UNPROVEN_SYN:
                 source = packet[0]
                 sent = count(source >> (shift6 if source >= V6 else shift4))
                 if sent > _TOO_HEAVY and not ruleset.scope.spares(source):
@@ -300,7 +300,7 @@ def kind_of(packet: Packet) -> Kind:
     flags, state = packet.flags, packet.state
     if BAD_FLAGS[flags]:
         return Kind.BAD
-    if flags & _HANDSHAKE_FLAGS == SYN:
+    if flags & HANDSHAKE == SYN:
         return Kind.SYN
     if state & STRAY:
         return Kind.STRAY

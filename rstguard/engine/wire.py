@@ -13,6 +13,8 @@ from typing import NamedTuple
 from rstguard.engine.address import V6
 
 FIN, SYN, RST, PSH, ACK, URG = 1, 2, 4, 8, 16, 32
+HANDSHAKE = FIN | SYN | RST | ACK
+"""The flags that tell a segment's part in a connection: of a SYN only SYN is set of these."""
 
 KNOWN = 1
 """State bit: the tracker calls the connection established, or its SYN comes with a SYN cookie."""
@@ -51,19 +53,22 @@ class Packet(NamedTuple):
     the wire, `payload_length` is in bytes.  `state` holds what the kernel knows (`KNOWN`, `PROVEN`,
     `OUTBOUND`, `STRAY`).  `window_scale` is the SYN's shift count, or -1 if it offers none or
     nobody asked for it.
+
+    What runs for every packet reads fields by their indices, which takes half the time: source 0,
+    destination 1, source port 2, destination port 3, flags 6, state 9.
     """
 
-    source: int
-    destination: int
-    source_port: int
-    destination_port: int
-    sequence: int
-    acknowledgement: int
-    flags: int
-    window: int
-    payload_length: int
-    state: int = 0
-    window_scale: int = -1
+    source: int  # 0
+    destination: int  # 1
+    source_port: int  # 2
+    destination_port: int  # 3
+    sequence: int  # 4
+    acknowledgement: int  # 5
+    flags: int  # 6
+    window: int  # 7
+    payload_length: int  # 8
+    state: int = 0  # 9
+    window_scale: int = -1  # 10
 
     def turned(self) -> Packet:
         """Return the segment with its ends exchanged: an outbound one as its client sees it."""

@@ -2,22 +2,53 @@
 
 A worker must not wait for anybody while packets wait for it.  What the socket does not take at
 once is kept in a bounded outbox and sent later; what the outbox does not take is counted as lost.
+
+The two ends differ in what they believe.  A child believes the supervisor, which started it and
+could do anything to it anyway: what comes down are pickles.  The supervisor believes no child: what
+comes up is checked value by value (`rstguard.ipc.codec.decoded`), and an end that sends anything
+else is `Garbled`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import logging
 import pickle
 import select
 import socket
 from collections import deque
-from typing import Any
+from collections.abc import Callable
+from typing import Final, Generic, TypeVar
 
-_OUTBOX = 4096
-_SOCKET_BUFFER = 4 << 20
+from rstguard.ipc.codec import Unreadable, decoded, encoded
+from rstguard.ipc.messages import FromChild, ToChild
+
+log = logging.getLogger(__name__)
+
+_OUTBOX: Final = 4096
+_SOCKET_BUFFER: Final = 4 << 20
+_LARGEST_DOWN: Final = _SOCKET_BUFFER
+_LARGEST_UP: Final = 1 << 20
+"""Bytes of a child's message: twice what the longest takes, who is nearest each of 500 limits."""
+_AT_ONCE: Final = 1024
+_BYTES_AT_ONCE: Final = 4 << 20
+"""Messages, and bytes of them, after which the reader looks after its other work."""
+_LAST_SECONDS: Final = 1.0
+
+Sent = TypeVar("Sent")
+Received = TypeVar("Received")
 
 
 class Closed(Exception):
     """The other end is gone."""
+
+
+class Garbled(Closed):
+    """The other end sent what is no message, and is not listened to any more; the text says what.
+
+    Its process may live on: whoever started it should end it.
+    """
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
@@ -28,13 +59,26 @@ def pair() -> tuple[socket.socket, socket.socket]:
     return ends
 
 
-class Channel:
+class Channel(Generic[Sent, Received]):
     """One end of a connection between two processes of the same guard."""
 
-    def __init__(self, end: socket.socket) -> None:
+    def __init__(
+        self,
+        end: socket.socket,
+        encode: Callable[[Sent], bytes],
+        decode: Callable[[memoryview], Received],
+        largest: int,
+    ) -> None:
+        """Take an end of a `pair`; messages of more than `largest` bytes are not received.
+
+        `decode` raises `Unreadable` for what is no message.
+        """
         end.setblocking(False)
         self._socket = end
+        self._encode, self._decode = encode, decode
+        self._buffer = memoryview(bytearray(largest))
         self._outbox: deque[bytes] = deque()
+        self._garbled = ""
         self.lost = 0
 
     def fileno(self) -> int:
@@ -46,7 +90,7 @@ class Channel:
         """Whether messages wait for room in the socket."""
         return bool(self._outbox)
 
-    def send(self, message: object) -> None:
+    def send(self, message: Sent) -> None:
         """Send a message, now or later.
 
         Raises:
@@ -55,8 +99,19 @@ class Channel:
         if len(self._outbox) >= _OUTBOX:
             self.lost += 1
         else:
-            self._outbox.append(pickle.dumps(message))
+            self._outbox.append(self._encode(message))
         self.flush()
+
+    def send_last(self, message: Sent) -> None:
+        """Send a message before all that waits, within a second, as nothing comes after it.
+
+        What cannot be sent any more is left unsaid.
+        """
+        try:
+            self._socket.settimeout(_LAST_SECONDS)
+            self._socket.send(self._encode(message))
+        except OSError as error:
+            log.error("the supervisor could not be told: %s", error)
 
     def flush(self) -> None:
         """Send what waits, as far as the socket takes it.
@@ -70,50 +125,102 @@ class Channel:
             except BlockingIOError:
                 return
             except OSError as error:
-                raise Closed from error
+                if error.errno != errno.EMSGSIZE:
+                    raise Closed from error
+                # It never fits (net.core.wmem_max): better lost than in the way of the others.
+                self.lost += 1
+                log.error("a message of %d bytes is too large to send", len(self._outbox[0]))
             self._outbox.popleft()
 
-    def receive(self) -> list[Any]:
-        """Return the messages that have arrived.
+    def receive(self) -> list[Received]:
+        """Return the messages that have arrived, or some of them if they are many.
 
         Raises:
+            Garbled: what came last is no message.
             Closed: the other end is gone, and nothing is left to read.
         """
-        messages: list[Any] = []
-        reset = False
-        while True:
+        messages: list[Received] = []
+        left = _BYTES_AT_ONCE
+        while len(messages) < _AT_ONCE and left > 0:
             try:
-                data = self._socket.recv(_SOCKET_BUFFER)
-            except BlockingIOError:
-                return messages
-            except ConnectionResetError as error:
-                # The other end left something unread.  The kernel tells that first, and once; its
-                # own last words are still there.
-                if reset:
-                    raise Closed from error
-                reset = True
-                continue
-            except OSError as error:
-                raise Closed from error
-            if not data:
+                size = self._next()
+                if size is None:
+                    break
+                if not size:
+                    raise Closed
+                messages.append(self._read(size))
+            except Closed:
                 if messages:
-                    return messages
-                raise Closed
-            # Both ends are processes of one guard, started by one supervisor.
-            messages.append(pickle.loads(data))  # noqa: S301
+                    break  # it is told again, after these were heard
+                raise
+            left -= size
+        return messages
 
-    def wait(self) -> Any:
+    def wait(self) -> Received:
         """Wait for one message and return it.
 
         Raises:
+            Garbled: what came is no message.
             Closed: the other end is gone.
         """
-        select.select([self], [], [])
-        data = self._socket.recv(_SOCKET_BUFFER)
-        if not data:
+        size = None
+        while size is None:
+            select.select([self], [], [])
+            size = self._next()
+        if not size:
             raise Closed
-        return pickle.loads(data)  # noqa: S301
+        return self._read(size)
+
+    def _next(self) -> int | None:
+        """Return the size of the next message, which is in the buffer; 0 at the end, None yet."""
+        if self._garbled:
+            raise Garbled(self._garbled)
+        for _ in range(2):
+            try:
+                # With MSG_TRUNC the size is that of the message, not of what fits (recv(2)).
+                return self._socket.recv_into(self._buffer, 0, socket.MSG_TRUNC)
+            except BlockingIOError:
+                return None
+            except ConnectionResetError:
+                # The other end left something unread.  The kernel tells that first, and once; its
+                # own last words are still there.
+                continue
+            except OSError as error:
+                raise Closed from error
+        raise Closed
+
+    def _read(self, size: int) -> Received:
+        """Return the message in the buffer."""
+        try:
+            if size > len(self._buffer):
+                raise Unreadable(f"{size} bytes are more than a message has")
+            return self._decode(self._buffer[:size])
+        except Unreadable as error:
+            self._garbled = f"sent what is no message ({error})"
+            # The other end notices, and this one stays readable until that was told.
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+            raise Garbled(self._garbled) from None
 
     def close(self) -> None:
         """Give the connection up."""
         self._socket.close()
+
+
+ChildEnd = Channel[FromChild, ToChild]
+SupervisorEnd = Channel[ToChild, FromChild]
+
+
+def child_end(end: socket.socket) -> ChildEnd:
+    """Return a worker's or the sweeper's end of a `pair`."""
+    return Channel(end, encoded, _unpickled, _LARGEST_DOWN)
+
+
+def supervisor_end(end: socket.socket) -> SupervisorEnd:
+    """Return the supervisor's end of a `pair`."""
+    return Channel(end, pickle.dumps, decoded, _LARGEST_UP)
+
+
+def _unpickled(data: memoryview) -> ToChild:
+    message: ToChild = pickle.loads(data)  # noqa: S301 - the supervisor's, see above
+    return message

@@ -13,7 +13,8 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn, Protocol
 
-from rstguard.ipc.channel import Channel, Closed
+from rstguard.ipc.channel import ChildEnd, Closed, child_end
+from rstguard.ipc.ending import last_words
 from rstguard.ipc.messages import Failed, Start
 from rstguard.kernel import KernelError
 from rstguard.kernel.confine import confine
@@ -53,7 +54,7 @@ class Serving(Protocol):
         """Serve until told to stop."""
 
 
-def run_child(name: str, begin: Callable[[Channel, Start], Serving]) -> NoReturn:
+def run_child(name: str, begin: Callable[[ChildEnd, Start], Serving]) -> NoReturn:
     """Wait for the supervisor's `Start`, serve, and leave when the supervisor is gone.
 
     `begin` opens all that is needed and calls `give_up_privileges`.  Exit status 0 after an orderly
@@ -66,7 +67,7 @@ def run_child(name: str, begin: Callable[[Channel, Start], Serving]) -> NoReturn
     descriptor = os.environ.get(CHANNEL_FD, "")
     if not descriptor.isdigit():
         sys.exit(f"rstguard {name} is started by `rstguard run`, not by hand")
-    channel = Channel(socket.socket(fileno=int(descriptor)))
+    channel = child_end(socket.socket(fileno=int(descriptor)))
     status, serving = 0, None
     try:
         start = channel.wait()
@@ -75,17 +76,17 @@ def run_child(name: str, begin: Callable[[Channel, Start], Serving]) -> NoReturn
         # collect at every 700 new objects would take a third of its time.
         gc.freeze()
         gc.set_threshold(100_000, 50, 1000)
-        serving = begin(channel, start)
-        serving.run()
+        with last_words(channel):
+            serving = begin(channel, start)
+            serving.run()
     except Closed:
         pass
     except KernelError as error:
         status = 1
         with contextlib.suppress(Closed):
             channel.send(Failed(str(error)))
-    except Exception:
+    except SystemExit:
         status = 1
-        log.exception("this process fails, and ends")
     # What is open goes with the process.  To tidy up, which begins when `serving` is forgotten,
     # could take calls that are forbidden by now.
     os._exit(status)

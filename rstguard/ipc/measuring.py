@@ -20,7 +20,7 @@ from rstguard.engine.ruleset import Measure, RuleSet
 from rstguard.engine.shown import Breadth
 from rstguard.engine.verdict import Decision
 from rstguard.engine.wire import Malformed, Packet
-from rstguard.ipc.channel import Channel
+from rstguard.ipc.channel import ChildEnd
 from rstguard.ipc.messages import AllMeasured, Learn, LookProductive, Measured, Tell
 
 _SOURCES = 1 << 16
@@ -29,6 +29,7 @@ _MOST_PRODUCTIVE = 1 << 18
 _IN_A_PART = 2048
 
 Item = TypeVar("Item")
+Part = Measured | LookProductive | AllMeasured
 Decide = Callable[[Packet | Malformed, int], Decision]
 
 
@@ -41,7 +42,7 @@ class Measuring:
         self._gauges: Gauges | None = None
         self._rests = False
         self._productive: set[int] = set()
-        self._telling: deque[Iterator[object]] = deque()
+        self._telling: deque[Iterator[Part]] = deque()
         self.follow(ruleset)
 
     def follow(self, ruleset: RuleSet) -> None:
@@ -105,7 +106,7 @@ class Measuring:
                 productive.add(of(flow.original.source))
         self._gauges.judge(flows, now)
 
-    def step(self, channel: Channel) -> None:
+    def step(self, channel: ChildEnd) -> None:
         """Tell one part more, if there is one and the channel is free."""
         if not self._telling or channel.waiting:
             return
@@ -115,7 +116,7 @@ class Measuring:
         else:
             channel.send(part)
 
-    def _parts(self, number: int) -> Iterator[object]:
+    def _parts(self, number: int) -> Iterator[Part]:
         gauges = self._gauges.gauges if self._gauges else ()
         for gauge in gauges:
             for shown in _in_parts(list(gauge.shown.items())):

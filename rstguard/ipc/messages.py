@@ -1,9 +1,20 @@
-"""What the processes of the guard say to each other."""
+"""What the processes of the guard say to each other.
+
+`FromChild` is what a worker or the sweeper says.  These read what strangers send and are trusted
+with as little as possible, so their messages are data only: JSON whose every value is checked
+(`rstguard.ipc.codec`) before the supervisor sees it.  `ToChild` is what the supervisor says; it has
+more rights than whoever reads it, and its messages hold whole policies, so they travel as pickles
+(`rstguard.ipc.channel`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
 
 from rstguard.engine.address import Prefix
 from rstguard.engine.flow import Tuple
@@ -12,7 +23,13 @@ from rstguard.engine.ruleset import RuleSet
 from rstguard.engine.shedding import Level
 from rstguard.engine.sources import Offence
 from rstguard.engine.verdict import Ban, Ends, Reason, Shun
-from rstguard.kernel.elements import element_of
+from rstguard.ipc import values
+from rstguard.ipc.values import MOST_NAMES, Count, CountName, RuleName, Text
+from rstguard.kernel.elements import Element, element_of
+
+
+class _Said(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
+    """A message that a child can send: on the wire a list of its name and its values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,38 +43,6 @@ class Start:
 
 
 @dataclass(frozen=True, slots=True)
-class Offences:
-    """Supervisor to worker and sweeper: what is remembered of an earlier time."""
-
-    offences: tuple[Offence, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Productive:
-    """Sweeper to supervisor to worker: how productive sources are, in percent, by their keys."""
-
-    percents: Mapping[int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Ready:
-    """Worker or sweeper: the policy numbered `generation` is in force here.
-
-    A worker says what its packets are read by (`rstguard.kernel.readers`).
-    """
-
-    generation: int
-    reader: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """Worker or sweeper: cannot go on, and why."""
-
-    sentence: str
-
-
-@dataclass(frozen=True, slots=True)
 class NewPolicy:
     """Supervisor to worker and sweeper: replace the policy, keep the counts."""
 
@@ -66,61 +51,10 @@ class NewPolicy:
 
 
 @dataclass(frozen=True, slots=True)
-class Blocked:
-    """A source was banned or shunned in the kernel (or would have been: `enforced` False).
+class Offences:
+    """Supervisor to worker and sweeper: what is remembered of an earlier time."""
 
-    `by_worker` False tells that the sweeper knows of it already.  `offence` is that of `Ban`.
-    """
-
-    kind: str
-    source: Prefix
-    seconds: int
-    rule: str
-    reason: Reason
-    keep_existing: bool
-    enforced: bool = True
-    by_worker: bool = True
-    offence: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Reset:
-    """A connection was condemned (or would have been); `ends` says who is told.
-
-    `known` is False for a SYN that was refused: there is no other end to be told.
-    """
-
-    flow: Tuple
-    ends: Ends
-    rule: str
-    reason: Reason
-    enforced: bool = True
-    known: bool = True
-    by_worker: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Observed:
-    """A rule that only observes was crossed."""
-
-    flow: Tuple
-    rule: str
-    reason: Reason
-
-
-@dataclass(frozen=True, slots=True)
-class Overloaded:
-    """Worker: what it now leaves undone, as its queue fills or empties."""
-
-    pid: int
-    level: Level
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """Worker or sweeper: what was counted since it started (totals, by name)."""
-
-    totals: Mapping[str, int]
+    offences: tuple[Offence, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,27 +71,11 @@ class Explain:
 
 
 @dataclass(frozen=True, slots=True)
-class Explained:
-    """Worker or sweeper: how much of each rule's limit the source has used, 1 being all."""
-
-    number: int
-    used: Mapping[str, float]
-
-
-@dataclass(frozen=True, slots=True)
 class Nearest:
     """Supervisor to worker and sweeper: tell who is nearest each limit, so many a rule at most."""
 
     number: int
     most: int
-
-
-@dataclass(frozen=True, slots=True)
-class NearestAre:
-    """Worker or sweeper: who is nearest."""
-
-    number: int
-    nearest: tuple[Near, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,37 +87,6 @@ class Kill:
     source_port: int | None = None
     destination: Prefix | None = None
     port: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Unconfirmed:
-    """A connection that was condemned but not seen to die, and what is known of it."""
-
-    flow: Tuple
-    sentence: str
-
-
-@dataclass(frozen=True, slots=True)
-class Killed:
-    """Sweeper: the outcome of `Kill`."""
-
-    number: int
-    matched: int
-    confirmed: int
-    unconfirmed: tuple[Unconfirmed, ...] = field(default=())
-
-
-@dataclass(frozen=True, slots=True)
-class NotKilled:
-    """Sweeper: how many condemned connections were not seen to die, and the first of them."""
-
-    count: int
-    unconfirmed: tuple[Unconfirmed, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Stop:
-    """Supervisor: finish what is in hand and leave."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,48 +108,193 @@ class Tell:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class Stop:
+    """Supervisor: finish what is in hand and leave."""
+
+
+class Blocked(_Said, frozen=True):
+    """A source was banned or shunned in the kernel (or would have been: `enforced` False).
+
+    Worker or sweeper to supervisor, and on to the sweeper: `by_worker` False tells that it knows of
+    it already.  `offence` is that of `Ban`.
+    """
+
+    element: Element
+    reason: Reason
+    enforced: bool = True
+    by_worker: bool = True
+    offence: Annotated[int, Meta(ge=0, le=64)] = 0
+
+    def __post_init__(self) -> None:
+        values.check_element(self.element)
+
+
+class Reset(_Said, frozen=True):
+    """A connection was condemned (or would have been); `ends` says who is told.
+
+    Worker or sweeper to supervisor, and from a worker on to the sweeper.  `known` is False for a
+    SYN that was refused: there is no other end to be told.
+    """
+
+    flow: Tuple
+    ends: Ends
+    rule: RuleName
+    reason: Reason
+    enforced: bool = True
+    known: bool = True
+    by_worker: bool = True
+
+    def __post_init__(self) -> None:
+        values.check_flow(self.flow)
+
+
+class Productive(_Said, frozen=True):
+    """Sweeper to supervisor to worker: how productive sources are, in percent, by their keys."""
+
+    percents: Mapping[int, Annotated[int, Meta(ge=0, le=100)]]
+
+    def __post_init__(self) -> None:
+        values.check_keys(self.percents)
+
+
+class Ready(_Said, frozen=True):
+    """Worker or sweeper: the policy numbered `generation` is in force here.
+
+    A worker says what its packets are read by (`rstguard.kernel.readers`).
+    """
+
+    generation: Count
+    reader: Annotated[str, Meta(pattern=r"\A[a-z_-]{0,32}\Z")] = ""
+
+
+class Failed(_Said, frozen=True):
+    """Worker or sweeper: cannot go on, and why; one line is made of it."""
+
+    sentence: str
+
+    def __post_init__(self) -> None:
+        msgspec.structs.force_setattr(self, "sentence", values.one_line(self.sentence))
+
+
+class Observed(_Said, frozen=True):
+    """A rule that only observes was crossed."""
+
+    flow: Tuple
+    rule: RuleName
+    reason: Reason
+
+    def __post_init__(self) -> None:
+        values.check_flow(self.flow)
+
+
+class Overloaded(_Said, frozen=True):
+    """Worker: what it now leaves undone, as its queue fills or empties."""
+
+    pid: Count
+    level: Level
+
+
+class Counts(_Said, frozen=True):
+    """Worker or sweeper: what was counted since it started (totals, by name)."""
+
+    totals: Annotated[Mapping[CountName, Count], Meta(max_length=MOST_NAMES)]
+
+    def __post_init__(self) -> None:
+        values.check_printable("".join(self.totals))
+
+
+class Explained(_Said, frozen=True):
+    """Worker or sweeper: how much of each rule's limit the source has used, 1 being all."""
+
+    number: Count
+    used: Annotated[Mapping[RuleName, float], Meta(max_length=MOST_NAMES)]
+
+
+class NearestAre(_Said, frozen=True):
+    """Worker or sweeper: who is nearest."""
+
+    number: Count
+    nearest: Annotated[tuple[Near, ...], Meta(max_length=MOST_NAMES)]
+
+    def __post_init__(self) -> None:
+        for rule, subject, _ in self.nearest:
+            values.check_printable(rule, values.LONGEST_NAME)
+            values.check_printable(subject, values.LONGEST_NAME)
+
+
+class Unconfirmed(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A connection that was condemned but not seen to die, and what is known of it."""
+
+    flow: Tuple
+    sentence: Text
+
+    def __post_init__(self) -> None:
+        values.check_flow(self.flow)
+        values.check_printable(self.sentence)
+
+
+class Killed(_Said, frozen=True):
+    """Sweeper: the outcome of `Kill`."""
+
+    number: Count
+    matched: Count
+    confirmed: Count
+    unconfirmed: Annotated[tuple[Unconfirmed, ...], Meta(max_length=MOST_NAMES)] = ()
+
+
+class NotKilled(_Said, frozen=True):
+    """Sweeper: how many condemned connections were not seen to die, and the first of them."""
+
+    count: Count
+    unconfirmed: Annotated[tuple[Unconfirmed, ...], Meta(max_length=MOST_NAMES)]
+
+
+class Measured(_Said, frozen=True):
     """Worker or sweeper: a part of what sources showed of a rule's measure, by their keys."""
 
-    number: int
-    rule: str
-    shown: tuple[tuple[int, int], ...]
+    number: Count
+    rule: RuleName
+    shown: tuple[tuple[int, Count], ...]
+
+    def __post_init__(self) -> None:
+        values.check_keys([key for key, _ in self.shown])
 
 
-@dataclass(frozen=True, slots=True)
-class LookProductive:
+class LookProductive(_Said, frozen=True):
     """Sweeper: a part of the sources that look productive (`rstguard.engine.shown.Breadth`)."""
 
-    number: int
+    number: Count
     sources: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        values.check_keys(self.sources)
 
-@dataclass(frozen=True, slots=True)
-class AllMeasured:
+
+class AllMeasured(_Said, frozen=True):
     """Worker or sweeper: all was told; so often a source had to make room for others."""
 
-    number: int
-    left_out: int
+    number: Count
+    left_out: Count
 
 
-@dataclass(frozen=True, slots=True)
-class FoundProductive:
+class FoundProductive(_Said, frozen=True):
     """Sweeper: so many sources look productive by now."""
 
-    count: int
+    count: Count
+
+
+Order = NewPolicy | Offences | Recheck | Learn | Stop
+Question = Explain | Nearest | Kill | Tell
+ToChild = Start | Order | Question | Productive | Blocked | Reset
+
+Reply = Explained | NearestAre | Killed | Measured | LookProductive | AllMeasured
+News = Blocked | Reset | Observed | Overloaded | Productive | NotKilled | FoundProductive
+OfItself = Ready | Failed | Counts
+"""What concerns nobody but the process that says it."""
+FromChild = OfItself | News | Reply
 
 
 def blocked_message(effect: Ban | Shun, enforced: bool, by_worker: bool = True) -> Blocked:
     """Return the report of a ban or shun that was carried out (or would have been)."""
-    element = element_of(effect)
-    return Blocked(
-        element.kind,
-        effect.source,
-        element.remaining or 0,
-        effect.rule,
-        effect.reason,
-        element.keep_existing,
-        enforced,
-        by_worker,
-        effect.offence if isinstance(effect, Ban) else 0,
-    )
+    offence = effect.offence if isinstance(effect, Ban) else 0
+    return Blocked(element_of(effect), effect.reason, enforced, by_worker, offence)

@@ -133,6 +133,9 @@ class PacketQueue(Pollable, Protocol):
     def set_fail_open(self, fail_open: bool) -> None:
         """Choose what happens to a packet that finds the queue full: pass (True) or drop."""
 
+    def state(self) -> QueueState:
+        """Return how the kernel sees this queue now."""
+
     def close(self) -> None:
         """Give the queue up; packets still in it are dropped."""
 

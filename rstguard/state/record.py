@@ -15,7 +15,7 @@ from rstguard.engine.address import Prefix, parse_prefix
 from rstguard.engine.sources import Offence
 from rstguard.ipc.messages import Blocked, Offences
 from rstguard.kernel import KernelError
-from rstguard.kernel.elements import Element, Kind
+from rstguard.kernel.elements import Element
 from rstguard.kernel.seam import ElementSets
 from rstguard.state.store import Store, StoreError
 from rstguard.state.waiting import MOST_OFFENCES, Waiting
@@ -137,12 +137,11 @@ class Record:
 
     def blocked(self, message: Blocked) -> None:
         """Note a ban or shun that is in force."""
-        kind: Kind = "ban" if message.kind == "ban" else "shun"
-        keep = message.keep_existing
-        self.blocked_element(Element(message.source, kind, message.rule, message.seconds, keep))
+        element = message.element
+        self.blocked_element(element)
         if message.offence:
-            self._waiting.offended(message.rule, str(message.source), message.offence)
-            self._know((message.rule, message.source), message.offence, self._now())
+            self._waiting.offended(element.rule, str(element.source), message.offence)
+            self._know((element.rule, element.source), message.offence, self._now())
 
     def blocked_element(self, element: Element) -> None:
         """Note an element that was put into its set."""

@@ -51,14 +51,9 @@ class Bans:
     def heard(self, message: Blocked) -> None:
         """Note a ban or shun; a ban also ends the source's connections."""
         guard = self._guard
-        event = Event(
-            message.kind,
-            str(message.source),
-            message.rule,
-            message.reason,
-            detail=f"for {message.seconds} s",
-            enforced=message.enforced,
-        )
+        element = message.element
+        source, rule, detail = str(element.source), element.rule, f"for {element.remaining} s"
+        event = Event(element.kind, source, rule, message.reason, detail, message.enforced)
         guard.events.add(event)
         if message.enforced:
             self._record.blocked(message)
@@ -67,11 +62,11 @@ class Bans:
                 guard.sweeper.send(message)
 
     def _count(self, message: Blocked) -> None:
-        if message.kind != "ban" or message.reason is Reason.KILLED:
+        if message.element.kind != "ban" or message.reason is Reason.KILLED:
             return
         guard = self._guard
         now = asyncio.get_running_loop().time()
-        over = self._cap.over(message.source, guard.ruleset.bans_per_minute, now)
+        over = self._cap.over(message.element.source, guard.ruleset.bans_per_minute, now)
         if over and guard.ruleset.enforce:
             self._over.set()
 
@@ -83,7 +78,7 @@ class Bans:
         """
         element = Element(source, "ban", MANUAL, seconds, keep_existing)
         await asyncio.to_thread(self._place, [element], shorten=True)
-        self.heard(Blocked("ban", source, seconds, MANUAL, Reason.KILLED, keep_existing))
+        self.heard(Blocked(element, Reason.KILLED))
 
     async def add_list(self, elements: list[Element]) -> None:
         """Ban many sources, with one event for all: who they are is in the list.

@@ -17,10 +17,19 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
 from enum import Enum
-from typing import Any, Final
+from typing import Final
 
-from rstguard.ipc.channel import Channel, Closed
-from rstguard.ipc.messages import Counts, Failed, NewPolicy, Ready, Stop
+from rstguard.ipc.channel import Closed, Garbled, SupervisorEnd
+from rstguard.ipc.messages import (
+    Counts,
+    Failed,
+    NewPolicy,
+    News,
+    Ready,
+    Reply,
+    Stop,
+    ToChild,
+)
 from rstguard.kernel.confine import cause_of_death
 from rstguard.supervisor.backoff import Backoff
 from rstguard.supervisor.spawn import Kind, Process, Spawn, Spawned
@@ -60,8 +69,8 @@ class Child:
         kind: Kind,
         spawn: Spawn,
         first: Spawned | None,
-        start: Callable[[], Iterable[object]],
-        hear: Callable[[Any], None],
+        start: Callable[[], Iterable[ToChild]],
+        hear: Callable[[News | Reply], None],
         changed: Callable[[Child, str], None],
     ) -> None:
         """Nothing happens before `live`.
@@ -87,7 +96,7 @@ class Child:
         self._hear = hear
         self._changed = changed
         self._process: Process | None = None
-        self._channel: Channel | None = None
+        self._channel: SupervisorEnd | None = None
         self._ended = asyncio.Event()
         self._settled = asyncio.Event()
         """Set once it serves, or has failed, for the first time."""
@@ -223,7 +232,7 @@ class Child:
             self._process.kill()
         self._ended.set()
 
-    def send(self, message: object) -> None:
+    def send(self, message: ToChild) -> None:
         """Send a message; a process that just died misses nothing: its successor starts anew."""
         channel = self._channel
         if channel is None:
@@ -232,11 +241,11 @@ class Child:
             channel.send(message)
         self._flush_later(channel)
 
-    def _flush_later(self, channel: Channel) -> None:
+    def _flush_later(self, channel: SupervisorEnd) -> None:
         if channel.waiting and channel is self._channel:
             asyncio.get_running_loop().call_later(_FLUSH_SECONDS, self._flush, channel)
 
-    def _flush(self, channel: Channel) -> None:
+    def _flush(self, channel: SupervisorEnd) -> None:
         if channel is self._channel:
             with contextlib.suppress(Closed):
                 channel.flush()
@@ -259,9 +268,12 @@ class Child:
         finally:
             self._waits.pop(policy.generation, None)
 
-    def _readable(self, channel: Channel) -> None:
+    def _readable(self, channel: SupervisorEnd) -> None:
         try:
             messages = channel.receive()
+        except Garbled as garbled:
+            self.end(str(garbled))
+            return
         except Closed:
             self._ended.set()
             return

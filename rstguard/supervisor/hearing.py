@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 from rstguard.engine.shedding import UNDONE, Level
 from rstguard.ipc.messages import (
@@ -11,10 +10,12 @@ from rstguard.ipc.messages import (
     Explained,
     Killed,
     NearestAre,
+    News,
     NotKilled,
     Observed,
     Overloaded,
     Productive,
+    Reply,
     Reset,
 )
 from rstguard.observe.events import Event
@@ -35,7 +36,7 @@ class Hearing:
         self.nearest: Inquiry[NearestAre] = Inquiry()
         self.killed: Inquiry[Killed] = Inquiry()
 
-    def hear(self, message: Any) -> None:
+    def hear(self, message: News | Reply) -> None:
         """Note what a worker or the sweeper did, and pass on what concerns others."""
         guard = self._guard
         match message:
@@ -61,7 +62,7 @@ class Hearing:
                     worker.send(message)
             case Overloaded():
                 self._overloaded(message)
-            case _:
+            case _:  # what learning takes; the type checker knows that nothing else is left
                 self._learning.heard(message)
 
     def _reset(self, message: Reset) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from itertools import count
 from typing import Generic, TypeVar
 
-from rstguard.ipc.messages import Explained, Killed, NearestAre
+from rstguard.ipc.messages import Explained, Killed, NearestAre, Question
 from rstguard.supervisor.child import Child
 
 Answered = TypeVar("Answered", Explained, Killed, NearestAre)
@@ -31,7 +31,10 @@ class Inquiry(Generic[Answered]):
                 done.set()
 
     async def ask(
-        self, question: Callable[[int], object], whom: Iterable[Child], seconds: float
+        self,
+        question: Callable[[int], Question],
+        whom: Iterable[Child],
+        seconds: float,
     ) -> list[Answered]:
         """Ask those of the processes that serve, and return what came in time.
 

@@ -6,10 +6,10 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Any, Final
+from typing import Final
 
 from rstguard.engine.ruleset import RuleSet
-from rstguard.ipc.messages import NewPolicy, Start
+from rstguard.ipc.messages import NewPolicy, News, Reply, Start, ToChild
 from rstguard.observe.events import Event
 from rstguard.state.record import Record
 from rstguard.supervisor.child import Child, State
@@ -34,7 +34,7 @@ class Processes:
         guard: Guard,
         record: Record,
         learning: Learning,
-        hear: Callable[[Any], None],
+        hear: Callable[[News | Reply], None],
         options: Options,
     ) -> None:
         """Build them, and make them known to `guard`; nothing is started."""
@@ -57,7 +57,7 @@ class Processes:
             Child("sweeper", "sweeper", options.spawn, sweeper, start, hear, self._changed)
         )
 
-    def _starting(self, queue: int, index: int) -> Callable[[], Iterable[object]]:
+    def _starting(self, queue: int, index: int) -> Callable[[], Iterable[ToChild]]:
         guard, record, learning = self._guard, self._record, self._learning
         return lambda: (
             Start(guard.ruleset, queue, index),

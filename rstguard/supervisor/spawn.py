@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import Final, Literal, NamedTuple, Protocol
 
-from rstguard.ipc.channel import Channel, pair
+from rstguard.ipc.channel import SupervisorEnd, pair, supervisor_end
 from rstguard.ipc.entry import CHANNEL_FD, take_priority
 from rstguard.kernel import KernelError
 from rstguard.kernel.command import spawn as start
@@ -40,7 +40,7 @@ class Spawned(NamedTuple):
 
     kind: Kind
     process: Process
-    channel: Channel
+    channel: SupervisorEnd
 
 
 Spawn = Callable[[Kind], Spawned]
@@ -66,7 +66,7 @@ def spawn(kind: Kind) -> Spawned:
         raise
     finally:
         theirs.close()
-    return Spawned(kind, process, Channel(ours))
+    return Spawned(kind, process, supervisor_end(ours))
 
 
 def spawn_all(workers: int) -> tuple[Spawned, ...]:

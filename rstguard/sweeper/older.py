@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import fnmatch
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 
 from rstguard.engine.ruleset import Scope
-from rstguard.kernel.conntrack import Conntrack
 from rstguard.kernel.marks import GUARDED, PROVEN
-from rstguard.kernel.routes import ways
+from rstguard.kernel.seam import Connections
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +22,11 @@ _MOST_ROUTES = 100_000
 """Different clients whose route is asked for, at about 10 µs each."""
 
 
-def adopt_existing(table: Conntrack, scope: Scope) -> int:
+Ways = Callable[[Sequence[int]], list[str]]
+"""Tells the interface that the route to each address leads out of (`rstguard.kernel.routes`)."""
+
+
+def adopt_existing(table: Connections, scope: Scope, ways: Ways) -> int:
     """Mark the older connections that the scope covers as guarded; return how many.
 
     Raises:
@@ -36,13 +39,13 @@ def adopt_existing(table: Conntrack, scope: Scope) -> int:
         and scope.protects(flow.original.destination, flow.original.destination_port)
         and not scope.trusts(flow.original.source)
     ]
-    outside = _outside({flow.original.source for flow in candidates}, scope.interfaces)
+    outside = _outside({flow.original.source for flow in candidates}, scope.interfaces, ways)
     adopted = [flow for flow in candidates if flow.original.source in outside]
     bits = GUARDED | PROVEN
     return sum(1 for code in table.set_mark(adopted, bits, bits) if code == 0) if adopted else 0
 
 
-def _outside(clients: set[int], patterns: Collection[str]) -> set[int]:
+def _outside(clients: set[int], patterns: Collection[str], ways: Ways) -> set[int]:
     """Return the clients to whom the route leads out of an interface that fits a pattern."""
     if len(clients) > _MOST_ROUTES:
         log.warning(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rstguard.engine.nearest import Near, merged
-from rstguard.ipc.channel import Channel
+from rstguard.ipc.channel import ChildEnd
 from rstguard.ipc.messages import Nearest, NearestAre
 
 
@@ -31,7 +31,7 @@ class Looking:
         """Take up a search (`rstguard.engine.engine.Engine.nearest`)."""
         self._search = search
 
-    def step(self, channel: Channel) -> None:
+    def step(self, channel: ChildEnd) -> None:
         """Go one step on, and answer all questions when it was the last."""
         if self._search is None:
             return

@@ -17,6 +17,7 @@ from tests.bench.blocks import blocks
 from tests.bench.engine_speed import engine
 from tests.bench.figures import Benchmark, Figure, as_data, table
 from tests.bench.kills import kills
+from tests.bench.messages import messages
 from tests.bench.queue_speed import queue, suricata, workers
 from tests.bench.replay_speed import replays
 from tests.bench.resets import resets
@@ -29,6 +30,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     kills,
     blocks,
     engine,
+    messages,
     queue,
     suricata,
     workers,

@@ -248,8 +248,8 @@ def record_of(directory: Path, sets: FakeSets | None = None, wall: Clock | None 
 
 
 def banned(source: str, offence: int = 0) -> Blocked:
-    prefix = parse_prefix(source)
-    return Blocked("ban", prefix, 600, "ssh-brute", Reason.KILLED, False, offence=offence)
+    element = Element(parse_prefix(source), "ban", "ssh-brute", 600)
+    return Blocked(element, Reason.KILLED, offence=offence)
 
 
 @contextlib.contextmanager

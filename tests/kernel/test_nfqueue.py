@@ -17,9 +17,10 @@ import pytest
 from rstguard.engine.ruleset import RuleSet
 from rstguard.engine.verdict import PASS, PASS_AND_TRUST, Decision, Reason, Verdict
 from rstguard.engine.wire import ACK, Malformed, Packet, parse
-from rstguard.ipc.channel import Channel, pair
+from rstguard.ipc.channel import child_end, pair
 from rstguard.ipc.messages import Start
 from rstguard.kernel import KernelError
+from rstguard.kernel.linux import Linux
 from rstguard.kernel.nfqueue import LENGTH, MOST, Queue, Queued, states
 from rstguard.kernel.readers import BINDING, BUILT_IN, CHOICE
 from rstguard.worker.worker import Worker
@@ -232,7 +233,7 @@ def test_what_cannot_be_judged_fares_as_on_failure_says(
     """An engine that fails in the middle of a batch costs no other packet its own verdict."""
     rules: RuleSet = replace(ruleset(), fail_open=fail_open, enforce=enforce)
     ours, _theirs = pair()
-    worker = Worker(Channel(ours), Start(rules, NUMBER))
+    worker = Worker(child_end(ours), Start(rules, NUMBER), Linux())
 
     def decide(packet: Packet | Malformed, now: int) -> Decision:
         assert isinstance(packet, Packet)
@@ -240,14 +241,14 @@ def test_what_cannot_be_judged_fares_as_on_failure_says(
             raise RuntimeError("as if the engine had a bug")
         return (PASS, PASS_AND_TRUST, DROPPED)[packet.source_port % 3]
 
-    worker._decide = decide
+    worker._judging.decide = decide
     send(*range(1, 101))
-    assert worker._work_off()
+    worker.turn()
     assert arrived(arrivals) == [
         port
         for port in range(1, 101)
         if (fail_open if port % 5 == 0 else port % 3 != 2 or not enforce)
     ]
-    assert worker._counts == Counter(failed=20)
+    assert worker._reporting.counts == Counter(failed=20)
     assert states()[NUMBER].waiting == 0
-    worker._queue.close()
+    worker.close()

@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Callable
 from contextlib import suppress
 
-from rstguard.ipc.channel import Channel, Closed, pair
-from rstguard.ipc.messages import NewPolicy, Ready, Start, Stop
+from rstguard.ipc.channel import Closed, child_end, pair, supervisor_end
+from rstguard.ipc.messages import FromChild, NewPolicy, Ready, Start, Stop
 from rstguard.supervisor.child import Child
 from rstguard.supervisor.spawn import Kind, Spawned
 
@@ -20,7 +20,7 @@ class Played:
     def __init__(self, pid: int) -> None:
         ours, theirs = pair()
         self.pid = pid
-        self.ours, self.theirs = Channel(ours), Channel(theirs)
+        self.ours, self.theirs = supervisor_end(ours), child_end(theirs)
         self.status: int | None = None
         self.heard: list[object] = []
 
@@ -38,7 +38,7 @@ class Played:
             self.status = status
             self.theirs.close()
 
-    def say(self, message: object) -> None:
+    def say(self, message: FromChild) -> None:
         """Send a message to the supervisor."""
         self.theirs.send(message)
 

@@ -31,9 +31,11 @@ def guard_of(loaded: Loaded | None = None) -> Guard:
     )
     stage = Stage()
     for name in ("worker of queue 0", "worker of queue 1"):
-        child = Child(name, "worker", stage.spawn, None, list, [].append, Told())
+        child = Child(name, "worker", stage.spawn, None, list, list[object]().append, Told())
         guard.workers.append(child)
-    guard.sweepers.append(Child("sweeper", "sweeper", stage.spawn, None, list, [].append, Told()))
+    guard.sweepers.append(
+        Child("sweeper", "sweeper", stage.spawn, None, list, list[object]().append, Told())
+    )
     for child in guard.children:
         child.state = State.SERVING
         child.forgive()

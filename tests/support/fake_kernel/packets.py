@@ -188,6 +188,11 @@ class FakeQueue:
         """Choose what happens to a packet that finds the queue full: pass (True) or drop."""
         self._bound.fail_open = fail_open
 
+    def state(self) -> QueueState:
+        """Return how the kernel sees this queue now."""
+        self._check_open()
+        return self._packets.states()[self.number]
+
     def _check_open(self) -> None:
         if self._packets.queues.get(self.number) is not self._bound:
             raise OSError(errno.EBADF, "the queue was given up")
