@@ -46,6 +46,14 @@ _BOUNDS: Final = (
     ("policies", "number", MOST_POLICIES),
 )
 """Table, the column by which the oldest are found, and how many rows stay."""
+_COLUMNS: Final = 5
+_REPLACE: Final = "INSERT OR REPLACE INTO blocks VALUES (?, ?, ?, ?, ?)"
+_PROLONG: Final = (
+    "INSERT INTO blocks VALUES (?, ?, ?, ?, ?) ON CONFLICT (source, kind) DO UPDATE SET"
+    " rule = excluded.rule, expires = excluded.expires, keep_existing = excluded.keep_existing"
+    " WHERE excluded.expires > blocks.expires"
+)
+"""Of two bans of one source the longer stays, as the kernel's sets have it."""
 
 _T = TypeVar("_T")
 
@@ -153,8 +161,9 @@ class Store:
             database.execute("UPDATE offences SET last = last + ?", (further,))
         gone = (key for key, row in changes.blocks.items() if row is None)
         database.executemany("DELETE FROM blocks WHERE source = ? AND kind = ?", gone)
-        rows = (row._replace(expires=row.expires + shift) for row in _there(changes))
-        database.executemany("INSERT OR REPLACE INTO blocks VALUES (?, ?, ?, ?, ?)", rows)
+        for row in _there(changes):
+            values = row._replace(expires=row.expires + shift)[:_COLUMNS]
+            database.execute(_REPLACE if row.replaces else _PROLONG, values)
         offences = (row._replace(last=row.last + shift) for row in changes.offences.values())
         database.executemany("INSERT OR REPLACE INTO offences VALUES (?, ?, ?, ?)", offences)
         for step in changes.history:
@@ -180,11 +189,34 @@ class Store:
             further, shift = changes.shift - self._shifted, changes.shift
             columns = "source, kind, rule, expires, keep_existing"
             read = self._rows(f"SELECT {columns} FROM blocks", Block)  # noqa: S608
-            found = {row[:2]: row for row in read if row[:2] not in changes.blocks}
             now = self._clock()
-            rows = [(row, now - further) for row in found.values()]
-            rows += [(row, now - shift) for row in _there(changes)]
-            return self._made(rows, _element)
+            rows = {row[:2]: (row, now - further) for row in read}
+            for key, row in changes.blocks.items():
+                if row is None:
+                    rows.pop(key, None)
+                elif row.replaces or not _lasts_longer(rows.get(key), row, now - shift):
+                    rows[key] = row, now - shift
+            return self._made(rows.values(), _element)
+
+    def count(self, seconds: float) -> int:
+        """Return how many bans and shuns last for so many seconds at least, as the file has it.
+
+        What waits to be written is not counted yet, and what is to be forgotten no longer.
+
+        Raises:
+            StoreError: the file could not be read.
+        """
+        with self._lock:
+            changes = self._collected()
+            least = self._clock() + seconds - (changes.shift - self._shifted)
+            gone = sum(row is None or row.replaces for row in changes.blocks.values())
+            try:
+                (found,) = self._database.execute(
+                    "SELECT count(*) FROM blocks WHERE expires > ?", (least,)
+                ).fetchone()
+            except sqlite3.Error as error:
+                raise StoreError(f"{self.path} could not be read ({error})") from None
+        return max(0, int(found) - gone)
 
     def offences(self) -> tuple[Offence, ...]:
         """Return who was banned how often by which rule, and how long ago (nanoseconds).
@@ -278,6 +310,16 @@ def _write_step(database: sqlite3.Connection, step: Step) -> None:
 
 def _there(changes: Changes) -> Iterable[Block]:
     return (row for row in changes.blocks.values() if row is not None)
+
+
+def _lasts_longer(held: tuple[Block, float] | None, row: Block, now: float) -> bool:
+    """Tell whether what the file holds, and when its clock is, lasts longer than a row."""
+    if held is None:
+        return False
+    try:
+        return held[0].expires - held[1] > row.expires - now
+    except TypeError:  # damage that SQLite does not notice
+        return False
 
 
 def _element(row: Block, now: float) -> Element | None:

@@ -50,13 +50,16 @@ class Bans:
 
     def heard(self, message: Blocked) -> None:
         """Note a ban or shun; a ban also ends the source's connections."""
+        self._note(message, replaces=False)
+
+    def _note(self, message: Blocked, replaces: bool) -> None:
         guard = self._guard
         element = message.element
         source, rule, detail = str(element.source), element.rule, f"for {element.remaining} s"
         event = Event(element.kind, source, rule, message.reason, detail, message.enforced)
         guard.events.add(event)
         if message.enforced:
-            self._record.blocked(message)
+            self._record.blocked(message, replaces)
             self._count(message)
             if message.by_worker:
                 guard.sweeper.send(message)
@@ -77,8 +80,9 @@ class Bans:
             KernelError: the kernel refused.
         """
         element = Element(source, "ban", MANUAL, seconds, keep_existing)
-        await asyncio.to_thread(self._place, [element], shorten=True)
-        self.heard(Blocked(element, Reason.KILLED))
+        async with self._record.changing:
+            await asyncio.to_thread(self._replace, element)
+            self._note(Blocked(element, Reason.KILLED), replaces=True)
 
     async def add_list(self, elements: list[Element]) -> None:
         """Ban many sources, with one event for all: who they are is in the list.
@@ -99,8 +103,9 @@ class Bans:
         Raises:
             KernelError: the kernel refused.
         """
-        removed = await asyncio.to_thread(self._lift, [source])
-        self._record.unblocked(str(source))
+        async with self._record.changing:
+            removed = await asyncio.to_thread(self._lift, [source])
+            self._record.unblocked(str(source))
         if removed:
             self._guard.events.add(Event("unban", str(source), MANUAL))
         return bool(removed)
@@ -143,20 +148,28 @@ class Bans:
     async def _free(self, sources: list[Prefix]) -> None:
         while sources:
             try:
-                await asyncio.to_thread(self._lift, sources)
+                async with self._record.changing:
+                    await asyncio.to_thread(self._lift, sources)
+                    for source in sources:
+                        self._record.unblocked(str(source))
                 break
             except KernelError as error:
                 log.error("the bans of the last minute cannot be lifted yet: %s", error)
                 await asyncio.sleep(_AGAIN_SECONDS)
-        for source in sources:
-            self._record.unblocked(str(source))
         if sources:
             detail = "banned in the minute before the policy ran away"
             self._guard.events.add(Event("unban", f"{len(sources)} sources", detail=detail))
 
-    def _place(self, elements: Iterable[Element], shorten: bool = False) -> None:
+    def _place(self, elements: Iterable[Element]) -> None:
         with self._kernel.sets() as sets:
-            sets.add(elements, shorten)
+            sets.add(elements)
+
+    def _replace(self, element: Element) -> None:
+        """Place a ban instead of whatever blocks its source by now, also in another set."""
+        other = element._replace(keep_existing=not element.keep_existing)
+        with self._kernel.sets() as sets:
+            sets.add([element], shorten=True)
+            sets.take(other.set_name, [element.source])
 
     def _lift(self, sources: list[Prefix]) -> int:
         with self._kernel.sets() as sets:

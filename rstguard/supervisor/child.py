@@ -254,15 +254,16 @@ class Child:
     async def adopt(self, policy: NewPolicy, seconds: float) -> None:
         """Send a new policy and wait until it is in force.
 
-        A process that does not serve adopts it with its start.
+        One that is starting may have been started with the old policy: it reads this after that,
+        and is not waited for.
 
         Raises:
             TimeoutError: no answer in time.
         """
+        self.send(policy)
         if not self.serves:
             return
         adopted = self._waits[policy.generation] = asyncio.get_running_loop().create_future()
-        self.send(policy)
         try:
             await asyncio.wait_for(adopted, seconds)
         finally:

@@ -22,6 +22,8 @@ class Promise:
     until: float
     rule: str
     told: float
+    late: float = 0.0
+    """By so many seconds at most it was told late."""
     fragile: bool = False
     """It was told in the moment before its supervisor was killed, and is not on the disk."""
 
@@ -44,7 +46,8 @@ class Ledger:
         self.pending: tuple[str, float] | None = None
         self.kinds: dict[str, int] = {}
         world.on_event.append(self._heard)
-        world.on_kill.append(self._killed)
+        world.on_end.append(self._killed)
+        world.on_loss.append(self.excuse_fragile)
 
     def _heard(self, event: dict[str, Any]) -> None:
         now, kind, subject = self._world.loop.time(), event["kind"], event["subject"]
@@ -53,7 +56,9 @@ class Ledger:
         if kind in ("ban", "shun") and event["enforced"]:
             found = _FOR.search(detail)
             assert found
-            self.promise(subject, kind, now + int(found[1]), event["rule"])
+            # Who was stopped himself hears late of what was done.
+            late = self._world.late if now < self._world.late_until else 0.0
+            self.promise(subject, kind, now + int(found[1]) - late, event["rule"], late)
         elif kind == "unban":
             self._lifted(subject, now)
         elif kind == "policy" and not detail.startswith("confirmed"):
@@ -65,13 +70,15 @@ class Ledger:
         elif kind in ("process", "restart"):
             self.changed[subject] = (detail.split(":")[0], now)
 
-    def promise(self, source: str, kind: str, until: float, rule: str) -> None:
+    def promise(
+        self, source: str, kind: str, until: float, rule: str, late: float = 0.0
+    ) -> None:
         """Somebody was told that a source is blocked until then; the longest counts."""
         before = self.bans.get((source, kind))
         now = self._world.loop.time()
         if before is not None and before.until > until and rule != "manual":
             return
-        self.bans[source, kind] = Promise(until, rule, now)
+        self.bans[source, kind] = Promise(until, rule, now, late)
 
     def _lifted(self, subject: str, now: float) -> None:
         if subject.endswith(" sources"):
@@ -98,7 +105,9 @@ class Ledger:
         self.changed.clear()
         kept = self.on_disk()
         for key, promise in self.bans.items():
-            promise.fragile = key not in kept
+            promise.fragile = key not in kept or promise.told > self._world.loop.time() - 1.5
+        # What was lifted while nothing could be written comes back.
+        self.doubtful |= kept.keys() - self.bans.keys()
 
     def on_disk(self) -> dict[tuple[str, str], float]:
         """Return what the file holds: source and kind, and when it ends (seconds since 1970)."""

@@ -22,6 +22,10 @@ FIRST_FAKE = 1 << 20
 """Descriptors from here on are the fake kernel's."""
 
 
+BEGINNING = 1000.0
+"""The virtual time at which a world begins, in seconds."""
+
+
 class Dead(BaseException):
     """The process was killed in the middle of what it did."""
 
@@ -92,11 +96,11 @@ class _Selector(selectors.EpollSelector):
 
 
 class SimLoop(asyncio.SelectorEventLoop):
-    """The loop of one simulated world; virtual time begins at 1000 s."""
+    """The loop of one simulated world; virtual time begins at `BEGINNING`."""
 
     def __init__(self, rng: random.Random) -> None:
         self.virtual = _Selector(rng)
-        self.virtual.now = 1000.0
+        self.virtual.now = BEGINNING
         super().__init__(self.virtual)
         self.set_default_executor(Late(self, rng))
 

@@ -102,7 +102,8 @@ class Traffic:
         if number not in packets.queues:
             sent.passed, sent.closed = bypass, not bypass
             return sent
-        packet = Packet(source, SERVER, port, to, self._number, 0, flags, 64240, 0)
+        state = marks.STATES[mark >> marks.BASE & 127]
+        packet = Packet(source, SERVER, port, to, self._number, 0, flags, 64240, 0, state)
         sent.queued = bool(packets.queue(number, packet, mark))
         sent.closed = not bypass
         if reader := self._world.processes.reading(number):

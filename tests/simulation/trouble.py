@@ -288,9 +288,14 @@ class Trouble:
             return
         self._world.note(f"stop {one.owner.name}")
         one.owner.stopped = True
-        await asyncio.sleep(self.rng.choice((0.5, 3, 8, 20)))
-        self._world.loop.resume(one.owner)
-        self.held_until = self._world.loop.time() + 10
+        began = self._world.loop.time()
+        try:
+            await asyncio.sleep(self.rng.choice((0.5, 3, 8, 20)))
+        finally:
+            now = self._world.loop.time()
+            self._world.late, self._world.late_until = now - began, now + 1
+            self.held_until = now + 10
+            self._world.loop.resume(one.owner)
 
     async def restart(self) -> None:
         """The service manager stops the guard in order, and starts it again."""
@@ -328,6 +333,4 @@ class Trouble:
                 one.go_on()
         if (one_guard := world.current) is not None:
             one_guard.kernel.dies_in = None
-            if one_guard.owner.stopped:
-                world.loop.resume(one_guard.owner)
         world.panic_file.unlink(missing_ok=True)

@@ -220,7 +220,11 @@ class World(logging.Handler):
         self.log: list[str] = []
         self.problems: list[str] = []
         self.on_event: list[Callable[[dict[str, Any]], None]] = []
-        self.on_kill: list[Callable[[Incarnation], None]] = []
+        self.on_end: list[Callable[[Incarnation], None]] = []
+        self.on_loss: list[Callable[[], None]] = []
+        """Called before sets of the banned are taken away by whoever may do so."""
+        self.late = self.late_until = 0.0
+        """By how many seconds the supervisor may hear late what was told, and until when."""
         self.current: Incarnation | None = None
         self.incarnations: list[Incarnation] = []
         self.tasks: list[asyncio.Task[Any]] = []
@@ -300,7 +304,7 @@ class World(logging.Handler):
         if one.owner.dead or one.over:
             return
         self.note(f"{one.owner.name} is killed")
-        for hook in self.on_kill:
+        for hook in self.on_end:
             hook(one)
         one.owner.dead = True
         one.over = True
@@ -320,6 +324,10 @@ class World(logging.Handler):
     def ended(self, one: Incarnation) -> None:
         """A supervisor has ended by itself."""
         self.note(f"{one.owner.name} ends: {one.error or 'in order'}")
+        for hook in self.on_end:
+            hook(one)
+        if not self.keep_bans:
+            self._lose()
         one.owner.dead = True
         one.close()
         one.give_up()
@@ -337,9 +345,15 @@ class World(logging.Handler):
         if self.wanted:
             self.loop.outside(self.rng.uniform(0.1, 1.0), self.start)
 
+    def _lose(self) -> None:
+        for hook in self.on_loss:
+            hook()
+
     def _clean(self) -> None:
         if self.current is None:
             self.note("cleanup")
+            if not self.keep_bans:
+                self._lose()
             with contextlib.suppress(KernelError):
                 Footprint(self.kernel, self.run_directory, range(0)).remove(self.keep_bans)
 
