@@ -54,6 +54,8 @@ class Record:
         self.problem = ""
         """Why nothing is kept at present, or ""."""
         self.store: Store | None = None
+        self.opened_late: Callable[[], None] = lambda: None
+        """Called when the store, which could not be used at the start, is open."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ahead = 0.0
         """Seconds by which the wall's clock was ahead of the loop's, which nobody can set."""
@@ -110,6 +112,17 @@ class Record:
             if elements:
                 await asyncio.to_thread(self._add, elements)
         return len(elements)
+
+    async def holds(self, source: str) -> bool:
+        """Tell whether a ban or shun of exactly this source is remembered."""
+        store = self.store
+        if store is None:
+            return False
+        try:
+            return await asyncio.to_thread(store.holds, source)
+        except StoreError as error:
+            self._fails(error)
+            return False
 
     async def count(self) -> int:
         """Return how many bans and shuns are remembered that surely are in force, or 0.
@@ -192,6 +205,7 @@ class Record:
         await self._try_to_open()
         if self.store is None:
             return
+        self.opened_late()
         try:
             count = await self.bring_back()
         except KernelError as error:

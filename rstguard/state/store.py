@@ -20,9 +20,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final, TypeVar
 
-from rstguard.engine.address import parse_prefix
 from rstguard.engine.sources import Offence
-from rstguard.kernel.elements import MAX_SECONDS, Element, Kind
+from rstguard.kernel.elements import Element
 from rstguard.state.database import last_number, open_or_set_aside
 from rstguard.state.history import (
     KEPT,
@@ -35,6 +34,7 @@ from rstguard.state.history import (
     after,
     entry_of,
 )
+from rstguard.state.rows import KINDS, element_of, lasts_longer, offence_of, there
 from rstguard.state.waiting import MOST_OFFENCES, Block, Changes, Offended, Waiting
 
 FILE_NAME: Final = "state.db"
@@ -161,7 +161,7 @@ class Store:
             database.execute("UPDATE offences SET last = last + ?", (further,))
         gone = (key for key, row in changes.blocks.items() if row is None)
         database.executemany("DELETE FROM blocks WHERE source = ? AND kind = ?", gone)
-        for row in _there(changes):
+        for row in there(changes):
             values = row._replace(expires=row.expires + shift)[:_COLUMNS]
             database.execute(_REPLACE if row.replaces else _PROLONG, values)
         offences = (row._replace(last=row.last + shift) for row in changes.offences.values())
@@ -194,14 +194,30 @@ class Store:
             for key, row in changes.blocks.items():
                 if row is None:
                     rows.pop(key, None)
-                elif row.replaces or not _lasts_longer(rows.get(key), row, now - shift):
+                elif row.replaces or not lasts_longer(rows.get(key), row, now - shift):
                     rows[key] = row, now - shift
-            return self._made(rows.values(), _element)
+            return self._made(rows.values(), element_of)
+
+    def holds(self, source: str) -> bool:
+        """Tell whether exactly this source is banned or shunned, as the file has it and what waits.
+
+        Raises:
+            StoreError: the file could not be read.
+        """
+        with self._lock:
+            changes = self._collected()
+            keys = [(source, kind) for kind in KINDS if (source, kind) in changes.blocks]
+            if keys:
+                return any(changes.blocks[key] for key in keys)
+            least = self._clock() - (changes.shift - self._shifted)
+            statement = "SELECT count(*) FROM blocks WHERE source = ? AND expires > ?"
+            return self._number_of(statement, source, least) > 0
 
     def count(self, seconds: float) -> int:
-        """Return how many bans and shuns last for so many seconds at least, as the file has it.
+        """Return how many bans and shuns last for so many seconds at least, or fewer.
 
-        What waits to be written is not counted yet, and what is to be forgotten no longer.
+        It is the file's number: what waits to be written is not counted, and what is to be
+        forgotten is taken off, be it in the file or not.
 
         Raises:
             StoreError: the file could not be read.
@@ -210,13 +226,8 @@ class Store:
             changes = self._collected()
             least = self._clock() + seconds - (changes.shift - self._shifted)
             gone = sum(row is None or row.replaces for row in changes.blocks.values())
-            try:
-                (found,) = self._database.execute(
-                    "SELECT count(*) FROM blocks WHERE expires > ?", (least,)
-                ).fetchone()
-            except sqlite3.Error as error:
-                raise StoreError(f"{self.path} could not be read ({error})") from None
-        return max(0, int(found) - gone)
+            found = self._number_of("SELECT count(*) FROM blocks WHERE expires > ?", least)
+        return max(0, found - gone)
 
     def offences(self) -> tuple[Offence, ...]:
         """Return who was banned how often by which rule, and how long ago (nanoseconds).
@@ -234,7 +245,7 @@ class Store:
             now = self._clock()
             rows = [(row, now - further) for row in read if row[:2] not in changes.offences]
             rows += [(row, now - shift) for row in changes.offences.values()]
-            return tuple(self._made(rows, _offence))
+            return tuple(self._made(rows, offence_of))
 
     def add_policy(
         self, who: str, action: str, name: str, file: str, text: str, state: str = KEPT
@@ -277,6 +288,13 @@ class Store:
         with contextlib.suppress(StoreError):  # it waits; the next flush says why
             self.flush()
 
+    def _number_of(self, statement: str, *values: object) -> int:
+        try:
+            (found,) = self._database.execute(statement, values).fetchone()
+        except sqlite3.Error as error:
+            raise StoreError(f"{self.path} could not be read ({error})") from None
+        return int(found)
+
     def _rows(self, statement: str, kind: Callable[..., _T]) -> list[_T]:
         try:
             return [kind(*row) for row in self._database.execute(statement)]
@@ -306,36 +324,3 @@ def _write_step(database: sqlite3.Connection, step: Step) -> None:
             database.execute("UPDATE policies SET state = ? WHERE number = ?", (state, number))
         case Undone(text):
             database.execute("UPDATE policies SET state = ? WHERE text = ?", (UNDONE, text))
-
-
-def _there(changes: Changes) -> Iterable[Block]:
-    return (row for row in changes.blocks.values() if row is not None)
-
-
-def _lasts_longer(held: tuple[Block, float] | None, row: Block, now: float) -> bool:
-    """Tell whether what the file holds, and when its clock is, lasts longer than a row."""
-    if held is None:
-        return False
-    try:
-        return held[0].expires - held[1] > row.expires - now
-    except TypeError:  # damage that SQLite does not notice
-        return False
-
-
-def _element(row: Block, now: float) -> Element | None:
-    """Return the element of a row, or None if its time is over."""
-    seconds = min(int(row.expires - now), MAX_SECONDS)
-    source = parse_prefix(row.source)
-    one = Element(source, _kind(row.kind), row.rule, seconds, bool(row.keep_existing))
-    return one if one.comment and seconds >= 1 else None
-
-
-def _kind(text: str) -> Kind:
-    if text not in ("ban", "shun"):
-        raise ValueError(text)
-    return "ban" if text == "ban" else "shun"
-
-
-def _offence(row: Offended, now: float) -> Offence:
-    age = max(0, int((now - row.last) * 1e9))
-    return Offence(str(row.rule), parse_prefix(row.source), int(row.times), age)

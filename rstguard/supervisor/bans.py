@@ -105,6 +105,8 @@ class Bans:
         """
         async with self._record.changing:
             removed = await asyncio.to_thread(self._lift, [source])
+            # Others may have emptied the sets: what is remembered would have come back.
+            removed = removed or await self._record.holds(str(source))
             self._record.unblocked(str(source))
         if removed:
             self._guard.events.add(Event("unban", str(source), MANUAL))
