@@ -23,9 +23,7 @@ MANUAL: Final = tuple(f"100.64.{n}.1" for n in range(6))
 class Actors:
     """Each of `acts` does one thing, once."""
 
-    def __init__(
-        self, world: World, traffic: Traffic, ledger: Ledger, policies: Policies
-    ) -> None:
+    def __init__(self, world: World, traffic: Traffic, ledger: Ledger, policies: Policies) -> None:
         self._world, self._traffic, self._ledger = world, traffic, ledger
         self._policies = policies
         self.rng = random.Random(world.rng.random())
@@ -101,12 +99,12 @@ class Actors:
         seconds = self.rng.choice((20, 300, 3600))
         keep = self.rng.random() < 0.15
         kind = (source, "ban")
-        self._ledger.doubtful.add(kind)
+        self._ledger.doubts[kind] += 1
         done = await self._ask(
             command="ban-add", source=source, seconds=seconds, keep_existing=keep
         )
         if done is not None:
-            self._ledger.doubtful.discard(kind)
+            self._ledger.doubts[kind] -= 1
             if source.startswith("10."):
                 self._world.broken(f"a trusted source was banned: {source}")
 
@@ -114,9 +112,9 @@ class Actors:
         sources = [*MANUAL, *(source for source, _ in self._ledger.bans)]
         source = self.rng.choice(sources)
         keys = {(source, "ban"), (source, "shun")}
-        self._ledger.doubtful |= keys
+        self._ledger.doubts.update(keys)
         if await self._ask(command="ban-remove", source=source) is not None:
-            self._ledger.doubtful -= keys
+            self._ledger.doubts.subtract(keys)
 
     async def bring_list(self) -> None:
         """Import a list, in which there may be trusted sources."""
@@ -128,14 +126,14 @@ class Actors:
         rows.append([self.rng.choice(MANUAL), 600])
         rows.append(["10.1.9.9", 600])
         keys = {(str(source), "ban") for source, _ in rows}
-        self._ledger.doubtful |= keys
+        self._ledger.doubts.update(keys)
         began = self._world.loop.time()
         done = await self._ask(command="ban-import", bans=rows)
         if done is None:
             return
         if [row["source"] for row in done["refused"]] != ["10.1.9.9"]:
             self._world.broken("an import bans a trusted source, or refuses one that is not")
-        self._ledger.doubtful -= keys
+        self._ledger.doubts.subtract(keys)
         for source, seconds in rows[:-1]:
             self._ledger.promise(source, "ban", began + seconds, "imported")
 
@@ -217,7 +215,7 @@ class Actors:
     async def hoard(self) -> None:
         """A source holds more connections than anybody may."""
         source = self.attacker()
-        if self.rng.random() < 0.2:
+        if self.rng.random() < 0.05:
             self._traffic.mute.add(source)
         for _ in range(self.rng.randrange(5, 16)):
             self._traffic.connect(source)

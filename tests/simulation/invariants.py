@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Final
 
+from rstguard.kernel import ipset
 from rstguard.kernel.footprint import Footprint
 from rstguard.supervisor.child import READY_SECONDS, State
 from rstguard.supervisor.health import Condition, health
 from tests.simulation.ledger import SLACK, Ledger
+from tests.simulation.processes import Process
 from tests.simulation.traffic import Traffic
 from tests.simulation.world import QUEUE, Broken, Incarnation, World
 from tests.support.fake_kernel import FakeKernel
@@ -31,7 +31,7 @@ def blocked(world: World) -> dict[tuple[str, str], tuple[str, float]]:
     found: dict[tuple[str, str], tuple[str, float]] = {}
     with world.kernel.sets() as sets:
         for one in sets.list():
-            key = (str(one.source), one.kind)
+            key = str(one.source), str(one.kind)
             left = float("inf") if one.remaining is None else float(one.remaining)
             if key not in found or found[key][1] < left:
                 found[key] = (one.rule, left)
@@ -55,7 +55,7 @@ def every_told_ban_is_in_force(world: World, ledger: Ledger) -> None:
 def every_ban_was_told(world: World, ledger: Ledger) -> None:
     """Nobody is blocked of whom nothing was told."""
     for key, (rule, left) in blocked(world).items():
-        excused = key in ledger.doubtful or key[0] in ledger.untold or left <= SLACK
+        excused = ledger.doubts[key] or key[0] in ledger.untold or left <= SLACK
         holds(key in ledger.bans or excused, "somebody is blocked untold", f"{key}, {rule}")
 
 
@@ -64,22 +64,27 @@ def store_and_sets_agree(world: World, one: Incarnation, ledger: Ledger) -> None
     store = one.parts.record.store
     holds(store is not None, "the store is not open though its directory can be used")
     assert store is not None
-    kept = {(str(e.source), e.kind): float(e.remaining or 0) for e in store.blocks()}
+    kept = {(str(e.source), str(e.kind)): float(e.remaining or 0) for e in store.blocks()}
     there = blocked(world)
     for key, left in kept.items():
-        if left <= SLACK or key in ledger.doubtful:
+        if left <= SLACK or ledger.doubts[key]:
             continue
         holds(key in there, "the store remembers a ban that is not in force", key)
         holds(
-            abs(there[key][1] - left) <= SLACK + (ledger.bans[key].late if key in ledger.bans else 0),
+            abs(there[key][1] - left)
+            <= SLACK + (ledger.bans[key].late if key in ledger.bans else 0),
             "store and set differ in when a ban ends",
             f"{key}: {left:.0f} s in the store, {there[key][1]:.0f} s in the set",
         )
     for key, (rule, left) in there.items():
-        excused = key in ledger.doubtful or key[0] in ledger.untold or left <= SLACK
+        excused = ledger.doubts[key] or key[0] in ledger.untold or left <= SLACK
         # What the disk had not yet when the supervisor was killed is in the sets alone.
         excused = excused or (key in ledger.bans and ledger.bans[key].fragile)
-        holds(key in kept or excused, "the store has forgotten a ban that is in force", f"{key} {rule}")
+        holds(
+            key in kept or excused,
+            "the store has forgotten a ban that is in force",
+            f"{key} {rule}",
+        )
 
 
 def rules_are_those_of_the_policy(world: World, one: Incarnation) -> None:
@@ -110,8 +115,6 @@ def rules_are_those_of_the_policy(world: World, one: Incarnation) -> None:
 
 def no_set_is_left_over(world: World, one: Incarnation) -> None:
     """Sets that the policy in force does not need are gone."""
-    from rstguard.kernel import ipset
-
     needed = {spec.name for spec in ipset.plan(one.guard.ruleset, world.workers)}
     over = [n for n in world.kernel.ipsets.names if n.startswith("rstguard") and n not in needed]
     holds(not over, "a set is left that no rule needs", over)
@@ -168,7 +171,9 @@ def no_process_waits_too_long(one: Incarnation, world: World, ledger: Ledger) ->
             continue
         for_s = now - told[1]
         if child.state is State.BACKOFF:
-            holds(for_s <= _BACK_OFF + 1, f"the {child.name} is not started again", f"{for_s:.1f} s")
+            holds(
+                for_s <= _BACK_OFF + 1, f"the {child.name} is not started again", f"{for_s:.1f} s"
+            )
         if child.state is State.STARTING:
             holds(for_s <= READY_SECONDS + 7, f"the {child.name} never begins to serve", for_s)
         holds(child.state is not State.FAILED, f"the {child.name} is given up while others serve")
@@ -184,9 +189,8 @@ def status_is_true(world: World, one: Incarnation, since: dict[int, float]) -> N
     if how.condition is not Condition.FILTERING:
         return
     for child in one.guard.children:
-        process = next((p for p in world.processes.all if p.pid == child.pid), None)
-        holds(process is not None, f"filtering, but the {child.name} has no process")
-        assert process is not None
+        process = child._process
+        assert isinstance(process, Process), f"filtering, but the {child.name} has no process"
         idle = now - since.get(process.pid, now)
         limit = 1.5 if not process.alive else _PATIENCE[process.kind]
         holds(idle <= limit, f"filtering, but the {child.name} does not serve", f"for {idle:.1f} s")
@@ -206,7 +210,9 @@ def every_packet_has_one_verdict(world: World, traffic: Traffic) -> None:
             holds(sent.verdicts <= 1, "a packet has several verdicts", number)
             holds(sent.verdicts or number in waiting, "a packet has no verdict", number)
         if sent.honest and sent.queued and sent.verdicts and not sent.lost:
-            holds(sent.passed, "an honest client's packet was dropped by a reader that lived", number)
+            holds(
+                sent.passed, "an honest client's packet was dropped by a reader that lived", number
+            )
 
 
 def nothing_is_left(world: World) -> None:
@@ -234,7 +240,3 @@ def nothing_is_left(world: World) -> None:
 def nothing_unexpected_was_logged(world: World) -> None:
     """No exception is in the log that was not put there on purpose."""
     holds(not world.tracebacks, "an exception nobody expected", world.tracebacks[:1])
-
-
-Check = Callable[..., None]
-PathLike = Path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sqlite3
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +35,8 @@ class Ledger:
     def __init__(self, world: World) -> None:
         self._world = world
         self.bans: dict[tuple[str, str], Promise] = {}
-        self.doubtful: set[tuple[str, str]] = set()
-        """What may be in force or not: a request for it had no answer, or it is being freed."""
+        self.doubts: Counter[tuple[str, str]] = Counter()
+        """What may be in force or not: requests for it that have no answer, or it is freed."""
         self.policy = ""
         """The name of the policy in force, as it was told last."""
         self.runaways = 0
@@ -61,18 +62,14 @@ class Ledger:
             self.promise(subject, kind, now + int(found[1]) - late, event["rule"], late)
         elif kind == "unban":
             self._lifted(subject, now)
-        elif kind == "policy" and not detail.startswith("confirmed"):
-            self.policy = subject
-        elif kind == "start":
+        elif (kind == "policy" and not detail.startswith("confirmed")) or kind == "start":
             self.policy = subject
         elif kind == "runaway":
             self._ran_away()
         elif kind in ("process", "restart"):
             self.changed[subject] = (detail.split(":")[0], now)
 
-    def promise(
-        self, source: str, kind: str, until: float, rule: str, late: float = 0.0
-    ) -> None:
+    def promise(self, source: str, kind: str, until: float, rule: str, late: float = 0.0) -> None:
         """Somebody was told that a source is blocked until then; the longest counts."""
         before = self.bans.get((source, kind))
         now = self._world.loop.time()
@@ -86,7 +83,7 @@ class Ledger:
             for key, promise in list(self.bans.items()):
                 by_rule = promise.rule not in ("manual", "imported")
                 if key[1] == "ban" and by_rule and promise.told > now - 75:
-                    self.doubtful.add(key)
+                    self.doubts[key] += 1
                     del self.bans[key]
             return
         for kind in ("ban", "shun"):
@@ -104,10 +101,12 @@ class Ledger:
         """What was told but is not on the disk lives in the sets alone from now on."""
         self.changed.clear()
         kept = self.on_disk()
+        now, wall = self._world.loop.time(), self._world.wall()
         for key, promise in self.bans.items():
-            promise.fragile = key not in kept or promise.told > self._world.loop.time() - 1.5
+            left = kept.get(key, wall) - wall
+            promise.fragile = left < promise.until - now - SLACK or promise.told > now - 1.5
         # What was lifted while nothing could be written comes back.
-        self.doubtful |= kept.keys() - self.bans.keys()
+        self.doubts.update(kept.keys() - self.bans.keys())
 
     def on_disk(self) -> dict[tuple[str, str], float]:
         """Return what the file holds: source and kind, and when it ends (seconds since 1970)."""
@@ -128,12 +127,12 @@ class Ledger:
         for key, promise in list(self.bans.items()):
             if promise.fragile:
                 del self.bans[key]
-                self.doubtful.add(key)
+                self.doubts[key] += 1
 
     def due(self, now: float) -> dict[tuple[str, str], Promise]:
         """Return the promises that must be kept for some seconds yet."""
         return {
             key: promise
             for key, promise in self.bans.items()
-            if promise.until > now + SLACK and key not in self.doubtful
+            if promise.until > now + SLACK and not self.doubts[key]
         }

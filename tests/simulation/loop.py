@@ -108,12 +108,12 @@ class SimLoop(asyncio.SelectorEventLoop):
         """Return the virtual time in seconds."""
         return self.virtual.now
 
-    def call_soon(
+    def call_soon(  # type: ignore[override]
         self, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> asyncio.Handle:
         return super().call_soon(_owned(callback, context), *args, context=context)
 
-    def call_at(
+    def call_at(  # type: ignore[override]
         self,
         when: float,
         callback: Callable[..., object],
@@ -122,7 +122,7 @@ class SimLoop(asyncio.SelectorEventLoop):
     ) -> asyncio.TimerHandle:
         return super().call_at(when, _owned(callback, context), *args, context=context)
 
-    def add_reader(self, fd: Any, callback: Callable[..., object], *args: Any) -> None:
+    def add_reader(self, fd: Any, callback: Callable[..., object], *args: Any) -> None:  # type: ignore[override]
         self.virtual.owners[fd if isinstance(fd, int) else fd.fileno()] = OWNER.get()
         super().add_reader(fd, callback, *args)
 
@@ -136,7 +136,7 @@ class SimLoop(asyncio.SelectorEventLoop):
         finally:
             OWNER.reset(token)
 
-    def call_soon_threadsafe(
+    def call_soon_threadsafe(  # type: ignore[override]
         self, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> asyncio.Handle:
         return self.call_soon(callback, *args, context=context)

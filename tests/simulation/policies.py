@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 
 _RULES = (
-    "{name: guess, measure: short_connections, ports: [22], shorter_than: 10s, over: 5/m,"
-    " then: ban, for: 10m, escalate: {factor: 2, up_to: 2h, memory: 1d}}",
+    """{name: guess, measure: short_connections, ports: [22], shorter_than: 10s, over: 5/m,
+       then: ban, for: 10m, escalate: {factor: 2, up_to: 2h, memory: 1d}}""",
     "{name: scan, measure: distinct_ports, over: 8, within: 10s, then: ban, for: 5m}",
     "{name: half, measure: half_open, over: 30, within: 20s, then: drop}",
     "{name: shake, measure: connection_rate, over: 20/s, burst: 40, then: reset}",

@@ -167,7 +167,14 @@ class Traffic:
             flow = table.get(back)
         if flow is not None and flow.mark & condemned and self.diverts_filter():
             table.change(flow.original, mark=flow.mark | told, state=TcpState.CLOSE)
+            self._world.loop.outside(10.0, self._forget, flow)
         return ""
+
+    def _forget(self, flow: Flow) -> None:
+        """A connection in CLOSE leaves the table after ten seconds."""
+        held = self._kernel.connections.get(flow.original)
+        if held is not None and held.ident == flow.ident and held.state == TcpState.CLOSE:
+            self._kernel.connections.drop(flow.original)
 
     def diverts_filter(self) -> bool:
         """Tell whether condemned ends are reset: the rules of the filter table are in place."""

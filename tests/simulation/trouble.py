@@ -29,10 +29,10 @@ class Trouble:
         """Since when processes have not been at work."""
         self.disturbed_at = self.held_until = 0.0
         self._taken: set[int] = set()
-        self._between: Callable[[], None] | None = None
+        self._between: Callable[[], object] | None = None
         self._away = False
         self.planted: list[tuple[Incarnation, Fault]] = []
-        self.ended = False
+        self.ended = self.refused = False
         world.kernel.between = self._meanwhile
         self.acts: Sequence[Act] = (
             self.kill_child, self.kill_child, self.kill_often, self.kill_in_turn, self.hang_child,
@@ -168,6 +168,9 @@ class Trouble:
         )  # fmt: skip
         times = self.rng.choice((1, 2, 5, None))
         after = self.rng.random() < 0.3
+        if after and operation.startswith("sets"):
+            times = 1  # an answer may be lost, but not always that of the same question
+        self.refused = True
         self._world.note(f"refused from now on: {operation} {naming} {times}")
         error = KernelError("the kernel refused: the simulation wants it")
         fault = self._fault(operation, error, times, None, after, naming)
@@ -180,7 +183,7 @@ class Trouble:
             act, self._between = self._between, None
             act()
 
-    async def _disturb(self, act: Callable[[], None], what: str) -> None:
+    async def _disturb(self, act: Callable[[], object], what: str) -> None:
         def done() -> None:
             self._world.note(f"another program: {what}")
             self.disturbed_at = self._world.loop.time()
@@ -197,14 +200,16 @@ class Trouble:
         await self._disturb(lambda: self._world.kernel.flush_all(family), "flushes all rules")
 
     async def delete_jump(self) -> None:
-        place = self.rng.choice((("mangle", "PREROUTING"), ("raw", "PREROUTING"), ("filter", "FORWARD")))
-        await self._disturb(
-            lambda: [self._world.kernel.delete_jump(4, *place)] and None, "deletes a jump"
+        place = self.rng.choice(
+            (("mangle", "PREROUTING"), ("raw", "PREROUTING"), ("filter", "FORWARD"))
         )
+        await self._disturb(lambda: self._world.kernel.delete_jump(4, *place), "deletes a jump")
 
     async def insert_rule(self) -> None:
         await self._disturb(
-            lambda: self._world.kernel.insert_rule_before(4, "mangle", "PREROUTING", "-i lo -j ACCEPT"),
+            lambda: self._world.kernel.insert_rule_before(
+                4, "mangle", "PREROUTING", "-i lo -j ACCEPT"
+            ),
             "inserts a rule before ours",
         )
 
@@ -331,6 +336,8 @@ class Trouble:
             one.kernel.dies_in = None
             if one.owner.stopped:
                 one.go_on()
+            if one.alive:
+                self.idle_since.pop(one.pid, None)
         if (one_guard := world.current) is not None:
             one_guard.kernel.dies_in = None
         world.panic_file.unlink(missing_ok=True)

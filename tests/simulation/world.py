@@ -27,6 +27,8 @@ from tests.simulation.processes import Process, Processes
 
 QUEUE: Final = 5640
 EPOCH: Final = 1_700_000_000.0
+_SHARED: Final = Path("/dev/shm")  # noqa: S108 - mkdtemp makes a directory of its own in it
+"""Where files are in memory."""
 
 
 class Broken(Exception):
@@ -235,8 +237,8 @@ class World(logging.Handler):
         """Whether it runs `rstguard cleanup` after each end, as systemd does."""
         self.keep_bans = self.rng.random() < 0.3
         self.workers = self.rng.choice((1, 1, 2))
-        shared = Path("/dev/shm")
-        self.root = Path(tempfile.mkdtemp(prefix="sim-", dir=shared if shared.is_dir() else None))
+        shared = _SHARED if _SHARED.is_dir() else None
+        self.root = Path(tempfile.mkdtemp(prefix="sim-", dir=shared))
         self.run_directory = self.root / "run"
         self.run_directory.mkdir()
         self.state_directory = self.root / "state"
