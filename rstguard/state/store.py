@@ -20,9 +20,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final, TypeVar
 
-from rstguard.engine.address import parse_prefix
 from rstguard.engine.sources import Offence
-from rstguard.kernel.elements import MAX_SECONDS, Element, Kind
+from rstguard.kernel.elements import Element
 from rstguard.state.database import last_number, open_or_set_aside
 from rstguard.state.history import (
     KEPT,
@@ -35,6 +34,7 @@ from rstguard.state.history import (
     after,
     entry_of,
 )
+from rstguard.state.rows import KINDS, element_of, lasts_longer, offence_of, there
 from rstguard.state.waiting import MOST_OFFENCES, Block, Changes, Offended, Waiting
 
 FILE_NAME: Final = "state.db"
@@ -46,6 +46,14 @@ _BOUNDS: Final = (
     ("policies", "number", MOST_POLICIES),
 )
 """Table, the column by which the oldest are found, and how many rows stay."""
+_COLUMNS: Final = 5
+_REPLACE: Final = "INSERT OR REPLACE INTO blocks VALUES (?, ?, ?, ?, ?)"
+_PROLONG: Final = (
+    "INSERT INTO blocks VALUES (?, ?, ?, ?, ?) ON CONFLICT (source, kind) DO UPDATE SET"
+    " rule = excluded.rule, expires = excluded.expires, keep_existing = excluded.keep_existing"
+    " WHERE excluded.expires > blocks.expires"
+)
+"""Of two bans of one source the longer stays, as the kernel's sets have it."""
 
 _T = TypeVar("_T")
 
@@ -153,8 +161,9 @@ class Store:
             database.execute("UPDATE offences SET last = last + ?", (further,))
         gone = (key for key, row in changes.blocks.items() if row is None)
         database.executemany("DELETE FROM blocks WHERE source = ? AND kind = ?", gone)
-        rows = (row._replace(expires=row.expires + shift) for row in _there(changes))
-        database.executemany("INSERT OR REPLACE INTO blocks VALUES (?, ?, ?, ?, ?)", rows)
+        for row in there(changes):
+            values = row._replace(expires=row.expires + shift)[:_COLUMNS]
+            database.execute(_REPLACE if row.replaces else _PROLONG, values)
         offences = (row._replace(last=row.last + shift) for row in changes.offences.values())
         database.executemany("INSERT OR REPLACE INTO offences VALUES (?, ?, ?, ?)", offences)
         for step in changes.history:
@@ -180,11 +189,45 @@ class Store:
             further, shift = changes.shift - self._shifted, changes.shift
             columns = "source, kind, rule, expires, keep_existing"
             read = self._rows(f"SELECT {columns} FROM blocks", Block)  # noqa: S608
-            found = {row[:2]: row for row in read if row[:2] not in changes.blocks}
             now = self._clock()
-            rows = [(row, now - further) for row in found.values()]
-            rows += [(row, now - shift) for row in _there(changes)]
-            return self._made(rows, _element)
+            rows = {row[:2]: (row, now - further) for row in read}
+            for key, row in changes.blocks.items():
+                if row is None:
+                    rows.pop(key, None)
+                elif row.replaces or not lasts_longer(rows.get(key), row, now - shift):
+                    rows[key] = row, now - shift
+            return self._made(rows.values(), element_of)
+
+    def holds(self, source: str) -> bool:
+        """Tell whether exactly this source is banned or shunned, as the file has it and what waits.
+
+        Raises:
+            StoreError: the file could not be read.
+        """
+        with self._lock:
+            changes = self._collected()
+            keys = [(source, kind) for kind in KINDS if (source, kind) in changes.blocks]
+            if keys:
+                return any(changes.blocks[key] for key in keys)
+            least = self._clock() - (changes.shift - self._shifted)
+            statement = "SELECT count(*) FROM blocks WHERE source = ? AND expires > ?"
+            return self._number_of(statement, source, least) > 0
+
+    def count(self, seconds: float) -> int:
+        """Return how many bans and shuns last for so many seconds at least, or fewer.
+
+        It is the file's number: what waits to be written is not counted, and what is to be
+        forgotten is taken off, be it in the file or not.
+
+        Raises:
+            StoreError: the file could not be read.
+        """
+        with self._lock:
+            changes = self._collected()
+            least = self._clock() + seconds - (changes.shift - self._shifted)
+            gone = sum(row is None or row.replaces for row in changes.blocks.values())
+            found = self._number_of("SELECT count(*) FROM blocks WHERE expires > ?", least)
+        return max(0, found - gone)
 
     def offences(self) -> tuple[Offence, ...]:
         """Return who was banned how often by which rule, and how long ago (nanoseconds).
@@ -202,7 +245,7 @@ class Store:
             now = self._clock()
             rows = [(row, now - further) for row in read if row[:2] not in changes.offences]
             rows += [(row, now - shift) for row in changes.offences.values()]
-            return tuple(self._made(rows, _offence))
+            return tuple(self._made(rows, offence_of))
 
     def add_policy(
         self, who: str, action: str, name: str, file: str, text: str, state: str = KEPT
@@ -245,6 +288,13 @@ class Store:
         with contextlib.suppress(StoreError):  # it waits; the next flush says why
             self.flush()
 
+    def _number_of(self, statement: str, *values: object) -> int:
+        try:
+            (found,) = self._database.execute(statement, values).fetchone()
+        except sqlite3.Error as error:
+            raise StoreError(f"{self.path} could not be read ({error})") from None
+        return int(found)
+
     def _rows(self, statement: str, kind: Callable[..., _T]) -> list[_T]:
         try:
             return [kind(*row) for row in self._database.execute(statement)]
@@ -274,26 +324,3 @@ def _write_step(database: sqlite3.Connection, step: Step) -> None:
             database.execute("UPDATE policies SET state = ? WHERE number = ?", (state, number))
         case Undone(text):
             database.execute("UPDATE policies SET state = ? WHERE text = ?", (UNDONE, text))
-
-
-def _there(changes: Changes) -> Iterable[Block]:
-    return (row for row in changes.blocks.values() if row is not None)
-
-
-def _element(row: Block, now: float) -> Element | None:
-    """Return the element of a row, or None if its time is over."""
-    seconds = min(int(row.expires - now), MAX_SECONDS)
-    source = parse_prefix(row.source)
-    one = Element(source, _kind(row.kind), row.rule, seconds, bool(row.keep_existing))
-    return one if one.comment and seconds >= 1 else None
-
-
-def _kind(text: str) -> Kind:
-    if text not in ("ban", "shun"):
-        raise ValueError(text)
-    return "ban" if text == "ban" else "shun"
-
-
-def _offence(row: Offended, now: float) -> Offence:
-    age = max(0, int((now - row.last) * 1e9))
-    return Offence(str(row.rule), parse_prefix(row.source), int(row.times), age)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -10,6 +9,7 @@ from typing import Final
 from rstguard.engine.address import Prefix, address_text, is_v6, parse_address
 from rstguard.engine.ruleset import SECOND
 from rstguard.kernel.command import refusal
+from tests.support.fake_kernel.words import words_of
 
 _VERSION = "ipset v7.17: "
 _NOT_THERE = "The set with the given name does not exist"
@@ -190,7 +190,7 @@ class IpSets:
                     raise Refused(f"Error in line {number}: {problem}") from None
 
         for number, line in enumerate(text.splitlines(), 1):
-            words = shlex.split(line)
+            words = list(words_of(line))
             if not words:
                 continue
             try:

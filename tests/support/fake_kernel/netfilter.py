@@ -6,13 +6,13 @@ is still used.  A rule is not understood otherwise, nor are jumps in a circle fo
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 from rstguard.kernel import KernelError
 from rstguard.kernel.command import refusal
 from tests.support.fake_kernel.rewriting import written
+from tests.support.fake_kernel.words import words_of
 
 BUILTIN = {
     "mangle": ("PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"),
@@ -97,7 +97,7 @@ class Netfilter:
                     if name not in BUILTIN[table]:
                         chains[name] = []
                 elif line and not line.startswith("#"):
-                    self._change(table, chains, shlex.split(line))
+                    self._change(table, chains, list(words_of(line)))
             except _Refused as problem:
                 raise refusal(arguments, f"line {number}: {problem}") from None
 
