@@ -11,7 +11,8 @@ from rstguard.engine.address import Prefix, is_v6
 from rstguard.kernel.command import Commands
 from rstguard.kernel.elements import BAN_SETS, MAX_SECONDS, SHUN_SETS, Element, listing
 from rstguard.kernel.sets import refusal
-from tests.support.fake_kernel.ipsets import IpSets, KernelSet, Refused
+from tests.support.fake_kernel.ipsets import IpSets
+from tests.support.fake_kernel.members import KernelSet, Refused
 
 # linux/netfilter/ipset/ip_set.h
 _PROTOCOL, _INVALID_CIDR, _TIMEOUT, _COMMENT = 4097, 4104, 4107, 4112

@@ -1,7 +1,8 @@
 """Tables, chains and rules of one address family, and the iptables commands that change them.
 
-Of what iptables refuses only references are known: a chain or a set that is not there, a chain that
-is still used.  A rule is not understood otherwise, nor are jumps in a circle found.
+Of what iptables refuses only references are known: a chain or a set that is not there, a set of the
+other family, a chain that is still used.  A rule is not understood otherwise, nor are jumps in a
+circle found.
 """
 
 from __future__ import annotations
