@@ -25,36 +25,17 @@ from rstguard.kernel.elements import Element
 from rstguard.state.database import last_number, open_or_set_aside
 from rstguard.state.history import (
     KEPT,
-    MOST_POLICIES,
-    UNDONE,
     Entry,
     Marked,
-    Step,
     Undone,
     after,
     entry_of,
 )
-from rstguard.state.rows import KINDS, element_of, lasts_longer, offence_of, there
-from rstguard.state.waiting import MOST_OFFENCES, Block, Changes, Offended, Waiting
+from rstguard.state.rows import KINDS, element_of, lasts_longer, offence_of
+from rstguard.state.waiting import Block, Changes, Offended, Waiting
+from rstguard.state.writing import tidy_up, write
 
 FILE_NAME: Final = "state.db"
-_MOST_BLOCKS: Final = 1 << 21
-"""Bans and shuns kept: as many as the kernel's sets of both families hold."""
-_BOUNDS: Final = (
-    ("blocks", "expires", _MOST_BLOCKS),
-    ("offences", "last", MOST_OFFENCES),
-    ("policies", "number", MOST_POLICIES),
-)
-"""Table, the column by which the oldest are found, and how many rows stay."""
-_COLUMNS: Final = 5
-_REPLACE: Final = "INSERT OR REPLACE INTO blocks VALUES (?, ?, ?, ?, ?)"
-_PROLONG: Final = (
-    "INSERT INTO blocks VALUES (?, ?, ?, ?, ?) ON CONFLICT (source, kind) DO UPDATE SET"
-    " rule = excluded.rule, expires = excluded.expires, keep_existing = excluded.keep_existing"
-    " WHERE excluded.expires > blocks.expires"
-)
-"""Of two bans of one source the longer stays, as the kernel's sets have it."""
-
 _T = TypeVar("_T")
 
 
@@ -137,9 +118,9 @@ class Store:
                 return 0
             try:
                 with self._database as database:
-                    self._write(database, changes)
+                    write(database, changes, self._shifted, self._clock())
                     if tidy:
-                        self._tidy(database)
+                        tidy_up(database, self._clock())
             except sqlite3.Error as error:
                 lost = f", and {changes.dropped} were too many to wait" if changes.dropped else ""
                 raise StoreError(
@@ -153,28 +134,6 @@ class Store:
         """Return all that is not written; to be called with the lock held."""
         self._unwritten.follow(self.waiting.take())
         return self._unwritten
-
-    def _write(self, database: sqlite3.Connection, changes: Changes) -> None:
-        shift, further = changes.shift, changes.shift - self._shifted
-        if further:
-            database.execute("UPDATE blocks SET expires = expires + ?", (further,))
-            database.execute("UPDATE offences SET last = last + ?", (further,))
-        gone = (key for key, row in changes.blocks.items() if row is None)
-        database.executemany("DELETE FROM blocks WHERE source = ? AND kind = ?", gone)
-        for row in there(changes):
-            values = row._replace(expires=row.expires + shift)[:_COLUMNS]
-            database.execute(_REPLACE if row.replaces else _PROLONG, values)
-        offences = (row._replace(last=row.last + shift) for row in changes.offences.values())
-        database.executemany("INSERT OR REPLACE INTO offences VALUES (?, ?, ?, ?)", offences)
-        for step in changes.history:
-            _write_step(database, step)
-        database.execute("INSERT OR REPLACE INTO written VALUES (1, ?)", (self._clock(),))
-
-    def _tidy(self, database: sqlite3.Connection) -> None:
-        database.execute("DELETE FROM blocks WHERE expires <= ?", (self._clock(),))
-        for table, key, most in _BOUNDS:
-            oldest = f"SELECT {key} FROM {table} ORDER BY {key} DESC LIMIT 1 OFFSET ?"  # noqa: S608
-            database.execute(f"DELETE FROM {table} WHERE {key} <= ({oldest})", (most,))  # noqa: S608
 
     def blocks(self) -> list[Element]:
         """Return the bans and shuns whose time is not over, with what remains of it.
@@ -313,14 +272,3 @@ class Store:
                 if one is not None:
                     found.append(one)
         return found
-
-
-def _write_step(database: sqlite3.Connection, step: Step) -> None:
-    match step:
-        case Entry():
-            marks = ", ".join("?" * len(step))
-            database.execute(f"INSERT OR REPLACE INTO policies VALUES ({marks})", step)  # noqa: S608
-        case Marked(number, state):
-            database.execute("UPDATE policies SET state = ? WHERE number = ?", (state, number))
-        case Undone(text):
-            database.execute("UPDATE policies SET state = ? WHERE text = ?", (UNDONE, text))
