@@ -212,8 +212,9 @@ class Channel(Generic[Sent, Received]):
             raise Garbled(self._garbled) from None
 
     def close(self) -> None:
-        """Give the connection up."""
+        """Give the connection up, and the memory that messages were read into."""
         self._socket.close()
+        self._buffer = memoryview(b"")
 
 
 ChildEnd = Channel[FromChild, ToChild]

@@ -66,25 +66,21 @@ def store_and_sets_agree(world: World, one: Incarnation, ledger: Ledger) -> None
     assert store is not None
     kept = {(str(e.source), str(e.kind)): float(e.remaining or 0) for e in store.blocks()}
     there = blocked(world)
+    # What the disk had not yet when the supervisor was killed is in the sets alone.
+    fragile = {key for key, promise in ledger.bans.items() if promise.fragile}
     for key, left in kept.items():
         if left <= SLACK or ledger.doubts[key]:
             continue
         holds(key in there, "the store remembers a ban that is not in force", key)
+        slack = SLACK + (ledger.bans[key].late if key in ledger.bans else 0)
         holds(
-            abs(there[key][1] - left)
-            <= SLACK + (ledger.bans[key].late if key in ledger.bans else 0),
+            abs(there[key][1] - left) <= slack or key in fragile,
             "store and set differ in when a ban ends",
             f"{key}: {left:.0f} s in the store, {there[key][1]:.0f} s in the set",
         )
     for key, (rule, left) in there.items():
-        excused = ledger.doubts[key] or key[0] in ledger.untold or left <= SLACK
-        # What the disk had not yet when the supervisor was killed is in the sets alone.
-        excused = excused or (key in ledger.bans and ledger.bans[key].fragile)
-        holds(
-            key in kept or excused,
-            "the store has forgotten a ban that is in force",
-            f"{key} {rule}",
-        )
+        excused = ledger.doubts[key] or key[0] in ledger.untold or left <= SLACK or key in fragile
+        holds(key in kept or excused, "the store forgot a ban that is in force", f"{key} {rule}")
 
 
 def rules_are_those_of_the_policy(world: World, one: Incarnation) -> None:

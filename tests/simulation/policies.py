@@ -52,6 +52,26 @@ trusted: [{rng.choice((TRUSTED, f"{TRUSTED}, 10.7.0.0/16"))}]
         self.texts[name] = text
         return text
 
+    def whole(self, mode: str = "enforce", budget: bool = False) -> str:
+        """Return a policy of all kinds of rules, with limits that are soon crossed."""
+        name = f"p{len(self.texts) + 1}"
+        self.texts[name] = f"""version: 1
+name: {name}
+mode: {mode}
+offload: never
+sweep_every: 1s
+protect: {{interfaces: [eth0], ports: [22, 80, 443]}}
+trusted: [{TRUSTED}]
+{"syn_budget: {rate: 1000/s}" if budget else ""}
+rules:
+  - {{name: syn, measure: syn_rate, over: 10/s, burst: 20, then: ban, for: 10m}}
+  - {{name: many, measure: connections, over: 8, then: reset}}
+  - {{name: idle, measure: idle, over: 8s, then: reset}}
+  - {{name: guess, measure: short_connections, ports: [22], shorter_than: 10s, over: 5/m,
+     then: ban, for: 1m, escalate: {{factor: 2, up_to: 2h, memory: 1d}}}}
+"""
+        return self.texts[name]
+
     @staticmethod
     def wrong() -> str:
         """Return a text that is no policy."""

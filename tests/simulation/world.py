@@ -27,6 +27,8 @@ from tests.simulation.processes import Process, Processes
 
 QUEUE: Final = 5640
 EPOCH: Final = 1_700_000_000.0
+_LAYERS: Final = 10
+"""How often at most a coroutine waits for something more while it is being ended."""
 _SHARED: Final = Path("/dev/shm")  # noqa: S108 - mkdtemp makes a directory of its own in it
 """Where files are in memory."""
 
@@ -391,11 +393,25 @@ class World(logging.Handler):
             if not one.over:
                 self.kill_supervisor(one)
         for task in self.tasks:
-            task._log_destroy_pending = False  # type: ignore[attr-defined]
+            _end(task)
+        self.tasks.clear()
+        self.processes.all.clear()
+        self.incarnations.clear()
         self.loop._ready.clear()  # type: ignore[attr-defined]
         self.loop._scheduled.clear()  # type: ignore[attr-defined]
         self.loop.close()
         shutil.rmtree(self.root, ignore_errors=True)
+
+
+def _end(task: asyncio.Task[Any]) -> None:
+    """End a task that nobody runs any more: what its last lines do has no effect."""
+    task._log_destroy_pending = False  # type: ignore[attr-defined]
+    coroutine: Any = task.get_coro()
+    for _ in range(_LAYERS):
+        if task.done() or coroutine.cr_frame is None:
+            return
+        with contextlib.suppress(BaseException):
+            coroutine.close()
 
 
 __all__ = ["Broken", "Gone", "Incarnation", "Process", "Provoked", "Refused", "World"]
