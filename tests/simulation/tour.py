@@ -8,8 +8,8 @@ from typing import Any, Final
 
 from rstguard.engine.address import Prefix
 from rstguard.engine.flow import TcpState
-from rstguard.kernel import marks
-from rstguard.kernel.lifelines import Lifeline
+from rstguard.kernel.marks import Marks
+from rstguard.kernel.protected import ProtectedAddress
 from rstguard.kernel.seam import CookieCounts
 from tests.simulation.actors import Actors
 from tests.simulation.invariants import holds
@@ -20,6 +20,8 @@ from tests.simulation.world import QUEUE, Refused, World
 
 _FAST: Final = 40
 """SYNs at once that no policy here lets through."""
+_CONDEMNED: Final = Marks().condemned.value
+_STAGE: Final = Marks().stage_mask
 
 
 class Tour:
@@ -103,7 +105,7 @@ class Tour:
         await asyncio.sleep(20)
         for one in (flow, silent):
             held = self._world.kernel.connections.get(one.original)
-            gone = held is None or held.mark & marks.CONDEMNED == marks.CONDEMNED
+            gone = held is None or held.mark & _CONDEMNED == _CONDEMNED
             holds(gone, "an idle connection is not condemned", one.original)
         held = self._world.kernel.connections.get(flow.original)
         holds(held is None or held.state == TcpState.CLOSE, "an idle connection lives on")
@@ -182,8 +184,8 @@ class Tour:
 
     async def protects(self) -> None:
         source = self._actors.attacker()
-        line = Lifeline(Prefix(source, 32), "the next hop")
-        self._world.kernel.host.lifelines.append(line)
+        line = ProtectedAddress(Prefix(source, 32), "the next hop")
+        self._world.kernel.host.protected.append(line)
         await asyncio.sleep(8)
         status = await self._world.ask(command="status")
         told = {"address": text(source), "what": "the next hop"}
@@ -198,7 +200,7 @@ class Tour:
             self._traffic.syn(source, proven=True)
         await asyncio.sleep(1)
         holds(not self._traffic.is_blocked(source), "a protected address was banned")
-        self._world.kernel.host.lifelines.remove(line)
+        self._world.kernel.host.protected.remove(line)
         await asyncio.sleep(8)
 
     async def panics(self) -> None:
@@ -278,8 +280,8 @@ class Tour:
         self._ledger.promise(text(source), "ban", self._world.loop.time() + 600, "imported")
         await asyncio.sleep(3)
         ended, lives = (self._world.kernel.connections.get(one.original) for one in flows)
-        holds(ended is None or ended.mark & marks.CONDEMNED, "a banned source keeps connections")
-        holds(lives is not None and not lives.mark & marks.CONDEMNED, "others are reset, too")
+        holds(ended is None or ended.mark & _CONDEMNED, "a banned source keeps connections")
+        holds(lives is not None and not lives.mark & _CONDEMNED, "others are reset, too")
 
     async def restarts_sweeper(self) -> None:
         """A sweeper that begins takes in older connections, and ends those of the banned."""
@@ -291,8 +293,6 @@ class Tour:
         await self._serve()
         await asyncio.sleep(2)
         held = self._world.kernel.connections.get(flow.original)
-        holds(held is None or held.mark & marks.CONDEMNED, "a banned source's connection lives on")
+        holds(held is None or held.mark & _CONDEMNED, "a banned source's connection lives on")
         taken = self._world.kernel.connections.get(old.original)
-        holds(
-            taken is not None and taken.mark & marks.GUARDED, "an older connection is not taken in"
-        )
+        holds(taken is not None and taken.mark & _STAGE, "an older connection is not taken in")
