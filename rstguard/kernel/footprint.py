@@ -57,12 +57,15 @@ class Footprint:
     def divert(self, ruleset: RuleSet) -> None:
         """Put the chains in place, or exchange them for those of another policy.
 
+        Sets that only the other policy needed go, also those of a guard that was killed.
+
         Raises:
             KernelError: iptables refused.
         """
         with self._whole:
             self._clear(ruleset)
             self._placed = iptables.apply(self._kernel, self._plans(ruleset))
+            self._prune(ruleset)
 
     def _clear(self, ruleset: RuleSet) -> None:
         """Without it the guard works as well; who marks packets for routing must know."""
@@ -79,6 +82,12 @@ class Footprint:
                     ruleset.marks,
                     error,
                 )
+
+    def _prune(self, ruleset: RuleSet) -> None:
+        try:
+            ipset.prune(self._kernel, ruleset, len(self.queues))
+        except KernelError as error:  # it matches nothing any more, and the next change tries again
+            log.warning("a set that no rule of the guard needs could not be removed: %s", error)
 
     def replace(self, old: RuleSet, new: RuleSet, divert: bool = True) -> None:
         """Exchange one policy's sets and chains for another's; on failure the old ones return.
@@ -102,7 +111,8 @@ class Footprint:
             if divert:
                 self.divert(old)
             raise
-        ipset.prune(self._kernel, new, len(self.queues))
+        if not divert:
+            self._prune(new)
 
     def missing(self, ruleset: RuleSet) -> list[str]:
         """Return which rules should be in the kernel and are not, in words.

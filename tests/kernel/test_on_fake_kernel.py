@@ -13,7 +13,7 @@ from rstguard.engine.address import parse_address, parse_prefix
 from rstguard.engine.flow import Flow, TcpState, Tuple
 from rstguard.engine.offers import Offer, Service
 from rstguard.engine.ruleset import SECOND, RuleSet
-from rstguard.kernel import Full, InUse, KernelError, NotPermitted, NotThere, ipset, sysctl
+from rstguard.kernel import Full, InUse, KernelError, NotPermitted, NotThere, sysctl
 from rstguard.kernel.conntrack import GONE
 from rstguard.kernel.elements import Element
 from rstguard.kernel.footprint import RECORD_NAME, Footprint
@@ -45,6 +45,7 @@ def ruleset(name: str = "web", **changes: object) -> RuleSet:
 
 
 WEB = ruleset()
+BUDGET = ruleset(syn_budget={"rate": "300/s"})
 OTHER = ruleset("other", trusted=["192.0.2.0/24"], blocking="reset")
 
 
@@ -177,16 +178,40 @@ def test_a_set_that_rules_use_cannot_be_destroyed_by_others(
 def test_offers_that_were_learned_change_the_rules(
     footprint: Footprint, kernel: FakeKernel
 ) -> None:
-    budget = ruleset(syn_budget={"rate": "300/s"})
-    footprint.prepare(budget)
-    footprint.divert(budget)
+    footprint.prepare(BUDGET)
+    footprint.divert(BUDGET)
     assert not any("SYNPROXY" in rule for rule in rules(kernel))
     service = Service(parse_address("192.0.2.1"), 80)
     footprint.known = {service: Offer(1460, 7, sack=True, timestamps=True)}
-    footprint.divert(budget)
+    footprint.divert(BUDGET)
     (proxy,) = (rule for rule in rules(kernel) if "SYNPROXY" in rule)
     assert proxy.endswith("SYNPROXY --sack-perm --timestamp --wscale 7 --mss 1460")
-    assert footprint.lost(budget) == []
+    assert footprint.lost(BUDGET) == []
+
+
+def test_sets_of_a_guard_that_was_killed_go_with_the_next_start(
+    footprint: Footprint, kernel: FakeKernel
+) -> None:
+    footprint.prepare(WEB)
+    footprint.divert(WEB)
+    before = everything(kernel)
+    footprint.replace(WEB, BUDGET)
+    assert any("engaged" in name for name in kernel.ipsets.names)
+    footprint.prepare(WEB)  # the next guard: the policy was never confirmed
+    footprint.divert(WEB)
+    assert everything(kernel) == before
+
+
+def test_a_set_that_a_rule_of_others_uses_stops_no_policy(
+    footprint: Footprint, kernel: FakeKernel, caplog: pytest.LogCaptureFixture
+) -> None:
+    footprint.prepare(BUDGET)
+    footprint.divert(BUDGET)
+    rule = "-A FORWARD -m set --match-set rstguard-engaged4 dst,dst -j RETURN"
+    kernel.run(["iptables-restore", "--noflush", "-w"], f"*filter\n{rule}\nCOMMIT\n")
+    footprint.replace(BUDGET, WEB)
+    assert footprint.lost(WEB) == []
+    assert "could not be removed" in caplog.text
 
 
 # A change of policy that fails
@@ -202,8 +227,7 @@ def test_where_a_change_fails_the_old_policy_is_in_force(
     kernel.faults.fail("run", naming=naming)
     with pytest.raises(KernelError, match="a fault of the test"):
         footprint.replace(WEB, OTHER)
-    footprint.restore(WEB)  # with another policy's sets left over
-    ipset.prune(kernel, WEB, len(QUEUES))
+    footprint.restore(WEB)
     assert footprint.lost(WEB) == []
     assert everything(kernel) == before
     footprint.replace(WEB, OTHER)

@@ -44,6 +44,8 @@ def imported(path: Path) -> Iterator[str]:
 def test_what_runs_in_a_guard_asks_linux_through_the_seam_only(part: str) -> None:
     behind = tuple(f"rstguard.kernel.{name}" for name in BEHIND)
     for path in sorted((PACKAGE / part).glob("*.py")):
-        for name in () if path.name == "__main__.py" else imported(path):  # where all is put together
+        for name in (
+            () if path.name == "__main__.py" else imported(path)
+        ):  # where all is put together
             past = any(name == one or name.startswith(f"{one}.") for one in behind)
             assert not past, f"{part}/{path.name} imports {name}"
