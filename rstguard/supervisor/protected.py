@@ -92,6 +92,8 @@ class Protected:
             await asyncio.sleep(wait)
             began = loop.time()
             await self.look()
+            # Not what follows: a change may have to wait for another one.
+            wait = max(LOOK_SECONDS, SHARE * (loop.time() - began))
             ruleset = self._guard.ruleset
             try:
                 if self.within(ruleset) != ruleset:
@@ -100,4 +102,3 @@ class Protected:
                     await self.follow(ruleset, ruleset)  # what an address is may have changed
             except ControlError as error:
                 log.error("%s", error)
-            wait = max(LOOK_SECONDS, SHARE * (loop.time() - began))
