@@ -93,6 +93,8 @@ class Protected:
             await asyncio.sleep(wait)
             began = loop.time()
             await self.look()
+            # Not what follows: a change may have to wait for another one.
+            wait = min(max(LOOK_SECONDS, SHARE * (loop.time() - began)), LONGEST_SECONDS)
             ruleset = self._guard.ruleset
             try:
                 if self.within(ruleset) != ruleset:
@@ -101,4 +103,3 @@ class Protected:
                     await self.follow(ruleset, ruleset)  # what an address is may have changed
             except ControlError as error:
                 log.error("%s", error)
-            wait = min(max(LOOK_SECONDS, SHARE * (loop.time() - began)), LONGEST_SECONDS)

@@ -5,12 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import logging
 import random
-import sys
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rstguard.engine.flow import TcpState
@@ -20,13 +17,11 @@ from tests.simulation.actors import Act, Actors
 from tests.simulation.ledger import Ledger
 from tests.simulation.loop import BEGINNING
 from tests.simulation.policies import Policies
+from tests.simulation.quiet import quiet
 from tests.simulation.tour import Tour
 from tests.simulation.traffic import Traffic, text
 from tests.simulation.trouble import Trouble
 from tests.simulation.world import Broken, Gone, Incarnation, Refused, World
-
-_LOGGERS = ("rstguard", "asyncio")
-_NOWHERE = logging.NullHandler()
 
 
 @dataclass(slots=True)
@@ -255,7 +250,7 @@ class Run:
 
 def run(seed: int) -> Outcome:
     """Run one seed."""
-    with _quiet() as loggers:
+    with quiet() as loggers:
         one = Run(seed)
         for logger in loggers:
             logger.addHandler(one.world)
@@ -276,31 +271,3 @@ def run(seed: int) -> Outcome:
         del one
         gc.collect()
     return Outcome(seed, problem, seconds, log)
-
-
-@contextmanager
-def _quiet() -> Iterator[list[logging.Logger]]:
-    """Keep the guard's log from the terminal, and the dead from ending before their time.
-
-    A supervisor that was killed leaves tasks behind.  They end when they are collected, and what
-    their last lines do has no effect any more, but noise.
-    """
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
-    before = [(logger.level, logger.propagate) for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.INFO)
-        logger.propagate = False
-        logger.addHandler(_NOWHERE)
-    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
-    gc.disable()
-    gc.freeze()  # what was there before need not be looked through
-    try:
-        yield loggers
-    finally:
-        gc.unfreeze()
-        gc.enable()
-        sys.unraisablehook = hook
-        for logger, (level, propagate) in zip(loggers, before, strict=True):
-            logger.removeHandler(_NOWHERE)
-            logger.setLevel(level)
-            logger.propagate = propagate

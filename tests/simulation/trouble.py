@@ -4,36 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import random
-from collections.abc import Callable, Sequence
-from typing import Final
+from collections.abc import Sequence
 
 from rstguard.kernel import InUse, KernelError
 from tests.simulation.actors import Act
 from tests.simulation.ledger import Ledger
+from tests.simulation.other_programs import OtherPrograms
 from tests.simulation.processes import Process
 from tests.simulation.traffic import Traffic
 from tests.simulation.world import QUEUE, Incarnation, Provoked, World
 from tests.support.fake_kernel.faults import Fault
 
-_BAN_SETS: Final = ("rstguard-ban4", "rstguard-shun4", "rstguard-ban6", "rstguard-shun6")
 
-
-class Trouble:
+class Trouble(OtherPrograms):
     """Each of `acts` lets one thing go wrong, once."""
 
     def __init__(self, world: World, traffic: Traffic, ledger: Ledger) -> None:
-        self._world, self._traffic, self._ledger = world, traffic, ledger
-        self.rng = random.Random(world.rng.random())
+        super().__init__(world, ledger)
+        self._traffic = traffic
         self.idle_since: dict[int, float] = {}
         """Since when processes have not been at work."""
-        self.disturbed_at = self.held_until = 0.0
+        self.held_until = 0.0
         self._taken: set[int] = set()
-        self._between: Callable[[], object] | None = None
         self._away = False
         self.planted: list[tuple[Incarnation, Fault]] = []
         self.ended = self.refused = False
-        world.kernel.between = self._meanwhile
         self.acts: Sequence[Act] = (
             self.kill_child, self.kill_child, self.kill_often, self.kill_in_turn, self.hang_child,
             self.fail_child, self.mistake, self.no_processes, self.take_queue, self.late_answers,
@@ -176,65 +171,6 @@ class Trouble:
         fault = self._fault(operation, error, times, None, after, naming)
         await asyncio.sleep(self.rng.uniform(0.5, 8))
         fault.times = 0
-
-    def _meanwhile(self, operation: str) -> None:
-        """Other programs act between two operations of the guard, too."""
-        if self._between is not None and operation == "run":
-            act, self._between = self._between, None
-            act()
-
-    async def _disturb(self, act: Callable[[], object], what: str) -> None:
-        def done() -> None:
-            self._world.note(f"another program: {what}")
-            self.disturbed_at = self._world.loop.time()
-            act()
-
-        if self.rng.random() < 0.3:
-            self._between = done
-        else:
-            done()
-        await asyncio.sleep(0)
-
-    async def flush(self) -> None:
-        family = self.rng.choice((None, 4, 6))
-        await self._disturb(lambda: self._world.kernel.flush_all(family), "flushes all rules")
-
-    async def delete_jump(self) -> None:
-        place = self.rng.choice(
-            (("mangle", "PREROUTING"), ("raw", "PREROUTING"), ("filter", "FORWARD"))
-        )
-        await self._disturb(lambda: self._world.kernel.delete_jump(4, *place), "deletes a jump")
-
-    async def insert_rule(self) -> None:
-        await self._disturb(
-            lambda: self._world.kernel.insert_rule_before(
-                4, "mangle", "PREROUTING", "-i lo -j ACCEPT"
-            ),
-            "inserts a rule before ours",
-        )
-
-    async def empty_set(self) -> None:
-        names = [name for name in self._world.kernel.ipsets.names if name.startswith("rstguard")]
-        if names:
-            name = self.rng.choice((*names, *_BAN_SETS))
-            await self._disturb(lambda: self._empty(name), f"empties {name}")
-
-    def _empty(self, name: str) -> None:
-        if name in self._world.kernel.ipsets.names:
-            if name in _BAN_SETS:
-                self._ledger.excuse_fragile()
-            self._world.kernel.ipsets.get(name).members.clear()
-
-    async def destroy_sets(self) -> None:
-        """Rules flushed, all sets destroyed."""
-
-        def act() -> None:
-            self._world.kernel.flush_all()
-            self._ledger.excuse_fragile()
-            for name in list(self._world.kernel.ipsets.names):
-                self._world.kernel.destroy_set(name)
-
-        await self._disturb(act, "flushes all rules and destroys all sets")
 
     # Disk and clock
 
