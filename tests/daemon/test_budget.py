@@ -18,17 +18,11 @@ from rstguard.engine.segment import emit
 from rstguard.engine.wire import SYN, Packet
 from rstguard.kernel.inject import Injector
 from rstguard.kernel.marks import Marks
-from tests.guard import (
-    BOTH_FAMILIES,
-    Guard,
-    Link,
-    Service,
-    connect,
-    fate,
-    give_sources,
-    source,
-)
-from tests.netns import OUTSIDE4, OUTSIDE6, SERVER4, Lab, wait_until
+from rstguard.lab.waiting import wait_until
+from tests.support.guard import Guard
+from tests.support.network import OUTSIDE4, OUTSIDE6, SERVER4, ThreeHosts
+from tests.support.sources import BOTH_FAMILIES, give_sources, source
+from tests.support.traffic import Link, Service, connect, fate
 
 pytestmark = pytest.mark.netns
 
@@ -50,20 +44,20 @@ rules:
 
 
 @pytest.fixture(scope="module")
-def lab() -> Iterator[Lab]:
-    with Lab("rgh") as lab:
+def lab() -> Iterator[ThreeHosts]:
+    with ThreeHosts("rgh") as lab:
         give_sources(lab)
         yield lab
 
 
 @pytest.fixture(scope="module")
-def guard(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guard]:
+def guard(lab: ThreeHosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guard]:
     with Guard(lab, POLICY.format(head=""), tmp_path_factory.mktemp("budget")) as guard:
         yield guard
 
 
 @pytest.fixture
-def opened(lab: Lab) -> Iterator[list[Service]]:
+def opened(lab: ThreeHosts) -> Iterator[list[Service]]:
     services: list[Service] = []
     yield services
     for service in services:
@@ -73,7 +67,7 @@ def opened(lab: Lab) -> Iterator[list[Service]]:
 class Flood:
     """Forged SYNs of ever new sources, some thousands a second, while the context lasts."""
 
-    def __init__(self, lab: Lab, target: str, port: int) -> None:
+    def __init__(self, lab: ThreeHosts, target: str, port: int) -> None:
         self._frames = [_forged(target, port, number) for number in range(20_000)]
         with lab.inside("client"):
             self._injector = Injector(Marks())
@@ -119,7 +113,7 @@ def target_of(service: Service, place: str) -> str:
 
 
 def open_service(
-    lab: Lab, guard: Guard, opened: list[Service], port: int, v6: bool, place: str
+    lab: ThreeHosts, guard: Guard, opened: list[Service], port: int, v6: bool, place: str
 ) -> Service:
     """Open a service and wait until the guard knows what it offers."""
     service = Service(lab, port, place, v6)
@@ -142,7 +136,7 @@ def engaged(guard: Guard, service: Service) -> bool:
 
 
 @contextlib.contextmanager
-def over_budget(lab: Lab, guard: Guard, service: Service) -> Iterator[Flood]:
+def over_budget(lab: ThreeHosts, guard: Guard, service: Service) -> Iterator[Flood]:
     with Flood(lab, service.address, service.port) as flood:
         wait_until(lambda: engaged(guard, service))
         yield flood
@@ -155,7 +149,7 @@ def accepted(guard: Guard) -> int:
 @BOTH_FAMILIES
 @pytest.mark.parametrize("place", ["server", "gateway"])
 def test_clients_connect_while_their_service_is_over_budget(
-    lab: Lab, guard: Guard, opened: list[Service], v6: bool, place: str
+    lab: ThreeHosts, guard: Guard, opened: list[Service], v6: bool, place: str
 ) -> None:
     service = open_service(lab, guard, opened, PLAIN, v6, place)
     before = service.connect(source(v6))
@@ -171,7 +165,7 @@ def test_clients_connect_while_their_service_is_over_budget(
 
 
 def test_what_a_server_offers_is_learned_in_full(
-    lab: Lab, guard: Guard, opened: list[Service]
+    lab: ThreeHosts, guard: Guard, opened: list[Service]
 ) -> None:
     service = open_service(lab, guard, opened, PLAIN, False, "server")
     state = state_of(guard, service)
@@ -186,7 +180,7 @@ def test_what_a_server_offers_is_learned_in_full(
 
 
 def test_the_server_speaks_first_without_a_wait(
-    lab: Lab, guard: Guard, opened: list[Service]
+    lab: ThreeHosts, guard: Guard, opened: list[Service]
 ) -> None:
     service = open_service(lab, guard, opened, PLAIN, False, "server")
     with over_budget(lab, guard, service):
@@ -199,7 +193,9 @@ def test_the_server_speaks_first_without_a_wait(
         assert time.monotonic() - began < 5
 
 
-def test_bulk_data_passes_whole_both_ways(lab: Lab, guard: Guard, opened: list[Service]) -> None:
+def test_bulk_data_passes_whole_both_ways(
+    lab: ThreeHosts, guard: Guard, opened: list[Service]
+) -> None:
     service = open_service(lab, guard, opened, PLAIN, False, "server")
     data = random.randbytes(4 << 20)
     with over_budget(lab, guard, service):
@@ -224,7 +220,7 @@ def _read(one: socket.socket, size: int) -> Iterator[bytes]:
 
 @BOTH_FAMILIES
 def test_a_port_that_was_used_just_before_works_again(
-    lab: Lab, guard: Guard, opened: list[Service], v6: bool
+    lab: ThreeHosts, guard: Guard, opened: list[Service], v6: bool
 ) -> None:
     """The tracker still holds the old connection, whose sequence numbers it had to shift."""
     service = open_service(lab, guard, opened, PLAIN, v6, "server")
@@ -248,7 +244,7 @@ def test_a_port_that_was_used_just_before_works_again(
 @BOTH_FAMILIES
 @pytest.mark.parametrize("place", ["server", "gateway"])
 def test_who_is_refused_after_his_cookie_hears_a_reset(
-    lab: Lab, guard: Guard, opened: list[Service], v6: bool, place: str
+    lab: ThreeHosts, guard: Guard, opened: list[Service], v6: bool, place: str
 ) -> None:
     service = open_service(lab, guard, opened, ONCE, v6, place)
     address = source(v6)
@@ -262,7 +258,7 @@ def test_who_is_refused_after_his_cookie_hears_a_reset(
 @BOTH_FAMILIES
 @pytest.mark.parametrize("place", ["server", "gateway"])
 def test_a_connection_that_began_with_a_cookie_can_be_killed(
-    lab: Lab, guard: Guard, opened: list[Service], v6: bool, place: str
+    lab: ThreeHosts, guard: Guard, opened: list[Service], v6: bool, place: str
 ) -> None:
     service = open_service(lab, guard, opened, PLAIN, v6, place)
     address = source(v6)
@@ -277,7 +273,7 @@ def test_a_connection_that_began_with_a_cookie_can_be_killed(
 
 
 def test_completed_cookies_are_judged_as_handshakes(
-    lab: Lab, guard: Guard, opened: list[Service]
+    lab: ThreeHosts, guard: Guard, opened: list[Service]
 ) -> None:
     service = open_service(lab, guard, opened, PLAIN, False, "server")
     with over_budget(lab, guard, service):
@@ -288,7 +284,7 @@ def test_completed_cookies_are_judged_as_handshakes(
 
 
 def test_forged_syns_stay_away_from_server_and_engine(
-    lab: Lab, guard: Guard, opened: list[Service]
+    lab: ThreeHosts, guard: Guard, opened: list[Service]
 ) -> None:
     service = open_service(lab, guard, opened, PLAIN, False, "server")
     with over_budget(lab, guard, service) as flood:
@@ -299,12 +295,14 @@ def test_forged_syns_stay_away_from_server_and_engine(
         assert guard.status()["counts"]["packets"] - seen < 3 * RATE
 
 
-def inside(lab: Lab) -> int:
+def inside(lab: ThreeHosts) -> int:
     """Return how many packets the server's host has received."""
     return int(lab.run("server", "cat", "/sys/class/net/eth0/statistics/rx_packets"))
 
 
-def test_it_disengages_by_itself_and_says_so(lab: Lab, guard: Guard, opened: list[Service]) -> None:
+def test_it_disengages_by_itself_and_says_so(
+    lab: ThreeHosts, guard: Guard, opened: list[Service]
+) -> None:
     service = open_service(lab, guard, opened, PLAIN, False, "server")
     with over_budget(lab, guard, service):
         pass
@@ -318,7 +316,7 @@ def test_it_disengages_by_itself_and_says_so(lab: Lab, guard: Guard, opened: lis
 
 @BOTH_FAMILIES
 def test_who_began_before_and_was_not_answered_hears_a_reset(
-    lab: Lab, guard: Guard, opened: list[Service], v6: bool
+    lab: ThreeHosts, guard: Guard, opened: list[Service], v6: bool
 ) -> None:
     """His first SYN has an entry in the tracker, which SYNPROXY cannot take over."""
     service = open_service(lab, guard, opened, PLAIN, v6, "server")
@@ -344,7 +342,7 @@ def test_who_began_before_and_was_not_answered_hears_a_reset(
 
 
 def test_a_service_without_cookies_fills_no_queue(
-    lab: Lab, guard: Guard, opened: list[Service]
+    lab: ThreeHosts, guard: Guard, opened: list[Service]
 ) -> None:
     service = Service(lab, ELSEWHERE)
     opened.append(service)
@@ -361,7 +359,7 @@ def test_a_service_without_cookies_fills_no_queue(
 
 
 def test_a_translated_service_gets_no_cookies(
-    lab: Lab, guard: Guard, opened: list[Service]
+    lab: ThreeHosts, guard: Guard, opened: list[Service]
 ) -> None:
     rule = ["PREROUTING", "-i", "out", "-p", "tcp", "-d", OUTSIDE4, "--dport", str(TRANSLATED)]
     rule += ["-j", "DNAT", "--to-destination", SERVER4]
@@ -384,7 +382,7 @@ def test_a_translated_service_gets_no_cookies(
 
 
 def test_a_policy_that_observes_gives_out_no_cookies(
-    lab: Lab, guard: Guard, opened: list[Service]
+    lab: ThreeHosts, guard: Guard, opened: list[Service]
 ) -> None:
     guard.apply(POLICY.format(head="mode: observe"))
     try:

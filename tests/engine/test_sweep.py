@@ -9,7 +9,7 @@ from rstguard.engine.flow import Flow, TcpState, Tuple
 from rstguard.engine.ruleset import SECOND, Measure, Per, Rule
 from rstguard.engine.sweep import Judgement, Sweep
 from rstguard.engine.verdict import Action, Ban, Reason, Shun
-from tests.engine.packets import CLIENT, SERVER, rule, ruleset
+from tests.support.packets import CLIENT, SERVER, rule, ruleset
 
 START = 1_000 * SECOND
 

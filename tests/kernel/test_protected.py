@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rstguard.kernel.protected import find, is_address, ssh_clients, ssh_connection
-from tests.netns import Lab
+from tests.support.network import ThreeHosts
 
 
 def session(directory: Path, name: str, **fields: str) -> None:
@@ -50,7 +50,7 @@ def test_who_is_logged_in_from_a_link_local_address(tmp_path: Path) -> None:
     import socket
 
     (tmp_path / "77").mkdir()
-    with Lab("rgl") as lab:
+    with ThreeHosts("rgl") as lab:
         addresses = {
             place: lab.run(place, "ip", "-br", "-6", "address", "show", device, "scope", "link")
             for place, device in (("client", "eth0"), ("gateway", "out"))

@@ -32,7 +32,7 @@ from rstguard.kernel.marks import Bits, Marks
 from rstguard.sweeper.sweeper import Sweeper
 from tests.daemon.test_condemn import Kernel as Table
 from tests.daemon.test_condemn import a_flow, client_of, server_of
-from tests.engine.packets import rule, ruleset
+from tests.support.packets import rule, ruleset
 
 MARKS = Marks()
 CONDEMNED = MARKS.condemned.mask

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.netns import SERVER4, Lab
+from tests.support.network import SERVER4, ThreeHosts
 
 _SYN = """{{
   {mac}, 0x02,0x00,0x00,0x00,0x00,0x66, const16(0x0800),
@@ -24,7 +24,7 @@ _SYN = """{{
 
 @contextmanager
 def syn_flood(
-    lab: Lab, directory: Path, sources: str, port: int, core: int | None = None
+    lab: ThreeHosts, directory: Path, sources: str, port: int, core: int | None = None
 ) -> Iterator[None]:
     """Flood a port of the server, from one core if it is named.
 
