@@ -10,13 +10,13 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from rstguard.lab.waiting import wait_until
-from tests.daemon.test_budget import over_budget, state_of
-from tests.daemon.test_web import ask
 from tests.support import dashboard
+from tests.support.budget import over_budget, state_of
 from tests.support.guard import Guard
 from tests.support.network import ThreeHosts
 from tests.support.sources import source
 from tests.support.traffic import Open, connect
+from tests.support.web import ask
 
 pytestmark = pytest.mark.netns
 

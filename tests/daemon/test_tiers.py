@@ -17,7 +17,7 @@ from rstguard.kernel.inject import Injector
 from rstguard.kernel.marks import Marks
 from rstguard.kernel.nfqueue import states
 from rstguard.lab.waiting import wait_until
-from tests.daemon.test_budget import over_budget, state_of
+from tests.support.budget import over_budget, state_of
 from tests.support.guard import Guard
 from tests.support.network import SERVER4, ThreeHosts
 from tests.support.sources import BOTH_FAMILIES, neighbours, network_of, source

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 from collections.abc import Iterator
 
 import pytest
@@ -14,9 +13,7 @@ from rstguard.kernel import KernelError
 from rstguard.observe.metrics import TABLE
 from tests.support.guard import Guard
 from tests.support.network import ThreeHosts
-
-PORT = 9788
-HOST = f"127.0.0.1:{PORT}"
+from tests.support.web import HOST, PORT, ask, connected, said
 
 POLICY = """
 version: 1
@@ -33,25 +30,6 @@ def guard(lab: ThreeHosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     with Guard(lab, POLICY, directory, "--http", HOST) as guard:
         guard.ask("ban-add", source="203.0.113.9", seconds=600)
         yield guard
-
-
-def connected(lab: ThreeHosts) -> socket.socket:
-    return lab.connect("gateway", "127.0.0.1", PORT)
-
-
-def said(lab: ThreeHosts, request: bytes) -> tuple[int, bytes, bytes]:
-    """Return status, head and body of the answer to one request."""
-    with connected(lab) as one:
-        one.sendall(request)
-        with one.makefile("rb") as stream:
-            head, _, body = stream.read().partition(b"\r\n\r\n")
-    return int(head.split()[1]), head, body
-
-
-def ask(
-    lab: ThreeHosts, path: str, method: str = "GET", host: str = HOST
-) -> tuple[int, bytes, bytes]:
-    return said(lab, f"{method} {path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
 
 
 @pytest.mark.netns
