@@ -11,7 +11,8 @@ PYTEST := $(AS_ROOT) $(PYTHON_IN) -m pytest -p no:cacheprovider
 PYTHONS ?= $(wildcard $(foreach v,11 12 13 14,/usr/bin/python3.$(v) /usr/local/bin/python3.$(v) \
              $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.$(v).*/bin/python3))
 
-.PHONY: help setup demo test lint test-pure test-all-pythons bench fuzz fake-kernel soak systemd clean
+.PHONY: help setup demo test lint test-pure test-all-pythons bench fuzz fake-kernel simulate mutants soak \
+        systemd clean
 
 help:
 	@echo "make demo              watch attackers being contained (about two minutes)"
@@ -22,6 +23,8 @@ help:
 	@echo "make bench             the figures, as ratios measured in one run"
 	@echo "make fuzz              the long form of the generated tests"
 	@echo "make fake-kernel       the tests' kernel against the real one, two thousand times"
+	@echo "make simulate          the guard in 10,000 simulated gateways (SEEDS=, or SEED= for one again)"
+	@echo "make mutants           how many mistakes put into the guard the simulation finds"
 	@echo "make soak              half an hour of attacks and honest load at once"
 	@echo "make systemd           the service in a container with a real systemd"
 	@echo "make clean             remove what these made in this directory"
@@ -67,6 +70,13 @@ fuzz: setup
 
 fake-kernel: setup
 	$(PYTEST) -m kernel_long --timeout=0
+
+simulate: setup
+	$(PYTHON_IN) -m tests.simulation
+
+mutants: setup
+	$(PYTHON_IN) -m pip install --quiet --disable-pip-version-check cosmic-ray==8.7.0
+	$(PYTHON_IN) -m tests.simulation.mutants
 
 soak: setup
 	$(PYTEST) -s -m soak_long --timeout=0

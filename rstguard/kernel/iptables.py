@@ -34,7 +34,9 @@ class Held(NamedTuple):
     def answers_for(self, jump: Jump) -> bool:
         """Tell whether it is the jump that a plan wants, be it at its place or not."""
         same = (self.table, self.builtin) == (jump.table, jump.builtin)
-        return same and shlex.split(self.rule) == shlex.split(jump.rule)
+        if not same or self.rule == jump.rule:
+            return same
+        return shlex.split(self.rule) == shlex.split(jump.rule)
 
     def at_its_place(self, jump: Jump) -> bool:
         """Tell whether no rule of others keeps packets from it, or is itself passed over."""

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
 
-from rstguard.engine.address import Prefix, parse_prefix
+from rstguard.engine.address import Prefix
 from rstguard.engine.sources import Offence
 from rstguard.ipc.messages import Blocked, Offences
 from rstguard.kernel import KernelError
@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 _FLUSH_SECONDS = 0.5
 _TIDY_SECONDS = 600.0
 _OPEN_AGAIN_SECONDS = 10.0
+_SURE_SECONDS = 30.0
 _CLOCK_SET = 2.0
 """Seconds by which the clock jumps when somebody sets it; less is its steering."""
 _AT_ONCE = 1000
@@ -53,15 +54,17 @@ class Record:
         self.problem = ""
         """Why nothing is kept at present, or ""."""
         self.store: Store | None = None
+        self.opened_late: Callable[[], None] = lambda: None
+        """Called when the store, which could not be used at the start, is open."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ahead = 0.0
         """Seconds by which the wall's clock was ahead of the loop's, which nobody can set."""
         self._waiting = Waiting(self._clock)
         self._known: OrderedDict[tuple[str, Prefix], tuple[int, float]] = OrderedDict()
         """How many offences, and when the last, by rule and source; on the loop's clock."""
-        self._bringing_back = asyncio.Lock()
-        self._lifted: set[str] = set()
-        """Sources that were unblocked while others, read before, were being brought back."""
+        self.changing = asyncio.Lock()
+        """Held by whoever brings bans back, or changes in the sets what was noted: what is lifted
+        or shortened is not to return with others that were read before."""
 
     async def open(self) -> None:
         """Open the store, or say why nothing is kept at present."""
@@ -96,8 +99,7 @@ class Record:
         store = self.store
         if store is None:
             return 0
-        async with self._bringing_back:
-            self._lifted.clear()
+        async with self.changing:
             try:
                 elements = await asyncio.to_thread(store.blocks)
             except StoreError as error:
@@ -109,19 +111,37 @@ class Record:
                 )
             if elements:
                 await asyncio.to_thread(self._add, elements)
-            # What an administrator lifted after it was read is not to return.
-            if lifted := tuple(self._lifted):
-                await asyncio.to_thread(self._remove, lifted)
         return len(elements)
+
+    async def holds(self, source: str) -> bool:
+        """Tell whether a ban or shun of exactly this source is remembered."""
+        store = self.store
+        if store is None:
+            return False
+        try:
+            return await asyncio.to_thread(store.holds, source)
+        except StoreError as error:
+            self._fails(error)
+            return False
+
+    async def count(self) -> int:
+        """Return how many bans and shuns are remembered that surely are in force, or 0.
+
+        Those of the last `_SURE_SECONDS` of their time are left out: a set may forget them earlier,
+        as what was told of them was heard later.
+        """
+        store = self.store
+        if store is None:
+            return 0
+        try:
+            return await asyncio.to_thread(store.count, _SURE_SECONDS)
+        except StoreError as error:
+            self._fails(error)
+            return 0
 
     def _add(self, elements: list[Element]) -> None:
         with self._sets() as sets:
             sets.add(elements)
-
-    def _remove(self, sources: Iterable[str]) -> None:
-        with self._sets() as sets:
-            for source in sources:
-                sets.remove(parse_prefix(source))
 
     def offences(self) -> Iterator[Offences]:
         """Yield what a process that starts is to remember; the disk is not asked."""
@@ -135,23 +155,20 @@ class Record:
                 )
             )
 
-    def blocked(self, message: Blocked) -> None:
-        """Note a ban or shun that is in force."""
+    def blocked(self, message: Blocked, replaces: bool = False) -> None:
+        """Note a ban or shun that is in force; see `Waiting.blocked` for `replaces`."""
         element = message.element
-        self.blocked_element(element)
+        self.blocked_element(element, replaces)
         if message.offence:
             self._waiting.offended(element.rule, str(element.source), message.offence)
             self._know((element.rule, element.source), message.offence, self._now())
 
-    def blocked_element(self, element: Element) -> None:
-        """Note an element that was put into its set."""
-        self._lifted.discard(str(element.source))
-        self._waiting.blocked(element)
+    def blocked_element(self, element: Element, replaces: bool = False) -> None:
+        """Note an element that was put into its set; see `Waiting.blocked` for `replaces`."""
+        self._waiting.blocked(element, replaces)
 
     def unblocked(self, source: str) -> None:
-        """Note that a source is blocked no longer."""
-        if self._bringing_back.locked():
-            self._lifted.add(source)
+        """Note that a source is blocked no longer; `changing` is held since it was lifted."""
         self._waiting.unblocked(source)
 
     def _remember(self, offences: Iterable[Offence]) -> None:
@@ -188,6 +205,7 @@ class Record:
         await self._try_to_open()
         if self.store is None:
             return
+        self.opened_late()
         try:
             count = await self.bring_back()
         except KernelError as error:

@@ -20,33 +20,22 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final, TypeVar
 
-from rstguard.engine.address import parse_prefix
 from rstguard.engine.sources import Offence
-from rstguard.kernel.elements import MAX_SECONDS, Element, Kind
+from rstguard.kernel.elements import Element
 from rstguard.state.database import last_number, open_or_set_aside
 from rstguard.state.history import (
     KEPT,
-    MOST_POLICIES,
-    UNDONE,
     Entry,
     Marked,
-    Step,
     Undone,
     after,
     entry_of,
 )
-from rstguard.state.waiting import MOST_OFFENCES, Block, Changes, Offended, Waiting
+from rstguard.state.rows import KINDS, element_of, lasts_longer, offence_of
+from rstguard.state.waiting import Block, Changes, Offended, Waiting
+from rstguard.state.writing import tidy_up, write
 
 FILE_NAME: Final = "state.db"
-_MOST_BLOCKS: Final = 1 << 21
-"""Bans and shuns kept: as many as the kernel's sets of both families hold."""
-_BOUNDS: Final = (
-    ("blocks", "expires", _MOST_BLOCKS),
-    ("offences", "last", MOST_OFFENCES),
-    ("policies", "number", MOST_POLICIES),
-)
-"""Table, the column by which the oldest are found, and how many rows stay."""
-
 _T = TypeVar("_T")
 
 
@@ -129,9 +118,9 @@ class Store:
                 return 0
             try:
                 with self._database as database:
-                    self._write(database, changes)
+                    write(database, changes, self._shifted, self._clock())
                     if tidy:
-                        self._tidy(database)
+                        tidy_up(database, self._clock())
             except sqlite3.Error as error:
                 lost = f", and {changes.dropped} were too many to wait" if changes.dropped else ""
                 raise StoreError(
@@ -146,27 +135,6 @@ class Store:
         self._unwritten.follow(self.waiting.take())
         return self._unwritten
 
-    def _write(self, database: sqlite3.Connection, changes: Changes) -> None:
-        shift, further = changes.shift, changes.shift - self._shifted
-        if further:
-            database.execute("UPDATE blocks SET expires = expires + ?", (further,))
-            database.execute("UPDATE offences SET last = last + ?", (further,))
-        gone = (key for key, row in changes.blocks.items() if row is None)
-        database.executemany("DELETE FROM blocks WHERE source = ? AND kind = ?", gone)
-        rows = (row._replace(expires=row.expires + shift) for row in _there(changes))
-        database.executemany("INSERT OR REPLACE INTO blocks VALUES (?, ?, ?, ?, ?)", rows)
-        offences = (row._replace(last=row.last + shift) for row in changes.offences.values())
-        database.executemany("INSERT OR REPLACE INTO offences VALUES (?, ?, ?, ?)", offences)
-        for step in changes.history:
-            _write_step(database, step)
-        database.execute("INSERT OR REPLACE INTO written VALUES (1, ?)", (self._clock(),))
-
-    def _tidy(self, database: sqlite3.Connection) -> None:
-        database.execute("DELETE FROM blocks WHERE expires <= ?", (self._clock(),))
-        for table, key, most in _BOUNDS:
-            oldest = f"SELECT {key} FROM {table} ORDER BY {key} DESC LIMIT 1 OFFSET ?"  # noqa: S608
-            database.execute(f"DELETE FROM {table} WHERE {key} <= ({oldest})", (most,))  # noqa: S608
-
     def blocks(self) -> list[Element]:
         """Return the bans and shuns whose time is not over, with what remains of it.
 
@@ -180,11 +148,45 @@ class Store:
             further, shift = changes.shift - self._shifted, changes.shift
             columns = "source, kind, rule, expires, keep_existing"
             read = self._rows(f"SELECT {columns} FROM blocks", Block)  # noqa: S608
-            found = {row[:2]: row for row in read if row[:2] not in changes.blocks}
             now = self._clock()
-            rows = [(row, now - further) for row in found.values()]
-            rows += [(row, now - shift) for row in _there(changes)]
-            return self._made(rows, _element)
+            rows = {row[:2]: (row, now - further) for row in read}
+            for key, row in changes.blocks.items():
+                if row is None:
+                    rows.pop(key, None)
+                elif row.replaces or not lasts_longer(rows.get(key), row, now - shift):
+                    rows[key] = row, now - shift
+            return self._made(rows.values(), element_of)
+
+    def holds(self, source: str) -> bool:
+        """Tell whether exactly this source is banned or shunned, as the file has it and what waits.
+
+        Raises:
+            StoreError: the file could not be read.
+        """
+        with self._lock:
+            changes = self._collected()
+            keys = [(source, kind) for kind in KINDS if (source, kind) in changes.blocks]
+            if keys:
+                return any(changes.blocks[key] for key in keys)
+            least = self._clock() - (changes.shift - self._shifted)
+            statement = "SELECT count(*) FROM blocks WHERE source = ? AND expires > ?"
+            return self._number_of(statement, source, least) > 0
+
+    def count(self, seconds: float) -> int:
+        """Return how many bans and shuns last for so many seconds at least, or fewer.
+
+        It is the file's number: what waits to be written is not counted, and what is to be
+        forgotten is taken off, be it in the file or not.
+
+        Raises:
+            StoreError: the file could not be read.
+        """
+        with self._lock:
+            changes = self._collected()
+            least = self._clock() + seconds - (changes.shift - self._shifted)
+            gone = sum(row is None or row.replaces for row in changes.blocks.values())
+            found = self._number_of("SELECT count(*) FROM blocks WHERE expires > ?", least)
+        return max(0, found - gone)
 
     def offences(self) -> tuple[Offence, ...]:
         """Return who was banned how often by which rule, and how long ago (nanoseconds).
@@ -202,7 +204,7 @@ class Store:
             now = self._clock()
             rows = [(row, now - further) for row in read if row[:2] not in changes.offences]
             rows += [(row, now - shift) for row in changes.offences.values()]
-            return tuple(self._made(rows, _offence))
+            return tuple(self._made(rows, offence_of))
 
     def add_policy(
         self, who: str, action: str, name: str, file: str, text: str, state: str = KEPT
@@ -245,6 +247,13 @@ class Store:
         with contextlib.suppress(StoreError):  # it waits; the next flush says why
             self.flush()
 
+    def _number_of(self, statement: str, *values: object) -> int:
+        try:
+            (found,) = self._database.execute(statement, values).fetchone()
+        except sqlite3.Error as error:
+            raise StoreError(f"{self.path} could not be read ({error})") from None
+        return int(found)
+
     def _rows(self, statement: str, kind: Callable[..., _T]) -> list[_T]:
         try:
             return [kind(*row) for row in self._database.execute(statement)]
@@ -263,37 +272,3 @@ class Store:
                 if one is not None:
                     found.append(one)
         return found
-
-
-def _write_step(database: sqlite3.Connection, step: Step) -> None:
-    match step:
-        case Entry():
-            marks = ", ".join("?" * len(step))
-            database.execute(f"INSERT OR REPLACE INTO policies VALUES ({marks})", step)  # noqa: S608
-        case Marked(number, state):
-            database.execute("UPDATE policies SET state = ? WHERE number = ?", (state, number))
-        case Undone(text):
-            database.execute("UPDATE policies SET state = ? WHERE text = ?", (UNDONE, text))
-
-
-def _there(changes: Changes) -> Iterable[Block]:
-    return (row for row in changes.blocks.values() if row is not None)
-
-
-def _element(row: Block, now: float) -> Element | None:
-    """Return the element of a row, or None if its time is over."""
-    seconds = min(int(row.expires - now), MAX_SECONDS)
-    source = parse_prefix(row.source)
-    one = Element(source, _kind(row.kind), row.rule, seconds, bool(row.keep_existing))
-    return one if one.comment and seconds >= 1 else None
-
-
-def _kind(text: str) -> Kind:
-    if text not in ("ban", "shun"):
-        raise ValueError(text)
-    return "ban" if text == "ban" else "shun"
-
-
-def _offence(row: Offended, now: float) -> Offence:
-    age = max(0, int((now - row.last) * 1e9))
-    return Offence(str(row.rule), parse_prefix(row.source), int(row.times), age)

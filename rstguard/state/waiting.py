@@ -33,6 +33,8 @@ class Block(NamedTuple):
     rule: str
     expires: float
     keep_existing: int
+    replaces: bool = False
+    """Whether it takes the place of one that lasts longer, which otherwise stays, as in a set."""
 
 
 class Offended(NamedTuple):
@@ -58,7 +60,14 @@ class Changes:
     """Changes that had to make room for later ones."""
 
     def block(self, key: tuple[str, str], row: Block | None) -> None:
-        """Add a ban or shun, or its end."""
+        """Add a ban or shun, or its end; of two the longer one stays, unless the later replaces."""
+        if row is not None and key in self.blocks:
+            before = self.blocks[key]
+            if before is None:
+                row = row._replace(replaces=True)
+            elif not row.replaces:
+                longer = row if row.expires >= before.expires else before
+                row = longer._replace(replaces=before.replaces)
         self._put(self.blocks, key, row, MOST_BLOCKS)
 
     def offence(self, row: Offended) -> None:
@@ -104,13 +113,19 @@ class Waiting:
         """Held for a few dictionary operations at a time, never while anything is written."""
         self._changes = Changes()
 
-    def blocked(self, element: Element) -> None:
-        """Note a ban or shun."""
+    def blocked(self, element: Element, replaces: bool = False) -> None:
+        """Note a ban or shun.
+
+        What lasts longer already stays, as in the kernel's sets; with `replaces` it does not, and
+        neither does another kind of block of the same source.
+        """
         with self._lock:
             source, kind = str(element.source), element.kind
             expires = self._now() + (element.remaining or 0)
-            row = Block(source, kind, element.rule, expires, int(element.keep_existing))
+            row = Block(source, kind, element.rule, expires, int(element.keep_existing), replaces)
             self._changes.block((source, kind), row)
+            if replaces:
+                self._changes.block((source, "shun" if kind == "ban" else "ban"), None)
 
     def unblocked(self, source: str) -> None:
         """Note that exactly this source is neither banned nor shunned any more."""

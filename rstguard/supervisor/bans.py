@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Final
+from typing import Final, TypeVar
 
 from rstguard.engine.address import Prefix
 from rstguard.engine.ruleset import RuleSet
@@ -29,6 +29,8 @@ from rstguard.supervisor.change import Change
 from rstguard.supervisor.guard import Guard
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 MANUAL: Final = "manual"
 """The rule name of a ban that an administrator asked for."""
@@ -50,18 +52,16 @@ class Bans:
 
     def heard(self, message: Blocked) -> None:
         """Note a ban or shun; a ban also ends the source's connections."""
-        guard, element = self._guard, message.element
-        event = Event(
-            element.kind,
-            str(element.source),
-            element.rule,
-            message.reason,
-            detail=f"for {element.remaining} s",
-            enforced=message.enforced,
-        )
+        self._note(message, replaces=False)
+
+    def _note(self, message: Blocked, replaces: bool) -> None:
+        guard = self._guard
+        element = message.element
+        source, rule, detail = str(element.source), element.rule, f"for {element.remaining} s"
+        event = Event(element.kind, source, rule, message.reason, detail, message.enforced)
         guard.events.add(event)
         if message.enforced:
-            self._record.blocked(message)
+            self._record.blocked(message, replaces)
             self._count(message)
             if message.by_worker:
                 guard.sweeper.send(message)
@@ -82,8 +82,9 @@ class Bans:
             KernelError: the kernel refused.
         """
         element = Element(source, "ban", MANUAL, seconds, keep_existing)
-        await self._place([element], shorten=True)
-        self.heard(Blocked(element, Reason.KILLED))
+        async with self._record.changing:
+            await self._placed(self._replace, element)
+            self._note(Blocked(element, Reason.KILLED), replaces=True)
 
     async def add_list(self, elements: list[Element]) -> None:
         """Ban many sources, with one event for all: who they are is in the list.
@@ -91,7 +92,7 @@ class Bans:
         Raises:
             KernelError: the kernel refused.
         """
-        await self._place(elements)
+        await self._placed(self._place, elements)
         for element in elements:
             self._record.blocked_element(element)
         if elements:
@@ -104,8 +105,11 @@ class Bans:
         Raises:
             KernelError: the kernel refused.
         """
-        removed = await asyncio.to_thread(self._lift, [source])
-        self._record.unblocked(str(source))
+        async with self._record.changing:
+            removed = await asyncio.to_thread(self._lift, [source])
+            # Others may have emptied the sets: what is remembered would have come back.
+            removed = removed or await self._record.holds(str(source))
+            self._record.unblocked(str(source))
         if removed:
             self._guard.events.add(Event("unban", str(source), MANUAL))
         return bool(removed)
@@ -148,27 +152,35 @@ class Bans:
     async def _free(self, sources: list[Prefix]) -> None:
         while sources:
             try:
-                await asyncio.to_thread(self._lift, sources)
+                async with self._record.changing:
+                    await asyncio.to_thread(self._lift, sources)
+                    for source in sources:
+                        self._record.unblocked(str(source))
                 break
             except KernelError as error:
                 log.error("the bans of the last minute cannot be lifted yet: %s", error)
                 await asyncio.sleep(_AGAIN_SECONDS)
-        for source in sources:
-            self._record.unblocked(str(source))
         if sources:
             detail = "banned in the minute before the policy ran away"
             self._guard.events.add(Event("unban", f"{len(sources)} sources", detail=detail))
 
-    async def _place(self, elements: Iterable[Element], shorten: bool = False) -> None:
+    async def _placed(self, place: Callable[[T], None], what: T) -> None:
         try:
-            await asyncio.to_thread(self._put, elements, shorten)
+            await asyncio.to_thread(place, what)
         except KernelError:
             self._guard.unplaced_at = asyncio.get_running_loop().time()
             raise
 
-    def _put(self, elements: Iterable[Element], shorten: bool) -> None:
+    def _place(self, elements: Iterable[Element]) -> None:
         with self._kernel.sets() as sets:
-            sets.add(elements, shorten)
+            sets.add(elements)
+
+    def _replace(self, element: Element) -> None:
+        """Place a ban instead of whatever blocks its source by now, also in another set."""
+        other = element._replace(keep_existing=not element.keep_existing)
+        with self._kernel.sets() as sets:
+            sets.add([element], shorten=True)
+            sets.take(other.set_name, [element.source])
 
     def _lift(self, sources: list[Prefix]) -> int:
         with self._kernel.sets() as sets:

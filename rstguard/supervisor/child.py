@@ -230,7 +230,8 @@ class Child:
     async def adopt(self, policy: NewPolicy, seconds: float) -> None:
         """Send a new policy and wait until it is in force, for `seconds` at most.
 
-        One that does not serve yet takes it up before it does.
+        One that is starting may have been started with the old policy: it reads this after that,
+        and is not waited for.
 
         Raises:
             TimeoutError: no answer in time.

@@ -53,6 +53,8 @@ class Policies:
         self._before: tuple[Loaded, str] | None = None
         self._number = 0
         self._late = asyncio.Event()
+        """Set when a policy was not confirmed in time, or a history can be kept now."""
+        record.opened_late = self._late.set
         self._one_by_one = asyncio.Lock()
         """A policy cannot be confirmed while it is being rolled back."""
         self.commands: dict[str, Callable[[Request], Awaitable[object]]] = {
@@ -190,6 +192,18 @@ class Policies:
             await self._late.wait()
             self._late.clear()
             await self._go_back()
+            await self._catch_up()
+
+    async def _catch_up(self) -> None:
+        """Enter the policy in force into a history that could not be kept when it came."""
+        async with self._one_by_one:
+            if self._number or self._record.store is None:
+                return
+            loaded, file = self._guard.loaded, self._guard.file
+            state = PENDING if self._waiting else KEPT
+            self._number = await self._write("the guard", "start", loaded, file, state)
+            if self._waiting:
+                self._waiting.number = self._number
 
     async def _go_back(self) -> None:
         async with self._one_by_one:

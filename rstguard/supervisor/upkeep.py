@@ -57,6 +57,8 @@ class Upkeep:
         self._withdrawn = False
         self._looking: asyncio.Task[None] | None = None
         self._complaints: deque[str] = deque(maxlen=4)
+        self._looked_for = 0.0
+        """How many seconds the last look took."""
 
     async def begin(self) -> None:
         """Divert packets for the first time, unless the panic switch is on.
@@ -73,15 +75,12 @@ class Upkeep:
 
     async def watch_rules(self) -> None:
         """Put back what others take away; does not end by itself."""
-        loop = asyncio.get_running_loop()
-        wait = LOOK_SECONDS
         while True:
-            await asyncio.sleep(wait)
-            began = loop.time()
+            # Where there are very many rules looking is dear, and done less often.
+            wait = max(LOOK_SECONDS, _SHARE * self._looked_for)
+            await asyncio.sleep(min(wait, _LONGEST_SECONDS))
             with self._complaining():
                 await self._put_back()
-            # Where there are very many rules looking is dear, and done less often.
-            wait = min(max(LOOK_SECONDS, _SHARE * (loop.time() - began)), _LONGEST_SECONDS)
 
     async def watch_panic(self) -> None:
         """Obey the panic switch; does not end by itself."""
@@ -138,11 +137,22 @@ class Upkeep:
 
     async def _missing(self) -> tuple[str, ...]:
         """Note what is not as it should be; `changing` is held."""
-        guard = self._guard
+        guard, began = self._guard, asyncio.get_running_loop().time()
         lost = [] if guard.panic else await asyncio.to_thread(self._footprint.lost, guard.ruleset)
+        if not guard.panic and (bans := await self._bans_lost()):
+            lost.append(bans)
+        self._looked_for = asyncio.get_running_loop().time() - began
         guard.missing = tuple(lost)
         guard.unmatched = self._unmatched()
         return guard.missing
+
+    async def _bans_lost(self) -> str:
+        """Tell in words that others have emptied sets of the banned, or return ""."""
+        async with self._record.changing:
+            known = await self._record.count()
+            held = await asyncio.to_thread(self._kernel.blocked_by_kind) if known else {}
+        lacking = known - sum(held.values())
+        return f"{lacking} bans that are remembered" if lacking > 0 else ""
 
     async def _put_back(self) -> None:
         guard = self._guard

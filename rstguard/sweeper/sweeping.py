@@ -6,6 +6,7 @@ import gc
 import logging
 from collections import Counter
 from collections.abc import Callable
+from itertools import compress
 
 from rstguard.engine.flow import Flow
 from rstguard.engine.rules import REASONS
@@ -15,8 +16,8 @@ from rstguard.engine.verdict import Ban, Shun
 from rstguard.ipc.channel import ChildEnd
 from rstguard.ipc.measuring import Measuring
 from rstguard.ipc.messages import FoundProductive, Observed, Productive, Reset, blocked_message
-from rstguard.kernel import KernelError
 from rstguard.kernel.marks import Marks
+from rstguard.kernel.placing import place
 from rstguard.kernel.seam import Connections, ElementSets
 from rstguard.sweeper.cases import Target
 from rstguard.sweeper.ending import Ending
@@ -100,13 +101,12 @@ class Sweeping:
     def _block(self, effects: tuple[Ban | Shun, ...]) -> None:
         enforce = self._ruleset.enforce
         messages = [blocked_message(effect, enforce, by_worker=False) for effect in effects]
-        if enforce:
-            try:
-                self._sets.add(message.element for message in messages)
-            except KernelError as error:
-                self._counts["block_failed"] += len(messages)
+        if messages and enforce:
+            there, error = place(self._sets, [message.element for message in messages])
+            if error:
+                self._counts["block_failed"] += there.count(False)
                 log.error("%s", error)
-                return
+                messages = list(compress(messages, there))
         for message in messages:
             self._counts[f"rule.{message.element.rule}"] += 1
             self._channel.send(message)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from itertools import compress
 
 from rstguard.engine.flow import Tuple
 from rstguard.engine.segment import cookie_rst
 from rstguard.engine.verdict import Ban, Condemn, Decision, Shun, Verdict
 from rstguard.engine.wire import Packet
 from rstguard.ipc.messages import Observed, Reset, blocked_message
-from rstguard.kernel import KernelError
+from rstguard.kernel.placing import place
 from rstguard.kernel.seam import ElementSets, PacketSender
 from rstguard.worker.reporting import Reporting
 
@@ -56,12 +57,11 @@ class Acting:
     def _block(self, effects: list[Ban | Shun]) -> None:
         messages = [blocked_message(effect, self.enforce) for effect in effects]
         if messages and self.enforce:
-            try:
-                self._sets.add(message.element for message in messages)
-            except KernelError as error:
-                self._reporting.counts["block_failed"] += len(messages)
+            there, error = place(self._sets, [message.element for message in messages])
+            if error:
+                self._reporting.counts["block_failed"] += there.count(False)
                 log.error("%s", error)
-                return
+                messages = list(compress(messages, there))
         for message in messages:
             self._reporting.send(message)
 

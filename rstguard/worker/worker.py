@@ -76,7 +76,7 @@ class Worker:
         Raises:
             KernelError: the queue cannot be had.
         """
-        self._channel, self._kernel, self._clock = channel, kernel, clock
+        self._channel, self._clock = channel, clock
         self._pid = pid or os.getpid()
         self._index = start.index
         self._sets = kernel.sets()

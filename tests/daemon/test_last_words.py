@@ -7,7 +7,7 @@ import os
 import pickle
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -42,14 +42,14 @@ def guard(lab: ThreeHosts, tmp_path: Path) -> Iterator[Guard]:
 def channels(pid: int) -> Iterator[list[socket.socket]]:
     """Take hold of the ends of channels that another process has open."""
     process = os.pidfd_open(pid)
-    found = []
+    found, numbers = [], []
     try:
         for entry in Path(f"/proc/{pid}/fd").iterdir():
-            if not str(entry.readlink()).startswith("socket:"):
-                continue
-            end = socket.socket(
-                fileno=ctypes.CDLL(None).syscall(PIDFD_GETFD, process, int(entry.name), 0)
-            )
+            with suppress(FileNotFoundError):  # closed meanwhile
+                if str(entry.readlink()).startswith("socket:"):
+                    numbers.append(int(entry.name))
+        for number in numbers:
+            end = socket.socket(fileno=ctypes.CDLL(None).syscall(PIDFD_GETFD, process, number, 0))
             if end.family == socket.AF_UNIX and end.type == socket.SOCK_SEQPACKET:
                 found.append(end)
             else:
@@ -73,7 +73,8 @@ def is_replaced(guard: Guard, child: str, pid: int) -> bool:
 
 
 def told(guard: Guard) -> list[str]:
-    return [event["detail"] for event in guard.status()["recent"] if event["kind"] == "restart"]
+    restarts = [event for event in guard.status()["recent"] if event["kind"] == "restart"]
+    return [f"{event['subject']}: {event['detail']}" for event in restarts]
 
 
 @CHILDREN

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rstguard.engine.address import Prefix, parse_prefix
+from rstguard.engine.address import parse_prefix
 from rstguard.engine.verdict import Reason
 from rstguard.ipc.messages import Blocked
 from rstguard.kernel.elements import MAX_SECONDS, Element, Kind
@@ -226,9 +226,8 @@ def read(path: Path, statement: str) -> list[tuple[object, ...]]:
 class FakeSets:
     """Kernel sets that only remember what was done to them."""
 
-    def __init__(self, on_add: Callable[[], None] = lambda: None) -> None:
+    def __init__(self) -> None:
         self.done: list[tuple[str, str]] = []
-        self._on_add = on_add
 
     def __enter__(self) -> FakeSets:
         return self
@@ -238,11 +237,6 @@ class FakeSets:
 
     def add(self, elements: list[Element]) -> None:
         self.done += [("add", str(element.source)) for element in elements]
-        self._on_add()
-
-    def remove(self, source: Prefix) -> bool:
-        self.done.append(("remove", str(source)))
-        return True
 
 
 def record_of(directory: Path, sets: FakeSets | None = None, wall: Clock | None = None) -> Record:
@@ -351,7 +345,7 @@ def test_what_waits_counts_when_the_store_is_read(
     store.flush()
     with locked(store.path):
         store.waiting.unblocked("198.51.100.7")
-        store.waiting.blocked(ban("198.51.100.8", 60))
+        store.waiting.blocked(ban("198.51.100.8", 60), replaces=True)
         store.waiting.offended("ssh-brute", "198.51.100.7", 2)
         number = store.add_policy("root", "apply", "one", "p.yaml", "text 1", PENDING)
         assert [(str(e.source), e.remaining) for e in store.blocks()] == [("198.51.100.8", 60)]
@@ -457,18 +451,46 @@ def test_a_directory_that_can_be_used_later_is_used_then(
     assert len(read(place / "state.db", "SELECT * FROM blocks")) == 2
 
 
-def test_a_ban_that_is_lifted_while_all_come_back_does_not_return(tmp_path: Path) -> None:
-    async def run() -> None:
-        sets = FakeSets(lambda: kept.unblocked("198.51.100.7"))
-        kept = record_of(tmp_path, sets)
-        await kept.open()
-        kept.blocked_element(ban("198.51.100.7"))
-        kept.blocked_element(ban("198.51.100.8"))
-        assert await kept.bring_back() == 2
-        assert sets.done[-1] == ("remove", "198.51.100.7")
-        await kept.close()
+@pytest.mark.parametrize("flushes", [True, False])
+def test_of_two_bans_of_a_source_the_longer_stays_unless_it_is_replaced(
+    tmp_path: Path, flushes: bool
+) -> None:
+    """As in the kernel's sets: a list with shorter times shortens no ban."""
+    store = Store(tmp_path, Clock())
 
-    asyncio.run(run())
+    def kept() -> dict[str, int | None]:
+        if flushes:
+            store.flush()
+        return {str(element.source): element.remaining for element in store.blocks()}
+
+    for seconds in (3600, 60):
+        store.waiting.blocked(ban("198.51.100.7", seconds))
+        assert kept() == {"198.51.100.7": 3600}
+    store.waiting.blocked(ban("198.51.100.7", 30), replaces=True)
+    assert kept() == {"198.51.100.7": 30}
+    store.waiting.unblocked("198.51.100.7")
+    store.waiting.blocked(ban("198.51.100.7", 20))
+    assert kept() == {"198.51.100.7": 20}
+    assert store.holds("198.51.100.7")
+    assert not store.holds("198.51.100.8")
+    store.close()
+
+
+def test_bans_are_counted_that_last_for_a_while(tmp_path: Path) -> None:
+    clock = Clock()
+    store = Store(tmp_path, clock)
+    for number, seconds in enumerate((10, 60, 600)):
+        store.waiting.blocked(ban(f"198.51.100.{number}", seconds))
+    store.flush()
+    assert store.count(30) == 2
+    store.waiting.unblocked("198.51.100.2")
+    assert store.count(30) <= 1
+    store.flush()
+    assert store.count(30) == 1
+    clock.now += 45
+    store.flush()
+    assert store.count(30) == 0
+    store.close()
 
 
 def test_another_program_s_database_is_set_aside(tmp_path: Path) -> None:

@@ -26,19 +26,17 @@ _BUILTIN = {
     "mangle": ("PREROUTING", "INPUT", "POSTROUTING"),
     "filter": ("INPUT", "FORWARD"),
 }
-_RULES = (
+_PLAIN_RULES = (
     "-j ACCEPT",
     "-j LOG",
     "-p udp -j DROP",
     "-p tcp -m tcp --dport 80 -j ACCEPT",
     "-p tcp --dport 443 -j RETURN",
     "-m connbytes --connbytes 10 --connbytes-mode packets --connbytes-dir original -j RETURN",
-    "-j other",
-    "-j rstguard-raw",
-    "-g rstguard-queue",
     "-m set --match-set rstguard-ban{family} src -j DROP",
     "-m set --match-set other src -j DROP",
 )
+_RULES = (*_PLAIN_RULES, "-j other", "-j rstguard-raw", "-g rstguard-queue")
 _SETS = (
     "rstguard-ban4",
     "rstguard-shun6",
@@ -212,10 +210,12 @@ def _of_restore(random: Random, _rulesets: Sequence[RuleSet]) -> Operation:
 
 def _iptables_command(random: Random, family: int, table: str) -> list[str]:
     chain = random.choice((*_BUILTIN[table], *_BUILTIN[table], *_CHAINS))
-    rule = random.choice(_RULES).format(family=family).split()
+    # Jumps start from built-in chains only: circles are what the fake does not know.
+    rules = _RULES if chain in _BUILTIN[table] else _PLAIN_RULES
+    rule = random.choice(rules).format(family=family).split()
     commands = (
         ["-A", chain, *rule],
-        ["-A", chain, "-j", "other"],
+        ["-A", random.choice(_BUILTIN[table]), "-j", "other"],
         ["-I", chain, *rule],
         ["-I", chain, str(random.randint(1, 3)), *rule],
         ["-D", chain, str(random.randint(1, 2))],

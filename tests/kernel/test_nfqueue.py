@@ -11,7 +11,6 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 
@@ -21,11 +20,10 @@ from rstguard.engine.wire import ACK, Malformed, Packet, parse
 from rstguard.ipc.channel import child_end, pair
 from rstguard.ipc.messages import Start
 from rstguard.kernel import KernelError
-from rstguard.kernel.inject import Injector
+from rstguard.kernel.linux import Linux
 from rstguard.kernel.marks import Marks
 from rstguard.kernel.nfqueue import LENGTH, MOST, Queue, Queued, states
 from rstguard.kernel.readers import BINDING, BUILT_IN, CHOICE
-from rstguard.kernel.sets import Sets
 from rstguard.worker.worker import Worker
 from tests.support.packets import ipv4, ruleset, tcp
 
@@ -246,8 +244,7 @@ def test_what_cannot_be_judged_fares_as_on_failure_says(
     """An engine that fails in the middle of a batch costs no other packet its own verdict."""
     rules: RuleSet = replace(ruleset(), fail_open=fail_open, enforce=enforce)
     ours, _theirs = pair()
-    kernel = SimpleNamespace(sets=Sets, injector=Injector, queue=Queue, queues=states)
-    worker = Worker(child_end(ours), Start(rules, NUMBER), kernel)
+    worker = Worker(child_end(ours), Start(rules, NUMBER), Linux())
 
     def decide(packet: Packet | Malformed, now: int) -> Decision:
         assert isinstance(packet, Packet)

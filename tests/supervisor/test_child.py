@@ -253,6 +253,20 @@ async def test_a_policy_does_not_wait_for_one_that_is_not_there() -> None:
         assert asyncio.get_running_loop().time() - began < 1
 
 
+async def test_a_policy_reaches_one_that_was_started_with_the_old_one() -> None:
+    stage = Stage()
+    async with living(stage) as (child, _):
+        await child.wait_served()
+        stage.on_start = silent
+        stage.last.kill()
+        await until(lambda: child.state is State.STARTING)
+        await child.adopt(NewPolicy(RULESET, 7), 10)
+        heard = stage.last.listen()
+        assert [type(one) for one in heard] == [Start, NewPolicy]
+        obedient(stage.last)
+        stage.last.say(Ready(0))
+
+
 async def test_one_that_does_not_stop_is_killed() -> None:
     stage = Stage()
     async with living(stage, on_start=silent) as (child, told):

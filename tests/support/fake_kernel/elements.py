@@ -11,7 +11,8 @@ from rstguard.engine.address import Prefix, is_v6
 from rstguard.kernel.elements import MAX_SECONDS, Element
 from rstguard.kernel.names import BAN_SETS, SHUN_SETS
 from rstguard.kernel.sets import refusal
-from tests.support.fake_kernel.ipsets import IpSets, KernelSet, Member, Refused
+from tests.support.fake_kernel.ipsets import IpSets
+from tests.support.fake_kernel.members import KernelSet, Member, Refused
 
 # linux/netfilter/ipset/ip_set.h
 _PROTOCOL, _INVALID_CIDR, _TIMEOUT, _COMMENT = 4097, 4104, 4107, 4112

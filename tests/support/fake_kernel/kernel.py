@@ -67,7 +67,7 @@ class FakeKernel:
         self, clock: Callable[[], int] = lambda: 0, wall: Callable[[], int] = lambda: 0
     ) -> None:
         self.iptables = {
-            family: Netfilter(family, self._has_set, self._account) for family in (4, 6)
+            family: Netfilter(family, self._family_of, self._account) for family in (4, 6)
         }
         self.ipsets = IpSets(clock, self._references)
         self.sysctls = {f"{_TRACKER}{name}": value for name, value in _DEFAULTS.items()}
@@ -268,8 +268,10 @@ class FakeKernel:
     def _account(self) -> None:
         self.sysctls[f"{_TRACKER}acct"] = "1"
 
-    def _has_set(self, name: str) -> bool:
-        return name in self.ipsets.names
+    def _family_of(self, name: str) -> int | None:
+        if name not in self.ipsets.names:
+            return None
+        return {"inet": 4, "inet6": 6}.get(self.ipsets.get(name).options.get("family", ""), 0)
 
     def _references(self, name: str) -> int:
         return sum(netfilter.references(name) for netfilter in self.iptables.values())

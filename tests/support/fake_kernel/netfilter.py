@@ -1,18 +1,19 @@
 """Tables, chains and rules of one address family, and the iptables commands that change them.
 
-Of what iptables refuses only references are known: a chain or a set that is not there, a chain that
-is still used.  A rule is not understood otherwise, nor are jumps in a circle found.
+Of what iptables refuses only references are known: a chain or a set that is not there, a set of the
+other family, a chain that is still used.  A rule is not understood otherwise, nor are jumps in a
+circle found.
 """
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 from rstguard.kernel import KernelError
 from rstguard.kernel.command import refusal
 from tests.support.fake_kernel.rewriting import written
+from tests.support.fake_kernel.words import words_of
 
 BUILTIN = {
     "mangle": ("PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"),
@@ -38,18 +39,19 @@ class Netfilter:
 
     Args:
         family: 4 or 6.
-        exists: tells whether there is a set of a name.
+        family_of: returns the family of the set of a name, 0 for any, None if there is none.
         account: switches accounting on, as a rule does that looks at the bytes of connections
             (connbytes_mt_check in net/netfilter/xt_connbytes.c).
     """
 
     def __init__(
-        self, family: int, exists: Callable[[str], bool], account: Callable[[], None]
+        self, family: int, family_of: Callable[[str], int | None], account: Callable[[], None]
     ) -> None:
         self.family = family
         self.tables: dict[str, Chains] = {}
-        self._exists = exists
+        self._family_of = family_of
         self._account = account
+        self._accounts = False
         self._references: Counter[str] | None = None
 
     def references(self, set_name: str) -> int:
@@ -97,7 +99,7 @@ class Netfilter:
                     if name not in BUILTIN[table]:
                         chains[name] = []
                 elif line and not line.startswith("#"):
-                    self._change(table, chains, shlex.split(line))
+                    self._change(table, chains, list(words_of(line)))
             except _Refused as problem:
                 raise refusal(arguments, f"line {number}: {problem}") from None
 
@@ -115,7 +117,7 @@ class Netfilter:
             self._change(table, chains, words)
         except _Refused as problem:
             raise refusal(arguments, str(problem)) from None
-        if table in self.tables or chains != self._copy(table):
+        if table in self.tables or any(chains.values()) or len(chains) > len(BUILTIN[table]):
             self._commit(table, chains)
 
     def change(self, *words: str) -> None:
@@ -125,15 +127,14 @@ class Netfilter:
     def _copy(self, table: str) -> Chains:
         if table not in BUILTIN:
             raise _Refused(f"table '{table}' does not exist")
+        self._accounts = False
         held = self.tables.get(table) or {name: [] for name in BUILTIN[table]}
         return {name: list(rules) for name, rules in held.items()}
 
     def _commit(self, table: str, chains: Chains) -> None:
-        before = self.tables.get(table, {})
         self.tables[table] = chains
         self._references = None
-        counting = any(" connbytes " in rule for rules in chains.values() for rule in rules)
-        if counting and chains != before:
+        if self._accounts:
             self._account()
 
     def _change(self, table: str, chains: Chains, words: list[str]) -> None:
@@ -180,6 +181,7 @@ class Netfilter:
         if not 1 <= place <= len(rules) + (order != "-R"):
             raise _Refused("Index of insertion or replacement too big.")
         rules[place - 1 : place - 1 + (order == "-R")] = [rule]
+        self._accounts = self._accounts or " connbytes " in rule
 
     def _read(self, chains: Chains, words: Sequence[str]) -> str:
         """Return a rule as it is printed; whatever it names must be there."""
@@ -188,8 +190,11 @@ class Netfilter:
         if target and not target.isupper() and target not in chains:
             raise _Refused(f"Chain '{target}' does not exist")
         for set_name in _sets_of(rule):
-            if not self._exists(set_name):
+            family = self._family_of(set_name)
+            if family is None:
                 raise _Refused(f"Set {set_name} doesn't exist.")
+            if family not in (0, self.family):
+                raise _Refused(f"The protocol family of set {set_name} is not applicable.")
         return rule
 
 

@@ -167,16 +167,16 @@ class FakeQueue:
 
     def receive(self, most: int, scales: bool, /) -> list[Queued]:
         """Return up to `most` packets that were not yet read; they stay until they are judged."""
-        self._check_open()
         with self._around("queue.receive", str(self.number)):
+            self._check_open()
             found = [one for one in self._bound.waiting if one[0] > self._read][:most]
             self._read = found[-1][0] if found else self._read
             return found
 
     def give(self, verdicts: Sequence[Verdict]) -> None:
         """Give verdicts, each for all packets up to its number that have none yet."""
-        self._check_open()
         with self._around("queue.give", str(self.number)):
+            self._check_open()
             for upto, passed, mark in verdicts:
                 waiting = self._bound.waiting
                 while waiting and waiting[0][0] <= upto:
