@@ -20,7 +20,7 @@ from rstguard.lab.waiting import wait_until
 READY_SECONDS = 30.0
 """How long the guard may take until it is at work."""
 
-_STOP_SECONDS = 15.0
+_STOP_SECONDS, _ORPHAN_SECONDS = 15.0, 10.0
 _PLACE = "gateway"
 
 
@@ -143,7 +143,7 @@ class GuardProcess:
         stop(self._program, patience=_STOP_SECONDS)
         _signal(children, signal.SIGCONT)
         try:
-            wait_until(lambda: not any(map(alive, children)))
+            wait_until(lambda: not any(map(alive, children)), _ORPHAN_SECONDS)
         except TimeoutError as error:
             _signal([child for child in children if alive(child)], signal.SIGKILL)
             raise LabError(
