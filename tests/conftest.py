@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 from functools import cache
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from rstguard.lab import LabError
+from rstguard.lab.network import Host, Network
 
 TOOLS = ("ip", "iptables-restore", "ip6tables-restore", "ipset", "conntrack")
 
@@ -38,21 +40,11 @@ def why_no_namespaces() -> str:
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     if missing:
         return f"needs {', '.join(missing)}: run `make setup`"
-    name = f"rstguard-try-{os.getpid()}"
-    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False)
-    if made.returncode:
-        return f"network namespaces are impossible here: {made.stderr.strip()}"
     try:
-        listed = subprocess.run(
-            ["ip", "netns", "exec", name, "iptables", "-w", "-S"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    finally:
-        subprocess.run(["ip", "netns", "delete", name], check=True)
-    if listed.returncode:
-        return f"iptables does not work in a network namespace here: {listed.stderr.strip()}"
+        with Network(f"rstguard-try-{os.getpid()}", {"gateway": Host()}) as network:
+            network.run("gateway", "iptables", "-w", "-S")
+    except (LabError, OSError) as error:
+        return f"network namespaces, or iptables in one, do not work here: {error}"
     return ""
 
 

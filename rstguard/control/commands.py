@@ -13,7 +13,7 @@ from rstguard.control.status import Status
 from rstguard.engine.address import Prefix, parse_prefix
 from rstguard.engine.verdict import Reason
 from rstguard.ipc.messages import Kill
-from rstguard.ipc.requests import ControlError, Request
+from rstguard.ipc.requests import ControlError, Request, text_of
 from rstguard.kernel import KernelError
 from rstguard.kernel.elements import MAX_SECONDS
 from rstguard.kernel.footprint import Footprint
@@ -168,9 +168,7 @@ class Commands:
 
 
 def _prefix(request: Request, key: str = "source") -> Prefix:
-    text = request.get(key)
-    if not isinstance(text, str):
-        raise ControlError(f"the request lacks {key!r}")
+    text = text_of(request, key)
     try:
         return parse_prefix(text)
     except ValueError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from functools import partial
 
-from rstguard.engine.address import Prefix, address_text, is_v6, parse_address
+from rstguard.engine.address import Prefix, address_text, is_v6, parse_address, source_key
 from rstguard.ipc.messages import Explain, Explained
 from rstguard.ipc.requests import ControlError, Request
 from rstguard.kernel.elements import Element
@@ -38,13 +38,14 @@ class Explanations:
         used = await self._used(source)
         used |= await asyncio.to_thread(kernel.explain, guard.ruleset, source)
         elements, connections, proven = await asyncio.to_thread(_in_kernel, kernel, source)
-        shift = 128 - guard.ruleset.source_ipv6 if is_v6(source) else 32 - guard.ruleset.source_ipv4
+        ruleset = guard.ruleset
+        key = source_key(source, ruleset.source_ipv4, ruleset.source_ipv6)
         return {
             "source": address_text(source),
             "state": self._state(source, elements, proven),
             "connections": connections,
             "proven": proven,
-            "productive_percent": guard.productive.percents.get(source >> shift),
+            "productive_percent": guard.productive.percents.get(key),
             "rules": [
                 {
                     "name": rule.name,

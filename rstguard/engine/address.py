@@ -41,6 +41,17 @@ def packed(address: int) -> bytes:
     return (address ^ V6).to_bytes(16, "big") if address >= V6 else address.to_bytes(4, "big")
 
 
+def source_key(address: int, ipv4_length: int, ipv6_length: int) -> int:
+    """Return the key that a source is counted by, when so many bits of its address make a source.
+
+    The rule: the host bits are cut off, 32 less the length of an IPv4 address and 128 less that of
+    an IPv6 address.  As the tag bit stays, no two families share a key.
+    Three places spell it themselves, for what a call costs with every SYN:
+    `rstguard.engine.rules`, `rstguard.engine.newcomers`, and `Engine.at` under load.
+    """
+    return address >> (128 - ipv6_length if address >= V6 else 32 - ipv4_length)
+
+
 class Prefix(NamedTuple):
     """A network: tagged address with the host bits zero, and its length (0-32 or 0-128)."""
 

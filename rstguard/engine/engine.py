@@ -144,7 +144,9 @@ class Engine:
             if type(packet) is not Packet:
                 return _UNREADABLE
             if packet[6] & HANDSHAKE == SYN and not packet[9] & _NO_UNPROVEN_SYN:
-                source = packet[0]
+                source = packet[
+                    0
+                ]  # `source_key` is spelled out: this runs for every SYN of a flood
                 sent = count(source >> (shift6 if source >= V6 else shift4))
                 if sent > _TOO_HEAVY and not ruleset.scope.exempts(source):
                     return self._shun_heavy(packet, now)

@@ -13,12 +13,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import islice
 
-from rstguard.engine.address import V6
 from rstguard.engine.engine import kind_of
 from rstguard.engine.flow import LIVE, Flow, TcpState, Tuple
 from rstguard.engine.limiter import Distinct, Memory
-from rstguard.engine.rules import SAME_HANDSHAKE, Kind, key_function
-from rstguard.engine.ruleset import SECOND, SWEEP_MEASURES, Measure, Per, Rule, RuleSet
+from rstguard.engine.rules import SAME_HANDSHAKE, Kind, flow_key_function, key_function
+from rstguard.engine.ruleset import SECOND, SWEEP_MEASURES, Measure, Rule, RuleSet
 from rstguard.engine.sweep import Judgement
 from rstguard.engine.verdict import PASS, PASS_AND_TRUST, Decision
 from rstguard.engine.wire import KNOWN, OUTBOUND, RST, Malformed, Packet
@@ -280,7 +279,7 @@ class Gauges:
     def _measure(
         self, gauge: Gauge, flows: list[Flow], news: dict[Tuple, tuple[int, int]], elapsed: int
     ) -> None:
-        key, measure = _of_flow(gauge.rule), gauge.rule.measure
+        key, measure = flow_key_function(gauge.rule), gauge.rule.measure
         if measure is Measure.CONNECTIONS:
             established = (flow for flow in flows if flow.state == TcpState.ESTABLISHED)
             amounts = _sums((key(flow), 1) for flow in established)
@@ -314,14 +313,6 @@ def _sums(amounts: Iterable[tuple[int, int]]) -> dict[int, int]:
     for key, amount in amounts:
         sums[key] = sums.get(key, 0) + amount
     return sums
-
-
-def _of_flow(rule: Rule) -> Callable[[Flow], int]:
-    """Return the function that says whom a rule counts a connection against."""
-    if rule.per is Per.SERVICE:
-        return lambda flow: flow.original.destination << 16 | flow.original.destination_port
-    shift4, shift6 = 32 - rule.ipv4_length, 128 - rule.ipv6_length
-    return lambda flow: flow.original.source >> (shift6 if flow.original.source >= V6 else shift4)
 
 
 def _flow(packet: Packet) -> int:

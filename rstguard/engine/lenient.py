@@ -14,7 +14,7 @@ from heapq import nlargest
 from operator import itemgetter
 from typing import NamedTuple
 
-from rstguard.engine.address import is_v6
+from rstguard.engine.address import is_v6, source_key
 from rstguard.engine.flow import Flow
 from rstguard.engine.limiter import Limiter
 from rstguard.engine.ruleset import SECOND, Rule, RuleSet
@@ -49,12 +49,10 @@ class Standings:
 
     def look(self, flows: Iterable[Flow], ruleset: RuleSet, now: int) -> None:
         """Judge sources by the completed connections of the table, closed ones among them."""
-        shift4, shift6 = 32 - ruleset.source_ipv4, 128 - ruleset.source_ipv6
+        ipv4, ipv6 = ruleset.source_ipv4, ruleset.source_ipv6
         tally: dict[int, list[int]] = {}
         for flow in flows:
-            source = flow.original.source
-            v6 = is_v6(source)
-            counted = tally.setdefault(source >> (shift6 if v6 else shift4), [0, 0])
+            counted = tally.setdefault(source_key(flow.original.source, ipv4, ipv6), [0, 0])
             counted[0] += 1
             counted[1] += is_productive(flow)
         for key, (total, productive) in tally.items():

@@ -7,7 +7,8 @@ from heapq import nlargest
 from operator import attrgetter
 from typing import NamedTuple
 
-from rstguard.engine.address import Prefix, address_text, is_v6
+from rstguard.engine.address import Prefix
+from rstguard.engine.flow import endpoint
 from rstguard.engine.ruleset import Per, Rule, Scope
 
 _PIECE = 256
@@ -58,9 +59,7 @@ def prefix_of_key(rule: Rule, key: int) -> Prefix:
 def subject_of_key(rule: Rule, key: int) -> str:
     """Return whom or what a rule counts under a key, as people write it."""
     if rule.per is Per.SERVICE:
-        address, port = key >> 16, key & 0xFFFF
-        text = address_text(address)
-        return f"[{text}]:{port}" if is_v6(address) else f"{text}:{port}"
+        return endpoint(key >> 16, key & 0xFFFF)
     return str(prefix_of_key(rule, key))
 
 

@@ -39,6 +39,7 @@ class Newcomers:
     )  # fmt: skip
 
     def __init__(self, ipv4_length: int, ipv6_length: int, capacity: int = CAPACITY) -> None:
+        # `source_key` is spelled out below: each of these runs for every SYN of a flood.
         self._shift4, self._shift6 = 32 - ipv4_length, 128 - ipv6_length
         self._capacity = capacity
         self._once: dict[int, tuple[Packet, int]] = {}

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
-from rstguard.engine.address import V6
+from rstguard.engine.address import V6, source_key
+from rstguard.engine.flow import Flow
 from rstguard.engine.lenient import LenientLimiter
 from rstguard.engine.limiter import Distinct, Limiter, Memory
 from rstguard.engine.ruleset import SECOND, Measure, Per, Rule
@@ -62,18 +63,21 @@ def key_function(rule: Rule) -> Callable[[Packet], int]:
     """Return the function that says whom a rule counts a packet against."""
     if rule.per is Per.SERVICE:
         return lambda packet: packet.destination << 16 | packet.destination_port
-    shift4, shift6 = 32 - rule.ipv4_length, 128 - rule.ipv6_length
+    ipv4, ipv6 = rule.ipv4_length, rule.ipv6_length
+    return lambda packet: source_key(packet.source, ipv4, ipv6)
 
-    def key(packet: Packet) -> int:
-        source = packet.source
-        return source >> (shift6 if source >= V6 else shift4)
 
-    return key
+def flow_key_function(rule: Rule) -> Callable[[Flow], int]:
+    """Return the function that says whom a rule counts a connection against."""
+    if rule.per is Per.SERVICE:
+        return lambda flow: flow.original.destination << 16 | flow.original.destination_port
+    ipv4, ipv6 = rule.ipv4_length, rule.ipv6_length
+    return lambda flow: source_key(flow[1][0], ipv4, ipv6)  # by index: a sweep asks for each
 
 
 def key_of(rule: Rule, source: int) -> int:
     """Return the key that a rule counts a source (a tagged address) by."""
-    return source >> (128 - rule.ipv6_length if source >= V6 else 32 - rule.ipv4_length)
+    return source_key(source, rule.ipv4_length, rule.ipv6_length)
 
 
 def _flow_key(packet: Packet) -> int:
@@ -136,7 +140,7 @@ def _rate(rule: Rule, limiter: Limiter) -> Check:
     shift4, shift6 = 32 - rule.ipv4_length, 128 - rule.ipv6_length
 
     def check(packet: Packet, now: int) -> bool:
-        source = packet[0]  # by index, and the key made here: this runs for every SYN
+        source = packet[0]  # by index, and `source_key` spelled out: this runs for every SYN
         return over(source >> (shift6 if source >= V6 else shift4), now)
 
     return check

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
-from rstguard.engine.address import V6, Prefix
-from rstguard.engine.flow import endpoint
+from rstguard.engine.address import prefix_of
+from rstguard.engine.nearest import subject_of_key
+from rstguard.engine.rules import key_of
 from rstguard.engine.ruleset import Measure, Per, Rule, RuleSet
 
 HIGHEST = 3
@@ -39,7 +40,7 @@ def sum_up(rule: Rule, shown: Mapping[int, int], productive: Iterable[int]) -> S
     order = sorted(shown.items(), key=lambda i: (sign * i[1], i[0] not in good, i[0]))
     return Shown(
         tuple((amount, counts[0], counts[1]) for amount, counts in sorted(counted.items())),
-        tuple((_name(rule, key), amount) for key, amount in order[:HIGHEST]),
+        tuple((subject_of_key(rule, key), amount) for key, amount in order[:HIGHEST]),
     )
 
 
@@ -47,23 +48,13 @@ def _keys(rule: Rule, shown: Mapping[int, int], productive: Iterable[int]) -> Co
     """Return the keys of a gauge that belong to productive sources; all, if it is per service."""
     if rule.per is Per.SERVICE:
         return shown.keys()
-    shifts = (32 - rule.ipv4_length, 128 - rule.ipv6_length)
-    return {source >> shifts[source >= V6] for source in productive} & shown.keys()
+    return {key_of(rule, source) for source in productive} & shown.keys()
 
 
 def _coarse(amount: int, *, down: bool) -> int:
     """Return an amount with its first digits alone, so that there are not too many of them."""
     scale = int(10 ** max(0, len(str(amount)) - _DIGITS))
     return amount // scale * scale if down else -(-amount // scale) * scale
-
-
-def _name(rule: Rule, key: int) -> str:
-    """Return the source or service that a gauge's key stands for."""
-    if rule.per is Per.SERVICE:
-        return endpoint(key >> 16, key & 0xFFFF)
-    v6 = key >= 1 << rule.ipv4_length
-    length = rule.ipv6_length if v6 else rule.ipv4_length
-    return str(Prefix(key << (128 if v6 else 32) - length, length))
 
 
 class Breadth:
@@ -75,10 +66,9 @@ class Breadth:
     def __init__(self, ruleset: RuleSet, *, source_only: bool = False) -> None:
         counting = () if source_only else ruleset.rules
         rules = [rule for rule in counting if rule.per is not Per.SERVICE]
-        self._shift4 = 32 - max([ruleset.source_ipv4, *(rule.ipv4_length for rule in rules)])
-        self._shift6 = 128 - max([ruleset.source_ipv6, *(rule.ipv6_length for rule in rules)])
+        self._ipv4 = max([ruleset.source_ipv4, *(rule.ipv4_length for rule in rules)])
+        self._ipv6 = max([ruleset.source_ipv6, *(rule.ipv6_length for rule in rules)])
 
     def of(self, address: int) -> int:
         """Return the network of an address (both tagged integers)."""
-        shift = self._shift6 if address >= V6 else self._shift4
-        return address >> shift << shift
+        return prefix_of(address, self._ipv4, self._ipv6).network

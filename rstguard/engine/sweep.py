@@ -12,11 +12,11 @@ from heapq import nlargest
 from operator import itemgetter
 from typing import NamedTuple
 
-from rstguard.engine.address import V6, prefix_of
+from rstguard.engine.address import prefix_of
 from rstguard.engine.flow import LIVE, Flow, TcpState, Tuple
 from rstguard.engine.lenient import MOST_BUSY, Standings, limit_of
 from rstguard.engine.nearest import MOST_TRUSTED, Near, largest, merged, told
-from rstguard.engine.rules import key_of
+from rstguard.engine.rules import flow_key_function, key_of
 from rstguard.engine.ruleset import SECOND, SWEEP_MEASURES, Measure, Per, Rule, RuleSet
 from rstguard.engine.sources import Offence, Sources
 from rstguard.engine.verdict import Action, Ban, Shun
@@ -197,7 +197,7 @@ class Sweep:
     def _connections(self, rule: Rule, known: list[Known], now: int, elapsed: int) -> list[Flow]:
         """The newest of a source beyond the limit."""
         held: dict[int, list[Known]] = {}
-        key = _source_key(rule)
+        key = flow_key_function(rule)
         for one in known:
             if one[0][3] == _ESTABLISHED:
                 source = key(one[0])
@@ -217,7 +217,7 @@ class Sweep:
 
     def _byte_rate(self, rule: Rule, known: list[Known], now: int, elapsed: int) -> list[Flow]:
         """Every moving connection of a source whose bucket of bytes overflows."""
-        key = _source_key(rule)
+        key = flow_key_function(rule)
         moved: dict[int, int] = {}
         for flow, seen in known:
             if news := seen.news:
@@ -273,19 +273,6 @@ def _widths(rule: Rule, ruleset: RuleSet) -> tuple[int, int]:
     if rule.per is Per.SERVICE:
         return ruleset.source_ipv4, ruleset.source_ipv6
     return rule.ipv4_length, rule.ipv6_length
-
-
-def _source_key(rule: Rule) -> Callable[[Flow], int]:
-    """Return the function that says whom a rule counts a connection against."""
-    if rule.per is Per.SERVICE:
-        return lambda flow: flow.original.destination << 16 | flow.original.destination_port
-    shift4, shift6 = 32 - rule.ipv4_length, 128 - rule.ipv6_length
-
-    def key(flow: Flow) -> int:
-        source = flow[1][0]
-        return source >> (shift6 if source >= V6 else shift4)
-
-    return key
 
 
 def _counted_bytes(flow: Flow, of: str) -> int:

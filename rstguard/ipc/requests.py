@@ -13,3 +13,15 @@ Answer = Callable[[Request], Awaitable[object]]
 
 class ControlError(Exception):
     """A request that cannot be met; the text is one sentence for the user."""
+
+
+def text_of(request: Request, key: str) -> str:
+    """Return a text that a request must have.
+
+    Raises:
+        ControlError: it has none under that key, or something else.
+    """
+    value = request.get(key)
+    if not isinstance(value, str):
+        raise ControlError(f"the request lacks {key!r}")
+    return value

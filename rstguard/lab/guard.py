@@ -1,133 +1,211 @@
-"""The real daemon in the gateway's namespace: started, asked, stopped, and checked afterwards."""
+"""The real guard as a process in a network: started, asked, stopped, and nothing left behind."""
 
 from __future__ import annotations
 
-import json
 import os
+import signal
 import subprocess
 import sys
-import time
+from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
 
+from rstguard.control.protocol import ask
+from rstguard.ipc.requests import ControlError
 from rstguard.lab import LabError
-from rstguard.lab.report import Guard
-from rstguard.lab.topology import Lab, stop
+from rstguard.lab.network import Network, stop
+from rstguard.lab.waiting import wait_until
 
 READY_SECONDS = 30.0
-"""How long the guard may take until it filters."""
+"""How long the guard may take until it is at work."""
 
-_LOG = "guard.log"
+_STOP_SECONDS, _ORPHAN_SECONDS = 15.0, 10.0
+_PLACE = "gateway"
 
 
 class GuardProcess:
-    """A running ``rstguard run``.
+    """``rstguard run`` in the gateway of a network.
 
-    Raises:
-        LabError: it ended or did not filter within `READY_SECONDS`.
+    Use as a context manager, or `start` it and `stop` it; the network ends it at the latest.
+    Policy, log, state and control socket are files of `runtime`, which is made if it is not there;
+    `options` are more words for ``rstguard run``, and `workers` says how many it has, by default
+    as many as it finds right for this machine.
     """
 
-    def __init__(self, lab: Lab, policy: str) -> None:
-        self._lab = lab
-        self._runtime = lab.directory / "runtime"
-        self._runtime.mkdir(mode=0o700)
-        file = lab.directory / "policy.yaml"
-        file.write_text(policy, encoding="utf-8")
-        state = ("--state-dir", str(lab.directory / "state"))
-        words = self._command("run", "--policy", str(file), *state)
-        self._process = lab.start("gateway", words, log=_LOG)
-        self._await_filtering()
-        self._cpu_before = self.cpu_seconds()
-        self._since = time.monotonic()
+    def __init__(
+        self,
+        network: Network,
+        policy: str,
+        runtime: Path,
+        *options: str,
+        workers: int | None = None,
+    ) -> None:
+        self.network, self.runtime = network, runtime
+        runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.file, self.log = runtime / "policy.yaml", runtime / "guard.log"
+        self.file.write_text(policy, encoding="utf-8")
+        count = () if workers is None else ("--workers", str(workers))
+        self._options = (*count, *options)
+        self._program: subprocess.Popen[str] | None = None
 
-    def mark_attack_begin(self) -> None:
-        """Count processor time from now on."""
-        self._cpu_before = self.cpu_seconds()
-        self._since = time.monotonic()
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.end()
+            raise
+        return self
 
-    def cpu_percent(self) -> float:
-        """Return the processor time used since the attack began, in percent of one core."""
-        used = self.cpu_seconds() - self._cpu_before
-        return round(100 * used / max(time.monotonic() - self._since, 0.001), 1)
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.end()
 
-    def finish(self, cpu_percent: float) -> Guard:
-        """Ask what it did, stop it, and look for what it left in the kernel.
+    @property
+    def pid(self) -> int:
+        """The supervisor's process id."""
+        return self._launched.pid
+
+    @property
+    def running(self) -> bool:
+        """Whether the supervisor lives."""
+        return self._program is not None and self._program.poll() is None
+
+    @property
+    def workers(self) -> list[int]:
+        """The workers' process ids."""
+        return [int(worker["pid"]) for worker in self.status()["workers"]]
+
+    @property
+    def _launched(self) -> subprocess.Popen[str]:
+        assert self._program is not None, "launch it first"
+        return self._program
+
+    def start(self, *, whole: bool = False) -> None:
+        """Start it and wait until it is at work, be it degraded; `whole`: until it lacks nothing.
 
         Raises:
-            LabError: it no longer runs, or does not answer.
+            LabError: it ended, or was not at work within `READY_SECONDS`.
         """
-        if self._process.poll() is not None:
-            raise LabError(f"The guard ended during the attack: {self._lab.log_tail(_LOG)}")
-        counts = json.loads(self._ask("status")).get("counts", {})
-        bans = json.loads(self._ask("ban", "list"))
-        stop(self._process)
-        return Guard(cpu_percent, counts, bans, self._leftovers())
-
-    def _command(self, *words: str) -> list[str]:
-        return [sys.executable, "-m", "rstguard", *words, "--runtime-dir", str(self._runtime)]
-
-    def _await_filtering(self) -> None:
-        end = time.monotonic() + READY_SECONDS
-        while self._status().returncode != 0:
-            if self._process.poll() is not None:
-                raise LabError(f"The guard did not start: {self._lab.log_tail(_LOG)}")
-            if time.monotonic() > end:
-                raise LabError(
-                    f"The guard does not filter after {READY_SECONDS:g} s: "
-                    f"{self._lab.log_tail(_LOG)}"
-                )
-
-    def _status(self) -> subprocess.CompletedProcess[str]:
-        # The control socket is a file: asking needs no namespace.
-        return subprocess.run(
-            self._command("status"), capture_output=True, text=True, check=False, timeout=30
-        )
-
-    def _ask(self, *words: str) -> str:
-        return self._lab.run("gateway", self._command(*words, "--json"))
-
-    def _leftovers(self) -> list[str]:
-        saved = [
-            line
-            for command in ("iptables-save", "ip6tables-save")
-            for line in self._lab.run("gateway", [command]).splitlines()
-            if "rstguard" in line.lower() or "NFQUEUE" in line
-        ]
-        sets = self._lab.run("gateway", ["ipset", "list", "-n"]).split()
-        return saved + [f"set {name}" for name in sets if name.startswith("rstguard")]
-
-    def stop(self) -> None:
-        """End it without asking for anything."""
-        stop(self._process)
-
-    def cpu_seconds(self) -> float:
-        """Return the processor time of all its processes so far."""
-        return cpu_seconds(self._process.pid)
-
-
-def cpu_seconds(root: int) -> float:
-    """Return the processor time of a process and all those below it."""
-    ticks = 0
-    parents, used = _processes()
-    for pid in used:
-        above: int | None = pid
-        while above is not None and above != root:
-            above = parents.get(above)
-        if above is not None:
-            ticks += used[pid]
-    return ticks / os.sysconf("SC_CLK_TCK")
-
-
-def _processes() -> tuple[dict[int, int], dict[int, int]]:
-    """Return parent and processor ticks of every process (proc(5), /proc/pid/stat)."""
-    parents, used = {}, {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
+        self.launch()
+        ready = self.filtering if whole else self.at_work
         try:
-            text = path.read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            continue  # It ended while we looked.
-        pid = int(text.split(maxsplit=1)[0])
-        # The name in parentheses may hold anything: fields are counted from the last one on.
-        fields = text.rpartition(")")[2].split()
-        parents[pid] = int(fields[1])
-        used[pid] = int(fields[11]) + int(fields[12])
-    return parents, used
+            wait_until(lambda: not self.running or ready(), READY_SECONDS)
+        except TimeoutError as error:
+            told = self.network.log_tail(self.log)
+            after = f"after {READY_SECONDS:g} s"
+            raise LabError(f"The guard does not filter {after}: {told}") from error
+        if not self.running:
+            raise LabError(f"The guard did not start: {self.network.log_tail(self.log)}")
+
+    def launch(self) -> None:
+        """Start it and do not wait."""
+        state = ("--state-dir", str(self.runtime / "state"))
+        words = self.words("run", "--policy", str(self.file), *state, *self._options)
+        self._program = self.network.start(_PLACE, *words, log=self.log)
+
+    def words(self, *words: str) -> list[str]:
+        """Return a command of `rstguard` for this guard; asking it needs no namespace."""
+        where = ["--runtime-dir", str(self.runtime)]
+        return [sys.executable, "-m", "rstguard", *words, *where]
+
+    def command(self, *words: str) -> list[str]:
+        """Return what runs a command of `rstguard` for this guard inside its namespace."""
+        return self.network.command(_PLACE, *self.words(*words))
+
+    def wait(self, seconds: float = 20) -> int:
+        """Wait until the supervisor has ended and return its exit status."""
+        return self._launched.wait(seconds)
+
+    def stop(self) -> int:
+        """End it in order and return its exit status."""
+        self._launched.terminate()
+        return self.wait()
+
+    def kill9(self) -> None:
+        """Kill the supervisor; its children are to notice by themselves."""
+        self._launched.kill()
+        self._launched.wait()
+
+    def end(self) -> None:
+        """Leave no process behind, whatever state it is in.
+
+        Raises:
+            LabError: workers or sweeper lived on without it, and were killed.
+        """
+        if self._program is None:
+            return
+        children = self.children()
+        stop(self._program, patience=_STOP_SECONDS)
+        _signal(children, signal.SIGCONT)
+        try:
+            wait_until(lambda: not any(map(alive, children)), _ORPHAN_SECONDS)
+        except TimeoutError as error:
+            _signal([child for child in children if alive(child)], signal.SIGKILL)
+            raise LabError(
+                "Processes of the guard lived on without it, and were killed."
+            ) from error
+
+    def children(self) -> list[int]:
+        """Return the process ids of workers and sweeper."""
+        if not self.running:
+            return []
+        listed = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
+        return [int(word) for word in listed.split()]
+
+    def ask(self, command: str, **request: Any) -> Any:
+        """Send a request to the control socket and return its data.
+
+        Raises:
+            ControlError: nobody listens there, or the guard refused.
+        """
+        return ask(self.runtime, {"command": command, **request})
+
+    def status(self) -> Any:
+        """Return what ``rstguard status --json`` prints."""
+        return self.ask("status")
+
+    def at_work(self) -> bool:
+        """Whether it filters, be it degraded."""
+        try:
+            return bool(self.status()["state"] != "not filtering")
+        except ControlError:
+            return False
+
+    def filtering(self) -> bool:
+        """Whether it filters, and lacks nothing."""
+        try:
+            return bool(self.status()["filtering"])
+        except ControlError:
+            return False
+
+
+def leftovers(network: Network) -> list[str]:
+    """Return what of a guard is in the gateway's kernel: rules, chains and sets."""
+    saved = [
+        line
+        for command in ("iptables-save", "ip6tables-save")
+        for line in network.run(_PLACE, command).splitlines()
+        if "rstguard" in line.lower() or "NFQUEUE" in line
+    ]
+    sets = network.run(_PLACE, "ipset", "list", "-n").split()
+    return saved + [f"set {name}" for name in sets if name.startswith("rstguard")]
+
+
+def alive(pid: int) -> bool:
+    """Tell whether a process exists and is no zombie."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+def _signal(pids: list[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)

@@ -9,14 +9,17 @@ import sys
 import time
 from collections.abc import Callable
 
+from rstguard.ipc.requests import ControlError
 from rstguard.lab import LabError
 from rstguard.lab.client import Request
-from rstguard.lab.guard import GuardProcess
+from rstguard.lab.guard import GuardProcess, leftovers
+from rstguard.lab.network import Network, stop
 from rstguard.lab.observer import Observation
-from rstguard.lab.report import Half, Result, legitimate, reached
+from rstguard.lab.report import Guard, Half, Result, legitimate, reached
 from rstguard.lab.scenarios import Scenario
 from rstguard.lab.server import start_server
-from rstguard.lab.topology import Lab, stop
+from rstguard.lab.topology import Lab
+from rstguard.lab.usage import cpu_seconds
 
 Progress = Callable[[str, float], None]
 """Called with what goes on and how much of this half is done (0 to 1)."""
@@ -49,26 +52,27 @@ def run_half(scenario: Scenario, seconds: float, progress: Progress, *, guarded:
         start_server(lab)
         observer = start_program(lab, "server", "observer")
         client = start_program(lab, "client", "client")
-        guard = GuardProcess(lab, scenario.policy) if guarded else None
-        for command in attack.prepare:
-            lab.run("attacker", list(command))
+        guard = GuardProcess(lab, scenario.policy, lab.directory / "runtime") if guarded else None
         if guard:
-            guard.mark_attack_begin()
+            guard.start(whole=True)
+        for command in attack.prepare:
+            lab.run("attacker", *command)
+        used = cpu_seconds(guard.pid) if guard else 0.0
         begin = time.monotonic()
         attackers = [
-            lab.start("attacker", list(command), log=f"attack-{number}.log")
+            lab.start("attacker", *command, log=f"attack-{number}.log")
             for number, command in enumerate(attack.commands)
         ]
         while (past := time.monotonic() - begin) < seconds:
             progress(f"{name}: under attack", past / seconds)
             time.sleep(min(_STEP, seconds - past))
         end = time.monotonic()
-        cpu_percent = guard.cpu_percent() if guard else 0.0
+        used = cpu_seconds(guard.pid) - used if guard else 0.0
         progress(f"{name}: collecting", 1)
         failed = [process.poll() not in (None, 0) for process in attackers]
         for process in attackers:
             stop(process, patience=2)
-        did = guard.finish(cpu_percent) if guard else None
+        did = _account(guard, 100 * used / (end - begin)) if guard else None
         seen = Observation.from_json(collect(lab, observer, "observer"))
         requests = [Request(*row) for row in json.loads(collect(lab, client, "client"))]
         arrived = reached(seen, scenario, begin, end)
@@ -78,14 +82,26 @@ def run_half(scenario: Scenario, seconds: float, progress: Progress, *, guarded:
         return Half(round(end - begin, 1), legitimate(requests, begin, end), arrived, did)
 
 
-def start_program(lab: Lab, role: str, program: str, *options: str) -> subprocess.Popen[str]:
+def _account(guard: GuardProcess, cpu_percent: float) -> Guard:
+    """Ask a guard what it did, stop it, and look for what it left in the kernel."""
+    if not guard.running:
+        raise LabError(f"The guard ended during the attack: {guard.network.log_tail(guard.log)}")
+    try:
+        counts, bans = guard.status().get("counts", {}), guard.ask("ban-list")
+    except ControlError as error:
+        raise LabError(f"The guard does not answer: {error}") from error
+    guard.end()
+    return Guard(round(cpu_percent, 1), counts, bans, leftovers(guard.network))
+
+
+def start_program(lab: Network, role: str, program: str, *options: str) -> subprocess.Popen[str]:
     """Start one of the lab's own programs and wait for its line ``ready``.
 
     Raises:
         LabError: it did not get ready.
     """
     command = [sys.executable, "-m", f"rstguard.lab.{program}", *options]
-    running = lab.start(role, command, stdin=True, log=f"{program}.log")
+    running = lab.start(role, *command, piped=True, log=f"{program}.log")
     assert running.stdout is not None
     readable = select.select([running.stdout], [], [], _READY_SECONDS)[0]
     if not readable or running.stdout.readline() != "ready\n":
@@ -94,7 +110,7 @@ def start_program(lab: Lab, role: str, program: str, *options: str) -> subproces
     return running
 
 
-def collect(lab: Lab, running: subprocess.Popen[str], program: str) -> str:
+def collect(lab: Network, running: subprocess.Popen[str], program: str) -> str:
     """Close a program's standard input, upon which it ends with a line of JSON; return that.
 
     Raises:

@@ -35,9 +35,9 @@ def start_server(lab: Lab, access_log: str = "off") -> None:
     stream = _stream_module()
     path = lab.directory / "nginx.conf"
     path.write_text(configuration(lab.directory, stream, access_log), encoding="utf-8")
-    lab.start("server", ["nginx", "-c", str(path), "-p", str(lab.directory)], log="nginx.log")
+    lab.start("server", "nginx", "-c", str(path), "-p", str(lab.directory), log="nginx.log")
     if stream is None:
-        lab.start("server", [sys.executable, "-m", "rstguard.lab.server"], log="banner.log")
+        lab.start("server", sys.executable, "-m", "rstguard.lab.server", log="banner.log")
 
 
 def configuration(directory: Path, stream: str | None, access_log: str = "off") -> str:

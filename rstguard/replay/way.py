@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from rstguard.engine.address import V6, Prefix
+from rstguard.engine.address import Prefix, source_key
 from rstguard.engine.limiter import Memory
 from rstguard.engine.ruleset import SECOND, Divert, RuleSet
 from rstguard.engine.wire import Packet
@@ -45,7 +45,6 @@ class Way:
         self._targets = _shifted(ruleset.scope.destinations)
         self._ports = ruleset.scope.ports
         self._proven: Memory[int] = Memory(_SOURCES)
-        self._shifts = (32 - ruleset.source_ipv4, 128 - ruleset.source_ipv6)
 
     def sees_end(self, port: int) -> bool:
         """Tell whether some rule looks at how connections to a port end."""
@@ -85,7 +84,7 @@ class Way:
 
     def source_key(self, address: int) -> int:
         """Return the source that an address belongs to, as one integer."""
-        return address >> self._shifts[address >= V6]
+        return source_key(address, self.ruleset.source_ipv4, self.ruleset.source_ipv6)
 
     def prove(self, source: int, now: int) -> None:
         """Note that a source has completed a handshake."""

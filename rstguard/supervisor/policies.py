@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from rstguard.ipc.requests import ControlError, Request
+from rstguard.ipc.requests import ControlError, Request, text_of
 from rstguard.observe.events import Event
 from rstguard.policy.load import Loaded, PolicyError, parse
 from rstguard.state.history import KEPT, PENDING, UNDONE, Entry, before, gone_back_from
@@ -94,7 +94,7 @@ class Policies:
             self._number = history[0].number
 
     async def _apply(self, request: Request) -> object:
-        name, text = _text(request, "name"), _text(request, "text")
+        name, text = text_of(request, "name"), text_of(request, "text")
         wait = request.get("confirm_s")
         if wait is not None and (type(wait) is not int or not 1 <= wait <= LONGEST_WAIT):
             raise ControlError(f"a policy waits 1 to {LONGEST_WAIT} seconds to be confirmed")
@@ -261,13 +261,6 @@ async def _parsed(entry: Entry) -> Loaded | None:
     except PolicyError as error:  # of a later version of the language
         log.error("policy %d of the history can no longer be read: %s", entry.number, error)
         return None
-
-
-def _text(request: Request, key: str) -> str:
-    value = request.get(key)
-    if not isinstance(value, str):
-        raise ControlError(f"the request lacks {key!r}")
-    return value
 
 
 def _who(request: Request) -> str:

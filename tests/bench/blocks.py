@@ -9,9 +9,9 @@ from struct import pack
 
 from rstguard.engine.address import parse_address
 from rstguard.kernel.sets import Sets
+from rstguard.lab.waiting import wait_until
 from tests.bench.figures import Figure, at_most
-from tests.bench.gateway import PORT, SERVER, Guard, Site, milliseconds_since, policy_of
-from tests.netns import wait_until
+from tests.bench.gateway import PORT, SERVER, Site, milliseconds_since, policy_of
 
 GOAL_MS = 5.0
 _SOURCES = 100
@@ -25,7 +25,7 @@ def blocks() -> Iterator[Figure]:
     with Site() as site, site.listen("server", PORT), site.inside("client"):
         raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
         with raw:
-            guard = Guard(site, policy_of(_RULE))
+            guard = site.guard(policy_of(_RULE))
             with site.inside("gateway"), Sets() as sets:
                 unproven = [f"198.51.100.{number}" for number in range(2, 2 + _SOURCES)]
                 proven = [f"198.51.100.{number}" for number in range(120, 120 + _SOURCES)]

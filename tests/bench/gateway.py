@@ -9,20 +9,15 @@ from __future__ import annotations
 
 import itertools
 import re
-import signal
 import socket
 import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
-from typing import IO, Any
 
-from rstguard.control.protocol import ask
-from rstguard.ipc.requests import ControlError
 from rstguard.kernel.nfqueue import QueueState, states
 from rstguard.kernel.queues import DEFAULT_NUMBER
-from tests.netns import Lab, wait_until
+from rstguard.lab.guard import GuardProcess
+from tests.support.network import CLIENT4, OUTSIDE4, SERVER4, ThreeHosts
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
@@ -35,7 +30,6 @@ PORT = 8080
 """A port of the example policy that has no SYN budget: the queue itself is to be measured."""
 
 _SERVICES = "protect: {interfaces: [out], destinations: [203.0.113.10]}"
-_READY_SECONDS = 30.0
 
 
 def policy_of(*rules: str) -> str:
@@ -60,63 +54,34 @@ def example_policy(raised: bool = False) -> str:
     return text
 
 
-class Site(Lab):
-    """The network, programs compiled for it, and all that was started in it."""
+class Site(ThreeHosts):
+    """The network, and the programs compiled for it."""
 
     def __init__(self) -> None:
         super().__init__("rgg")
-        self._scratch = tempfile.TemporaryDirectory(prefix="rstguard-bench-")
-        self.directory = Path(self._scratch.name)
-        self._started: list[subprocess.Popen[str]] = []
         self._ports = itertools.cycle(range(2000, 65000))
 
-    def __enter__(self) -> Site:
-        super().__enter__()
-        return self
-
-    def _build(self) -> None:
-        super()._build()
+    def build(self) -> None:
+        """Make the hosts and links, and add the addresses that the policies speak of."""
+        super().build()
         # What a gateway has before anybody guards it.
         names = {"acct": "0", "timestamp": "0", "tcp_loose": "1"}
         self.set("gateway", {f"net/netfilter/nf_conntrack_{n}": v for n, v in names.items()})
-        for place, command in (
-            ("client", "route add local 198.51.100.0/24 dev lo"),
-            ("client", f"route replace default via 10.71.1.1 src {CLIENT}"),
-            ("gateway", "route add 198.51.100.0/24 via 10.71.1.2"),
-            ("gateway", f"route add {SERVER} via 10.71.2.2"),
-            ("server", f"addr add {SERVER}/32 dev eth0"),
-        ):
-            self.run(place, "ip", *command.split())
+        self.ip(
+            "client",
+            "route add local 198.51.100.0/24 dev lo",
+            f"route replace default via {OUTSIDE4} src {CLIENT}",
+        )
+        self.ip(
+            "gateway",
+            f"route add 198.51.100.0/24 via {CLIENT4}",
+            f"route add {SERVER} via {SERVER4}",
+        )
+        self.ip("server", f"addr add {SERVER}/32 dev eth0")
         for place in ("client", "server"):
             self.set(place, {"net/ipv4/ip_local_port_range": "1024 65535"})
 
-    def remove(self) -> None:
-        """End what was started, and remove the namespaces."""
-        for program in reversed(self._started):
-            end(program)
-        super().remove()
-        self._scratch.cleanup()
-
-    def start(
-        self,
-        place: str,
-        *command: str,
-        stdout: int | IO[str] = subprocess.DEVNULL,
-        stderr: IO[str] | None = None,
-    ) -> subprocess.Popen[str]:
-        """Start a program in a namespace; it ends with the network at the latest."""
-        program = subprocess.Popen(
-            ["ip", "netns", "exec", self.names[place], *command],
-            cwd=ROOT,
-            stdin=subprocess.DEVNULL,
-            stdout=stdout,
-            stderr=stderr,
-            text=True,
-        )
-        self._started.append(program)
-        return program
-
-    def build(self, source: str) -> str:
+    def compiled(self, source: str) -> str:
         """Compile a C program that lies beside this file and return its path."""
         program = self.directory / Path(source).stem
         command = ["cc", "-O2", "-Wall", "-o", str(program), str(HERE / source)]
@@ -143,72 +108,14 @@ class Site(Lab):
         made.settimeout(10)
         return made
 
+    def guard(self, policy: str, workers: int = 1) -> GuardProcess:
+        """Start the guard in the gateway and wait until it filters.
 
-class Guard:
-    """The guard, running in a site's gateway with a policy."""
-
-    def __init__(self, site: Site, policy: str, workers: int = 1) -> None:
-        self.directory = site.directory / "runtime"
-        self.directory.mkdir(exist_ok=True)
-        file = site.directory / "policy.yaml"
-        file.write_text(policy)
-        self._log = site.directory / "guard.log"
-        with self._log.open("w") as log:
-            # One worker unless asked for more: what is measured is what one core can do.
-            state = ("--state-dir", str(self.directory / "state"))
-            command = self.command("run", "--policy", str(file), "--workers", str(workers), *state)
-            self._program = site.start("gateway", *command, stderr=log)
-        wait_until(self._filters, _READY_SECONDS)
-
-    def command(self, *words: str) -> list[str]:
-        """Return a command line of rstguard for this guard."""
-        where = ["--runtime-dir", str(self.directory)]
-        return [sys.executable, "-m", "rstguard", *words, *where]
-
-    def ask(self, command: str, **request: object) -> Any:
-        """Send a request to the guard's control socket."""
-        return ask(self.directory, {"command": command, **request})
-
-    def status(self) -> dict[str, Any]:
-        """Return what `rstguard status --json` prints."""
-        found = self.ask("status")
-        assert isinstance(found, dict)
-        return found
-
-    @property
-    def workers(self) -> list[int]:
-        """The workers' process ids."""
-        return [int(worker["pid"]) for worker in self.status()["workers"]]
-
-    @property
-    def worker(self) -> int:
-        """The first worker's process id."""
-        return self.workers[0]
-
-    def stop(self) -> None:
-        """Stop the guard and wait for it."""
-        end(self._program)
-
-    def _filters(self) -> bool:
-        if self._program.poll() is not None:
-            raise RuntimeError(f"the guard did not start: {self._log.read_text()}")
-        try:
-            return bool(self.status()["filtering"])
-        except ControlError:
-            return False
-
-
-def end(program: subprocess.Popen[str]) -> None:
-    """End a program that was started here, and collect it."""
-    if program.poll() is None:
-        program.send_signal(signal.SIGTERM)
-        try:
-            program.wait(15)
-        except subprocess.TimeoutExpired:
-            program.kill()
-    program.wait()
-    if program.stdout is not None:
-        program.stdout.close()
+        One worker unless asked for more: what is measured is what one core can do.
+        """
+        made = GuardProcess(self, policy, self.directory / "runtime", workers=workers)
+        made.start(whole=True)
+        return made
 
 
 def cpu_seconds(pid: int) -> float:

@@ -11,17 +11,17 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 
+from rstguard.lab.guard import GuardProcess
+from rstguard.lab.waiting import wait_until
 from tests.bench.figures import Figure, at_most, seen
 from tests.bench.gateway import (
     CLIENT,
     PORT,
     SERVER,
-    Guard,
     Site,
     milliseconds_since,
     policy_of,
 )
-from tests.netns import wait_until
 
 IDLE_GOAL_MS, HOARD_GOAL_MS, BULK_GOAL_MS = 1000.0, 5000.0, 500.0
 HOARD = 2000
@@ -36,7 +36,7 @@ def kills() -> Iterator[Figure]:
     """From `rstguard kill` to the death of both ends: idle, busy, and 2,000 at once."""
     _allow_files(4 * HOARD + 200)
     with Site() as site, site.listen("server", PORT) as listener:
-        guard = Guard(site, policy_of(_RULE))
+        guard = site.guard(policy_of(_RULE))
         commands, requests = [], []
         for _ in range(_IDLE_TIMES):
             commands.append(_kill_idle(site, listener, _by_command(guard)))
@@ -62,15 +62,15 @@ def kills() -> Iterator[Figure]:
 Kill = Callable[[int], None]
 
 
-def _by_command(guard: Guard) -> Kill:
+def _by_command(guard: GuardProcess) -> Kill:
     def kill(port: int) -> None:
-        command = guard.command("kill", "--source", CLIENT, "--source-port", str(port))
+        command = guard.words("kill", "--source", CLIENT, "--source-port", str(port))
         subprocess.run(command, check=True, capture_output=True)
 
     return kill
 
 
-def _by_request(guard: Guard) -> Kill:
+def _by_request(guard: GuardProcess) -> Kill:
     def kill(port: int) -> None:
         done = guard.ask("kill", source=CLIENT, source_port=port)
         if done["confirmed"] != 1:
@@ -91,7 +91,7 @@ def _kill_idle(site: Site, listener: socket.socket, kill: Kill) -> float:
     return _time_of_death(pair, lambda: kill(pair[0].getsockname()[1]))
 
 
-def _kill_hoard(site: Site, listener: socket.socket, guard: Guard, ban: bool) -> float:
+def _kill_hoard(site: Site, listener: socket.socket, guard: GuardProcess, ban: bool) -> float:
     ends = [end for _ in range(HOARD) for end in _pair(site, listener)]
     began = time.monotonic_ns()
     if ban:

@@ -12,18 +12,18 @@ from dataclasses import dataclass
 
 from rstguard.kernel.queues import DEFAULT_NUMBER
 from rstguard.lab.bench.peers import configuration
+from rstguard.lab.guard import GuardProcess
+from rstguard.lab.network import stop
+from rstguard.lab.waiting import wait_until
 from tests.bench.figures import Figure, at_least, at_most, ratios, seen
 from tests.bench.gateway import (
     PORT,
     SERVER,
-    Guard,
     Site,
     cpu_seconds,
-    end,
     example_policy,
     memory_mb,
 )
-from tests.netns import wait_until
 
 GOAL = 0.35
 MEMORY_GOAL_MB = 300.0
@@ -59,7 +59,7 @@ def queue() -> Iterator[Figure]:
         for site in (ours, theirs):
             # After the queue both ways are equally short, and no connection is ever confirmed.
             site.run("gateway", "iptables", "-w", "-A", "FORWARD", "-j", "DROP")
-        guard = Guard(ours, example_policy())
+        guard = ours.guard(example_policy())
         flood = flooder(ours)
         noop, flood_noop = _noop(theirs), flooder(theirs)
         mine, other, calm = [], [], []
@@ -67,9 +67,9 @@ def queue() -> Iterator[Figure]:
             mine.append(_overrun(ours, guard, flood, number))
             calm.append(_unshed(ours, guard, flood, number + ROUNDS))
             other.append(_rate(theirs, noop.pid, flood_noop, number))
-        sources, memory = ours.queue().last_id, memory_mb(guard.worker)
+        sources, memory = ours.queue().last_id, memory_mb(guard.workers[0])
         guard.stop()
-        end(noop)
+        stop(noop)
     yield at_least(
         GOAL,
         "queue: guard judging every packet / C no-op, per CPU second",
@@ -112,14 +112,14 @@ def _against_suricata_overrun() -> Iterator[Figure]:
     with Site() as ours, Site() as theirs:
         for site in (ours, theirs):
             site.run("gateway", "iptables", "-w", "-A", "FORWARD", "-j", "DROP")
-        guard, other = Guard(ours, example_policy()), _suricata(theirs)
+        guard, other = ours.guard(example_policy()), _suricata(theirs)
         flood, flood_other = flooder(ours), flooder(theirs)
         mine, its = [], []
         for number in range(ROUNDS):
             mine.append(_overrun(ours, guard, flood, number))
             its.append(_rate(theirs, other.pid, flood_other, number))
         guard.stop()
-        end(other)
+        stop(other)
     yield at_least(
         2,
         "queue: guard / Suricata inline",
@@ -144,7 +144,7 @@ def _against_suricata_working_off(queues: int) -> Iterator[Figure]:
     with Site() as ours, Site() as theirs:
         for site in (ours, theirs):
             site.run("gateway", "iptables", "-w", "-A", "FORWARD", "-j", "DROP")
-        guard, other = Guard(ours, example_policy(), queues), _suricata(theirs, queues)
+        guard, other = ours.guard(example_policy(), queues), _suricata(theirs, queues)
         flood, flood_other = flooder(ours), flooder(theirs)
         readers = guard.workers
         mine, its = [], []
@@ -152,7 +152,7 @@ def _against_suricata_working_off(queues: int) -> Iterator[Figure]:
             mine.append(_drained(ours, readers, queues, flood, number))
             its.append(_drained(theirs, [other.pid], queues, flood_other, number))
         guard.stop()
-        end(other)
+        stop(other)
     label = f"queue: {queues} worker{'s' * (queues > 1)} / Suricata with as many queues"
     note = (
         f"from going on after a stop until {_FILL} packets a queue are worked off, no sender at"
@@ -174,7 +174,7 @@ def workers() -> Iterator[Figure]:
         for site in (alone, both):
             site.run("gateway", "iptables", "-w", "-A", "FORWARD", "-j", "DROP")
         policy = example_policy()
-        single, double = Guard(alone, policy), Guard(both, policy, workers=2)
+        single, double = alone.guard(policy), both.guard(policy, workers=2)
         flood, flood_both = flooder(alone), flooder(both)
         for number in range(_DRAINS):
             one.append(_drained(alone, single.workers, 1, flood, number).packets)
@@ -227,8 +227,7 @@ def _suricata(site: Site, queues: int = 1) -> subprocess.Popen[str]:
     words = ["-c", config, "--runmode", "workers"]
     for number in numbers:
         words += ["-q", str(number)]
-    with log.open("w") as said:
-        program = site.start("gateway", "suricata", *words, stdout=said, stderr=said)
+    program = site.start("gateway", "suricata", *words, log=log)
     wait_until(lambda: "started" in log.read_text(), 40)
     rule = "iptables -w -t mangle -A PREROUTING -i out -p tcp --syn -j NFQUEUE"
     which = ["--queue-balance", f"{numbers[0]}:{numbers[-1]}"]
@@ -243,7 +242,7 @@ def _outran(rates: list[Rate]) -> int:
 
 def flooder(site: Site) -> Flood:
     """Return what starts a flood from the client: (seconds, rate, seed, flags) -> program."""
-    program, mac = site.build("flood.c"), site.gateway_mac()
+    program, mac = site.compiled("flood.c"), site.gateway_mac()
 
     def start(seconds: float, rate: float, seed: int, flags: str) -> subprocess.Popen[str]:
         numbers = [str(PORT), str(seconds), str(rate), str(seed), *flags.split()]
@@ -253,9 +252,7 @@ def flooder(site: Site) -> Flood:
 
 
 def _noop(site: Site) -> subprocess.Popen[str]:
-    program = site.start(
-        "gateway", site.build("nfq_noop.c"), str(DEFAULT_NUMBER), stdout=subprocess.PIPE
-    )
+    program = site.start("gateway", site.compiled("nfq_noop.c"), str(DEFAULT_NUMBER), piped=True)
     assert program.stdout is not None
     assert program.stdout.readline().strip() == "ready"
     rule = "iptables -w -t mangle -A PREROUTING -i out -p tcp --syn -j NFQUEUE --queue-num"
@@ -270,12 +267,12 @@ def _set_apart(sender: int, reader: int) -> None:
     os.sched_setaffinity(reader, {cores[-1]})
 
 
-def _overrun(site: Site, guard: Guard, flood: Flood, number: int) -> Rate:
+def _overrun(site: Site, guard: GuardProcess, flood: Flood, number: int) -> Rate:
     """Measure flat out, with every SYN led into the queue: an overrun guard would have it thinned.
 
     Its supervisor is stopped meanwhile, as it would put such a rule right.
     """
-    supervisor, worker = int(guard.status()["supervisor"]["pid"]), guard.worker
+    supervisor, worker = int(guard.status()["supervisor"]["pid"]), guard.workers[0]
     rule = ("rstguard-syns-0", "-j", "NFQUEUE", "--queue-num", str(DEFAULT_NUMBER))
     table = ("gateway", "iptables", "-w", "-t", "mangle")
     os.kill(supervisor, signal.SIGSTOP)
@@ -287,12 +284,12 @@ def _overrun(site: Site, guard: Guard, flood: Flood, number: int) -> Rate:
         os.kill(supervisor, signal.SIGCONT)
 
 
-def _unshed(site: Site, guard: Guard, flood: Flood, number: int) -> Rate:
+def _unshed(site: Site, guard: GuardProcess, flood: Flood, number: int) -> Rate:
     """Measure at a rate at which every packet is judged, once the last flood is forgotten."""
     for attempt in range(_TRIES):
         wait_until(lambda: guard.status()["workers"][0]["overload"] == 0)
         before = guard.status()["counts"].get("shed", 0)
-        rate = _rate(site, guard.worker, flood, number + attempt * 100, _BEARABLE)
+        rate = _rate(site, guard.workers[0], flood, number + attempt * 100, _BEARABLE)
         wait_until(lambda: guard.status()["workers"][0]["overload"] == 0)
         shed = guard.status()["counts"].get("shed", 0) - before
         if shed <= rate.packets / 100:

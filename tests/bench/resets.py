@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 
 from tests.bench.figures import Figure, at_most, seen
-from tests.bench.gateway import PORT, SERVER, Guard, Site, milliseconds_since, policy_of
+from tests.bench.gateway import PORT, SERVER, Site, milliseconds_since, policy_of
 
 GOAL_MS = 2.0
 _TIMES = 300
@@ -19,11 +19,11 @@ def resets() -> Iterator[Figure]:
     """From the packet that crosses a reset rule to ECONNRESET, and from a SYN to ECONNREFUSED."""
     with Site() as site, site.listen("server", PORT):
         path = [_refused(site, PORT + 1) for _ in range(_TIMES)]
-        guard = Guard(site, policy_of(f"name: met, measure: connection_rate, {_CROSSED}"))
+        guard = site.guard(policy_of(f"name: met, measure: connection_rate, {_CROSSED}"))
         _let_pass(site)
         reset = [_reset(site) for _ in range(_TIMES)]
         guard.stop()
-        guard = Guard(site, policy_of(f"name: new, measure: syn_rate, {_CROSSED}"))
+        guard = site.guard(policy_of(f"name: new, measure: syn_rate, {_CROSSED}"))
         _let_pass(site)
         refused = [_refused(site, PORT) for _ in range(_TIMES)]
         guard.stop()

@@ -14,13 +14,14 @@ from pathlib import Path
 
 from rstguard.engine.engine import Engine
 from rstguard.engine.wire import parse as read_packet
+from rstguard.lab.guard import GuardProcess
+from rstguard.lab.waiting import wait_until
 from rstguard.policy.compile import compile_policy
 from rstguard.policy.load import load, parse
 from tests.bench.engine_speed import syns
 from tests.bench.figures import Figure, at_most
-from tests.bench.gateway import EXAMPLE, Guard, Site, memory_mb, policy_of
+from tests.bench.gateway import EXAMPLE, Site, memory_mb, policy_of
 from tests.bench.queue_speed import flooder
-from tests.netns import wait_until
 
 GOAL_MB = 300.0
 SOURCES = 1_000_000
@@ -78,8 +79,8 @@ def sources() -> Iterator[Figure]:
         "what this process grew by while it judged a SYN of each",
     )
     with Site() as site:
-        guard = Guard(site, policy_of(*_QUIET))
-        worker = guard.worker
+        guard = site.guard(policy_of(*_QUIET))
+        worker = guard.workers[0]
         empty = memory_mb(worker)
         flood = flooder(site)(120.0, _RATE, 1, _FLAGS)
         wait_until(lambda: _packets(guard) >= SOURCES, 110)
@@ -115,6 +116,6 @@ def _resident_mb() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
 
 
-def _packets(guard: Guard) -> int:
+def _packets(guard: GuardProcess) -> int:
     time.sleep(0.2)  # asking costs the guard something, too
     return int(guard.status()["counts"].get("packets", 0))

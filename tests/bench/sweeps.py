@@ -8,9 +8,10 @@ from pathlib import Path
 from statistics import median
 
 from rstguard.kernel.marks import Marks
+from rstguard.lab.guard import GuardProcess
+from rstguard.lab.waiting import wait_until
 from tests.bench.figures import Figure, at_most, seen
-from tests.bench.gateway import PORT, SERVER, Guard, Site, example_policy, memory_mb
-from tests.netns import wait_until
+from tests.bench.gateway import PORT, SERVER, Site, example_policy, memory_mb
 
 CONNECTIONS = 100_000
 MILLION = 1_000_000
@@ -49,7 +50,7 @@ def million() -> Iterator[Figure]:
 def _sweep(connections: int, sweeps: int) -> tuple[list[float], float]:
     """Return what sweeps cost (CPU ms), and the sweeper's memory (MB)."""
     with Site() as site:
-        guard = Guard(site, example_policy())
+        guard = site.guard(example_policy())
         file = site.directory / "connections"
         file.write_text("".join(map(_line, range(connections))))
         site.run("gateway", "conntrack", "-R", str(file))
@@ -60,7 +61,7 @@ def _sweep(connections: int, sweeps: int) -> tuple[list[float], float]:
     return costs, memory
 
 
-def _cost_of_next(guard: Guard, connections: int) -> float:
+def _cost_of_next(guard: GuardProcess, connections: int) -> float:
     before = _counts(guard)
     time.sleep(_PAUSE)  # to ask takes processor time from the sweep
     while (after := _counts(guard))["sweeps"] == before["sweeps"]:
@@ -71,7 +72,7 @@ def _cost_of_next(guard: Guard, connections: int) -> float:
     return (after["sweep_cpu_us"] - before["sweep_cpu_us"]) / swept / 1000
 
 
-def _counts(guard: Guard) -> dict[str, int]:
+def _counts(guard: GuardProcess) -> dict[str, int]:
     time.sleep(0.2)
     counts = guard.status()["counts"]
     return {name: int(counts.get(name, 0)) for name in ("sweeps", "sweep_cpu_us", "flows")}

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import re
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 
+from rstguard.lab.waiting import wait_until
 from tests.bench.figures import Figure, at_least, ratios, seen
-from tests.bench.gateway import PORT, SERVER, Guard, Site, cpu_seconds, example_policy
-from tests.netns import wait_until
+from tests.bench.gateway import PORT, SERVER, Site, cpu_seconds, example_policy
 
 BULK_GOAL, NEW_GOAL = 0.95, 0.75
 _BULK_ROUNDS, _BULK_SECONDS = 40, 0.25
@@ -36,7 +35,7 @@ def bulk() -> Iterator[Figure]:
     """A trusted connection's throughput, with the guard and without."""
     with ExitStack() as stack:
         ours, theirs = (stack.enter_context(Site()) for _ in range(2))
-        guard = Guard(ours, example_policy())
+        guard = ours.guard(example_policy())
         guarded, plain = (stack.enter_context(_Stream(site)) for site in (ours, theirs))
         for stream in (guarded, plain):
             stream.bytes_a_second(_BULK_SECONDS)
@@ -57,15 +56,15 @@ def bulk() -> Iterator[Figure]:
 def connections() -> Iterator[Figure]:
     """New connections a second, one request each, flat out, with the guard and without."""
     with Site() as ours, Site() as theirs:
-        guard = Guard(ours, example_policy(raised=True))
+        guard = ours.guard(example_policy(raised=True))
         for site in (ours, theirs):
             _serve(site)
             _requests_a_second(site)
         mine, other, spent = [], [], []
         for _ in range(_NEW_ROUNDS):
-            before = cpu_seconds(guard.worker)
+            before = cpu_seconds(guard.workers[0])
             mine.append(_requests_a_second(ours))
-            used = cpu_seconds(guard.worker) - before
+            used = cpu_seconds(guard.workers[0]) - before
             spent.append(100 * used / _NEW_SECONDS)
             other.append(_requests_a_second(theirs))
         guard.stop()
@@ -124,7 +123,7 @@ def _serve(site: Site) -> None:
 
 def _requests_a_second(site: Site) -> float:
     wrk = ["wrk", "-t1", "-c64", f"-d{_NEW_SECONDS}s", "-H", "Connection: close"]
-    program = site.start("client", *wrk, f"http://{SERVER}:{PORT}/", stdout=subprocess.PIPE)
+    program = site.start("client", *wrk, f"http://{SERVER}:{PORT}/", piped=True)
     said, _ = program.communicate()
     found = re.search(r"Requests/sec: +([0-9.]+)", said)
     if program.returncode or not found or "Non-2xx" in said:

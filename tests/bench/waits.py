@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import sqlite3
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,9 +15,10 @@ from typing import Any
 
 from rstguard.control.protocol import SOCKET_NAME
 from rstguard.ipc.requests import ControlError
+from rstguard.lab.guard import GuardProcess
+from rstguard.lab.waiting import wait_until
 from tests.bench.figures import Figure, at_most
-from tests.bench.gateway import Guard, Site, milliseconds_since, policy_of
-from tests.netns import wait_until
+from tests.bench.gateway import Site, milliseconds_since, policy_of
 
 ANSWER_MS, REPLACED_MS = 100.0, 300.0
 _ASKED = 40
@@ -33,7 +33,7 @@ _RULE = "name: r{n}, measure: syn_rate, ports: [{port}], over: {n}/s, then: drop
 def waits() -> Iterator[Figure]:
     """The longest that status takes under strain, and how soon a dead worker is replaced."""
     with Site() as site:
-        guard = Guard(site, policy_of(_RULE.format(n=1, port=80)))
+        guard = site.guard(policy_of(_RULE.format(n=1, port=80)))
         strains: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
             "nothing": contextlib.nullcontext,
             f"policies of {_RULES} rules applied": lambda: _applying(guard),
@@ -50,7 +50,7 @@ def waits() -> Iterator[Figure]:
         guard.stop()
 
 
-def _answers(guard: Guard) -> list[float]:
+def _answers(guard: GuardProcess) -> list[float]:
     times = []
     for _ in range(_ASKED):
         began = time.monotonic_ns()
@@ -60,11 +60,11 @@ def _answers(guard: Guard) -> list[float]:
     return times
 
 
-def _replaced(guard: Guard) -> list[float]:
+def _replaced(guard: GuardProcess) -> list[float]:
     return [_one_replaced(guard) for _ in range(_KILLED)]
 
 
-def _one_replaced(guard: Guard) -> float:
+def _one_replaced(guard: GuardProcess) -> float:
     before = guard.status()["workers"][0]
     os.kill(before["pid"], signal.SIGKILL)
     began = time.monotonic_ns()
@@ -98,7 +98,7 @@ def _beside(work: Callable[[], None]) -> Iterator[None]:
 
 
 @contextmanager
-def _applying(guard: Guard) -> Iterator[None]:
+def _applying(guard: GuardProcess) -> Iterator[None]:
     before = guard.ask("policy-show")
     rules = (_RULE.format(n=n, port=1000 + n) for n in range(1, _RULES + 1))
     text = policy_of(*rules)
@@ -113,8 +113,8 @@ def _applying(guard: Guard) -> Iterator[None]:
 
 
 @contextmanager
-def _locked(guard: Guard) -> Iterator[None]:
-    file = guard.directory / "state" / "state.db"
+def _locked(guard: GuardProcess) -> Iterator[None]:
+    file = guard.runtime / "state" / "state.db"
     with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
 
@@ -127,13 +127,13 @@ def _locked(guard: Guard) -> Iterator[None]:
 
 
 @contextmanager
-def _readers(guard: Guard) -> Iterator[None]:
+def _readers(guard: GuardProcess) -> Iterator[None]:
     with contextlib.ExitStack() as all_of_them:
         for _ in range(_READERS):
             client = all_of_them.enter_context(socket.socket(socket.AF_UNIX))
             client.settimeout(1)
             with contextlib.suppress(OSError):  # too many, and it was the longest silent
-                client.connect(str(guard.directory / SOCKET_NAME))
+                client.connect(str(guard.runtime / SOCKET_NAME))
                 client.sendall(b'{"command": "status"}\n' * 10)
         yield
 
@@ -145,9 +145,8 @@ def _others(site: Site) -> Iterator[None]:
         f' --comment "kept by another one" -j ACCEPT\n'
         for n in range(1, _OTHER_RULES + 1)
     )
-    inside = ["ip", "netns", "exec", site.names["gateway"]]
-    restore = [*inside, "iptables-restore", "--noflush"]
-    subprocess.run(restore, input=f"*filter\n:others -\n{rules}COMMIT\n", text=True, check=True)
+    text = f"*filter\n:others -\n{rules}COMMIT\n"
+    site.run("gateway", "iptables-restore", "--noflush", stdin=text)
     try:
         yield
     finally:

@@ -16,8 +16,9 @@ from rstguard.cli import app, common
 from rstguard.cli.banlist import Ban, Wrong, read
 from rstguard.control.ban_import import MOST_AT_ONCE
 from rstguard.ipc.requests import ControlError
-from tests.guard import ROUTER4, Guard, give_sources
-from tests.netns import Lab
+from tests.support.guard import Guard
+from tests.support.network import ThreeHosts
+from tests.support.sources import ROUTER4, give_sources
 
 POLICY = """\
 version: 1
@@ -107,7 +108,7 @@ def test_any_text_is_read_to_its_end(text: str) -> None:
 
 @pytest.fixture(scope="module")
 def guard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guard]:
-    with Lab("rgi") as lab:
+    with ThreeHosts("rgi") as lab:
         give_sources(lab)
         with Guard(lab, POLICY, tmp_path_factory.mktemp("guard"), workers=1) as guard:
             yield guard

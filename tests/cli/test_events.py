@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from rstguard.cli import app
-from tests.guard import Guard
-from tests.netns import Lab, wait_until
+from rstguard.lab.waiting import wait_until
+from tests.support.guard import Guard
+from tests.support.network import ThreeHosts
 
 POLICY = "version: 1\nname: told\nprotect: {interfaces: [out]}\nrules: []\n"
 RECORD = {
@@ -109,13 +110,13 @@ def test_wrong_words() -> None:
 
 
 @pytest.fixture
-def lab() -> Iterator[Lab]:
-    with Lab("rge") as lab:
+def lab() -> Iterator[ThreeHosts]:
+    with ThreeHosts("rge") as lab:
         yield lab
 
 
 @pytest.mark.netns
-def test_a_running_guard_is_followed_and_writes_its_log(lab: Lab, tmp_path: Path) -> None:
+def test_a_running_guard_is_followed_and_writes_its_log(lab: ThreeHosts, tmp_path: Path) -> None:
     written = tmp_path / "events.jsonl"
     with Guard(lab, POLICY, tmp_path / "guard", "--event-log", str(written), workers=1) as guard:
         words = [sys.executable, "-m", "rstguard", "events", "-f", "-n", "0", "--kind", "ban"]
@@ -137,7 +138,9 @@ def test_a_running_guard_is_followed_and_writes_its_log(lab: Lab, tmp_path: Path
 
 
 @pytest.mark.netns
-def test_it_follows_the_next_guard_too_and_ends_with_its_reader(lab: Lab, tmp_path: Path) -> None:
+def test_it_follows_the_next_guard_too_and_ends_with_its_reader(
+    lab: ThreeHosts, tmp_path: Path
+) -> None:
     with Guard(lab, POLICY, tmp_path / "guard", workers=1) as guard:
         words = [sys.executable, "-m", "rstguard", "events", "-f", "-n", "1"]
         words += ["--runtime-dir", str(guard.runtime)]

@@ -24,8 +24,9 @@ from typer.testing import CliRunner
 
 from rstguard.cli import app
 from rstguard.cli.picture import Style, frame
-from tests.guard import Guard
-from tests.netns import Lab, wait_until
+from rstguard.lab.waiting import wait_until
+from tests.support.guard import Guard
+from tests.support.network import ThreeHosts
 
 POLICY = "version: 1\nname: watched\nprotect: {interfaces: [out]}\nrules: []\n"
 
@@ -152,7 +153,10 @@ def test_what_is_wrong_stands_out() -> None:
 
 @pytest.fixture(scope="module")
 def guard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guard]:
-    with Lab("rgo") as lab, Guard(lab, POLICY, tmp_path_factory.mktemp("g"), workers=1) as guard:
+    with (
+        ThreeHosts("rgo") as lab,
+        Guard(lab, POLICY, tmp_path_factory.mktemp("g"), workers=1) as guard,
+    ):
         yield guard
 
 
@@ -257,7 +261,7 @@ def test_put_aside_it_gives_the_terminal_back_and_takes_it_again(guard: Guard) -
 @pytest.mark.netns
 def test_a_guard_that_goes_is_waited_for(tmp_path: Path) -> None:
     with (
-        Lab("rgo") as lab,
+        ThreeHosts("rgo") as lab,
         Guard(lab, POLICY, tmp_path, workers=1) as guard,
         Terminal(guard) as terminal,
     ):

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 
 import pytest
 
-from tests.guard import Service, give_sources, retransmissions, source
-from tests.netns import Lab, wait_until
-
-Open = Callable[..., Service]
+from tests.support.network import ThreeHosts
+from tests.support.sources import give_sources
+from tests.support.traffic import Open, Service
 
 
 @pytest.fixture(scope="module")
-def lab() -> Iterator[Lab]:
+def lab() -> Iterator[ThreeHosts]:
     """Client, gateway and server; the client has as many addresses as one likes."""
-    with Lab("rgf") as lab:
+    with ThreeHosts("rgf") as lab:
         give_sources(lab)
         yield lab
 
 
 @pytest.fixture
-def serve(lab: Lab) -> Iterator[Open]:
+def serve(lab: ThreeHosts) -> Iterator[Open]:
     """Open TCP ports, closed after the test together with all their connections."""
     opened: list[Service] = []
 
@@ -34,44 +31,3 @@ def serve(lab: Lab) -> Iterator[Open]:
     yield open_service
     for service in opened:
         service.close()
-
-
-class Crowd:
-    """Clients that connect, say a word and leave, one after the other, and count what fails."""
-
-    def __init__(self, lab: Lab, service: Service) -> None:
-        self.good, self.failures = 0, list[str]()
-        self.repeated = 0
-        """Segments that a client had to send again: each tells of a packet lost on the way."""
-        self._lab, self._service = lab, service
-        self._over = threading.Event()
-
-    def _client(self) -> None:
-        address = source(self._service.v6)
-        while not self._over.is_set():
-            try:
-                link = self._service.connect(address)
-                link.talk()
-                self.repeated += retransmissions(link.client)
-                link.close()
-            except OSError as error:
-                self.failures.append(repr(error))
-            else:
-                self.good += 1
-
-    @contextmanager
-    def at_work(self) -> Iterator[Crowd]:
-        """Connect all the while."""
-        thread = threading.Thread(target=self._client)
-        thread.start()
-        try:
-            self.more(20)
-            yield self
-        finally:
-            self._over.set()
-            thread.join()
-
-    def more(self, count: int) -> None:
-        """Wait until so many more have been there."""
-        until = self.good + count
-        wait_until(lambda: self.good >= until, 20)

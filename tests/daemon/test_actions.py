@@ -9,23 +9,20 @@ from collections.abc import Iterator
 import pytest
 
 from rstguard.kernel.readers import BINDING, BUILT_IN, CHOICE
-from tests.daemon.conftest import Open
-from tests.guard import (
-    BOTH_FAMILIES,
-    Guard,
+from rstguard.lab.waiting import wait_until
+from tests.support.guard import Guard
+from tests.support.network import CLIENT4, CLIENT6, ThreeHosts
+from tests.support.sources import BOTH_FAMILIES, neighbours, network_of, server_address, source
+from tests.support.traffic import (
+    Open,
     answer,
     bind,
     connect,
     is_dead,
-    neighbours,
-    network_of,
     refused,
     segments,
-    server_address,
     server_sockets,
-    source,
 )
-from tests.netns import CLIENT4, CLIENT6, Lab, wait_until
 
 pytestmark = [pytest.mark.netns, BOTH_FAMILIES]
 
@@ -58,7 +55,7 @@ rules:
 
 @pytest.fixture(scope="module", params=[BUILT_IN, BINDING])
 def guard(
-    request: pytest.FixtureRequest, lab: Lab, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, lab: ThreeHosts, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Guard]:
     """The guard, once with each of the ways to read a queue."""
     with pytest.MonkeyPatch.context() as patch:
@@ -68,7 +65,7 @@ def guard(
             yield guard
 
 
-def test_drop_by_subnet(lab: Lab, guard: Guard, serve: Open, v6: bool) -> None:
+def test_drop_by_subnet(lab: ThreeHosts, guard: Guard, serve: Open, v6: bool) -> None:
     service = serve(SUBNET, v6)
     crowd = neighbours(v6, 5)
     for address in crowd[:3]:
@@ -79,7 +76,7 @@ def test_drop_by_subnet(lab: Lab, guard: Guard, serve: Open, v6: bool) -> None:
     assert server_sockets(lab, crowd[3]) == []
 
 
-def test_reset_refuses_a_syn_at_once(lab: Lab, guard: Guard, serve: Open, v6: bool) -> None:
+def test_reset_refuses_a_syn_at_once(lab: ThreeHosts, guard: Guard, serve: Open, v6: bool) -> None:
     """A client in SYN-SENT believes a RST only if it acknowledges its SYN (RFC 9293, 3.10.7.3)."""
     service = serve(REFUSE, v6)
     address = source(v6)
@@ -93,7 +90,7 @@ def test_reset_refuses_a_syn_at_once(lab: Lab, guard: Guard, serve: Open, v6: bo
     service.connect(source(v6)).talk()
 
 
-def test_ban_of_a_proven_source(lab: Lab, guard: Guard, serve: Open, v6: bool) -> None:
+def test_ban_of_a_proven_source(lab: ThreeHosts, guard: Guard, serve: Open, v6: bool) -> None:
     service, other_port = serve(BAN, v6), serve(9000, v6)
     address, bystander = source(v6), source(v6)
     links = [service.connect(address) for _ in range(3)]
@@ -113,7 +110,7 @@ def test_ban_of_a_proven_source(lab: Lab, guard: Guard, serve: Open, v6: bool) -
     service.connect(bystander).talk()
 
 
-def test_a_ban_is_of_every_protocol(lab: Lab, guard: Guard, v6: bool) -> None:
+def test_a_ban_is_of_every_protocol(lab: ThreeHosts, guard: Guard, v6: bool) -> None:
     banned, free = source(v6), source(v6)
     guard.ask("ban-add", source=network_of(banned), seconds=60)
     family = socket.AF_INET6 if v6 else socket.AF_INET
@@ -127,7 +124,7 @@ def test_a_ban_is_of_every_protocol(lab: Lab, guard: Guard, v6: bool) -> None:
         assert inbox.recvfrom(16)[1][0] == free
 
 
-def test_keep_existing(lab: Lab, guard: Guard, serve: Open, v6: bool) -> None:
+def test_keep_existing(lab: ThreeHosts, guard: Guard, serve: Open, v6: bool) -> None:
     service = serve(KEEP, v6)
     address = source(v6)
     links = [service.connect(address) for _ in range(3)]
@@ -141,7 +138,7 @@ def test_keep_existing(lab: Lab, guard: Guard, serve: Open, v6: bool) -> None:
 
 
 def test_shun_of_an_unproven_source_ends_by_itself(
-    lab: Lab, guard: Guard, serve: Open, v6: bool
+    lab: ThreeHosts, guard: Guard, serve: Open, v6: bool
 ) -> None:
     service = serve(SHUN, v6)
     address = source(v6)
@@ -156,7 +153,7 @@ def test_shun_of_an_unproven_source_ends_by_itself(
 
 
 def test_a_shun_frees_the_server_of_unfinished_handshakes(
-    lab: Lab, guard: Guard, serve: Open, v6: bool
+    lab: ThreeHosts, guard: Guard, serve: Open, v6: bool
 ) -> None:
     """Nobody answers behind the address, and the server would wait for a minute."""
     service = serve(SHUN, v6)
@@ -173,13 +170,13 @@ def test_a_shun_frees_the_server_of_unfinished_handshakes(
     wait_until(lambda: not half_open(lab))
 
 
-def half_open(lab: Lab) -> list[str]:
+def half_open(lab: ThreeHosts) -> list[str]:
     """Return the server's handshakes that wait for their last ACK."""
     return lab.run("server", "ss", "-tnH", "state", "syn-recv").splitlines()
 
 
 def test_a_shunned_source_keeps_its_connections(
-    lab: Lab, guard: Guard, serve: Open, v6: bool
+    lab: ThreeHosts, guard: Guard, serve: Open, v6: bool
 ) -> None:
     """Whoever forges an address can shut out its newcomers for seconds, and no more than that."""
     service = serve(9001, v6)
@@ -194,7 +191,7 @@ def test_a_shunned_source_keeps_its_connections(
 
 
 def test_a_flood_of_a_proven_source_is_banned(
-    lab: Lab, guard: Guard, serve: Open, v6: bool
+    lab: ThreeHosts, guard: Guard, serve: Open, v6: bool
 ) -> None:
     service = serve(PROVEN, v6)
     address = source(v6)
@@ -205,7 +202,7 @@ def test_a_flood_of_a_proven_source_is_banned(
     wait_until(lambda: server_sockets(lab, address) == [])
 
 
-def test_a_rule_that_observes(lab: Lab, guard: Guard, serve: Open, v6: bool) -> None:
+def test_a_rule_that_observes(lab: ThreeHosts, guard: Guard, serve: Open, v6: bool) -> None:
     service = serve(OBSERVE, v6)
     address = source(v6)
     before = guard.events("observed", "watched")
@@ -217,7 +214,7 @@ def test_a_rule_that_observes(lab: Lab, guard: Guard, serve: Open, v6: bool) -> 
     assert (event["kind"], event["rule"], event["reason"]) == ("observed", "watched", "syn_rate")
 
 
-def test_reset_of_a_connection(lab: Lab, guard: Guard, serve: Open, v6: bool) -> None:
+def test_reset_of_a_connection(lab: ThreeHosts, guard: Guard, serve: Open, v6: bool) -> None:
     service = serve(RESET, v6)
     address = source(v6)
     links = [service.connect(address) for _ in range(2)]
@@ -230,7 +227,7 @@ def test_reset_of_a_connection(lab: Lab, guard: Guard, serve: Open, v6: bool) ->
 
 
 def test_drop_of_a_handshake_holds_against_its_repetition(
-    lab: Lab, guard: Guard, serve: Open, v6: bool
+    lab: ThreeHosts, guard: Guard, serve: Open, v6: bool
 ) -> None:
     service = serve(HELD, v6)
     address = source(v6)
@@ -246,7 +243,7 @@ def test_drop_of_a_handshake_holds_against_its_repetition(
         link.talk()
 
 
-def test_the_next_ban_lasts_longer(lab: Lab, guard: Guard, serve: Open, v6: bool) -> None:
+def test_the_next_ban_lasts_longer(lab: ThreeHosts, guard: Guard, serve: Open, v6: bool) -> None:
     service = serve(WORSE, v6)
     address = source(v6)
     service.connect(address)
@@ -259,7 +256,7 @@ def test_the_next_ban_lasts_longer(lab: Lab, guard: Guard, serve: Open, v6: bool
     assert 40 < guard.block_of(address)["remaining_s"] <= 50
 
 
-def test_a_ban_of_a_whole_prefix(lab: Lab, guard: Guard, serve: Open, v6: bool) -> None:
+def test_a_ban_of_a_whole_prefix(lab: ThreeHosts, guard: Guard, serve: Open, v6: bool) -> None:
     service = serve(WIDE, v6)
     crowd = neighbours(v6, 5)
     links = [service.connect(address) for address in crowd[:3]]

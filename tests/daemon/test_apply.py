@@ -12,9 +12,13 @@ from pathlib import Path
 import pytest
 
 from rstguard.ipc.requests import ControlError
-from tests.daemon.conftest import Crowd, Open
-from tests.guard import BOTH_FAMILIES, SILENCE, Guard, alive, answer, refused, source
-from tests.netns import Lab, wait_until
+from rstguard.lab.guard import alive
+from rstguard.lab.waiting import wait_until
+from tests.support.crowd import Crowd
+from tests.support.guard import Guard
+from tests.support.network import ThreeHosts
+from tests.support.sources import BOTH_FAMILIES, source
+from tests.support.traffic import SILENCE, Open, answer, refused
 
 pytestmark = pytest.mark.netns
 
@@ -34,7 +38,7 @@ rules:{COUNTING}{rules}
 
 
 @pytest.fixture(scope="module")
-def guard(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guard]:
+def guard(lab: ThreeHosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guard]:
     with Guard(lab, policy(), tmp_path_factory.mktemp("apply"), workers=1) as guard:
         yield guard
 
@@ -58,7 +62,7 @@ VARIANTS = [
 
 
 @BOTH_FAMILIES
-def test_no_connection_suffers(guard: Guard, lab: Lab, serve: Open, v6: bool) -> None:
+def test_no_connection_suffers(guard: Guard, lab: ThreeHosts, serve: Open, v6: bool) -> None:
     lasting = serve(9000, v6).connect(source(v6))
     with Crowd(lab, serve(PORT, v6)).at_work() as crowd:
         for variant in itertools.islice(itertools.cycle(VARIANTS), 2 * len(VARIANTS)):
@@ -71,7 +75,9 @@ def test_no_connection_suffers(guard: Guard, lab: Lab, serve: Open, v6: bool) ->
 
 
 @BOTH_FAMILIES
-def test_unchanged_rules_keep_their_counts(lab: Lab, guard: Guard, serve: Open, v6: bool) -> None:
+def test_unchanged_rules_keep_their_counts(
+    lab: ThreeHosts, guard: Guard, serve: Open, v6: bool
+) -> None:
     service = serve(COUNTED, v6)
     address = source(v6)
     for _ in range(2):
@@ -85,7 +91,7 @@ def test_unchanged_rules_keep_their_counts(lab: Lab, guard: Guard, serve: Open, 
     guard.apply(policy())
 
 
-def test_what_is_protected_changes(lab: Lab, guard: Guard, serve: Open) -> None:
+def test_what_is_protected_changes(lab: ThreeHosts, guard: Guard, serve: Open) -> None:
     service = serve(COUNTED)
     address = source(False)
     for _ in range(4):
@@ -102,7 +108,7 @@ def test_what_is_protected_changes(lab: Lab, guard: Guard, serve: Open) -> None:
     assert refused(lab, address, service.address, COUNTED)
 
 
-def test_bans_outlast_a_policy(lab: Lab, guard: Guard, serve: Open) -> None:
+def test_bans_outlast_a_policy(lab: ThreeHosts, guard: Guard, serve: Open) -> None:
     service = serve(PORT)
     banned = source(False)
     guard.ask("ban-add", source=banned, seconds=60)
@@ -141,7 +147,7 @@ def test_a_bad_policy_leaves_the_old_one(guard: Guard, tmp_path: Path) -> None:
     assert guard.filtering()
 
 
-def test_what_the_kernel_refuses_is_taken_back(lab: Lab, guard: Guard, serve: Open) -> None:
+def test_what_the_kernel_refuses_is_taken_back(lab: ThreeHosts, guard: Guard, serve: Open) -> None:
     """A set of ours that an administrator's own rule holds, of another kind, is in the way."""
     service = serve(COUNTED)
     address = source(False)
@@ -170,7 +176,7 @@ def is_replaced(guard: Guard, pid: int) -> bool:
     return guard.status()["workers"][0]["pid"] not in (0, pid)
 
 
-def test_on_failure_changes(lab: Lab, guard: Guard, serve: Open) -> None:
+def test_on_failure_changes(lab: ThreeHosts, guard: Guard, serve: Open) -> None:
     service = serve(PORT)
     cases = (("on_failure: closed", "silence", SILENCE), ("on_failure: open", "connected", 5))
     for head, seen, wait in cases:
@@ -189,7 +195,7 @@ def test_on_failure_changes(lab: Lab, guard: Guard, serve: Open) -> None:
 
 
 def test_a_worker_that_dies_meanwhile_comes_back_with_the_new_policy(
-    lab: Lab, guard: Guard, serve: Open
+    lab: ThreeHosts, guard: Guard, serve: Open
 ) -> None:
     service = serve(OTHER)
     rule = f"""

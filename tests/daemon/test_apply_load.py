@@ -8,9 +8,11 @@ from statistics import median
 
 import pytest
 
-from tests.daemon.flood import syn_flood
-from tests.guard import Guard, source
-from tests.netns import Lab, wait_until
+from rstguard.lab.waiting import wait_until
+from tests.support.flood import syn_flood
+from tests.support.guard import Guard
+from tests.support.network import ThreeHosts
+from tests.support.sources import source
 
 pytestmark = pytest.mark.netns
 
@@ -40,7 +42,7 @@ def handled(guard: Guard) -> tuple[int, int, int]:
     return row["packets"], row["waiting"], row["overrun"]
 
 
-def test_apply_and_rollback_under_a_flood(lab: Lab, tmp_path: Path) -> None:
+def test_apply_and_rollback_under_a_flood(lab: ThreeHosts, tmp_path: Path) -> None:
     other = tmp_path / "other.yaml"
     other.write_text(policy("other", MORE))
     source(False)

@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import random
 import socket
 import threading
 import time
 from collections.abc import Iterator
-from types import TracebackType
 
 import pytest
 
-from rstguard.engine.address import parse_address
-from rstguard.engine.segment import emit
-from rstguard.engine.wire import SYN, Packet
-from rstguard.kernel.inject import Injector
-from rstguard.kernel.marks import Marks
-from tests.guard import (
-    BOTH_FAMILIES,
-    Guard,
-    Link,
-    Service,
-    connect,
-    fate,
-    give_sources,
-    source,
-)
-from tests.netns import OUTSIDE4, OUTSIDE6, SERVER4, Lab, wait_until
+from rstguard.lab.waiting import wait_until
+from tests.support.budget import Flood, engaged, over_budget, state_of
+from tests.support.guard import Guard
+from tests.support.network import OUTSIDE4, OUTSIDE6, SERVER4, ThreeHosts
+from tests.support.sources import BOTH_FAMILIES, give_sources, source
+from tests.support.traffic import Link, Service, connect, fate
 
 pytestmark = pytest.mark.netns
 
@@ -50,66 +38,24 @@ rules:
 
 
 @pytest.fixture(scope="module")
-def lab() -> Iterator[Lab]:
-    with Lab("rgh") as lab:
+def lab() -> Iterator[ThreeHosts]:
+    with ThreeHosts("rgh") as lab:
         give_sources(lab)
         yield lab
 
 
 @pytest.fixture(scope="module")
-def guard(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guard]:
+def guard(lab: ThreeHosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guard]:
     with Guard(lab, POLICY.format(head=""), tmp_path_factory.mktemp("budget")) as guard:
         yield guard
 
 
 @pytest.fixture
-def opened(lab: Lab) -> Iterator[list[Service]]:
+def opened(lab: ThreeHosts) -> Iterator[list[Service]]:
     services: list[Service] = []
     yield services
     for service in services:
         service.close()
-
-
-class Flood:
-    """Forged SYNs of ever new sources, some thousands a second, while the context lasts."""
-
-    def __init__(self, lab: Lab, target: str, port: int) -> None:
-        self._frames = [_forged(target, port, number) for number in range(20_000)]
-        with lab.inside("client"):
-            self._injector = Injector(Marks())
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-
-    def __enter__(self) -> Flood:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._over.set()
-        self._thread.join()
-        self._injector.close()
-
-    @property
-    def sent(self) -> int:
-        return self._injector.sent
-
-    def _run(self) -> None:
-        for start in itertools.count(0, 50):
-            if self._over.wait(0.01):
-                return
-            at = start % len(self._frames)
-            self._injector.send(self._frames[at : at + 50])
-
-
-def _forged(target: str, port: int, number: int) -> bytes:
-    forged = f"2001:db8:{number:x}::1" if ":" in target else f"198.18.{number >> 8}.{number & 255}"
-    fields = (parse_address(forged), parse_address(target), 1024 + number, port)
-    return emit(Packet(*fields, random.getrandbits(32), 0, SYN, 1000, 0))
 
 
 def target_of(service: Service, place: str) -> str:
@@ -119,7 +65,7 @@ def target_of(service: Service, place: str) -> str:
 
 
 def open_service(
-    lab: Lab, guard: Guard, opened: list[Service], port: int, v6: bool, place: str
+    lab: ThreeHosts, guard: Guard, opened: list[Service], port: int, v6: bool, place: str
 ) -> Service:
     """Open a service and wait until the guard knows what it offers."""
     service = Service(lab, port, place, v6)
@@ -130,24 +76,6 @@ def open_service(
     return service
 
 
-def state_of(guard: Guard, service: Service) -> dict[str, object] | None:
-    name = f"[{service.address}]" if service.v6 else service.address
-    rows = guard.status()["syn_budget"]["services"]
-    return next((row for row in rows if row["service"] == f"{name}:{service.port}"), None)
-
-
-def engaged(guard: Guard, service: Service) -> bool:
-    state = state_of(guard, service)
-    return state is not None and state["engaged_s"] is not None
-
-
-@contextlib.contextmanager
-def over_budget(lab: Lab, guard: Guard, service: Service) -> Iterator[Flood]:
-    with Flood(lab, service.address, service.port) as flood:
-        wait_until(lambda: engaged(guard, service))
-        yield flood
-
-
 def accepted(guard: Guard) -> int:
     return int(guard.status()["syn_budget"]["cookies"]["accepted"])
 
@@ -155,7 +83,7 @@ def accepted(guard: Guard) -> int:
 @BOTH_FAMILIES
 @pytest.mark.parametrize("place", ["server", "gateway"])
 def test_clients_connect_while_their_service_is_over_budget(
-    lab: Lab, guard: Guard, opened: list[Service], v6: bool, place: str
+    lab: ThreeHosts, guard: Guard, opened: list[Service], v6: bool, place: str
 ) -> None:
     service = open_service(lab, guard, opened, PLAIN, v6, place)
     before = service.connect(source(v6))
@@ -171,7 +99,7 @@ def test_clients_connect_while_their_service_is_over_budget(
 
 
 def test_what_a_server_offers_is_learned_in_full(
-    lab: Lab, guard: Guard, opened: list[Service]
+    lab: ThreeHosts, guard: Guard, opened: list[Service]
 ) -> None:
     service = open_service(lab, guard, opened, PLAIN, False, "server")
     state = state_of(guard, service)
@@ -186,7 +114,7 @@ def test_what_a_server_offers_is_learned_in_full(
 
 
 def test_the_server_speaks_first_without_a_wait(
-    lab: Lab, guard: Guard, opened: list[Service]
+    lab: ThreeHosts, guard: Guard, opened: list[Service]
 ) -> None:
     service = open_service(lab, guard, opened, PLAIN, False, "server")
     with over_budget(lab, guard, service):
@@ -199,7 +127,9 @@ def test_the_server_speaks_first_without_a_wait(
         assert time.monotonic() - began < 5
 
 
-def test_bulk_data_passes_whole_both_ways(lab: Lab, guard: Guard, opened: list[Service]) -> None:
+def test_bulk_data_passes_whole_both_ways(
+    lab: ThreeHosts, guard: Guard, opened: list[Service]
+) -> None:
     service = open_service(lab, guard, opened, PLAIN, False, "server")
     data = random.randbytes(4 << 20)
     with over_budget(lab, guard, service):
@@ -224,7 +154,7 @@ def _read(one: socket.socket, size: int) -> Iterator[bytes]:
 
 @BOTH_FAMILIES
 def test_a_port_that_was_used_just_before_works_again(
-    lab: Lab, guard: Guard, opened: list[Service], v6: bool
+    lab: ThreeHosts, guard: Guard, opened: list[Service], v6: bool
 ) -> None:
     """The tracker still holds the old connection, whose sequence numbers it had to shift."""
     service = open_service(lab, guard, opened, PLAIN, v6, "server")
@@ -248,7 +178,7 @@ def test_a_port_that_was_used_just_before_works_again(
 @BOTH_FAMILIES
 @pytest.mark.parametrize("place", ["server", "gateway"])
 def test_who_is_refused_after_his_cookie_hears_a_reset(
-    lab: Lab, guard: Guard, opened: list[Service], v6: bool, place: str
+    lab: ThreeHosts, guard: Guard, opened: list[Service], v6: bool, place: str
 ) -> None:
     service = open_service(lab, guard, opened, ONCE, v6, place)
     address = source(v6)
@@ -262,7 +192,7 @@ def test_who_is_refused_after_his_cookie_hears_a_reset(
 @BOTH_FAMILIES
 @pytest.mark.parametrize("place", ["server", "gateway"])
 def test_a_connection_that_began_with_a_cookie_can_be_killed(
-    lab: Lab, guard: Guard, opened: list[Service], v6: bool, place: str
+    lab: ThreeHosts, guard: Guard, opened: list[Service], v6: bool, place: str
 ) -> None:
     service = open_service(lab, guard, opened, PLAIN, v6, place)
     address = source(v6)
@@ -277,7 +207,7 @@ def test_a_connection_that_began_with_a_cookie_can_be_killed(
 
 
 def test_completed_cookies_are_judged_as_handshakes(
-    lab: Lab, guard: Guard, opened: list[Service]
+    lab: ThreeHosts, guard: Guard, opened: list[Service]
 ) -> None:
     service = open_service(lab, guard, opened, PLAIN, False, "server")
     with over_budget(lab, guard, service):
@@ -288,7 +218,7 @@ def test_completed_cookies_are_judged_as_handshakes(
 
 
 def test_forged_syns_stay_away_from_server_and_engine(
-    lab: Lab, guard: Guard, opened: list[Service]
+    lab: ThreeHosts, guard: Guard, opened: list[Service]
 ) -> None:
     service = open_service(lab, guard, opened, PLAIN, False, "server")
     with over_budget(lab, guard, service) as flood:
@@ -299,12 +229,14 @@ def test_forged_syns_stay_away_from_server_and_engine(
         assert guard.status()["counts"]["packets"] - seen < 3 * RATE
 
 
-def inside(lab: Lab) -> int:
+def inside(lab: ThreeHosts) -> int:
     """Return how many packets the server's host has received."""
     return int(lab.run("server", "cat", "/sys/class/net/eth0/statistics/rx_packets"))
 
 
-def test_it_disengages_by_itself_and_says_so(lab: Lab, guard: Guard, opened: list[Service]) -> None:
+def test_it_disengages_by_itself_and_says_so(
+    lab: ThreeHosts, guard: Guard, opened: list[Service]
+) -> None:
     service = open_service(lab, guard, opened, PLAIN, False, "server")
     with over_budget(lab, guard, service):
         pass
@@ -318,7 +250,7 @@ def test_it_disengages_by_itself_and_says_so(lab: Lab, guard: Guard, opened: lis
 
 @BOTH_FAMILIES
 def test_who_began_before_and_was_not_answered_hears_a_reset(
-    lab: Lab, guard: Guard, opened: list[Service], v6: bool
+    lab: ThreeHosts, guard: Guard, opened: list[Service], v6: bool
 ) -> None:
     """His first SYN has an entry in the tracker, which SYNPROXY cannot take over."""
     service = open_service(lab, guard, opened, PLAIN, v6, "server")
@@ -344,7 +276,7 @@ def test_who_began_before_and_was_not_answered_hears_a_reset(
 
 
 def test_a_service_without_cookies_fills_no_queue(
-    lab: Lab, guard: Guard, opened: list[Service]
+    lab: ThreeHosts, guard: Guard, opened: list[Service]
 ) -> None:
     service = Service(lab, ELSEWHERE)
     opened.append(service)
@@ -361,7 +293,7 @@ def test_a_service_without_cookies_fills_no_queue(
 
 
 def test_a_translated_service_gets_no_cookies(
-    lab: Lab, guard: Guard, opened: list[Service]
+    lab: ThreeHosts, guard: Guard, opened: list[Service]
 ) -> None:
     rule = ["PREROUTING", "-i", "out", "-p", "tcp", "-d", OUTSIDE4, "--dport", str(TRANSLATED)]
     rule += ["-j", "DNAT", "--to-destination", SERVER4]
@@ -384,7 +316,7 @@ def test_a_translated_service_gets_no_cookies(
 
 
 def test_a_policy_that_observes_gives_out_no_cookies(
-    lab: Lab, guard: Guard, opened: list[Service]
+    lab: ThreeHosts, guard: Guard, opened: list[Service]
 ) -> None:
     guard.apply(POLICY.format(head="mode: observe"))
     try:

@@ -14,10 +14,13 @@ from pathlib import Path
 
 import pytest
 
+from rstguard.lab.guard import leftovers
+from rstguard.lab.waiting import wait_until
 from rstguard.supervisor.claims import LOCKS
-from tests.daemon.conftest import Open
-from tests.guard import Guard, answer, leftovers, source
-from tests.netns import Lab, wait_until
+from tests.support.guard import Guard
+from tests.support.network import ThreeHosts
+from tests.support.sources import source
+from tests.support.traffic import Open, answer
 
 pytestmark = pytest.mark.netns
 
@@ -46,7 +49,7 @@ rstguard.cli.main()
 
 
 @pytest.fixture(scope="module")
-def guard(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guard]:
+def guard(lab: ThreeHosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guard]:
     with Guard(lab, POLICY, tmp_path_factory.mktemp("cli"), workers=1) as guard:
         yield guard
 
@@ -78,7 +81,9 @@ def test_status(guard: Guard) -> None:
     assert {data["workers"][0]["pid"], data["sweeper"]["pid"]} == set(guard.children())
 
 
-def test_status_tells_what_another_tool_took_away(lab: Lab, guard: Guard, serve: Open) -> None:
+def test_status_tells_what_another_tool_took_away(
+    lab: ThreeHosts, guard: Guard, serve: Open
+) -> None:
     lab.run("gateway", "ip6tables", "-w", "-t", "mangle", "-F", "PREROUTING")
     done = guard.cli("status")
     assert done.returncode == 1
@@ -88,7 +93,7 @@ def test_status_tells_what_another_tool_took_away(lab: Lab, guard: Guard, serve:
     assert guard.cli("status").returncode == 0
 
 
-def test_bans(lab: Lab, guard: Guard, serve: Open) -> None:
+def test_bans(lab: ThreeHosts, guard: Guard, serve: Open) -> None:
     service = serve(PORT)
     address = source(False)
     assert guard.json("ban", "list") == []
@@ -119,7 +124,7 @@ def test_bans(lab: Lab, guard: Guard, serve: Open) -> None:
     assert guard.json("ban", "list") == []
 
 
-def test_a_ban_that_keeps_connections(lab: Lab, guard: Guard, serve: Open) -> None:
+def test_a_ban_that_keeps_connections(lab: ThreeHosts, guard: Guard, serve: Open) -> None:
     service = serve(9000)
     address = source(False)
     link = service.connect(address)
@@ -212,7 +217,7 @@ def test_output_into_a_full_disk(words: tuple[str, ...]) -> None:
     ],
     ids=" ".join,
 )
-def test_no_daemon(lab: Lab, tmp_path: Path, words: tuple[str, ...]) -> None:
+def test_no_daemon(lab: ThreeHosts, tmp_path: Path, words: tuple[str, ...]) -> None:
     nobody = Guard(lab, POLICY, tmp_path / "none", workers=1)
     words = tuple(str(nobody.file) if word == "FILE" else word for word in words)
     fails(nobody, 3, "no guard is running", *words)
@@ -267,7 +272,9 @@ def starts_not(guard: Guard, status: int, *sentences: str) -> None:
     assert not (guard.runtime / "control.sock").exists()
 
 
-def test_a_second_guard_is_refused(lab: Lab, guard: Guard, serve: Open, tmp_path: Path) -> None:
+def test_a_second_guard_is_refused(
+    lab: ThreeHosts, guard: Guard, serve: Open, tmp_path: Path
+) -> None:
     starts_not(
         Guard(lab, POLICY, tmp_path / "second", workers=1),
         1,
@@ -281,7 +288,7 @@ def test_a_second_guard_is_refused(lab: Lab, guard: Guard, serve: Open, tmp_path
 
 
 def test_guards_of_two_namespaces(guard: Guard, tmp_path: Path) -> None:
-    with Lab("rgf2") as other, Guard(other, POLICY, tmp_path / "other", workers=1) as second:
+    with ThreeHosts("rgf2") as other, Guard(other, POLICY, tmp_path / "other", workers=1) as second:
         assert guard.filtering()
         assert second.filtering()
         second.ask("ban-add", source="203.0.113.9", seconds=60)
@@ -294,7 +301,7 @@ def test_guards_of_two_namespaces(guard: Guard, tmp_path: Path) -> None:
 
 def test_a_runtime_directory_is_one_guard_s(guard: Guard) -> None:
     """The guard of a second namespace must not take the socket and the record of the first."""
-    with Lab("rgf5") as other:
+    with ThreeHosts("rgf5") as other:
         second = Guard(other, POLICY, guard.runtime, workers=1)
         for words in (("run", "--policy", str(guard.file)), ("cleanup",)):
             done = second.cli(*words)
@@ -324,14 +331,14 @@ sys.stdin.read()
 
 
 def test_no_user_can_keep_a_guard_away(tmp_path: Path) -> None:
-    with Lab("rgf6") as lab, Guard(lab, POLICY, tmp_path / "run", workers=1) as guard:
+    with ThreeHosts("rgf6") as lab, Guard(lab, POLICY, tmp_path / "run", workers=1) as guard:
         ours = LOCKS / f"net-{Path(f'/proc/{guard.pid}/ns/net').stat().st_ino}"
         assert ours.stat().st_mode & 0o777 == 0o600
         assert LOCKS.stat().st_mode & 0o777 == 0o700
         assert guard.stop() == 0
         assert not ours.exists()
         places = [str(LOCKS), str(ours), "/proc/self/ns/net"]
-        command = ["ip", "netns", "exec", lab.names["gateway"], sys.executable, "-c", USURPER]
+        command = lab.command("gateway", sys.executable, "-c", USURPER)
         with subprocess.Popen(
             [*command, *places], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         ) as usurper:
@@ -354,8 +361,8 @@ sys.stdin.read()
 
 
 def test_what_keeps_it_from_starting(tmp_path: Path) -> None:
-    with Lab("rgf3") as lab:
-        in_use = [*("ip", "netns", "exec", lab.names["gateway"]), sys.executable, "-c", TAKER]
+    with ThreeHosts("rgf3") as lab:
+        in_use = lab.command("gateway", sys.executable, "-c", TAKER)
         with subprocess.Popen(in_use, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as taker:
             assert taker.stdout is not None
             assert taker.stdout.readline() == b"bound\n"
@@ -382,7 +389,7 @@ def test_what_keeps_it_from_starting(tmp_path: Path) -> None:
         file = tmp_path / "file"
         file.write_text("")
         done = subprocess.run(
-            [*("ip", "netns", "exec", lab.names["gateway"]), sys.executable, "-m", "rstguard"]
+            lab.command("gateway", sys.executable, "-m", "rstguard")
             + ["run", "--policy", str(elsewhere.file), "--runtime-dir", str(file)],
             capture_output=True, text=True, check=False, timeout=60,
         )  # fmt: skip
@@ -393,7 +400,7 @@ def test_what_keeps_it_from_starting(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_stops_it_like_sigterm(tmp_path: Path) -> None:
-    with Lab("rgf4") as lab, Guard(lab, POLICY, tmp_path / "run", workers=1) as guard:
+    with ThreeHosts("rgf4") as lab, Guard(lab, POLICY, tmp_path / "run", workers=1) as guard:
         children = guard.children()
         for pid in (*children, guard.pid):  # a terminal signals the whole group
             os.kill(pid, signal.SIGINT)
@@ -403,7 +410,7 @@ def test_ctrl_c_stops_it_like_sigterm(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_in_the_midst_of_starting(tmp_path: Path) -> None:
-    with Lab("rgf7") as lab:
+    with ThreeHosts("rgf7") as lab:
         guard = Guard(lab, POLICY, tmp_path / "run", workers=1)
         command = guard.command(
             "run", "--policy", str(guard.file), "--state-dir", str(tmp_path / "state")

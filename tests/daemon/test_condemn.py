@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable, Sequence
 
 import pytest
 
 from rstguard.engine.address import parse_address, parse_prefix
 from rstguard.engine.flow import Flow, TcpState, Tuple
 from rstguard.engine.verdict import Ends, Reason
-from rstguard.engine.wire import ACK, Packet, parse
-from rstguard.kernel.marks import Bits, Marks
 from rstguard.sweeper.cases import MILLISECOND, PROBE_AT
 from rstguard.sweeper.condemner import (
     AGAIN_AFTER,
@@ -23,118 +20,15 @@ from rstguard.sweeper.condemner import (
     Target,
     select,
 )
+from tests.support.table import MARKS, Table, a_flow, client_of, server_of, turned
 
-MARKS = Marks()
 CONDEMNED = MARKS.condemned.value
 SOURCE_RESET = MARKS.condemned_source.value | MARKS.rst_sent_source.value
 DESTINATION_RESET = MARKS.condemned_destination.value | MARKS.rst_sent_destination.value
 
 
-class Kernel:
-    """A connection table with two ends to each connection, each of which may be deaf for a while.
-
-    `deaf` says how many probes an end (by its own address and port) swallows.
-    """
-
-    def __init__(self, *flows: Flow) -> None:
-        self.flows = {(flow.original, flow.zone): flow for flow in flows}
-        self.deaf: dict[tuple[int, int], int] = {}
-        self.refuses = 0
-        self.reads = 0
-        self.probes: list[Packet] = []
-
-    def read(self, flows: Sequence[Flow], now_ns: int | None = None) -> list[Flow | None]:
-        assert now_ns is None
-        self.reads += 1
-        return [self.flows.get((flow.original, flow.zone)) for flow in flows]
-
-    def set_mark(self, flows: Sequence[Flow], bits: int, mask: int) -> list[int]:
-        codes = []
-        for flow in flows:
-            key = (flow.original, flow.zone)
-            if self.refuses:
-                codes.append(self.refuses)
-            elif key not in self.flows:
-                codes.append(errno.ENOENT)
-            else:
-                old = self.flows[key]
-                self.flows[key] = old._replace(mark=old.mark & ~mask | bits)
-                codes.append(0)
-        return codes
-
-    def delete(self, flows: Sequence[Flow]) -> list[int]:
-        gone = [self.flows.pop((flow.original, flow.zone), None) for flow in flows]
-        return [0 if flow else errno.ENOENT for flow in gone]
-
-    def send(self, packets: Iterable[bytes]) -> int:
-        count = 0
-        for data in packets:
-            packet = parse(data)
-            assert isinstance(packet, Packet)
-            assert packet.flags == ACK
-            self.probes.append(packet)
-            self.hear(packet)
-            count += 1
-        return count
-
-    def hear(self, packet: Packet) -> None:
-        """Let the end that a probe is addressed to answer, if it is an end as that end sees it."""
-        end = (packet.destination, packet.destination_port)
-        if self.deaf.get(end, 0):
-            self.deaf[end] -= 1
-            return
-        path = (
-            packet.destination,
-            packet.source,
-            packet.destination_port,
-            packet.source_port,
-        )
-        for flow in list(self.flows.values()):
-            if path == flow.original:
-                self.speak(flow, MARKS.condemned_source, MARKS.rst_sent_source)
-            elif path == flow.reply:
-                self.speak(flow, MARKS.condemned_destination, MARKS.rst_sent_destination)
-
-    def speak(self, flow: Flow, condemned: Bits, sent: Bits) -> None:
-        if flow.mark & condemned.mask:
-            new = flow._replace(mark=flow.mark | sent.value, state=TcpState.CLOSE)
-            self.flows[(flow.original, flow.zone)] = new
-
-    def change(
-        self,
-        flow: Flow,
-        mark: int | None = None,
-        state: int | None = None,
-        ident: int | None = None,
-    ) -> None:
-        key = (flow.original, flow.zone)
-        old = self.flows[key]
-        self.flows[key] = old._replace(
-            mark=old.mark if mark is None else mark,
-            state=old.state if state is None else state,
-            ident=old.ident if ident is None else ident,
-        )
-
-
-def a_flow(number: int = 1, mark: int = 0, state: int = TcpState.ESTABLISHED) -> Flow:
-    original = Tuple(parse_address("192.0.2.1"), parse_address("198.51.100.1"), number, 80)
-    return Flow(number, original, turned(original), state, mark, True, 1, 1, 1, 1, 0, 100, 0)
-
-
-def turned(path: Tuple) -> Tuple:
-    return Tuple(path.destination, path.source, path.destination_port, path.source_port)
-
-
 def a_target(flow: Flow, ends: Ends = Ends.BOTH) -> Target:
     return Target(flow, ends, "idle", Reason.IDLE)
-
-
-def client_of(flow: Flow) -> tuple[int, int]:
-    return (flow.original.source, flow.original.source_port)
-
-
-def server_of(flow: Flow) -> tuple[int, int]:
-    return (flow.reply.source, flow.reply.source_port)
 
 
 def finish(condemner: Condemner) -> list[Result]:
@@ -147,7 +41,7 @@ def finish(condemner: Condemner) -> list[Result]:
     raise AssertionError("it never ends")
 
 
-def kill(kernel: Kernel, *targets: Target) -> list[Result]:
+def kill(kernel: Table, *targets: Target) -> list[Result]:
     condemner = Condemner(kernel, kernel, MARKS)
     condemner.start(targets, 1000)
     return finish(condemner)
@@ -155,7 +49,7 @@ def kill(kernel: Kernel, *targets: Target) -> list[Result]:
 
 def test_an_idle_connection_dies_at_both_ends_by_one_probe_each() -> None:
     flow = a_flow()
-    kernel = Kernel(flow)
+    kernel = Table(flow)
     (result,) = kill(kernel, a_target(flow))
     assert result.outcome is Outcome.RESET
     assert result.confirmed
@@ -166,7 +60,7 @@ def test_an_idle_connection_dies_at_both_ends_by_one_probe_each() -> None:
 
 def test_both_ends_are_probed_some_more_in_case_a_rst_was_lost() -> None:
     flow = a_flow()
-    kernel = Kernel(flow)
+    kernel = Table(flow)
     condemner = Condemner(kernel, kernel, MARKS)
     condemner.start([a_target(flow)], 0)
     condemner.step(0)
@@ -183,7 +77,7 @@ def test_both_ends_are_probed_some_more_in_case_a_rst_was_lost() -> None:
 @pytest.mark.parametrize(("ends", "kept"), [(Ends.BOTH, 0), (Ends.SOURCE, 1)])
 def test_only_what_is_dead_at_both_ends_leaves_the_table(ends: Ends, kept: int) -> None:
     flow = a_flow()
-    kernel = Kernel(flow)
+    kernel = Table(flow)
     kill(kernel, a_target(flow)._replace(ends=ends))
     assert len(kernel.flows) == kept
 
@@ -191,7 +85,7 @@ def test_only_what_is_dead_at_both_ends_leaves_the_table(ends: Ends, kept: int) 
 def test_a_target_whose_name_belongs_to_a_newer_one_is_not_forgotten() -> None:
     flow = a_flow()
     newer = flow._replace(ident=99)
-    kernel = Kernel(newer)
+    kernel = Table(newer)
     results = kill(kernel, a_target(flow), a_target(newer))
     assert [(r.target.flow.ident, r.outcome) for r in results] == [
         (1, Outcome.OVER),
@@ -201,7 +95,7 @@ def test_a_target_whose_name_belongs_to_a_newer_one_is_not_forgotten() -> None:
 
 def test_probes_carry_fresh_numbers_each_time() -> None:
     flow = a_flow()
-    kernel = Kernel(flow)
+    kernel = Table(flow)
     kernel.deaf = {client_of(flow): 3}
     kill(kernel, a_target(flow))
     numbers = [probe.sequence for probe in kernel.probes]
@@ -211,7 +105,7 @@ def test_probes_carry_fresh_numbers_each_time() -> None:
 @pytest.mark.parametrize("swallowed", range(1, len(PROBE_AT)))
 def test_an_end_that_swallows_probes_is_probed_again(swallowed: int) -> None:
     flow = a_flow()
-    kernel = Kernel(flow)
+    kernel = Table(flow)
     kernel.deaf = {server_of(flow): swallowed}
     (result,) = kill(kernel, a_target(flow))
     assert result.outcome is Outcome.RESET
@@ -232,7 +126,7 @@ def test_an_end_that_swallows_probes_is_probed_again(swallowed: int) -> None:
 )
 def test_an_end_that_never_answers_is_named(deaf: object, silent: Ends, text: str) -> None:
     flow = a_flow()
-    kernel = Kernel(flow)
+    kernel = Table(flow)
     ends = [deaf(flow)] if callable(deaf) else [client_of(flow), server_of(flow)]
     kernel.deaf = dict.fromkeys(ends, 1000)
     (result,) = kill(kernel, a_target(flow))
@@ -250,7 +144,7 @@ def test_an_end_that_never_answers_is_named(deaf: object, silent: Ends, text: st
 )
 def test_only_the_named_end_is_told(ends: Ends, probed: object, bits: int) -> None:
     flow = a_flow(mark=5)
-    kernel = Kernel(flow)
+    kernel = Table(flow)
     (result,) = kill(kernel, a_target(flow, ends))
     assert result.outcome is Outcome.RESET
     assert kernel.flows[(flow.original, 0)].mark == bits | 5
@@ -263,21 +157,21 @@ def test_only_the_named_end_is_told(ends: Ends, probed: object, bits: int) -> No
 def test_with_nat_each_end_is_addressed_by_the_tuple_it_sees() -> None:
     reply = Tuple(parse_address("10.0.0.2"), parse_address("10.0.0.1"), 8080, 61000)
     flow = a_flow()._replace(reply=reply)
-    kernel = Kernel(flow)
+    kernel = Table(flow)
     (result,) = kill(kernel, a_target(flow))
     assert result.outcome is Outcome.RESET
     assert [probe[:4] for probe in kernel.probes[:2]] == [turned(flow.original), turned(reply)]
 
 
 def test_a_connection_that_is_gone_before_is_over() -> None:
-    (result,) = kill(Kernel(), a_target(a_flow()))
+    (result,) = kill(Table(), a_target(a_flow()))
     assert (result.outcome, result.confirmed) == (Outcome.OVER, True)
 
 
 @pytest.mark.parametrize("state", [TcpState.CLOSE, TcpState.TIME_WAIT])
 def test_a_connection_that_ended_by_itself_is_not_touched(state: TcpState) -> None:
     flow = a_flow(state=state)
-    kernel = Kernel(flow)
+    kernel = Table(flow)
     (result,) = kill(kernel, a_target(a_flow()))
     assert result.outcome is Outcome.OVER
     assert kernel.probes == []
@@ -286,7 +180,7 @@ def test_a_connection_that_ended_by_itself_is_not_touched(state: TcpState) -> No
 
 def test_a_newer_connection_of_the_same_name_is_not_touched() -> None:
     newer = a_flow()._replace(ident=99)
-    kernel = Kernel(newer)
+    kernel = Table(newer)
     (result,) = kill(kernel, a_target(a_flow()))
     assert result.outcome is Outcome.OVER
     assert list(kernel.flows.values()) == [newer]
@@ -294,7 +188,7 @@ def test_a_newer_connection_of_the_same_name_is_not_touched() -> None:
 
 def test_a_newer_connection_that_caught_the_mark_loses_it_again() -> None:
     flow = a_flow()
-    kernel = Kernel(flow)
+    kernel = Table(flow)
     kernel.deaf = {client_of(flow): 1000, server_of(flow): 1000}
     condemner = Condemner(kernel, kernel, MARKS)
     condemner.start([a_target(flow)], 0)
@@ -307,7 +201,7 @@ def test_a_newer_connection_that_caught_the_mark_loses_it_again() -> None:
 
 def test_an_end_that_closes_meanwhile_ends_the_case_at_the_second_look() -> None:
     flow = a_flow()
-    kernel = Kernel(flow)
+    kernel = Table(flow)
     kernel.deaf = {client_of(flow): 1000, server_of(flow): 1000}
     condemner = Condemner(kernel, kernel, MARKS)
     condemner.start([a_target(flow)], 0)
@@ -321,7 +215,7 @@ def test_an_end_that_closes_meanwhile_ends_the_case_at_the_second_look() -> None
 def test_a_rst_seen_between_mark_and_state_is_no_end() -> None:
     """The kernel reports the mark before the state: CLOSE may come without its RST_SENT, once."""
     flow = a_flow()
-    kernel = Kernel(flow)
+    kernel = Table(flow)
     kernel.deaf = {client_of(flow): 1000, server_of(flow): 1000}
     condemner = Condemner(kernel, kernel, MARKS)
     condemner.start([a_target(flow)], 0)
@@ -337,7 +231,7 @@ def test_a_rst_seen_between_mark_and_state_is_no_end() -> None:
 
 def test_a_flushed_table_proves_nothing() -> None:
     flow = a_flow()
-    kernel = Kernel(flow)
+    kernel = Table(flow)
     kernel.deaf = {client_of(flow): 1000}
     condemner = Condemner(kernel, kernel, MARKS)
     condemner.start([a_target(flow)], 0)
@@ -349,7 +243,7 @@ def test_a_flushed_table_proves_nothing() -> None:
 
 def test_a_mark_that_other_software_took_away_is_set_again() -> None:
     flow = a_flow()
-    kernel = Kernel(flow)
+    kernel = Table(flow)
     kernel.deaf = {client_of(flow): 1, server_of(flow): 1}
     condemner = Condemner(kernel, kernel, MARKS)
     condemner.start([a_target(flow)], 0)
@@ -361,7 +255,7 @@ def test_a_mark_that_other_software_took_away_is_set_again() -> None:
 
 def test_if_the_proof_was_taken_away_too_nothing_is_claimed() -> None:
     flow = a_flow()
-    kernel = Kernel(flow)
+    kernel = Table(flow)
     kernel.deaf = {client_of(flow): 1}
     condemner = Condemner(kernel, kernel, MARKS)
     condemner.start([a_target(flow)], 0)
@@ -374,7 +268,7 @@ def test_if_the_proof_was_taken_away_too_nothing_is_claimed() -> None:
 
 def test_a_connection_condemned_earlier_is_confirmed_by_what_it_was_told_then() -> None:
     flow = a_flow(mark=CONDEMNED | MARKS.rst_sent.value, state=TcpState.CLOSE)
-    kernel = Kernel(flow)
+    kernel = Table(flow)
     (result,) = kill(kernel, a_target(flow))
     assert result.outcome is Outcome.RESET
     assert len(kernel.probes) == 2 * AGAIN_ROUNDS
@@ -382,7 +276,7 @@ def test_a_connection_condemned_earlier_is_confirmed_by_what_it_was_told_then() 
 
 def test_a_kernel_that_refuses_is_reported() -> None:
     flow = a_flow()
-    kernel = Kernel(flow)
+    kernel = Table(flow)
     kernel.refuses = errno.EPERM
     (result,) = kill(kernel, a_target(flow))
     assert (result.outcome, result.confirmed) == (Outcome.REFUSED, False)
@@ -391,7 +285,7 @@ def test_a_kernel_that_refuses_is_reported() -> None:
 
 def test_duplicates_are_merged_and_ends_added() -> None:
     flow = a_flow()
-    kernel = Kernel(flow)
+    kernel = Table(flow)
     targets = [a_target(flow, Ends.SOURCE), a_target(flow, Ends.SOURCE), a_target(flow)]
     (result,) = kill(kernel, *targets)
     assert result.target.ends is Ends.BOTH
@@ -401,7 +295,7 @@ def test_duplicates_are_merged_and_ends_added() -> None:
 
 def test_an_end_added_later_is_condemned_and_told_too() -> None:
     flow = a_flow()
-    kernel = Kernel(flow)
+    kernel = Table(flow)
     kernel.deaf = {client_of(flow): 1}
     condemner = Condemner(kernel, kernel, MARKS)
     condemner.start([a_target(flow, Ends.SOURCE)], 0)
@@ -414,7 +308,7 @@ def test_an_end_added_later_is_condemned_and_told_too() -> None:
 
 def test_what_is_beyond_the_bound_is_refused_and_said() -> None:
     flows = [a_flow(number) for number in range(1, 6)]
-    kernel = Kernel(*flows)
+    kernel = Table(*flows)
     condemner = Condemner(kernel, kernel, MARKS, most=3)
     condemner.start(map(a_target, flows), 0)
     assert condemner.pending == 3
@@ -424,7 +318,7 @@ def test_what_is_beyond_the_bound_is_refused_and_said() -> None:
 
 def test_two_thousand_take_two_questions() -> None:
     flows = [a_flow(number) for number in range(1, 2001)]
-    kernel = Kernel(*flows)
+    kernel = Table(*flows)
     condemner = Condemner(kernel, kernel, MARKS)
     kernel.hear = lambda packet: None  # type: ignore[method-assign]
     condemner.start(map(a_target, flows), 0)
@@ -439,7 +333,7 @@ def test_two_thousand_take_two_questions() -> None:
 
 def test_a_step_takes_in_a_bounded_number_and_none_is_forgotten() -> None:
     flows = [a_flow(number) for number in range(1, 10_001)]
-    kernel = Kernel(*flows)
+    kernel = Table(*flows)
     kernel.hear = lambda packet: None  # type: ignore[method-assign]
     condemner = Condemner(kernel, kernel, MARKS)
     condemner.start(map(a_target, flows), 0)
@@ -452,7 +346,7 @@ def test_a_step_takes_in_a_bounded_number_and_none_is_forgotten() -> None:
 
 
 def test_nothing_to_do_asks_for_no_step() -> None:
-    kernel = Kernel()
+    kernel = Table()
     condemner = Condemner(kernel, kernel, MARKS)
     condemner.start([], 0)
     assert condemner.next_step_at is None
@@ -460,7 +354,7 @@ def test_nothing_to_do_asks_for_no_step() -> None:
 
 def test_looks_grow_rarer_but_never_cease() -> None:
     flow = a_flow()
-    kernel = Kernel(flow)
+    kernel = Table(flow)
     kernel.deaf = {client_of(flow): 1000, server_of(flow): 1000}
     condemner = Condemner(kernel, kernel, MARKS)
     condemner.start([a_target(flow)], 0)

@@ -19,8 +19,9 @@ from rstguard.kernel import chains
 from rstguard.kernel.conntrack import Conntrack
 from rstguard.kernel.inject import Injector
 from rstguard.kernel.marks import Marks
+from rstguard.lab.waiting import wait_until
 from rstguard.sweeper.condemner import Condemner, Outcome, Result, Target, select
-from tests.netns import OUTSIDE4, OUTSIDE6, SERVER4, SERVER6, Lab, wait_until
+from tests.support.network import OUTSIDE4, OUTSIDE6, SERVER4, SERVER6, ThreeHosts
 
 pytestmark = pytest.mark.netns
 
@@ -48,8 +49,8 @@ def condemned_chain() -> str:
 
 
 @pytest.fixture(scope="module")
-def lab() -> Iterator[Lab]:
-    with Lab("rgb") as lab:
+def lab() -> Iterator[ThreeHosts]:
+    with ThreeHosts("rgb") as lab:
         for tool, target in (("iptables", SERVER4), ("ip6tables", f"[{SERVER6}]")):
             lab.run("gateway", f"{tool}-restore", "--noflush", stdin=condemned_chain())
             nat = ("gateway", tool, "-w", "-t", "nat", "-A")
@@ -63,7 +64,7 @@ def lab() -> Iterator[Lab]:
 class Connection:
     """Both ends of one connection, and the listener it came through."""
 
-    def __init__(self, lab: Lab, address: str, port: int) -> None:
+    def __init__(self, lab: ThreeHosts, address: str, port: int) -> None:
         local = address in (OUTSIDE4, OUTSIDE6)
         inside = INSIDE_PORT if port == NAT_PORT else port
         place = "gateway" if local and port != NAT_PORT else "server"
@@ -77,28 +78,28 @@ class Connection:
 
 
 @pytest.fixture
-def connections(lab: Lab) -> Iterator[contextlib.ExitStack]:
+def connections(lab: ThreeHosts) -> Iterator[contextlib.ExitStack]:
     with contextlib.ExitStack() as stack:
         yield stack
     lab.run("gateway", "conntrack", "-F")
 
 
 def connect(
-    lab: Lab, stack: contextlib.ExitStack, address: str = SERVER4, port: int = 8000
+    lab: ThreeHosts, stack: contextlib.ExitStack, address: str = SERVER4, port: int = 8000
 ) -> Connection:
     connection = Connection(lab, address, port)
     stack.callback(connection.close)
     return connection
 
 
-def flows_of(lab: Lab, *connections: Connection) -> list[Flow]:
+def flows_of(lab: ThreeHosts, *connections: Connection) -> list[Flow]:
     wanted = {connection.client.getsockname()[1] for connection in connections}
     with lab.inside("gateway"), Conntrack() as table:
         return [flow for flow in table.dump() if flow.original.source_port in wanted]
 
 
 def kill(
-    lab: Lab,
+    lab: ThreeHosts,
     flows: list[Flow],
     ends: Ends = Ends.BOTH,
     deadline: float = 5.0,
@@ -148,7 +149,7 @@ every_way = pytest.mark.parametrize(("address", "port"), WAYS)
 
 
 @every_way
-def test_idle(lab: Lab, connections: contextlib.ExitStack, address: str, port: int) -> None:
+def test_idle(lab: ThreeHosts, connections: contextlib.ExitStack, address: str, port: int) -> None:
     condemned = connect(lab, connections, address, port)
     with lab.inside("client"):
         other_client = socket.create_connection((address, port), timeout=10)
@@ -169,7 +170,7 @@ def test_idle(lab: Lab, connections: contextlib.ExitStack, address: str, port: i
 
 @every_way
 def test_half_closed_by_the_client(
-    lab: Lab, connections: contextlib.ExitStack, address: str, port: int
+    lab: ThreeHosts, connections: contextlib.ExitStack, address: str, port: int
 ) -> None:
     condemned = connect(lab, connections, address, port)
     talk(condemned)
@@ -184,7 +185,7 @@ def test_half_closed_by_the_client(
 
 @every_way
 def test_half_closed_by_the_server(
-    lab: Lab, connections: contextlib.ExitStack, address: str, port: int
+    lab: ThreeHosts, connections: contextlib.ExitStack, address: str, port: int
 ) -> None:
     condemned = connect(lab, connections, address, port)
     talk(condemned)
@@ -199,7 +200,7 @@ def test_half_closed_by_the_server(
 @every_way
 @pytest.mark.parametrize("sender", ["client", "server"])
 def test_busy(
-    lab: Lab, connections: contextlib.ExitStack, address: str, port: int, sender: str
+    lab: ThreeHosts, connections: contextlib.ExitStack, address: str, port: int, sender: str
 ) -> None:
     condemned = connect(lab, connections, address, port)
     first, second = condemned.client, condemned.server
@@ -237,7 +238,7 @@ def test_busy(
 
 
 @pytest.mark.parametrize("ends", [Ends.SOURCE, Ends.DESTINATION])
-def test_only_one_end(lab: Lab, connections: contextlib.ExitStack, ends: Ends) -> None:
+def test_only_one_end(lab: ThreeHosts, connections: contextlib.ExitStack, ends: Ends) -> None:
     condemned = connect(lab, connections)
     told, other = condemned.client, condemned.server
     if ends is Ends.DESTINATION:
@@ -249,7 +250,7 @@ def test_only_one_end(lab: Lab, connections: contextlib.ExitStack, ends: Ends) -
 
 
 def test_a_client_that_has_left_the_net_is_reported(
-    lab: Lab, connections: contextlib.ExitStack
+    lab: ThreeHosts, connections: contextlib.ExitStack
 ) -> None:
     condemned = connect(lab, connections)
     flows = flows_of(lab, condemned)
@@ -266,7 +267,7 @@ def test_a_client_that_has_left_the_net_is_reported(
 
 
 def test_an_end_whose_rst_is_lost_is_told_again(
-    lab: Lab, connections: contextlib.ExitStack
+    lab: ThreeHosts, connections: contextlib.ExitStack
 ) -> None:
     condemned = connect(lab, connections)
     # The first RST to the client is dropped on its way; the second is let through.
@@ -282,7 +283,7 @@ def test_an_end_whose_rst_is_lost_is_told_again(
     assert fate(condemned.client) == "ECONNRESET"
 
 
-def test_a_half_open_connection(lab: Lab, connections: contextlib.ExitStack) -> None:
+def test_a_half_open_connection(lab: ThreeHosts, connections: contextlib.ExitStack) -> None:
     """A SYN-ACK that never reached the client: the server's half of a connection goes."""
     listener = lab.listen("server", 8000)
     connections.callback(listener.close)
@@ -305,7 +306,7 @@ def test_a_half_open_connection(lab: Lab, connections: contextlib.ExitStack) -> 
 
 
 def test_a_connection_that_was_aborted_meanwhile_is_over(
-    lab: Lab, connections: contextlib.ExitStack
+    lab: ThreeHosts, connections: contextlib.ExitStack
 ) -> None:
     condemned = connect(lab, connections)
     flows = flows_of(lab, condemned)
@@ -317,7 +318,7 @@ def test_a_connection_that_was_aborted_meanwhile_is_over(
     assert result.outcome is Outcome.OVER, result.text
 
 
-def test_two_thousand_idle_ones(lab: Lab, connections: contextlib.ExitStack) -> None:
+def test_two_thousand_idle_ones(lab: ThreeHosts, connections: contextlib.ExitStack) -> None:
     count = 2000
     old = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = max(old[0], 3 * count)

@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 
 from rstguard.kernel.readers import BINDING, BUILT_IN, CHOICE
-from tests.daemon.conftest import Open
-from tests.guard import Guard, alive, answer, leftovers, source
-from tests.netns import Lab, wait_until
+from rstguard.lab.guard import alive, leftovers
+from rstguard.lab.waiting import wait_until
+from tests.support.guard import Guard
+from tests.support.network import ThreeHosts
+from tests.support.sources import source
+from tests.support.traffic import Open, answer
 
 pytestmark = pytest.mark.netns
 
@@ -32,7 +35,7 @@ rules:
 
 @pytest.fixture(params=[BUILT_IN, BINDING])
 def guard(
-    request: pytest.FixtureRequest, lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest, lab: ThreeHosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Guard]:
     monkeypatch.setenv(CHOICE, request.param)
     with Guard(lab, POLICY, tmp_path / "run") as guard:
@@ -49,7 +52,7 @@ def restarts(guard: Guard) -> list[str]:
     return [one["detail"] for one in map(json.loads, lines) if one["kind"] == "restart"]
 
 
-def test_at_work_from_start_to_end(guard: Guard, lab: Lab, serve: Open) -> None:
+def test_at_work_from_start_to_end(guard: Guard, lab: ThreeHosts, serve: Open) -> None:
     """Bans, lists that are long, a dump, a kill, another policy, an orderly stop: nothing dies."""
     for pid in guard.children():
         shown = status(pid)
@@ -83,7 +86,7 @@ def test_at_work_from_start_to_end(guard: Guard, lab: Lab, serve: Open) -> None:
 
 
 @pytest.mark.parametrize("kind", ["worker", "sweeper"])
-def test_a_forbidden_call_is_told(lab: Lab, tmp_path: Path, kind: str) -> None:
+def test_a_forbidden_call_is_told(lab: ThreeHosts, tmp_path: Path, kind: str) -> None:
     """The signal stands for the call: the kernel sends it in its place."""
     with Guard(lab, POLICY, tmp_path / "run") as guard:
         now = guard.status()
@@ -97,7 +100,7 @@ def test_a_forbidden_call_is_told(lab: Lab, tmp_path: Path, kind: str) -> None:
         assert " in run" in said
 
 
-def test_a_directory_that_others_may_write_is_refused(lab: Lab, tmp_path: Path) -> None:
+def test_a_directory_that_others_may_write_is_refused(lab: ThreeHosts, tmp_path: Path) -> None:
     guard = Guard(lab, POLICY, tmp_path / "run")
     guard.runtime.chmod(0o1777)
     guard.launch()
@@ -114,7 +117,7 @@ def test_a_directory_that_others_may_write_is_refused(lab: Lab, tmp_path: Path) 
     assert leftovers(lab) == []
 
 
-def test_another_s_panic_file_is_not_obeyed(lab: Lab, tmp_path: Path) -> None:
+def test_another_s_panic_file_is_not_obeyed(lab: ThreeHosts, tmp_path: Path) -> None:
     with Guard(lab, POLICY, tmp_path / "run") as guard:
         panic = guard.runtime / "panic"
         panic.touch()

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from rstguard.control.protocol import ask
 from rstguard.ipc.requests import ControlError
-from tests.guard import Guard
-from tests.netns import Lab, wait_until
+from rstguard.lab.waiting import wait_until
+from tests.support.guard import Guard
+from tests.support.network import ThreeHosts
 
 pytestmark = pytest.mark.netns
 
@@ -32,7 +33,7 @@ rules:
 
 
 @pytest.fixture(scope="module")
-def guard(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guard]:
+def guard(lab: ThreeHosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guard]:
     with Guard(lab, POLICY, tmp_path_factory.mktemp("control")) as guard:
         yield guard
 

@@ -21,7 +21,7 @@ import pytest
 from rstguard.control import web
 from rstguard.control.protocol import LARGEST, MOST_CONNECTED, ask, listens, serve
 from rstguard.ipc.requests import ControlError, Request
-from tests.netns import wait_until
+from rstguard.lab.waiting import wait_until
 
 SOON = 0.1
 ANSWER = {

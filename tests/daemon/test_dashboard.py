@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests import dashboard
-from tests.daemon.conftest import Open
-from tests.daemon.test_budget import over_budget, state_of
-from tests.daemon.test_web import ask
-from tests.guard import Guard, connect, source
-from tests.netns import Lab, wait_until
+from rstguard.lab.waiting import wait_until
+from tests.support import dashboard
+from tests.support.budget import over_budget, state_of
+from tests.support.guard import Guard
+from tests.support.network import ThreeHosts
+from tests.support.sources import source
+from tests.support.traffic import Open, connect
+from tests.support.web import ask
 
 pytestmark = pytest.mark.netns
 
@@ -33,7 +35,7 @@ rules:
 """
 
 
-def found(lab: Lab, selector: dashboard.Selector) -> bool:
+def found(lab: ThreeHosts, selector: dashboard.Selector) -> bool:
     """Tell whether what is exposed now has a series that fits."""
     name, labels = selector
     body = ask(lab, "/metrics")[2].decode()
@@ -44,7 +46,7 @@ def found(lab: Lab, selector: dashboard.Selector) -> bool:
     )
 
 
-def test_every_query_finds_something(lab: Lab, serve: Open, tmp_path: Path) -> None:
+def test_every_query_finds_something(lab: ThreeHosts, serve: Open, tmp_path: Path) -> None:
     web, other = serve(WEB), serve(OTHER)
     with Guard(lab, POLICY, tmp_path, "--http", HOST) as guard:
         web.connect(source(False)).talk()

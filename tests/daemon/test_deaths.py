@@ -12,20 +12,14 @@ import pytest
 from rstguard.control.protocol import NoDaemon
 from rstguard.kernel.conntrack import Conntrack
 from rstguard.kernel.marks import Marks
+from rstguard.lab.guard import alive, leftovers
+from rstguard.lab.waiting import wait_until
 from rstguard.sweeper.condemner import select
-from tests.daemon.conftest import Crowd, Open
-from tests.guard import (
-    BOTH_FAMILIES,
-    Guard,
-    alive,
-    answer,
-    connect,
-    leftovers,
-    network_of,
-    segments,
-    source,
-)
-from tests.netns import Lab, wait_until
+from tests.support.crowd import Crowd
+from tests.support.guard import Guard
+from tests.support.network import ThreeHosts
+from tests.support.sources import BOTH_FAMILIES, network_of, source
+from tests.support.traffic import Open, answer, connect, segments
 
 pytestmark = pytest.mark.netns
 
@@ -54,14 +48,14 @@ def directory(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def old_values(lab: Lab) -> dict[str, str]:
+def old_values(lab: ThreeHosts) -> dict[str, str]:
     """Set what the guard changes to what a fresh machine has; return it."""
     values = dict(zip(SYSCTLS, ("0", "0", "1", "1"), strict=True))
     lab.set("gateway", {f"net/netfilter/nf_conntrack_{key}": val for key, val in values.items()})
     return values
 
 
-def sysctls(lab: Lab) -> dict[str, str]:
+def sysctls(lab: ThreeHosts) -> dict[str, str]:
     with lab.inside("gateway"):
         root = Path("/proc/sys/net/netfilter")
         return {key: (root / f"nf_conntrack_{key}").read_text().strip() for key in SYSCTLS}
@@ -77,7 +71,7 @@ def has_restarts(guard: Guard, count: int) -> bool:
     return bool(guard.status()["workers"][0]["restarts"] == count)
 
 
-def test_fail_open_the_worker_is_killed(lab: Lab, directory: Path, serve: Open) -> None:
+def test_fail_open_the_worker_is_killed(lab: ThreeHosts, directory: Path, serve: Open) -> None:
     service, busy = serve(PORT), serve(9000)
     with Guard(lab, policy(), directory, workers=1) as guard:
         link = busy.connect(source(False))
@@ -100,7 +94,9 @@ def test_fail_open_the_worker_is_killed(lab: Lab, directory: Path, serve: Open) 
 
 
 @BOTH_FAMILIES
-def test_fail_open_the_worker_hangs(lab: Lab, directory: Path, serve: Open, v6: bool) -> None:
+def test_fail_open_the_worker_hangs(
+    lab: ThreeHosts, directory: Path, serve: Open, v6: bool
+) -> None:
     """A queue that nobody reads fills up; what comes then passes."""
     service = serve(PORT, v6)
     with Guard(lab, policy(), directory, workers=1) as guard:
@@ -114,7 +110,9 @@ def test_fail_open_the_worker_hangs(lab: Lab, directory: Path, serve: Open, v6: 
 
 
 @BOTH_FAMILIES
-def test_fail_closed_without_a_worker(lab: Lab, directory: Path, serve: Open, v6: bool) -> None:
+def test_fail_closed_without_a_worker(
+    lab: ThreeHosts, directory: Path, serve: Open, v6: bool
+) -> None:
     service = serve(PORT, v6)
     with Guard(lab, policy("closed"), directory, workers=1) as guard:
         old = service.connect(source(v6))
@@ -134,7 +132,7 @@ def test_fail_closed_without_a_worker(lab: Lab, directory: Path, serve: Open, v6
         old.talk()
 
 
-def test_the_sweeper_is_killed(lab: Lab, directory: Path, serve: Open) -> None:
+def test_the_sweeper_is_killed(lab: ThreeHosts, directory: Path, serve: Open) -> None:
     service = serve(8003)
     with Guard(lab, policy(), directory, workers=1) as guard:
         os.kill(guard.status()["sweeper"]["pid"], signal.SIGKILL)
@@ -145,7 +143,7 @@ def test_the_sweeper_is_killed(lab: Lab, directory: Path, serve: Open) -> None:
 
 
 def test_what_a_killed_sweeper_condemned_is_killed_by_the_next(
-    lab: Lab, directory: Path, serve: Open
+    lab: ThreeHosts, directory: Path, serve: Open
 ) -> None:
     service = serve(PORT)
     with Guard(lab, policy(), directory, workers=1) as guard:
@@ -160,7 +158,9 @@ def test_what_a_killed_sweeper_condemned_is_killed_by_the_next(
         spared.talk()
 
 
-def test_a_child_that_dies_at_once_again_and_again(lab: Lab, directory: Path, serve: Open) -> None:
+def test_a_child_that_dies_at_once_again_and_again(
+    lab: ThreeHosts, directory: Path, serve: Open
+) -> None:
     """It is started again, but not as fast as the machine can."""
     service = serve(PORT)
     with Guard(lab, policy(), directory, workers=1) as guard:
@@ -173,7 +173,7 @@ def test_a_child_that_dies_at_once_again_and_again(lab: Lab, directory: Path, se
 
 
 def test_kill_9_of_the_supervisor_and_cleanup(
-    lab: Lab, directory: Path, serve: Open, old_values: dict[str, str]
+    lab: ThreeHosts, directory: Path, serve: Open, old_values: dict[str, str]
 ) -> None:
     service = serve(PORT)
     with Guard(lab, policy(), directory, workers=1) as guard:
@@ -202,7 +202,7 @@ def test_kill_9_of_the_supervisor_and_cleanup(
 
 
 def test_another_run_takes_over_after_kill_9(
-    lab: Lab, directory: Path, serve: Open, old_values: dict[str, str]
+    lab: ThreeHosts, directory: Path, serve: Open, old_values: dict[str, str]
 ) -> None:
     service = serve(PORT)
     with Guard(lab, policy(), directory, workers=1) as guard:
@@ -225,7 +225,7 @@ def test_another_run_takes_over_after_kill_9(
 
 
 def test_sigterm_leaves_nothing(
-    lab: Lab, directory: Path, serve: Open, old_values: dict[str, str]
+    lab: ThreeHosts, directory: Path, serve: Open, old_values: dict[str, str]
 ) -> None:
     service = serve(PORT)
     with (
@@ -248,7 +248,9 @@ def test_sigterm_leaves_nothing(
     ]
 
 
-def test_keep_bans(lab: Lab, directory: Path, serve: Open, old_values: dict[str, str]) -> None:
+def test_keep_bans(
+    lab: ThreeHosts, directory: Path, serve: Open, old_values: dict[str, str]
+) -> None:
     service = serve(PORT)
     banned, six = source(False), source(True)
     with Guard(lab, policy(), directory, "--keep-bans", workers=1) as guard:
@@ -268,7 +270,7 @@ def test_keep_bans(lab: Lab, directory: Path, serve: Open, old_values: dict[str,
     assert leftovers(lab) == []
 
 
-def test_fail_closed_outlasts_the_guard(lab: Lab, directory: Path, serve: Open) -> None:
+def test_fail_closed_outlasts_the_guard(lab: ThreeHosts, directory: Path, serve: Open) -> None:
     """Killed altogether, a guard that fails closed lets nothing new pass until it is back."""
     service = serve(PORT)
     with Guard(lab, policy("closed"), directory, workers=1) as guard:
@@ -289,7 +291,12 @@ def test_fail_closed_outlasts_the_guard(lab: Lab, directory: Path, serve: Open) 
 @BOTH_FAMILIES
 @pytest.mark.parametrize("tracked", [True, False])
 def test_connections_older_than_the_guard(
-    lab: Lab, directory: Path, serve: Open, old_values: dict[str, str], v6: bool, tracked: bool
+    lab: ThreeHosts,
+    directory: Path,
+    serve: Open,
+    old_values: dict[str, str],
+    v6: bool,
+    tracked: bool,
 ) -> None:
     """They live on, and are under its rules as far as the kernel knows of them."""
     tracking = ("FORWARD", "-m", "conntrack", "--ctstate", "NEW")

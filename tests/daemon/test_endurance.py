@@ -18,10 +18,13 @@ import pytest
 from rstguard.kernel import KernelError
 from rstguard.kernel.marks import Marks
 from rstguard.kernel.nfqueue import Queue
-from tests.daemon.conftest import Open
-from tests.guard import Guard, Link, alive, leftovers, source
-from tests.netns import Lab, wait_until
+from rstguard.lab.guard import alive, leftovers
+from rstguard.lab.waiting import wait_until
 from tests.soak.load import Honest
+from tests.support.guard import Guard
+from tests.support.network import ThreeHosts
+from tests.support.sources import source
+from tests.support.traffic import Link, Open
 
 pytestmark = pytest.mark.netns
 
@@ -85,7 +88,7 @@ class Stream:
 
 
 @contextmanager
-def load(lab: Lab, serve: Open) -> Iterator[tuple[Honest, Stream]]:
+def load(lab: ThreeHosts, serve: Open) -> Iterator[tuple[Honest, Stream]]:
     """Give the guard honest clients, and see afterwards that none of them has suffered."""
     bulk = serve(BULK).connect(source(False))
     with Honest(lab, [serve(PORT), serve(PORT + 10, True)], stay=5) as honest, Stream(bulk) as way:
@@ -136,7 +139,7 @@ def endure(guard: Guard, kills: int, seed: int) -> list[float]:
     return recoveries
 
 
-def endures(lab: Lab, serve: Open, directory: Path, kills: int) -> list[float]:
+def endures(lab: ThreeHosts, serve: Open, directory: Path, kills: int) -> list[float]:
     with Guard(lab, POLICY, directory) as guard:
         with load(lab, serve):
             sources = ban_many(guard)
@@ -147,7 +150,7 @@ def endures(lab: Lab, serve: Open, directory: Path, kills: int) -> list[float]:
     return recoveries
 
 
-def test_150_kills(lab: Lab, serve: Open, tmp_path: Path) -> None:
+def test_150_kills(lab: ThreeHosts, serve: Open, tmp_path: Path) -> None:
     recoveries = endures(lab, serve, tmp_path / "run", 150)
     print("recovered after", sorted(round(seconds, 2) for seconds in recoveries), "s")
     # Not the second that a quiet machine needs at most: this one may have other things to do.
@@ -155,14 +158,14 @@ def test_150_kills(lab: Lab, serve: Open, tmp_path: Path) -> None:
 
 
 @pytest.mark.soak_long
-def test_1000_kills(lab: Lab, serve: Open, tmp_path: Path) -> None:
+def test_1000_kills(lab: ThreeHosts, serve: Open, tmp_path: Path) -> None:
     recoveries = endures(lab, serve, tmp_path / "run", 1000)
     print("recovered after", sorted(round(seconds, 2) for seconds in recoveries), "s")
     assert max(recoveries) < 3
 
 
 @pytest.mark.parametrize("kills", [pytest.param(5), pytest.param(50, marks=pytest.mark.soak_long)])
-def test_the_supervisor_is_killed(lab: Lab, serve: Open, tmp_path: Path, kills: int) -> None:
+def test_the_supervisor_is_killed(lab: ThreeHosts, serve: Open, tmp_path: Path, kills: int) -> None:
     """It is started again as the service manager would; its rules, and who is banned, stay."""
     took = []
     with Guard(lab, POLICY, tmp_path / "run") as guard:
@@ -247,7 +250,7 @@ def queue_taken(guard: Guard) -> Iterator[None]:
 
 @pytest.mark.parametrize("limit", [few_processes, few_descriptors, queue_taken])
 def test_processes_cannot_be_started_for_a_while(
-    lab: Lab, serve: Open, tmp_path: Path, limit: object
+    lab: ThreeHosts, serve: Open, tmp_path: Path, limit: object
 ) -> None:
     """Once such a moment was enough, and a worker or the sweeper was gone for good."""
     if limit is few_processes and not PIDS.is_dir():

@@ -17,11 +17,13 @@ from rstguard.control.nearest import Closest
 from rstguard.engine.nearest import Near
 from rstguard.ipc.messages import Nearest, NearestAre
 from rstguard.kernel.linux import Linux
+from rstguard.lab.waiting import wait_until
 from rstguard.supervisor.inquiry import Inquiry
-from tests.daemon.conftest import Open
-from tests.engine.packets import ruleset
-from tests.guard import BOTH_FAMILIES, ROUTER4, Guard, server_address, source
-from tests.netns import Lab, wait_until
+from tests.support.guard import Guard
+from tests.support.network import ThreeHosts
+from tests.support.packets import ruleset
+from tests.support.sources import BOTH_FAMILIES, ROUTER4, server_address, source
+from tests.support.traffic import Open
 
 pytestmark = pytest.mark.netns
 
@@ -39,7 +41,7 @@ rules:
 
 
 @pytest.fixture(scope="module")
-def guard(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guard]:
+def guard(lab: ThreeHosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guard]:
     with Guard(lab, POLICY, tmp_path_factory.mktemp("guard")) as guard:
         yield guard
 

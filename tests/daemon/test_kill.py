@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.daemon.conftest import Open
-from tests.guard import Guard, Link, Service, network_of, source
-from tests.netns import OUTSIDE4, OUTSIDE6, SERVER4, SERVER6, Lab
+from tests.support.guard import Guard
+from tests.support.network import OUTSIDE4, OUTSIDE6, SERVER4, SERVER6, ThreeHosts
+from tests.support.sources import network_of, source
+from tests.support.traffic import Link, Open, Service
 
 pytestmark = pytest.mark.netns
 
@@ -31,7 +32,7 @@ Way = tuple[str, bool]
 
 
 @pytest.fixture(scope="module")
-def guard(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guard]:
+def guard(lab: ThreeHosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guard]:
     for tool, target in (("iptables", SERVER4), ("ip6tables", f"[{SERVER6}]")):
         nat = ("gateway", tool, "-w", "-t", "nat", "-A")
         to = ("-j", "DNAT", "--to-destination", f"{target}:{BEHIND_NAT}")
@@ -163,7 +164,7 @@ def test_conditions_and_counts(guard: Guard, serve: Open) -> None:
     assert (said.returncode, said.stdout) == (0, "killed 0, confirmed 0\n")
 
 
-def test_a_client_that_has_left_is_reported(lab: Lab, guard: Guard, serve: Open) -> None:
+def test_a_client_that_has_left_is_reported(lab: ThreeHosts, guard: Guard, serve: Open) -> None:
     address = source(False)
     link = serve(8012).connect(address)
     drop = ("INPUT", "-d", address, "-j", "DROP")

@@ -14,9 +14,13 @@ from typing import Any
 import pytest
 
 from rstguard.ipc.requests import ControlError
-from tests.daemon.conftest import Crowd, Open
-from tests.guard import Guard, leftovers, source
-from tests.netns import Lab, wait_until
+from rstguard.lab.guard import leftovers
+from rstguard.lab.waiting import wait_until
+from tests.support.crowd import Crowd
+from tests.support.guard import Guard
+from tests.support.network import ThreeHosts
+from tests.support.sources import source
+from tests.support.traffic import Open
 
 pytestmark = [pytest.mark.netns, pytest.mark.timeout(420)]
 
@@ -107,7 +111,7 @@ def kill(guard: Guard, victim: str) -> float:
     return time.monotonic() - began
 
 
-def test_killed_fifty_times_under_load(lab: Lab, tmp_path: Path, serve: Open) -> None:
+def test_killed_fifty_times_under_load(lab: ThreeHosts, tmp_path: Path, serve: Open) -> None:
     chance = random.Random(50)
     took: dict[str, list[float]] = {}
     with Guard(lab, POLICY, tmp_path / "guard") as guard, Stream(serve) as stream:

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from rstguard.ipc.messages import Start
-from tests.engine.packets import ruleset
-from tests.guard import Guard
-from tests.netns import Lab, wait_until
+from rstguard.lab.waiting import wait_until
+from tests.support.guard import Guard
+from tests.support.network import ThreeHosts
+from tests.support.packets import ruleset
 
 pytestmark = pytest.mark.netns
 
@@ -31,7 +32,7 @@ CHILDREN = pytest.mark.parametrize("child", ["worker", "sweeper"])
 
 
 @pytest.fixture
-def guard(lab: Lab, tmp_path: Path) -> Iterator[Guard]:
+def guard(lab: ThreeHosts, tmp_path: Path) -> Iterator[Guard]:
     with Guard(lab, POLICY, tmp_path / "run") as guard:
         wait_until(lambda: guard.status()["sweeper"]["ready"])
         yield guard

@@ -14,19 +14,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.daemon.conftest import Open
-from tests.guard import (
-    BOTH_FAMILIES,
-    Guard,
-    Link,
-    answer,
-    bind,
-    is_dead,
-    segments,
-    server_address,
-    source,
-)
-from tests.netns import CLIENT4, CLIENT6, Lab, wait_until
+from rstguard.lab.waiting import wait_until
+from tests.support.guard import Guard
+from tests.support.network import CLIENT4, CLIENT6, ThreeHosts
+from tests.support.sources import BOTH_FAMILIES, server_address, source
+from tests.support.traffic import Link, Open, answer, bind, is_dead, segments
 
 pytestmark = pytest.mark.netns
 
@@ -58,7 +50,7 @@ LINGER = struct.pack("ii", 1, 0)
 
 
 @pytest.fixture(scope="module")
-def guard(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guard]:
+def guard(lab: ThreeHosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guard]:
     for command in ("iptables", "ip6tables"):  # a host that answers nothing it knows nothing of
         lab.run("client", command, "-w", "-A", "OUTPUT", "-s", *_spoofed(command), "-j", "DROP")
     for way, net in (("-4", "10.74.0.0/16"), ("-6", "fd74::/32")):
@@ -81,14 +73,14 @@ def await_block(guard: Guard, address: str, kind: str, rule: str) -> None:
     assert (block["kind"], block["rule"]) == (kind, rule)
 
 
-def hping(lab: Lab, *options: str) -> None:
+def hping(lab: ThreeHosts, *options: str) -> None:
     """Run hping3 to its end; it fails if nothing came back, which is what we want of a guard."""
     with lab.inside("client"):
         subprocess.run(["hping3", "-q", *options], capture_output=True, check=False, timeout=20)
 
 
 @BOTH_FAMILIES
-def test_half_open(lab: Lab, guard: Guard, serve: Open, v6: bool) -> None:
+def test_half_open(lab: ThreeHosts, guard: Guard, serve: Open, v6: bool) -> None:
     service = serve(HALF_OPEN, v6)
     attacker, busy = source(v6), source(v6)
     for _ in range(20):
@@ -102,7 +94,7 @@ def test_half_open(lab: Lab, guard: Guard, serve: Open, v6: bool) -> None:
 
 
 @BOTH_FAMILIES
-def test_distinct_ports_by_nmap(lab: Lab, guard: Guard, serve: Open, v6: bool) -> None:
+def test_distinct_ports_by_nmap(lab: ThreeHosts, guard: Guard, serve: Open, v6: bool) -> None:
     scanner, honest = CLIENT6 if v6 else CLIENT4, source(v6)
     service = serve(FIRST_PORT, v6)
     service.connect(scanner).talk()
@@ -120,7 +112,7 @@ def test_distinct_ports_by_nmap(lab: Lab, guard: Guard, serve: Open, v6: bool) -
 
 
 @BOTH_FAMILIES
-def test_distinct_hosts(lab: Lab, guard: Guard, serve: Open, v6: bool) -> None:
+def test_distinct_hosts(lab: ThreeHosts, guard: Guard, serve: Open, v6: bool) -> None:
     service = serve(HOSTS, v6)
     attacker, honest = source(v6), source(v6)
     for number in range(1, 8):
@@ -133,13 +125,13 @@ def test_distinct_hosts(lab: Lab, guard: Guard, serve: Open, v6: bool) -> None:
 
 @BOTH_FAMILIES
 @pytest.mark.parametrize("flags", ["", "FPU", "SF", "SR", "F", "SFRPAU", "FR"])
-def test_bad_flags(lab: Lab, guard: Guard, v6: bool, flags: str) -> None:
+def test_bad_flags(lab: ThreeHosts, guard: Guard, v6: bool, flags: str) -> None:
     attacker = source(v6)
     segments(lab, attacker, server_address(v6), FLAGS, flags, 6)
     await_block(guard, attacker, "shun", "flags")
 
 
-def test_bad_flags_by_hping(lab: Lab, guard: Guard) -> None:
+def test_bad_flags_by_hping(lab: ThreeHosts, guard: Guard) -> None:
     for number, flags in enumerate(("-FPU", "-Y", "-SF"), 1):
         options = [f"-{flag}" for flag in flags[1:]]
         address = f"10.255.255.{number}"
@@ -150,7 +142,7 @@ def test_bad_flags_by_hping(lab: Lab, guard: Guard) -> None:
 
 
 def test_bad_flags_within_a_connection_are_of_its_source(
-    lab: Lab, guard: Guard, serve: Open
+    lab: ThreeHosts, guard: Guard, serve: Open
 ) -> None:
     service = serve(FLAGS)
     attacker = source(False)
@@ -162,7 +154,7 @@ def test_bad_flags_within_a_connection_are_of_its_source(
 
 @BOTH_FAMILIES
 @pytest.mark.parametrize("flags", ["A", "SA", "PA", "FA", "R"])
-def test_out_of_state(lab: Lab, guard: Guard, serve: Open, v6: bool, flags: str) -> None:
+def test_out_of_state(lab: ThreeHosts, guard: Guard, serve: Open, v6: bool, flags: str) -> None:
     attacker, honest = source(v6), source(v6)
     service = serve(STRAY, v6)
     segments(lab, attacker, service.address, STRAY, flags, 6)
@@ -172,7 +164,7 @@ def test_out_of_state(lab: Lab, guard: Guard, serve: Open, v6: bool, flags: str)
     assert guard.block_of(honest) is None
 
 
-def test_out_of_state_by_hping(lab: Lab, guard: Guard) -> None:
+def test_out_of_state_by_hping(lab: ThreeHosts, guard: Guard) -> None:
     address = "10.255.255.9"
     hping(
         lab, "-A", "-c", "8", "-i", "u1000", "-a", address, "-p", str(STRAY), server_address(False)
@@ -180,7 +172,7 @@ def test_out_of_state_by_hping(lab: Lab, guard: Guard) -> None:
     await_block(guard, address, "shun", "stray")
 
 
-def test_a_forged_flood_by_hping_is_shunned(lab: Lab, guard: Guard, serve: Open) -> None:
+def test_a_forged_flood_by_hping_is_shunned(lab: ThreeHosts, guard: Guard, serve: Open) -> None:
     service = serve(FLOOD)
     address = "10.255.255.10"
     hping(lab, "-S", "-c", "400", "-i", "u500", "-a", address, "-p", str(FLOOD), service.address)
@@ -188,7 +180,7 @@ def test_a_forged_flood_by_hping_is_shunned(lab: Lab, guard: Guard, serve: Open)
     service.connect(source(False)).talk()
 
 
-def test_addresses_of_one_64_are_one_source(lab: Lab, guard: Guard, serve: Open) -> None:
+def test_addresses_of_one_64_are_one_source(lab: ThreeHosts, guard: Guard, serve: Open) -> None:
     service = serve(HALF_OPEN, True)
     address = source(True)
     for number in range(6):
@@ -199,7 +191,7 @@ def test_addresses_of_one_64_are_one_source(lab: Lab, guard: Guard, serve: Open)
 
 
 @pytest.mark.parametrize("way", ["destination options", "routing", "fragments"])
-def test_nothing_hides_behind_ipv6_headers(lab: Lab, guard: Guard, way: str) -> None:
+def test_nothing_hides_behind_ipv6_headers(lab: ThreeHosts, guard: Guard, way: str) -> None:
     from scapy.layers.inet import TCP
     from scapy.layers.inet6 import (
         IPv6,
@@ -236,7 +228,7 @@ def abort(one: socket.socket) -> None:
 
 
 @BOTH_FAMILIES
-def test_reset_rate(lab: Lab, guard: Guard, serve: Open, v6: bool) -> None:
+def test_reset_rate(lab: ThreeHosts, guard: Guard, serve: Open, v6: bool) -> None:
     service = serve(ABORT, v6)
     attacker, honest = source(v6), source(v6)
     kept = service.connect(attacker)
@@ -291,7 +283,7 @@ def test_short_connections(
         link.wait_reset()
 
 
-def test_long_connections_are_not_short(lab: Lab, guard: Guard, serve: Open) -> None:
+def test_long_connections_are_not_short(lab: ThreeHosts, guard: Guard, serve: Open) -> None:
     service = serve(SHORT)
     address = source(False)
     links = [service.connect(address) for _ in range(8)]
@@ -311,7 +303,7 @@ def age(one: socket.socket) -> int:
 
 
 @BOTH_FAMILIES
-def test_stalled(lab: Lab, guard: Guard, serve: Open, v6: bool) -> None:
+def test_stalled(lab: ThreeHosts, guard: Guard, serve: Open, v6: bool) -> None:
     """Slow read: the client keeps its window closed while the server has much to say."""
     service = serve(STALLED, v6)
     stalling, slow = (narrow(lab, source(v6), service.address) for _ in range(2))
@@ -352,7 +344,7 @@ def test_stalled(lab: Lab, guard: Guard, serve: Open, v6: bool) -> None:
             thread.join(5)
 
 
-def narrow(lab: Lab, address: str, target: str) -> socket.socket:
+def narrow(lab: ThreeHosts, address: str, target: str) -> socket.socket:
     """Return a connection of a client with as small a receive buffer as Linux lets it have."""
     v6 = ":" in target
     with lab.inside("client"):

@@ -7,17 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.daemon.conftest import Open
-from tests.guard import (
-    BOTH_FAMILIES,
-    Guard,
-    answer,
-    connect,
-    network_of,
-    segments,
-    source,
-)
-from tests.netns import Lab, wait_until
+from rstguard.lab.waiting import wait_until
+from tests.support.guard import Guard
+from tests.support.network import ThreeHosts
+from tests.support.sources import BOTH_FAMILIES, network_of, source
+from tests.support.traffic import Open, answer, connect, segments
 
 pytestmark = [pytest.mark.netns, BOTH_FAMILIES]
 
@@ -43,7 +37,7 @@ PROTECT = "protect: {interfaces: [out]}"
 
 
 @pytest.fixture(scope="module")
-def guard(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guard]:
+def guard(lab: ThreeHosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guard]:
     with Guard(lab, policy(PROTECT), tmp_path_factory.mktemp("modes")) as guard:
         yield guard
 
@@ -55,7 +49,9 @@ def would(guard: Guard, kind: str, rule: str) -> bool:
     )
 
 
-def test_observe_reports_and_changes_nothing(lab: Lab, guard: Guard, serve: Open, v6: bool) -> None:
+def test_observe_reports_and_changes_nothing(
+    lab: ThreeHosts, guard: Guard, serve: Open, v6: bool
+) -> None:
     guard.apply(policy(f"mode: observe\n{PROTECT}"))
     address = source(v6)
     links = []
@@ -83,7 +79,7 @@ def test_observe_reports_and_changes_nothing(lab: Lab, guard: Guard, serve: Open
 @pytest.mark.parametrize("blocking", ["reset", "unreachable"])
 @pytest.mark.parametrize("kind", ["ban", "shun"])
 def test_what_a_blocked_client_sees(
-    lab: Lab, guard: Guard, serve: Open, v6: bool, blocking: str, kind: str
+    lab: ThreeHosts, guard: Guard, serve: Open, v6: bool, blocking: str, kind: str
 ) -> None:
     guard.apply(policy(f"blocking: {blocking}\n{PROTECT}"))
     service = serve(SHUN, v6)
@@ -105,7 +101,7 @@ def test_what_a_blocked_client_sees(
     service.connect(free).talk()
 
 
-def test_the_trusted_are_left_alone(lab: Lab, guard: Guard, serve: Open, v6: bool) -> None:
+def test_the_trusted_are_left_alone(lab: ThreeHosts, guard: Guard, serve: Open, v6: bool) -> None:
     address = source(v6)
     guard.apply(policy(f'trusted: ["{network_of(address)}"]\n{PROTECT}'))
     links = []
@@ -122,7 +118,7 @@ def test_the_trusted_are_left_alone(lab: Lab, guard: Guard, serve: Open, v6: boo
 
 
 def test_what_is_not_protected_is_not_looked_at(
-    lab: Lab, guard: Guard, serve: Open, v6: bool
+    lab: ThreeHosts, guard: Guard, serve: Open, v6: bool
 ) -> None:
     inside, outside = serve(DROP, v6), serve(RESET, v6)
     guard.apply(policy(f"protect: {{interfaces: [out], ports: [{DROP}, {IDLE}]}}"))

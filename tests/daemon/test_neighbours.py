@@ -9,21 +9,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.daemon.conftest import Open
-from tests.guard import (
-    BOTH_FAMILIES,
-    Guard,
-    alive,
-    answer,
-    bind,
-    connect,
-    leftovers,
-    network_of,
-    refused,
-    server_address,
-    source,
-)
-from tests.netns import SERVER4, SERVER6, Lab, wait_until
+from rstguard.lab.guard import alive, leftovers
+from rstguard.lab.waiting import wait_until
+from tests.support.guard import Guard
+from tests.support.network import SERVER4, SERVER6, ThreeHosts
+from tests.support.sources import BOTH_FAMILIES, network_of, server_address, source
+from tests.support.traffic import Open, answer, bind, connect, refused
 
 pytestmark = pytest.mark.netns
 
@@ -64,7 +55,7 @@ COMMIT
 
 
 @pytest.fixture(scope="module")
-def own(lab: Lab) -> list[str]:
+def own(lab: ThreeHosts) -> list[str]:
     """Set up what an administrator has; return how the kernel shows it."""
     for tool, family, name in (("iptables", "inet", "own4"), ("ip6tables", "inet6", "own6")):
         lab.run("gateway", "ipset", "create", name, "hash:net", "family", family)
@@ -81,7 +72,7 @@ def own(lab: Lab) -> list[str]:
     return shown(lab)
 
 
-def shown(lab: Lab) -> list[str]:
+def shown(lab: ThreeHosts) -> list[str]:
     """Return all rules and sets that are not the guard's, in order."""
     lines = []
     for command in (["iptables-save"], ["ip6tables-save"], ["ipset", "save"], ["ip", "rule"]):
@@ -92,19 +83,21 @@ def shown(lab: Lab) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def guard(lab: Lab, own: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guard]:
+def guard(
+    lab: ThreeHosts, own: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Guard]:
     with Guard(lab, POLICY, tmp_path_factory.mktemp("neighbours")) as guard:
         yield guard
 
 
-def rule_count(lab: Lab, tool: str, table: str, chain: str, rule: int) -> int:
+def rule_count(lab: ThreeHosts, tool: str, table: str, chain: str, rule: int) -> int:
     """Return how many packets a rule (from 1) has seen."""
     listed = lab.run("gateway", tool, "-w", "-t", table, "-L", chain, str(rule), "-vnx")
     return int(listed.split()[0])
 
 
 @BOTH_FAMILIES
-def test_own_marks_and_routes(lab: Lab, guard: Guard, serve: Open, v6: bool) -> None:
+def test_own_marks_and_routes(lab: ThreeHosts, guard: Guard, serve: Open, v6: bool) -> None:
     tool = "ip6tables" if v6 else "iptables"
     before = rule_count(lab, tool, "mangle", "POSTROUTING", 1)
     link = serve(MARKED, v6).connect(source(v6))
@@ -124,14 +117,14 @@ def test_own_marks_and_routes(lab: Lab, guard: Guard, serve: Open, v6: bool) -> 
 
 
 @BOTH_FAMILIES
-def test_own_rejects(lab: Lab, guard: Guard, serve: Open, v6: bool) -> None:
+def test_own_rejects(lab: ThreeHosts, guard: Guard, serve: Open, v6: bool) -> None:
     service = serve(BLOCKED, v6)
     assert refused(lab, source(v6), service.address, BLOCKED)
     assert answer(lab, source(v6), service.address, BLOCKED + 100) == "silence"
 
 
 @BOTH_FAMILIES
-def test_own_redirects(lab: Lab, guard: Guard, serve: Open, v6: bool) -> None:
+def test_own_redirects(lab: ThreeHosts, guard: Guard, serve: Open, v6: bool) -> None:
     service = serve(BACKDOOR, v6, "gateway")
     service.port = MOVED
     link = service.connect(source(v6))
@@ -141,7 +134,7 @@ def test_own_redirects(lab: Lab, guard: Guard, serve: Open, v6: bool) -> None:
 
 
 @BOTH_FAMILIES
-def test_a_ban_beside_them(lab: Lab, guard: Guard, serve: Open, v6: bool) -> None:
+def test_a_ban_beside_them(lab: ThreeHosts, guard: Guard, serve: Open, v6: bool) -> None:
     service = serve(MARKED, v6)
     address = source(v6)
     links = [service.connect(address) for _ in range(5)]
@@ -152,7 +145,7 @@ def test_a_ban_beside_them(lab: Lab, guard: Guard, serve: Open, v6: bool) -> Non
 
 
 @BOTH_FAMILIES
-def test_what_is_not_tcp_passes(lab: Lab, guard: Guard, v6: bool) -> None:
+def test_what_is_not_tcp_passes(lab: ThreeHosts, guard: Guard, v6: bool) -> None:
     family = socket.AF_INET6 if v6 else socket.AF_INET
     with lab.inside("server"), socket.socket(family, socket.SOCK_DGRAM) as inbox:
         inbox.bind(("", 5353))
@@ -164,7 +157,7 @@ def test_what_is_not_tcp_passes(lab: Lab, guard: Guard, v6: bool) -> None:
 
 
 @BOTH_FAMILIES
-def test_connections_from_inside_are_not_looked_at(lab: Lab, guard: Guard, v6: bool) -> None:
+def test_connections_from_inside_are_not_looked_at(lab: ThreeHosts, guard: Guard, v6: bool) -> None:
     """They come in on another interface: the guard neither counts nor resets them."""
     address = source(v6)
     with lab.inside("client"):
@@ -181,7 +174,7 @@ def test_connections_from_inside_are_not_looked_at(lab: Lab, guard: Guard, v6: b
     assert guard.block_of(network_of(server_address(v6))) is None
 
 
-def test_they_are_as_they_were(lab: Lab, own: list[str], guard: Guard) -> None:
+def test_they_are_as_they_were(lab: ThreeHosts, own: list[str], guard: Guard) -> None:
     """The last test with this guard: it is applied anew, killed, cleaned up after, and stopped."""
     assert shown(lab) == own
     guard.apply(POLICY.replace("[out]", '[out], ports: ["1-60000"]'))

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from rstguard.lab.waiting import wait_until
 from rstguard.supervisor.notify import Notifier
-from tests.guard import Guard
-from tests.netns import Lab, wait_until
+from tests.support.guard import Guard
+from tests.support.network import ThreeHosts
 
 POLICY = """
 version: 1
@@ -117,14 +118,14 @@ def test_the_watchdog_is_fed_twice_in_its_time(
 
 
 @pytest.fixture(scope="module")
-def lab() -> Iterator[Lab]:
-    with Lab("rgn") as lab:
+def lab() -> Iterator[ThreeHosts]:
+    with ThreeHosts("rgn") as lab:
         yield lab
 
 
 @pytest.fixture
 def guard(
-    lab: Lab, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
+    lab: ThreeHosts, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Guard]:
     """A guard that speaks to `listener`, which waits half a second for each sign of life."""
     for name, value in environment(tmp_path, WATCHDOG_USEC="500000").items():

@@ -11,8 +11,11 @@ from threading import Thread
 
 import pytest
 
-from tests.guard import Guard, bind, neighbours
-from tests.netns import SERVER4, Lab, wait_until
+from rstguard.lab.waiting import wait_until
+from tests.support.guard import Guard
+from tests.support.network import SERVER4, ThreeHosts
+from tests.support.sources import neighbours
+from tests.support.traffic import bind
 
 pytestmark = pytest.mark.netns
 
@@ -37,7 +40,7 @@ rules:
 
 
 @pytest.fixture
-def web(lab: Lab) -> Iterator[None]:
+def web(lab: ThreeHosts) -> Iterator[None]:
     """A server that answers each request, and waits for those that come late."""
     with lab.inside("server"):
         listener = socket.create_server((SERVER4, PORT), backlog=4096)
@@ -64,7 +67,7 @@ def web(lab: Lab) -> Iterator[None]:
     thread.join()
 
 
-async def fetch(lab: Lab, address: str) -> bool:
+async def fetch(lab: ThreeHosts, address: str) -> bool:
     """Make one request of a page and tell whether it was answered in full."""
     with lab.inside("client"):
         one = socket.socket()
@@ -85,12 +88,12 @@ async def fetch(lab: Lab, address: str) -> bool:
     return received == ANSWER
 
 
-async def page(lab: Lab, address: str, parts: int) -> int:
+async def page(lab: ThreeHosts, address: str, parts: int) -> int:
     """View a page whose parts are asked for all at once; return how many came."""
     return sum(await asyncio.gather(*(fetch(lab, address) for _ in range(parts))))
 
 
-async def pages(lab: Lab, address: str) -> int:
+async def pages(lab: ThreeHosts, address: str) -> int:
     """View big pages, four a second."""
     got = 0
     for _ in range(VIEWS):
@@ -100,7 +103,7 @@ async def pages(lab: Lab, address: str) -> int:
     return got
 
 
-async def work(lab: Lab, address: str) -> int:
+async def work(lab: ThreeHosts, address: str) -> int:
     """Let each of the clients view a small page within some seconds, one after another."""
     got = 0
     for _ in range(CLIENTS // 5):
@@ -110,7 +113,7 @@ async def work(lab: Lab, address: str) -> int:
     return got
 
 
-def attack(lab: Lab, address: str) -> tuple[float, list[socket.socket]]:
+def attack(lab: ThreeHosts, address: str) -> tuple[float, list[socket.socket]]:
     """Open connections that say nothing, until they fail; return after how many seconds."""
     began, held = time.monotonic(), []
     while time.monotonic() < began + 10:
@@ -127,7 +130,7 @@ def attack(lab: Lab, address: str) -> tuple[float, list[socket.socket]]:
 
 
 def test_an_office_behind_one_address_beside_an_attacker(
-    lab: Lab, tmp_path: Path, web: None
+    lab: ThreeHosts, tmp_path: Path, web: None
 ) -> None:
     office, attacker = neighbours(v6=False, count=2)
     with Guard(lab, POLICY, tmp_path / "guard", workers=1) as guard:
@@ -148,7 +151,7 @@ def test_an_office_behind_one_address_beside_an_attacker(
 
 
 def test_without_standing_the_same_page_views_are_an_attack(
-    lab: Lab, tmp_path: Path, web: None
+    lab: ThreeHosts, tmp_path: Path, web: None
 ) -> None:
     (office,) = neighbours(v6=False, count=1)
     with Guard(lab, POLICY, tmp_path / "guard", workers=1) as guard:

@@ -11,10 +11,13 @@ import pytest
 
 from rstguard.engine.shedding import SHED, Level
 from rstguard.kernel.readers import BINDING, BUILT_IN, CHOICE
-from tests.daemon.conftest import Crowd, Open
-from tests.daemon.flood import syn_flood
-from tests.guard import BOTH_FAMILIES, Guard, network_of, segments, source
-from tests.netns import Lab, wait_until
+from rstguard.lab.waiting import wait_until
+from tests.support.crowd import Crowd
+from tests.support.flood import syn_flood
+from tests.support.guard import Guard
+from tests.support.network import ThreeHosts
+from tests.support.sources import BOTH_FAMILIES, network_of, source
+from tests.support.traffic import Open, segments
 
 pytestmark = pytest.mark.netns
 
@@ -36,7 +39,12 @@ def overloads(guard: Guard) -> list[str]:
 @BOTH_FAMILIES
 @pytest.mark.parametrize("reader", [BUILT_IN, BINDING])
 def test_a_backlog_is_worked_off_and_its_sender_shunned(
-    lab: Lab, tmp_path: Path, serve: Open, v6: bool, reader: str, monkeypatch: pytest.MonkeyPatch
+    lab: ThreeHosts,
+    tmp_path: Path,
+    serve: Open,
+    v6: bool,
+    reader: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv(CHOICE, reader)
     service, attacker = serve(PORT, v6), source(v6)
@@ -65,12 +73,12 @@ def test_a_backlog_is_worked_off_and_its_sender_shunned(
         service.connect(source(v6)).talk()
 
 
-def thinned(lab: Lab, family: int) -> bool:
+def thinned(lab: ThreeHosts, family: int) -> bool:
     return "0.0.0.0/1" in lab.run("gateway", "ipset", "save", f"rstguard-thin{family}-0")
 
 
 def test_what_would_only_pass_unjudged_spares_the_queue(
-    lab: Lab, tmp_path: Path, serve: Open
+    lab: ThreeHosts, tmp_path: Path, serve: Open
 ) -> None:
     """Real clients in the midst of a forged flood that is too much: nobody waits behind it."""
     service = serve(PORT)
@@ -99,7 +107,7 @@ def test_what_would_only_pass_unjudged_spares_the_queue(
 
 
 def test_no_flood_takes_away_what_a_service_may_get_at_all(
-    lab: Lab, tmp_path: Path, serve: Open
+    lab: ThreeHosts, tmp_path: Path, serve: Open
 ) -> None:
     """The worker cannot count any more, so the kernel does, service by service."""
     serve(PORT)
@@ -124,7 +132,7 @@ def test_no_flood_takes_away_what_a_service_may_get_at_all(
         assert arrived < 2 * 500 * (seconds + 1) + 500, "its limit by each tier, and a burst"
 
 
-def received(lab: Lab, place: str) -> int:
+def received(lab: ThreeHosts, place: str) -> int:
     """Return how many packets a host was sent from the client's side."""
     device = {"gateway": "out", "server": "eth0"}[place]
     return int(lab.run(place, "cat", f"/sys/class/net/{device}/statistics/rx_packets"))

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.browser import Browser
-from tests.daemon.conftest import Open
-from tests.guard import Guard, Service, segments, source
-from tests.netns import SERVER4, Lab, wait_until
+from rstguard.lab.waiting import wait_until
+from tests.support.browser import Browser
+from tests.support.guard import Guard
+from tests.support.network import SERVER4, ThreeHosts
+from tests.support.sources import source
+from tests.support.traffic import Open, Service, segments
 
 pytestmark = pytest.mark.netns
 
@@ -46,14 +48,14 @@ LOW_CONTRAST = """
 """
 
 
-def attack(lab: Lab, service: Service) -> None:
+def attack(lab: ThreeHosts, service: Service) -> None:
     """Hold too many connections, and send too many SYNs, once."""
     for _ in range(12):
         service.connect(HOLDER)
     segments(lab, FLOODER, SERVER4, service.port, "S", 300)
 
 
-def test_a_flood_is_seen(lab: Lab, serve: Open, tmp_path: Path) -> None:
+def test_a_flood_is_seen(lab: ThreeHosts, serve: Open, tmp_path: Path) -> None:
     service = serve(8300)
     with (
         Guard(lab, POLICY, tmp_path, "--http", HOST) as guard,
@@ -88,7 +90,7 @@ def test_a_flood_is_seen(lab: Lab, serve: Open, tmp_path: Path) -> None:
         assert browser.errors == []
 
 
-def test_a_guard_that_is_gone_is_told(lab: Lab, tmp_path: Path) -> None:
+def test_a_guard_that_is_gone_is_told(lab: ThreeHosts, tmp_path: Path) -> None:
     with (
         Guard(lab, POLICY, tmp_path, "--http", HOST) as guard,
         Browser(lab, "gateway", f"http://{HOST}/", tmp_path) as browser,

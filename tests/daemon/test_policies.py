@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from rstguard.ipc.requests import ControlError
-from tests.guard import Guard
-from tests.netns import SERVER4, Lab, wait_until
+from rstguard.lab.waiting import wait_until
+from tests.support.guard import Guard
+from tests.support.network import SERVER4, ThreeHosts
 
 pytestmark = pytest.mark.netns
 
@@ -27,7 +28,7 @@ rules:
 
 
 @pytest.fixture
-def guard(lab: Lab, tmp_path: Path) -> Iterator[Guard]:
+def guard(lab: ThreeHosts, tmp_path: Path) -> Iterator[Guard]:
     with Guard(lab, policy("first"), tmp_path / "guard", workers=1) as guard:
         yield guard
 
@@ -146,7 +147,9 @@ def test_a_time_that_makes_no_sense_is_refused(guard: Guard, wrong: str) -> None
     assert in_force(guard) == "first"
 
 
-def test_bans_and_offences_survive_kill_9_and_the_loss_of_all_sets(guard: Guard, lab: Lab) -> None:
+def test_bans_and_offences_survive_kill_9_and_the_loss_of_all_sets(
+    guard: Guard, lab: ThreeHosts
+) -> None:
     guard.cli("ban", "add", "198.51.100.7", "--for", "1h")
     guard.cli("ban", "add", "198.51.100.8", "--for", "1h")
     guard.cli("ban", "remove", "198.51.100.8")
@@ -167,7 +170,9 @@ def test_bans_and_offences_survive_kill_9_and_the_loss_of_all_sets(guard: Guard,
     assert 3500 < row["remaining_s"] <= 3600
 
 
-def test_a_damaged_file_does_not_keep_the_guard_from_its_work(lab: Lab, tmp_path: Path) -> None:
+def test_a_damaged_file_does_not_keep_the_guard_from_its_work(
+    lab: ThreeHosts, tmp_path: Path
+) -> None:
     guard = Guard(lab, policy("first"), tmp_path / "guard", workers=1)
     (guard.runtime / "state").mkdir()
     (guard.runtime / "state" / "state.db").write_bytes(b"x" * 5000)
@@ -176,7 +181,7 @@ def test_a_damaged_file_does_not_keep_the_guard_from_its_work(lab: Lab, tmp_path
         assert guard.status()["not_remembered"] == ""
 
 
-def test_without_a_place_to_remember_it_guards_and_says_so(lab: Lab, tmp_path: Path) -> None:
+def test_without_a_place_to_remember_it_guards_and_says_so(lab: ThreeHosts, tmp_path: Path) -> None:
     guard = Guard(lab, policy("first"), tmp_path / "guard", workers=1)
     (guard.runtime / "state").write_text("a file where a directory is wanted")
     with guard:

@@ -23,18 +23,11 @@ from rstguard.kernel import clearing
 from rstguard.kernel.linux import Linux
 from rstguard.kernel.marks import Marks
 from rstguard.kernel.nfqueue import LENGTH
-from tests.guard import (
-    BOTH_FAMILIES,
-    Guard,
-    Service,
-    connect,
-    give_sources,
-    segments,
-    server_address,
-    services,
-    source,
-)
-from tests.netns import SERVER4, SERVER6, Lab, wait_until
+from rstguard.lab.waiting import wait_until
+from tests.support.guard import Guard
+from tests.support.network import SERVER4, SERVER6, ThreeHosts
+from tests.support.sources import BOTH_FAMILIES, give_sources, server_address, source
+from tests.support.traffic import Service, connect, segments, services
 
 pytestmark = pytest.mark.netns
 
@@ -86,15 +79,15 @@ NETWORKS = {
 }
 
 
-class Routed(Lab):
+class Routed(ThreeHosts):
     """The network, a second link to the server, and a count of what went out of a wrong device."""
 
     def __init__(self, network: Network) -> None:
         super().__init__()
         self.network = network
 
-    def _build(self) -> None:
-        super()._build()
+    def build(self) -> None:
+        super().build()
         give_sources(self)
         self._second_link()
         for version, target in (("-4", f"{SERVER4}/32"), ("-6", f"{SERVER6}/128")):
@@ -115,18 +108,16 @@ class Routed(Lab):
         self.run("gateway", "ip", *words)
 
     def _second_link(self) -> None:
-        names = self.names
-        self.run(
-            "gateway", "ip", "link", "add", "alt", "type", "veth",
-            "peer", "name", "eth1", "netns", names["server"],
-        )  # fmt: skip
+        self.join(("gateway", "alt"), ("server", "eth1"))
         for place, device, last in (("gateway", "alt", 1), ("server", "eth1", 2)):
-            self.run(place, "ip", "addr", "add", f"10.71.3.{last}/24", "dev", device)
-            address = (f"fd71:3::{last}/64", "dev", device, "nodad")
-            self.run(place, "ip", "addr", "add", *address)
-            self.run(place, "ip", "link", "set", device, "up")
-            for name in ("all", device):
-                self.set(place, {f"net/ipv4/conf/{name}/rp_filter": "0"})
+            self.ip(
+                place,
+                f"addr add 10.71.3.{last}/24 dev {device}",
+                f"addr add fd71:3::{last}/64 dev {device} nodad",
+                f"link set {device} up",
+            )
+            both = ("all", device)
+            self.set(place, {f"net/ipv4/conf/{name}/rp_filter": "0" for name in both})
 
     def astray(self, v6: bool, chain: str = "FORWARD") -> int:
         """Return how many packets were about to leave by a wrong device."""

@@ -24,14 +24,15 @@ from rstguard.engine.address import parse_prefix
 from rstguard.engine.verdict import Reason
 from rstguard.ipc.messages import Blocked
 from rstguard.kernel.elements import MAX_SECONDS, Element, Kind
+from rstguard.lab.waiting import wait_until
 from rstguard.state import database, record
 from rstguard.state.history import KEPT, MOST_POLICIES, PENDING, UNDONE, Undone, gone_back_from
 from rstguard.state.history import before as policy_before
 from rstguard.state.record import Record
 from rstguard.state.store import Store, StoreError
 from rstguard.state.waiting import MOST_OFFENCES
-from tests.guard import Guard
-from tests.netns import Lab, wait_until
+from tests.support.guard import Guard
+from tests.support.network import ThreeHosts
 
 
 class Clock:
@@ -541,7 +542,7 @@ def test_kill_9_loses_nothing_that_was_written(tmp_path: Path) -> None:
 
 @pytest.mark.netns
 def test_a_guard_whose_file_is_locked_answers_at_once_and_forgets_nothing(
-    lab: Lab, tmp_path: Path
+    lab: ThreeHosts, tmp_path: Path
 ) -> None:
     policy = "version: 1\nprotect: {interfaces: [out]}\nrules: []\n"
     with Guard(lab, policy, tmp_path, workers=1) as guard:

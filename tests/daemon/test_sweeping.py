@@ -8,17 +8,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.daemon.conftest import Open
-from tests.guard import (
-    BOTH_FAMILIES,
-    Guard,
-    Link,
-    is_dead,
-    neighbours,
-    server_sockets,
-    source,
-)
-from tests.netns import Lab, wait_until
+from rstguard.lab.waiting import wait_until
+from tests.support.guard import Guard
+from tests.support.network import ThreeHosts
+from tests.support.sources import BOTH_FAMILIES, neighbours, source
+from tests.support.traffic import Link, Open, is_dead, server_sockets
 
 pytestmark = [pytest.mark.netns, BOTH_FAMILIES]
 
@@ -45,7 +39,7 @@ rules:
 
 
 @pytest.fixture(scope="module")
-def guard(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guard]:
+def guard(lab: ThreeHosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guard]:
     with Guard(lab, POLICY, tmp_path_factory.mktemp("sweeping")) as guard:
         yield guard
 
@@ -79,7 +73,7 @@ def until_it_fails(say: Callable[[], None]) -> None:
         say()
 
 
-def test_connections_beyond_the_limit(lab: Lab, guard: Guard, serve: Open, v6: bool) -> None:
+def test_connections_beyond_the_limit(lab: ThreeHosts, guard: Guard, serve: Open, v6: bool) -> None:
     service = serve(HOARD, v6)
     hoarder, honest = source(v6), source(v6)
     uninvolved = [service.connect(honest) for _ in range(5)]
@@ -102,7 +96,7 @@ def test_connections_of_a_subnet(guard: Guard, serve: Open, v6: bool) -> None:
         link.talk()
 
 
-def test_connections_may_bring_a_ban(lab: Lab, guard: Guard, serve: Open, v6: bool) -> None:
+def test_connections_may_bring_a_ban(lab: ThreeHosts, guard: Guard, serve: Open, v6: bool) -> None:
     service = serve(CROWD, v6)
     address = source(v6)
     links = [service.connect(address) for _ in range(6)]

@@ -16,22 +16,12 @@ from rstguard.kernel.conntrack import Conntrack
 from rstguard.kernel.inject import Injector
 from rstguard.kernel.marks import Marks
 from rstguard.kernel.nfqueue import states
-from tests.daemon.conftest import Open
-from tests.daemon.test_budget import over_budget, state_of
-from tests.guard import (
-    BOTH_FAMILIES,
-    Guard,
-    Link,
-    Service,
-    answer,
-    connect,
-    neighbours,
-    network_of,
-    refused,
-    retransmissions,
-    source,
-)
-from tests.netns import SERVER4, Lab, wait_until
+from rstguard.lab.waiting import wait_until
+from tests.support.budget import over_budget, state_of
+from tests.support.guard import Guard
+from tests.support.network import SERVER4, ThreeHosts
+from tests.support.sources import BOTH_FAMILIES, neighbours, network_of, source
+from tests.support.traffic import Link, Open, Service, answer, connect, refused, retransmissions
 
 pytestmark = pytest.mark.netns
 
@@ -88,7 +78,7 @@ class Tier:
 
 @pytest.fixture(scope="module", params=["auto", "never"])
 def tier(
-    lab: Lab, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+    lab: ThreeHosts, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator[Tier]:
     directory = tmp_path_factory.mktemp(request.param)
     with Guard(lab, policy(request.param, RATE), directory, workers=1) as guard:
@@ -106,7 +96,7 @@ def hold(service: Service, address: str, count: int) -> list[Link]:
 
 @BOTH_FAMILIES
 def test_syns_within_the_burst_pass_and_one_more_is_dropped(
-    lab: Lab, tier: Tier, serve: Open, v6: bool
+    lab: ThreeHosts, tier: Tier, serve: Open, v6: bool
 ) -> None:
     service, other = serve(PORT, v6), serve(OTHER, v6)
     name = f"burst-{'v6' if v6 else 'v4'}"
@@ -141,7 +131,7 @@ def test_how_near_a_source_is_to_the_limit_is_told(tier: Tier, serve: Open, v6: 
     assert round(explained["used_percent"], -1) == 60
 
 
-def test_a_source_is_let_in_again_at_its_rate(lab: Lab, tier: Tier, serve: Open) -> None:
+def test_a_source_is_let_in_again_at_its_rate(lab: ThreeHosts, tier: Tier, serve: Open) -> None:
     service = serve(PORT)
     tier.apply(FAST)
     address = source(False)
@@ -151,7 +141,7 @@ def test_a_source_is_let_in_again_at_its_rate(lab: Lab, tier: Tier, serve: Open)
 
 
 @BOTH_FAMILIES
-def test_a_prefix_is_counted_as_one(lab: Lab, tier: Tier, serve: Open, v6: bool) -> None:
+def test_a_prefix_is_counted_as_one(lab: ThreeHosts, tier: Tier, serve: Open, v6: bool) -> None:
     service = serve(PORT, v6)
     tier.apply(WIDE)
     *first, last = neighbours(v6, 4)
@@ -162,7 +152,9 @@ def test_a_prefix_is_counted_as_one(lab: Lab, tier: Tier, serve: Open, v6: bool)
 
 
 @BOTH_FAMILIES
-def test_a_refusal_is_told_in_the_same_words(lab: Lab, tier: Tier, serve: Open, v6: bool) -> None:
+def test_a_refusal_is_told_in_the_same_words(
+    lab: ThreeHosts, tier: Tier, serve: Open, v6: bool
+) -> None:
     service = serve(PORT, v6)
     tier.apply(REFUSED)
     address = source(v6)
@@ -180,7 +172,7 @@ def told_of(guard: Guard, address: str) -> list[Any]:
 
 
 @BOTH_FAMILIES
-def test_counts_outlast_another_policy(lab: Lab, tier: Tier, serve: Open, v6: bool) -> None:
+def test_counts_outlast_another_policy(lab: ThreeHosts, tier: Tier, serve: Open, v6: bool) -> None:
     service = serve(PORT, v6)
     tier.apply(RATE)
     address = source(v6)
@@ -192,7 +184,7 @@ def test_counts_outlast_another_policy(lab: Lab, tier: Tier, serve: Open, v6: bo
 
 @BOTH_FAMILIES
 def test_nobody_within_the_limits_has_to_ask_twice(
-    lab: Lab, tier: Tier, serve: Open, v6: bool
+    lab: ThreeHosts, tier: Tier, serve: Open, v6: bool
 ) -> None:
     """An ACK of the SYN-ACK that is lost on the way costs a second where the server speaks first.
 
@@ -211,14 +203,14 @@ def test_nobody_within_the_limits_has_to_ask_twice(
         wait_until(closed)
 
 
-def over(lab: Lab, port: int) -> bool:
+def over(lab: ThreeHosts, port: int) -> bool:
     """Tell whether the tracker calls the connection from a port closed."""
     with lab.inside("gateway"), Conntrack() as table:
         flows = [flow for flow in table.dump() if flow.original.source_port == port]
     return {flow.state for flow in flows} == {TcpState.TIME_WAIT}
 
 
-def test_who_returned_a_syn_cookie_is_counted(lab: Lab, tier: Tier, serve: Open) -> None:
+def test_who_returned_a_syn_cookie_is_counted(lab: ThreeHosts, tier: Tier, serve: Open) -> None:
     service = serve(PORT)
     tier.apply(RATE)
     service.connect(source(False)).talk()  # shows what cookies may offer
@@ -242,7 +234,7 @@ def test_observing_changes_nothing(tier: Tier, serve: Open) -> None:
 
 
 def test_what_the_kernel_cannot_remember_comes_to_the_engine(
-    lab: Lab, tier: Tier, serve: Open
+    lab: ThreeHosts, tier: Tier, serve: Open
 ) -> None:
     """Many services at once, none over its budget: the kernel's table must not be full of it."""
     service = serve(PORT)

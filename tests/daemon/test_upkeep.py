@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 
 from rstguard.engine.address import parse_prefix
+from rstguard.lab.waiting import wait_until
 from rstguard.supervisor.ban_cap import BanCap
 from rstguard.supervisor.upkeep import contention
-from tests.guard import ROUTER4, ROUTER6, Guard, Service, services, source
-from tests.netns import SERVER4, Lab, wait_until
+from tests.support.guard import Guard
+from tests.support.network import SERVER4, ThreeHosts
+from tests.support.sources import ROUTER4, ROUTER6, source
+from tests.support.traffic import Service, services
 
 
 def policy(name: str = "kept", rules: str = "", more: str = "") -> str:
@@ -31,7 +34,7 @@ rules:
 
 
 @pytest.fixture
-def guard(lab: Lab, tmp_path: Path) -> Iterator[Guard]:
+def guard(lab: ThreeHosts, tmp_path: Path) -> Iterator[Guard]:
     with Guard(lab, policy(), tmp_path / "guard", workers=1) as guard:
         yield guard
 
@@ -78,7 +81,9 @@ def test_own_addresses_and_next_hops_are_found_and_told(guard: Guard) -> None:
 
 
 @pytest.mark.netns
-def test_a_lifeline_is_neither_banned_nor_reset_and_others_are(guard: Guard, lab: Lab) -> None:
+def test_a_lifeline_is_neither_banned_nor_reset_and_others_are(
+    guard: Guard, lab: ThreeHosts
+) -> None:
     with services(service := Service(lab, 8080)):
         links = [service.connect(ROUTER4) for _ in range(6)]
         done = guard.cli("ban", "add", f"{ROUTER4.rpartition('.')[0]}.0/24")
@@ -95,11 +100,11 @@ def test_a_lifeline_is_neither_banned_nor_reset_and_others_are(guard: Guard, lab
 
 
 @pytest.mark.netns
-def test_who_applies_a_policy_over_ssh_is_protected(guard: Guard, lab: Lab) -> None:
+def test_who_applies_a_policy_over_ssh_is_protected(guard: Guard, lab: ThreeHosts) -> None:
     mine = source(False)
     environment = {**os.environ, "SSH_CONNECTION": f"{mine} 50000 {SERVER4} 22"}
     environment["RSTGUARD_RUNTIME_DIR"] = str(guard.runtime)
-    command = [*("ip", "netns", "exec", lab.names["gateway"]), *guard_words()]
+    command = lab.command("gateway", *guard_words())
     said = subprocess.run(
         [*command, "policy", "apply", str(guard.file)],
         env=environment, capture_output=True, text=True, check=True,
@@ -119,7 +124,7 @@ def guard_words() -> list[str]:
 
 
 @pytest.mark.netns
-def test_a_new_address_is_spared_within_seconds(guard: Guard, lab: Lab) -> None:
+def test_a_new_address_is_spared_within_seconds(guard: Guard, lab: ThreeHosts) -> None:
     lab.run("gateway", "ip", "address", "add", "203.0.113.77/32", "dev", "lo")
     wait_until(lambda: "203.0.113.77" in str(guard.status()["protected"]), 15)
     assert "203.0.113.77" in lab.run("gateway", "ipset", "list", "rstguard-protected4")
@@ -129,7 +134,7 @@ def test_a_new_address_is_spared_within_seconds(guard: Guard, lab: Lab) -> None:
 
 
 @pytest.mark.netns
-def test_a_runaway_policy_turns_into_one_that_observes(lab: Lab, tmp_path: Path) -> None:
+def test_a_runaway_policy_turns_into_one_that_observes(lab: ThreeHosts, tmp_path: Path) -> None:
     text = policy(more="bans_per_minute: 3")
     with (
         Guard(lab, text, tmp_path / "guard", workers=1) as guard,
@@ -153,7 +158,7 @@ def test_a_runaway_policy_turns_into_one_that_observes(lab: Lab, tmp_path: Path)
 
 
 @pytest.mark.netns
-def test_panic_lets_all_traffic_pass_until_it_ends(guard: Guard, lab: Lab) -> None:
+def test_panic_lets_all_traffic_pass_until_it_ends(guard: Guard, lab: ThreeHosts) -> None:
     guard.cli("ban", "add", (banned := source(False)))
     with services(service := Service(lab, 8080)):
         with pytest.raises(TimeoutError):
@@ -175,7 +180,7 @@ def test_panic_lets_all_traffic_pass_until_it_ends(guard: Guard, lab: Lab) -> No
 
 
 @pytest.mark.netns
-def test_panic_works_when_the_guard_hangs(guard: Guard, lab: Lab) -> None:
+def test_panic_works_when_the_guard_hangs(guard: Guard, lab: ThreeHosts) -> None:
     guard.cli("ban", "add", (banned := source(False)))
     os.kill(guard.pid, 19)
     try:
@@ -188,7 +193,7 @@ def test_panic_works_when_the_guard_hangs(guard: Guard, lab: Lab) -> None:
 
 @pytest.mark.netns
 def test_panic_works_on_a_full_disk_and_says_what_it_cannot(
-    guard: Guard, lab: Lab, tmp_path: Path
+    guard: Guard, lab: ThreeHosts, tmp_path: Path
 ) -> None:
     """The rules go first; a guard that will put them back is named."""
     elsewhere = tmp_path / "elsewhere"
@@ -201,7 +206,7 @@ def test_panic_works_on_a_full_disk_and_says_what_it_cannot(
         wait_until(guard.filtering)
         restored = guard.events("restored", "restored")
         command = [*guard_words(), "panic", "--runtime-dir", str(directory)]
-        inside = ["ip", "netns", "exec", lab.names["gateway"], *command]
+        inside = lab.command("gateway", *command)
         done = subprocess.run(inside, capture_output=True, text=True, check=False)
         assert done.returncode == 1
         wait_until(lambda before=restored: guard.events("restored", "restored") > before)  # type: ignore[misc]
@@ -228,7 +233,9 @@ def test_panic_works_on_a_full_disk_and_says_what_it_cannot(
     ],
     ids=["a table flushed", "a jump", "all rules", "a set emptied", "a rule", "rules and sets"],
 )  # fmt: skip
-def test_what_another_tool_removed_comes_back(guard: Guard, lab: Lab, commands: list[str]) -> None:
+def test_what_another_tool_removed_comes_back(
+    guard: Guard, lab: ThreeHosts, commands: list[str]
+) -> None:
     guard.cli("ban", "add", (banned := source(False)), "--for", "1h")
     for command in commands:
         lab.run("gateway", *command.split())
@@ -240,7 +247,7 @@ def test_what_another_tool_removed_comes_back(guard: Guard, lab: Lab, commands: 
 
 
 @pytest.mark.netns
-def test_rules_that_pass_it_over_are_overtaken(guard: Guard, lab: Lab) -> None:
+def test_rules_that_pass_it_over_are_overtaken(guard: Guard, lab: ThreeHosts) -> None:
     """What comes first and accepts, as Docker does, keeps packets from the guard."""
     accept = "-m conntrack --ctstate ESTABLISHED -j ACCEPT"
     for rule in (
@@ -267,14 +274,14 @@ def test_rules_that_pass_it_over_are_overtaken(guard: Guard, lab: Lab) -> None:
 
 
 @pytest.mark.netns
-def test_rules_that_only_look_on_may_come_first(guard: Guard, lab: Lab) -> None:
+def test_rules_that_only_look_on_may_come_first(guard: Guard, lab: ThreeHosts) -> None:
     for rule in ("-t raw -I PREROUTING -j LOG", "-t filter -I FORWARD -p tcp"):
         lab.run("gateway", "iptables", "-w", *rule.split())
     assert guard.status()["missing"] == []
 
 
 @pytest.mark.netns
-def test_it_does_not_fight(guard: Guard, lab: Lab) -> None:
+def test_it_does_not_fight(guard: Guard, lab: ThreeHosts) -> None:
     def flush() -> bool:
         lab.run("gateway", "iptables", "-w", "-t", "mangle", "-F")
         return guard.events("conflict", "conflict") == 1

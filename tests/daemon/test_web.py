@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 from collections.abc import Iterator
 
 import pytest
@@ -12,11 +11,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from rstguard.control.web import LARGEST, MOST_CONNECTIONS, listen
 from rstguard.kernel import KernelError
 from rstguard.observe.metrics import TABLE
-from tests.guard import Guard
-from tests.netns import Lab
-
-PORT = 9788
-HOST = f"127.0.0.1:{PORT}"
+from tests.support.guard import Guard
+from tests.support.network import ThreeHosts
+from tests.support.web import HOST, PORT, ask, connected, said
 
 POLICY = """
 version: 1
@@ -28,32 +25,15 @@ rules:
 
 
 @pytest.fixture(scope="module")
-def guard(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guard]:
+def guard(lab: ThreeHosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guard]:
     directory = tmp_path_factory.mktemp("web")
     with Guard(lab, POLICY, directory, "--http", HOST) as guard:
         guard.ask("ban-add", source="203.0.113.9", seconds=600)
         yield guard
 
 
-def connected(lab: Lab) -> socket.socket:
-    return lab.connect("gateway", "127.0.0.1", PORT)
-
-
-def said(lab: Lab, request: bytes) -> tuple[int, bytes, bytes]:
-    """Return status, head and body of the answer to one request."""
-    with connected(lab) as one:
-        one.sendall(request)
-        with one.makefile("rb") as stream:
-            head, _, body = stream.read().partition(b"\r\n\r\n")
-    return int(head.split()[1]), head, body
-
-
-def ask(lab: Lab, path: str, method: str = "GET", host: str = HOST) -> tuple[int, bytes, bytes]:
-    return said(lab, f"{method} {path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
-
-
 @pytest.mark.netns
-def test_metrics(lab: Lab, guard: Guard) -> None:
+def test_metrics(lab: ThreeHosts, guard: Guard) -> None:
     status, _, body = ask(lab, "/metrics")
     assert status == 200
     families = list(text_string_to_metric_families(body.decode()))
@@ -65,7 +45,7 @@ def test_metrics(lab: Lab, guard: Guard) -> None:
 
 
 @pytest.mark.netns
-def test_the_page_is_whole_and_safe(lab: Lab, guard: Guard) -> None:
+def test_the_page_is_whole_and_safe(lab: ThreeHosts, guard: Guard) -> None:
     status, head, body = ask(lab, "/")
     assert status == 200
     assert b"default-src 'none'" in head
@@ -89,20 +69,20 @@ def test_the_page_is_whole_and_safe(lab: Lab, guard: Guard) -> None:
     ],
 )
 def test_what_is_answered(
-    lab: Lab, guard: Guard, method: str, path: str, host: str, status: int
+    lab: ThreeHosts, guard: Guard, method: str, path: str, host: str, status: int
 ) -> None:
     assert ask(lab, path, method, host)[0] == status
 
 
 @pytest.mark.netns
-def test_junk_and_too_much(lab: Lab, guard: Guard) -> None:
+def test_junk_and_too_much(lab: ThreeHosts, guard: Guard) -> None:
     assert said(lab, b"\0\xff\r\n\r\n")[0] == 400
     assert said(lab, b"GET / HTTP/1.1\r\nHost: x\r\nA: " + b"a" * LARGEST)[0] in (400, 431)
     assert "Traceback" not in guard.log.read_text()
 
 
 @pytest.mark.netns
-def test_those_who_say_nothing_are_bounded_and_time_out(lab: Lab, guard: Guard) -> None:
+def test_those_who_say_nothing_are_bounded_and_time_out(lab: ThreeHosts, guard: Guard) -> None:
     crowd = [connected(lab) for _ in range(MOST_CONNECTIONS + 50)]
     try:
         assert ask(lab, "/metrics")[0] == 200

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.daemon.conftest import Crowd, Open
-from tests.guard import BOTH_FAMILIES, Guard, connect, neighbours, source
-from tests.netns import Lab, wait_until
+from rstguard.lab.waiting import wait_until
+from tests.support.crowd import Crowd
+from tests.support.guard import Guard
+from tests.support.network import ThreeHosts
+from tests.support.sources import BOTH_FAMILIES, neighbours, source
+from tests.support.traffic import Open, connect
 
 pytestmark = pytest.mark.netns
 
@@ -33,7 +36,7 @@ BY_SERVICE = (
 
 
 @pytest.fixture
-def guard(lab: Lab, tmp_path: Path) -> Iterator[Guard]:
+def guard(lab: ThreeHosts, tmp_path: Path) -> Iterator[Guard]:
     with Guard(lab, POLICY, tmp_path / "run", workers=4) as guard:
         yield guard
 
@@ -47,7 +50,7 @@ def seen(guard: Guard, at_least: int) -> bool:
 
 
 @BOTH_FAMILIES
-def test_the_sources_are_shared_out(lab: Lab, guard: Guard, serve: Open, v6: bool) -> None:
+def test_the_sources_are_shared_out(lab: ThreeHosts, guard: Guard, serve: Open, v6: bool) -> None:
     service = serve(PORT, v6)
     for _ in range(32):
         connect(lab, source(v6), service.address, PORT).close()
@@ -57,7 +60,9 @@ def test_the_sources_are_shared_out(lab: Lab, guard: Guard, serve: Open, v6: boo
 
 
 @BOTH_FAMILIES
-def test_one_source_is_counted_in_one_place(lab: Lab, guard: Guard, serve: Open, v6: bool) -> None:
+def test_one_source_is_counted_in_one_place(
+    lab: ThreeHosts, guard: Guard, serve: Open, v6: bool
+) -> None:
     """Were it shared out by connection, four workers would let four bursts through."""
     address, service = source(v6), serve(RATED, v6)
     assert completed(lab, [address] * 12, service.address, RATED) <= 7
@@ -65,13 +70,15 @@ def test_one_source_is_counted_in_one_place(lab: Lab, guard: Guard, serve: Open,
 
 
 @BOTH_FAMILIES
-def test_one_prefix_is_counted_in_one_place(lab: Lab, guard: Guard, serve: Open, v6: bool) -> None:
+def test_one_prefix_is_counted_in_one_place(
+    lab: ThreeHosts, guard: Guard, serve: Open, v6: bool
+) -> None:
     service = serve(SUBNET, v6)
     assert completed(lab, neighbours(v6, 12), service.address, SUBNET) <= 7
     wait_until(lambda: any(row["rule"] == "net" for row in guard.ask("ban-list")))
 
 
-def completed(lab: Lab, addresses: list[str], target: str, port: int) -> int:
+def completed(lab: ThreeHosts, addresses: list[str], target: str, port: int) -> int:
     """Connect and speak from one address after the other; return how many got an answer."""
     count = 0
     for address in addresses:
@@ -85,7 +92,7 @@ def completed(lab: Lab, addresses: list[str], target: str, port: int) -> int:
     return count
 
 
-def test_a_dead_worker_takes_no_other_with_it(lab: Lab, guard: Guard, serve: Open) -> None:
+def test_a_dead_worker_takes_no_other_with_it(lab: ThreeHosts, guard: Guard, serve: Open) -> None:
     service = serve(PORT)
     with Crowd(lab, service).at_work() as crowd:
         for worker in guard.status()["workers"]:
@@ -96,7 +103,9 @@ def test_a_dead_worker_takes_no_other_with_it(lab: Lab, guard: Guard, serve: Ope
     assert [worker["restarts"] for worker in guard.status()["workers"]] == [1] * 4
 
 
-def test_a_worker_that_hangs_is_told_of_and_replaced(lab: Lab, guard: Guard, serve: Open) -> None:
+def test_a_worker_that_hangs_is_told_of_and_replaced(
+    lab: ThreeHosts, guard: Guard, serve: Open
+) -> None:
     hung = guard.status()["workers"][2]["pid"]
     os.kill(hung, signal.SIGSTOP)
     wait_until(lambda: not guard.filtering(), 5)
@@ -106,7 +115,7 @@ def test_a_worker_that_hangs_is_told_of_and_replaced(lab: Lab, guard: Guard, ser
 
 
 def test_what_is_counted_per_service_meets_in_one_worker(
-    lab: Lab, guard: Guard, serve: Open
+    lab: ThreeHosts, guard: Guard, serve: Open
 ) -> None:
     guard.apply(BY_SERVICE)
     before = packets(guard)

@@ -38,7 +38,7 @@ from rstguard.engine.wire import (
     Packet,
     parse,
 )
-from tests.engine.packets import CLIENT, MILLISECOND, packet, rule, ruleset
+from tests.support.packets import CLIENT, MILLISECOND, packet, rule, ruleset
 
 MINUTE = 60 * SECOND
 BANNED = parse_prefix(CLIENT)

@@ -11,7 +11,7 @@ from rstguard.engine.gauges import LARGEST_COUNT, Gauge, Gauges
 from rstguard.engine.ruleset import SECOND, Measure, Per
 from rstguard.engine.shown import Breadth, sum_up
 from rstguard.engine.wire import ACK, FIN, KNOWN, PROVEN, SYN, Packet
-from tests.engine.packets import CLIENT, CLIENT6, packet, rule, ruleset
+from tests.support.packets import CLIENT, CLIENT6, packet, rule, ruleset
 
 SOURCES = 256
 PACKET_MEASURES = (

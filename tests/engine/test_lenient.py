@@ -9,8 +9,8 @@ from rstguard.engine.lenient import LASTS, LEAST, MOST, Standings
 from rstguard.engine.ruleset import SECOND, Measure, Rule, Unless
 from rstguard.engine.sweep import Sweep
 from rstguard.engine.verdict import Action, Verdict
-from tests.engine.packets import CLIENT, packet, rule, ruleset
-from tests.engine.test_sweep import flow
+from tests.support.flows import flow
+from tests.support.packets import CLIENT, packet, rule, ruleset
 
 RULES = ruleset()
 KEY = parse_address(CLIENT)

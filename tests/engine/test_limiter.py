@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rstguard.engine.limiter import Distinct, Limiter, Memory
 from rstguard.engine.ruleset import SECOND
 from rstguard.engine.verdict import Reason
-from tests.engine.packets import MILLISECOND
+from tests.support.packets import MILLISECOND
 
 KEY = 7
 

@@ -23,7 +23,7 @@ from rstguard.engine.wire import (
     URG,
     Packet,
 )
-from tests.engine.packets import MILLISECOND, packet, reply, rule, ruleset
+from tests.support.packets import MILLISECOND, packet, reply, rule, ruleset
 
 PASS, TRUST, DROP, RESET, BAN, SHUN, BLOCKED = (
     "pass", "trust", "drop", "reset", "ban", "shun", "blocked",

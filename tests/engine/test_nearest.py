@@ -20,8 +20,8 @@ from rstguard.engine.ruleset import SECOND, Measure, Per, Rule, RuleSet, Unless
 from rstguard.engine.sweep import Sweep
 from rstguard.engine.verdict import Action
 from rstguard.engine.wire import Packet
-from tests.engine.packets import CLIENT, CLIENT6, SERVER, SERVER6, packet, rule, ruleset
-from tests.engine.test_sweep import START, flow
+from tests.support.flows import START, flow
+from tests.support.packets import CLIENT, CLIENT6, SERVER, SERVER6, packet, rule, ruleset
 
 OTHER = "198.51.100.8"
 MANY = 10_000

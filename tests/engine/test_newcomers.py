@@ -12,7 +12,7 @@ from rstguard.engine.newcomers import Newcomers
 from rstguard.engine.ruleset import SECOND, Measure, Per
 from rstguard.engine.verdict import PASS, Action, Verdict
 from rstguard.engine.wire import ACK, FIN, KNOWN, PROVEN, RST, STRAY, SYN, Packet
-from tests.engine.packets import CLIENT, CLIENT6, SERVER, rule, ruleset
+from tests.support.packets import CLIENT, CLIENT6, SERVER, rule, ruleset
 
 RULES = ruleset(
     rule(Measure.SYN_RATE, limit=3, period=SECOND, burst=3, action=Action.BAN),

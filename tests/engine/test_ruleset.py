@@ -9,7 +9,7 @@ import pytest
 from rstguard.engine.address import parse_address, parse_prefix
 from rstguard.engine.ruleset import NEEDS, SWEEP_MEASURES, Divert, Measure, Scope
 from rstguard.engine.verdict import Action
-from tests.engine.packets import rule, ruleset
+from tests.support.packets import rule, ruleset
 
 HERE = parse_address("203.0.113.10")
 

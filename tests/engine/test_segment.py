@@ -12,7 +12,7 @@ from rstguard.engine.address import V6, parse_address
 from rstguard.engine.flow import Tuple
 from rstguard.engine.segment import answer, emit, probe, rst
 from rstguard.engine.wire import ACK, FIN, PSH, RST, SYN, Packet, parse
-from tests.engine.packets import CLIENT, CLIENT6, SERVER, SERVER6, packet
+from tests.support.packets import CLIENT, CLIENT6, SERVER, SERVER6, packet
 
 ports = st.integers(0, 0xFFFF)
 numbers = st.integers(0, 0xFFFFFFFF)

@@ -17,7 +17,7 @@ from rstguard.engine.ruleset import SECOND, Measure, Per, RuleSet
 from rstguard.engine.shedding import Level, Shedding
 from rstguard.engine.verdict import PASS, Action, Ban, Condemn, Reason, Shun, Verdict
 from rstguard.engine.wire import ACK, KNOWN, PROVEN, STRAY, SYN, Packet
-from tests.engine.packets import CLIENT, MILLISECOND, SERVER, rule, ruleset
+from tests.support.packets import CLIENT, MILLISECOND, SERVER, rule, ruleset
 
 OFFENDER, TARGET = parse_address(CLIENT), parse_address(SERVER)
 RULES = ruleset(

@@ -4,46 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from rstguard.engine.address import parse_address, parse_prefix
-from rstguard.engine.flow import Flow, TcpState, Tuple
+from rstguard.engine.address import parse_prefix
+from rstguard.engine.flow import Flow, TcpState
 from rstguard.engine.ruleset import SECOND, Measure, Per, Rule
 from rstguard.engine.sweep import Judgement, Sweep
 from rstguard.engine.verdict import Action, Ban, Reason, Shun
-from tests.engine.packets import CLIENT, SERVER, rule, ruleset
-
-START = 1_000 * SECOND
-
-
-def flow(
-    port: int = 40000,
-    *,
-    source: str = CLIENT,
-    destination: str = SERVER,
-    service: int = 80,
-    state: int = TcpState.ESTABLISHED,
-    sent: int = 0,
-    received: int = 0,
-    packets: int | None = None,
-    age: float = 0,
-    seen_reply: bool = True,
-) -> Flow:
-    """Return a connection of the client: bytes `sent` and `received` by it, `age` in seconds."""
-    original = Tuple(parse_address(source), parse_address(destination), port, service)
-    return Flow(
-        ident=port,
-        original=original,
-        reply=Tuple(original[1], original[0], service, port),
-        state=state,
-        mark=0,
-        seen_reply=seen_reply,
-        client_packets=(sent + received) // 100 + 3 if packets is None else packets,
-        client_bytes=sent,
-        server_packets=0,
-        server_bytes=received,
-        age=-1 if age < 0 else int(age * SECOND),
-        timeout=300,
-        zone=0,
-    )
+from tests.support.flows import START, flow
+from tests.support.packets import CLIENT, rule, ruleset
 
 
 def ports_of(judgement: Judgement) -> list[int]:

@@ -21,7 +21,7 @@ from rstguard.engine.wire import (
     Packet,
     parse,
 )
-from tests.engine.packets import (
+from tests.support.packets import (
     CLIENT,
     CLIENT6,
     SERVER,

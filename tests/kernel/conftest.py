@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.namespace import own_network
+from rstguard.lab.namespace import own_network
 
 
 @pytest.fixture

@@ -16,26 +16,27 @@ from rstguard.kernel import entry
 from rstguard.kernel.conntrack import GONE, Conntrack
 from rstguard.kernel.marks import Labels
 from rstguard.kernel.netlink import Netlink, Request
-from tests.guard import segments
-from tests.netns import CLIENT4, CLIENT6, SERVER4, SERVER6, Lab, wait_until
+from rstguard.lab.waiting import wait_until
+from tests.support.network import CLIENT4, CLIENT6, SERVER4, SERVER6, ThreeHosts
+from tests.support.traffic import segments
 
 pytestmark = pytest.mark.netns
 
 
 @pytest.fixture(scope="module")
-def lab() -> Iterator[Lab]:
-    with Lab("rgb") as lab:
+def lab() -> Iterator[ThreeHosts]:
+    with ThreeHosts("rgb") as lab:
         yield lab
 
 
 @pytest.fixture
-def table(lab: Lab) -> Iterator[Conntrack]:
+def table(lab: ThreeHosts) -> Iterator[Conntrack]:
     with lab.inside("gateway"), Conntrack() as table:
         yield table
 
 
 @pytest.fixture
-def pair(lab: Lab) -> Iterator[dict[str, socket.socket]]:
+def pair(lab: ThreeHosts) -> Iterator[dict[str, socket.socket]]:
     """One IPv4 and one IPv6 connection from client to server."""
     sockets: dict[str, socket.socket] = {}
     for name, address, v6 in (("4", SERVER4, False), ("6", SERVER6, True)):
@@ -95,7 +96,7 @@ def test_the_kernel_filters_by_family_and_mark(
 
 
 def test_what_never_was_established_can_be_left_out(
-    lab: Lab, table: Conntrack, pair: dict[str, socket.socket]
+    lab: ThreeHosts, table: Conntrack, pair: dict[str, socket.socket]
 ) -> None:
     with lab.inside("client"):
         lost = socket.socket()
@@ -108,7 +109,7 @@ def test_what_never_was_established_can_be_left_out(
 
 
 def test_other_bits_of_a_mark_stay(
-    lab: Lab, table: Conntrack, pair: dict[str, socket.socket]
+    lab: ThreeHosts, table: Conntrack, pair: dict[str, socket.socket]
 ) -> None:
     assert pair
     flows = list(table.dump())
@@ -163,14 +164,14 @@ def test_delete_takes_only_the_connection_that_was_meant(
     assert table.count() == before - 1
 
 
-def test_other_protocols_are_left_out(lab: Lab, table: Conntrack) -> None:
+def test_other_protocols_are_left_out(lab: ThreeHosts, table: Conntrack) -> None:
     with lab.inside("client"), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
         sender.sendto(b"x", (SERVER4, 9))
     assert table.count() >= 1
     assert list(table.dump()) == []
 
 
-def test_connections_in_a_zone_keep_their_name(lab: Lab, table: Conntrack) -> None:
+def test_connections_in_a_zone_keep_their_name(lab: ThreeHosts, table: Conntrack) -> None:
     rule = ("-p", "tcp", "--dport", "8001", "-j", "CT", "--zone", "5")
     for where in ("PREROUTING", "OUTPUT"):
         lab.run("gateway", "iptables", "-w", "-t", "raw", "-A", where, *rule)
@@ -188,7 +189,7 @@ def test_connections_in_a_zone_keep_their_name(lab: Lab, table: Conntrack) -> No
 
 
 def test_the_quick_reader_agrees_with_the_attribute_walker(
-    lab: Lab, pair: dict[str, socket.socket]
+    lab: ThreeHosts, pair: dict[str, socket.socket]
 ) -> None:
     assert pair
     now = 1 << 62
@@ -210,7 +211,9 @@ def test_errors_have_their_usual_numbers() -> None:
     assert errno.ENOENT == GONE
 
 
-def test_a_dump_that_is_broken_off_leaves_room_for_the_next(lab: Lab, table: Conntrack) -> None:
+def test_a_dump_that_is_broken_off_leaves_room_for_the_next(
+    lab: ThreeHosts, table: Conntrack
+) -> None:
     """A confined process has no other socket to dump by, and each does one dump at a time."""
     segments(lab, CLIENT4, "10.71.2.99", 9, "S", 2000)  # where nobody answers
     descriptors = len(list(Path("/proc/self/fd").iterdir()))
@@ -231,7 +234,7 @@ def test_two_dumps_at_once(table: Conntrack, pair: dict[str, socket.socket]) -> 
     assert all(one.original == other.original for one, other in both)
 
 
-def test_labels_are_set_by_a_rule_and_cleared_by_netlink(lab: Lab, table: Conntrack) -> None:
+def test_labels_are_set_by_a_rule_and_cleared_by_netlink(lab: ThreeHosts, table: Conntrack) -> None:
     """The older connection has no room for labels: what must work for it can be no label."""
     label = Labels().adopted
     with (

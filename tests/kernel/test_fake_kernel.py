@@ -10,10 +10,10 @@ import pytest
 
 from rstguard.kernel.linux import Linux
 from rstguard.kernel.seam import Kernel
+from rstguard.lab.namespace import own_network
+from rstguard.lab.waiting import wait_until
 from tests.kernel.random_operations import SYSCTLS, Side, random_operations
-from tests.netns import wait_until
 from tests.support.fake_kernel import FakeKernel
-from tests.support.namespace import own_network
 
 pytestmark = pytest.mark.netns
 

@@ -14,7 +14,7 @@ from rstguard.engine.wire import Packet, parse
 from rstguard.kernel.conntrack import Conntrack
 from rstguard.kernel.inject import Injector
 from rstguard.kernel.marks import Marks
-from tests.netns import INSIDE4, INSIDE6, SERVER4, SERVER6, Lab
+from tests.support.network import INSIDE4, INSIDE6, SERVER4, SERVER6, ThreeHosts
 
 pytestmark = pytest.mark.netns
 
@@ -22,8 +22,8 @@ FOREIGN4, FOREIGN6 = "203.0.113.9", "2001:db8::9"
 
 
 @pytest.fixture(scope="module")
-def lab() -> Iterator[Lab]:
-    with Lab("rgb") as lab:
+def lab() -> Iterator[ThreeHosts]:
+    with ThreeHosts("rgb") as lab:
         mark = str(Marks().probe)
         for tool in ("iptables", "ip6tables"):
             rule = ("-m", "mark", "--mark", mark, "-j", "CT", "--notrack")
@@ -33,7 +33,7 @@ def lab() -> Iterator[Lab]:
 
 
 @pytest.fixture
-def injector(lab: Lab) -> Iterator[Injector]:
+def injector(lab: ThreeHosts) -> Iterator[Injector]:
     with lab.inside("gateway"), Injector(Marks()) as injector:
         yield injector
 
@@ -48,7 +48,7 @@ TARGETS = [
 
 @pytest.mark.parametrize(("place", "source", "target"), TARGETS)
 def test_a_packet_arrives_with_its_foreign_source(
-    lab: Lab, injector: Injector, place: str, source: str, target: str
+    lab: ThreeHosts, injector: Injector, place: str, source: str, target: str
 ) -> None:
     path = Tuple(parse_address(source), parse_address(target), 4000, 9)
     with lab.inside(place):

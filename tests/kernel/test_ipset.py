@@ -19,7 +19,7 @@ from rstguard.kernel.elements import MAX_SECONDS, Element, element_of
 from rstguard.kernel.linux import Linux
 from rstguard.kernel.netlink import PATIENCE
 from rstguard.kernel.sets import Sets
-from tests.netns import Lab
+from tests.support.network import ThreeHosts
 
 LINUX = Linux()
 RULESET = RuleSet(
@@ -82,7 +82,7 @@ def test_plan_holds_every_set_that_the_chains_name() -> None:
 @pytest.mark.netns
 def test_only_what_was_made_can_be_lost() -> None:
     """A set that a policy leaves empty is not one that somebody emptied."""
-    with Lab() as lab, lab.inside("gateway"):
+    with ThreeHosts() as lab, lab.inside("gateway"):
         ruleset = with_scope(ports=frozenset(range(1, 2000)))
         ipset.apply(LINUX, ruleset)
         assert ipset.lost(LINUX, ruleset) == []

@@ -25,7 +25,7 @@ from rstguard.kernel.marks import Marks
 from rstguard.kernel.nfqueue import LENGTH, MOST, Queue, Queued, states
 from rstguard.kernel.readers import BINDING, BUILT_IN, CHOICE
 from rstguard.worker.worker import Worker
-from tests.engine.packets import ipv4, ruleset, tcp
+from tests.support.packets import ipv4, ruleset, tcp
 
 pytestmark = pytest.mark.netns
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from rstguard.kernel.protected import find, is_address, ssh_clients, ssh_connection
-from tests.netns import Lab
+from rstguard.lab.waiting import wait_until
+from tests.support.network import ThreeHosts
 
 
 def session(directory: Path, name: str, **fields: str) -> None:
@@ -44,18 +45,27 @@ def test_an_environment_counts_only_beside_a_connection_that_exists(tmp_path: Pa
         assert ssh_clients(tmp_path / "none", tmp_path) == set()
 
 
+def link_local(lab: ThreeHosts, place: str, device: str) -> str:
+    """Return a device's own address, which it has a moment after it is up."""
+    words = ("-br", "-6", "address", "show", device, "scope", "link", "-tentative")
+    found: list[str] = []
+
+    def there() -> bool:
+        found[:] = lab.run(place, "ip", *words).split()[2:3]
+        return bool(found)
+
+    wait_until(there)
+    return found[0].partition("/")[0]
+
+
 @pytest.mark.netns
 def test_who_is_logged_in_from_a_link_local_address(tmp_path: Path) -> None:
     """SSH_CONNECTION names the zone, and `ss` in a way of its own."""
     import socket
 
     (tmp_path / "77").mkdir()
-    with Lab("rgl") as lab:
-        addresses = {
-            place: lab.run(place, "ip", "-br", "-6", "address", "show", device, "scope", "link")
-            for place, device in (("client", "eth0"), ("gateway", "out"))
-        }
-        here, there = (text.split()[2].partition("/")[0] for text in addresses.values())
+    with ThreeHosts("rgl") as lab:
+        here, there = (link_local(lab, *of) for of in (("client", "eth0"), ("gateway", "out")))
         with lab.inside("gateway"):
             place = (there, 0, 0, socket.if_nametoindex("out"))
             server = socket.create_server(place, family=socket.AF_INET6)

@@ -21,7 +21,7 @@ from rstguard.kernel.check import Host, Outcome
 from rstguard.kernel.marks import Marks
 from rstguard.kernel.netlink import Request, attribute, encode
 from rstguard.kernel.readers import MOST
-from tests.engine.packets import extension, fragment_header, ipv4, ipv6, tcp
+from tests.support.packets import extension, fragment_header, ipv4, ipv6, tcp
 
 NUMBER, MARK = 0x01020304, 5 << 24 | 7
 STATES = bytes(range(256))

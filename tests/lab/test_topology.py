@@ -21,7 +21,7 @@ from rstguard.lab.topology import Lab, ended_by_signals
 # A background job may have been started with SIGINT ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 with ended_by_signals(), Lab() as lab:
-    lab.start("server", ["sleep", "600"], log="sleep.log")
+    lab.start("server", "sleep", "600", log="sleep.log")
     print(lab.directory, flush=True)
     signal.pause()
 """
@@ -33,8 +33,8 @@ def namespaces(pid: int) -> list[str]:
 
 def fail_with_a_sleeper(lab: Lab, sleepers: list[subprocess.Popen[str]]) -> None:
     with lab:
-        sleepers.append(lab.start("server", ["sleep", "600"], log="sleep.log"))
-        lab.run("server", ["false"])
+        sleepers.append(lab.start("server", "sleep", "600", log="sleep.log"))
+        lab.run("server", "false")
 
 
 @pytest.mark.netns
@@ -44,13 +44,13 @@ def test_each_client_address_is_answered_through_the_gateway() -> None:
         assert len(namespaces(os.getpid())) == 5
         start_server(lab)
         program = [sys.executable, "-m", "rstguard.lab.client"]
-        client = lab.start("client", program, stdin=True, log="client.log")
+        client = lab.start("client", *program, piped=True, log="client.log")
         assert client.stdout
         assert client.stdout.readline() == "ready\n", lab.log_tail("client.log")
         requests = json.loads(client.communicate(timeout=30)[0])
         assert [failure for _start, _seconds, _source, failure in requests if failure] == []
-        assert "via 198.51.100.1" in lab.run("client", ["ip", "route", "get", SERVER])
-        assert "via 2001:db8:c" in lab.run("client", ["ip", "route", "get", SERVER6])
+        assert "via 198.51.100.1" in lab.run("client", "ip", "route", "get", SERVER)
+        assert "via 2001:db8:c" in lab.run("client", "ip", "route", "get", SERVER6)
     assert namespaces(os.getpid()) == []
     assert not directory.exists()
 

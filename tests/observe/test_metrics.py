@@ -14,7 +14,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from rstguard.observe.metrics import TABLE, exposition, metrics_table
-from tests import dashboard
+from tests.support import dashboard
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 REFERENCE = """# Metrics

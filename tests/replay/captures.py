@@ -10,7 +10,7 @@ from rstguard.engine.ruleset import SECOND, Rule, RuleSet
 from rstguard.engine.wire import ACK, FIN, PSH, RST, SYN
 from rstguard.replay.capture import Batch
 from rstguard.replay.play import Replay
-from tests.engine.packets import CLIENT, SERVER, SERVER6, ipv4, ipv6, ruleset, tcp
+from tests.support.packets import CLIENT, SERVER, SERVER6, ipv4, ipv6, ruleset, tcp
 
 START = 1_700_000_000 * SECOND
 MILLISECOND = SECOND // 1000

@@ -11,14 +11,14 @@ from pathlib import Path
 
 from rstguard.engine.ruleset import SECOND
 from rstguard.replay.capture import Batch
-from tests.netns import Lab
 from tests.replay.captures import pcap
+from tests.support.network import ThreeHosts
 
 _SO_TIMESTAMPNS = 35
 
 
 @contextmanager
-def captured(lab: Lab, file: Path) -> Iterator[Callable[[], int]]:
+def captured(lab: ThreeHosts, file: Path) -> Iterator[Callable[[], int]]:
     """Write what passes the gateway's outer interface to a file; give a count of its packets."""
     with lab.inside("gateway"):
         tap = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from rstguard.engine.ruleset import SECOND
 from rstguard.replay.capture import KEPT, Batch, Capture, CaptureError, open_capture
-from tests.engine.packets import ipv4, ipv6, tcp
 from tests.replay.captures import START, block, enhanced, interface, pcap, section
+from tests.support.packets import ipv4, ipv6, tcp
 
 PACKETS: Batch = [
     (START, ipv4(tcp())),

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.replay.captures import Traffic, pcap, write
+from tests.replay.commands import run
 
 POLICY = """
 version: 1
@@ -22,11 +21,6 @@ rules:
   - {name: idle, measure: idle, over: 10s, then: reset}
 """
 BAD, GOOD = "198.51.100.7", "198.51.100.8"
-
-
-def run(*words: str | Path, data: bytes | None = None) -> subprocess.CompletedProcess[bytes]:
-    command = [sys.executable, "-m", "rstguard", "policy", *map(str, words)]
-    return subprocess.run(command, input=data, capture_output=True, check=False, timeout=60)
 
 
 def answer(*words: str | Path) -> Any:

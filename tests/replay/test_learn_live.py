@@ -12,22 +12,15 @@ from typing import Any
 import pytest
 
 from rstguard.ipc.requests import ControlError
+from rstguard.lab.waiting import wait_until
 from rstguard.policy.compile import compile_policy
 from rstguard.policy.load import load
 from rstguard.replay.learn import learn, lesson_data
-from tests.daemon.conftest import Open
-from tests.guard import (
-    BOTH_FAMILIES,
-    Guard,
-    Link,
-    Service,
-    give_sources,
-    network_of,
-    segments,
-    source,
-)
-from tests.netns import Lab, wait_until
 from tests.replay.tap import captured
+from tests.support.guard import Guard
+from tests.support.network import ThreeHosts
+from tests.support.sources import BOTH_FAMILIES, give_sources, network_of, source
+from tests.support.traffic import Link, Open, Service, segments
 
 pytestmark = pytest.mark.netns
 
@@ -57,15 +50,15 @@ HELD = 4
 
 
 @pytest.fixture
-def lab() -> Iterator[Lab]:
+def lab() -> Iterator[ThreeHosts]:
     """A network of its own: the table keeps who was productive in the test before."""
-    with Lab("rgl") as lab:
+    with ThreeHosts("rgl") as lab:
         give_sources(lab)
         yield lab
 
 
 @pytest.fixture
-def serve(lab: Lab) -> Iterator[Open]:
+def serve(lab: ThreeHosts) -> Iterator[Open]:
     opened: list[Service] = []
 
     def open_service(port: int, v6: bool = False, place: str = "server") -> Service:
@@ -77,7 +70,7 @@ def serve(lab: Lab) -> Iterator[Open]:
         service.close()
 
 
-def crowd(lab: Lab, service: Service) -> tuple[list[str], str]:
+def crowd(lab: ThreeHosts, service: Service) -> tuple[list[str], str]:
     """Let productive sources come and go, beside an attacker; return who they are."""
     honest = [source(service.v6) for _ in range(CROWD)]
     for number, address in enumerate(honest, 1):
@@ -106,7 +99,7 @@ def rules_of(data: Any) -> dict[str, Any]:
 
 @BOTH_FAMILIES
 def test_limits_are_what_the_crowd_showed_and_what_a_capture_shows(
-    lab: Lab, tmp_path: Path, serve: Open, v6: bool
+    lab: ThreeHosts, tmp_path: Path, serve: Open, v6: bool
 ) -> None:
     out, file = tmp_path / "proposed.yaml", tmp_path / "capture.pcap"
     service = serve(PORT, v6)
@@ -151,7 +144,7 @@ def test_limits_are_what_the_crowd_showed_and_what_a_capture_shows(
 
 
 def test_a_command_that_waits_is_as_good_as_one_that_comes_back(
-    lab: Lab, tmp_path: Path, serve: Open
+    lab: ThreeHosts, tmp_path: Path, serve: Open
 ) -> None:
     out, service = tmp_path / "proposed.yaml", serve(PORT + 1)
     words = ("policy", "learn", "--live", "--out", str(out))
@@ -193,7 +186,7 @@ def test_a_command_that_waits_is_as_good_as_one_that_comes_back(
             guard.ask("learned")
 
 
-def test_what_came_in_between_is_said(lab: Lab, tmp_path: Path, serve: Open) -> None:
+def test_what_came_in_between_is_said(lab: ThreeHosts, tmp_path: Path, serve: Open) -> None:
     out, service = tmp_path / "proposed.yaml", serve(PORT)
     enforcing = POLICY.replace("mode: observe", "mode: enforce")
     with Guard(lab, enforcing, tmp_path / "guard") as guard:

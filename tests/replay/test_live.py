@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 
+from rstguard.lab.waiting import wait_until
 from rstguard.policy.compile import compile_policy
 from rstguard.policy.load import load
 from rstguard.replay.run import replay
-from tests.guard import Guard, Service, give_sources, neighbours, segments, source
-from tests.netns import Lab, wait_until
 from tests.replay.tap import captured
+from tests.support.guard import Guard
+from tests.support.network import ThreeHosts
+from tests.support.sources import give_sources, neighbours, source
+from tests.support.traffic import Service, segments
 
 pytestmark = pytest.mark.netns
 
@@ -38,13 +41,13 @@ rules:
 
 
 @pytest.fixture(scope="module")
-def lab() -> Iterator[Lab]:
-    with Lab("rgp") as lab:
+def lab() -> Iterator[ThreeHosts]:
+    with ThreeHosts("rgp") as lab:
         give_sources(lab)
         yield lab
 
 
-def attack(lab: Lab, v6: bool, services: dict[int, Service]) -> None:
+def attack(lab: ThreeHosts, v6: bool, services: dict[int, Service]) -> None:
     brute, rate, forger, scanner, stray, idler, honest = (source(v6) for _ in range(7))
     for _ in range(30):
         link = services[BRUTE].connect(brute)
@@ -76,7 +79,7 @@ def told(guard: Guard) -> set[tuple[str, str, str]]:
 
 
 @pytest.mark.parametrize("v6", [False, True], ids=["IPv4", "IPv6"])
-def test_a_replay_agrees_with_the_live_guard(lab: Lab, tmp_path: Path, v6: bool) -> None:
+def test_a_replay_agrees_with_the_live_guard(lab: ThreeHosts, tmp_path: Path, v6: bool) -> None:
     file = tmp_path / "capture.pcap"
     with Guard(lab, POLICY, tmp_path / "guard") as guard, captured(lab, file) as count:
         services = {port: Service(lab, port, v6=v6) for port in (BRUTE, RATE, IDLE)}

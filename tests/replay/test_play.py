@@ -14,9 +14,9 @@ from rstguard.engine.ruleset import SECOND, Escalate, Measure, Per, Rule, Scope
 from rstguard.engine.verdict import Action, Ban, Shun
 from rstguard.engine.wire import ACK, FIN, KNOWN, PROVEN, PSH, RST, SYN, URG, Packet, parse
 from rstguard.replay.play import BASE, Replay
-from tests.engine.packets import CLIENT, CLIENT6, SERVER, ipv4, ruleset, tcp
-from tests.engine.packets import rule as rule_of
 from tests.replay.captures import HERS, ITS, NEXT, START, SYN_ACK, Traffic, hits, played
+from tests.support.packets import CLIENT, CLIENT6, SERVER, ipv4, ruleset, tcp
+from tests.support.packets import rule as rule_of
 
 BOTH = pytest.mark.parametrize("source", [CLIENT, CLIENT6], ids=["IPv4", "IPv6"])
 OTHER = "198.51.100.8"

@@ -12,9 +12,9 @@ from rstguard.policy.compile import compile_policy
 from rstguard.policy.load import parse
 from rstguard.replay.capture import Batch
 from rstguard.replay.play import Replay
-from tests.engine.packets import ipv4, ipv6, tcp
 from tests.replay.captures import START
-from tests.replay.test_learn import BASE
+from tests.replay.commands import BASE
+from tests.support.packets import ipv4, ipv6, tcp
 
 HEAD = "{interfaces: [eth0]"
 POLICIES = [

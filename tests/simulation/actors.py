@@ -10,11 +10,11 @@ from typing import Any, Final
 from rstguard.engine.flow import TcpState
 from rstguard.engine.wire import ACK, SYN
 from rstguard.kernel.cookies import LOG_GROUP
-from tests.engine.packets import ipv4, tcp
 from tests.simulation.ledger import Ledger
 from tests.simulation.policies import Policies
 from tests.simulation.traffic import ATTACKERS, HONEST, Traffic, text
 from tests.simulation.world import Gone, Refused, World
+from tests.support.packets import ipv4, tcp
 
 Act = Callable[[], Awaitable[None]]
 MANUAL: Final = tuple(f"100.64.{n}.1" for n in range(6))

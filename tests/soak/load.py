@@ -12,19 +12,10 @@ import threading
 import time
 from collections.abc import Callable
 
-from tests.guard import (
-    Guard,
-    Link,
-    Service,
-    answer,
-    connect,
-    host,
-    neighbours,
-    retransmissions,
-    segments,
-    source,
-)
-from tests.netns import Lab
+from tests.support.guard import Guard
+from tests.support.network import ThreeHosts
+from tests.support.sources import host, neighbours, source
+from tests.support.traffic import Link, Service, answer, connect, retransmissions, segments
 
 HONEST, OUTSIDE, CROWD, IDLE = 8001, 8002, 8003, 8004
 POLICY = f"""
@@ -55,7 +46,7 @@ class Honest:
     `spare` names the seconds (monotonic) around which a failure has a cause of its own.
     """
 
-    def __init__(self, lab: Lab, services: list[Service], stay: int) -> None:
+    def __init__(self, lab: ThreeHosts, services: list[Service], stay: int) -> None:
         self.good, self.failures = 0, list[tuple[float, str]]()
         self.repeated = 0
         self.broken: list[str] = []

@@ -13,9 +13,13 @@ from statistics import median
 import pytest
 
 from rstguard.kernel.nfqueue import QueueState, states
-from tests.guard import Guard, Service, give_sources, leftovers, services
-from tests.netns import Lab, wait_until
+from rstguard.lab.guard import leftovers
+from rstguard.lab.waiting import wait_until
 from tests.soak.load import CROWD, HONEST, IDLE, OUTSIDE, POLICY, Honest, Trouble
+from tests.support.guard import Guard
+from tests.support.network import ThreeHosts
+from tests.support.sources import give_sources
+from tests.support.traffic import Service, services
 
 pytestmark = pytest.mark.netns
 
@@ -43,12 +47,12 @@ def resident_mb(pid: int) -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def queue_of(lab: Lab, number: int) -> QueueState:
+def queue_of(lab: ThreeHosts, number: int) -> QueueState:
     with lab.inside("gateway"):
         return states()[number]
 
 
-def sysctls(lab: Lab) -> list[str]:
+def sysctls(lab: ThreeHosts) -> list[str]:
     names = [f"net.netfilter.nf_conntrack_{name}" for name in SYSCTLS]
     return lab.run("gateway", "sysctl", *names, "net.ipv4.tcp_syncookies").splitlines()
 
@@ -64,7 +68,7 @@ def test_half_an_hour(tmp_path: Path) -> None:
 
 
 def soak(seconds: float, directory: Path) -> None:
-    with Lab("rgs") as lab:
+    with ThreeHosts("rgs") as lab:
         give_sources(lab)
         before = sysctls(lab)
         honest4, honest6 = Service(lab, HONEST), Service(lab, HONEST, v6=True)

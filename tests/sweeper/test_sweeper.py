@@ -30,11 +30,9 @@ from rstguard.kernel import KernelError
 from rstguard.kernel.elements import Element
 from rstguard.kernel.marks import Bits, Marks
 from rstguard.sweeper.sweeper import Sweeper
-from tests.daemon.test_condemn import Kernel as Table
-from tests.daemon.test_condemn import a_flow, client_of, server_of
-from tests.engine.packets import rule, ruleset
+from tests.support.packets import rule, ruleset
+from tests.support.table import MARKS, Table, a_flow, client_of, server_of
 
-MARKS = Marks()
 CONDEMNED = MARKS.condemned.mask
 GUARDED = MARKS.proven.value
 CLIENT = parse_prefix("192.0.2.1")

@@ -32,7 +32,7 @@ from rstguard.ipc.messages import (
 )
 from rstguard.kernel.marks import Marks
 from rstguard.worker.worker import Worker
-from tests.engine.packets import CLIENT, packet, rule, ruleset
+from tests.support.packets import CLIENT, packet, rule, ruleset
 from tests.worker.kernel import Kernel
 
 

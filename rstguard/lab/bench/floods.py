@@ -77,14 +77,21 @@ def find(name: str) -> Flood:
 
 
 def trafgen_packet(flood: Flood, gateway_mac: str) -> str:
-    """Return trafgen's description of one SYN: Ethernet, IPv4 and TCP without options."""
-    mac = ",".join(f"0x{byte}" for byte in gateway_mac.split(":"))
-    target = SERVER.replace(".", ",")
+    """Return trafgen's description of one SYN of a flood."""
+    return trafgen_syn(flood.sources, SERVER, 80, gateway_mac)
+
+
+def trafgen_syn(sources: str, target: str, port: int, mac: str) -> str:
+    """Return trafgen's description of one SYN: Ethernet, IPv4 and TCP without options.
+
+    `sources` are the bytes of the source address in trafgen's language; `mac` is the next hop's.
+    """
+    hop = ",".join(f"0x{byte}" for byte in mac.split(":"))
     return f"""{{
-  {mac}, 0x02,0x00,0x00,0x00,0x00,0x66, const16(0x0800),
+  {hop}, 0x02,0x00,0x00,0x00,0x00,0x66, const16(0x0800),
   0x45, 0, const16(40), drnd(2), 0x40, 0, 64, 6, csumip(14, 33),
-  {flood.sources}, {target},
-  drnd(2), const16(80), drnd(4), const32(0), const16(0x5002), const16(64240),
+  {sources}, {target.replace(".", ",")},
+  drnd(2), const16({port}), drnd(4), const32(0), const16(0x5002), const16(64240),
   csumtcp(14, 34), const16(0)
 }}
 """

@@ -13,10 +13,11 @@ from rstguard.lab.bench.counting import Arrivals, contained
 from rstguard.lab.bench.floods import Flood, trafgen_packet
 from rstguard.lab.bench.peers import Peer, end, used_seconds
 from rstguard.lab.client import Request
+from rstguard.lab.network import stop
 from rstguard.lab.report import Legitimate, legitimate
 from rstguard.lab.run import collect, start_program
 from rstguard.lab.server import start_server
-from rstguard.lab.topology import NEW_CLIENTS, SERVER, Lab, stop
+from rstguard.lab.topology import NEW_CLIENTS, SERVER, Lab
 
 CALM_SECONDS = 2.0
 """Honest traffic alone, before the flood: what a guard learns, it learns here."""
@@ -110,33 +111,33 @@ def _prepare(lab: Lab, flood: Flood) -> None:
 
     Next hops have addresses of their own: a guard may spare them, and must not spare an attacker.
     """
-    lab.run("client", ["ip", "address", "add", f"{_CLIENTS_ROUTER}/24", "dev", "eth0"])
-    lab.run("attacker", ["ip", "address", "add", f"{_ATTACKERS_ROUTER}/24", "dev", "eth0"])
-    lab.run("client", ["ip", "route", "add", "local", NEW_CLIENTS, "dev", "lo"])
-    lab.run("gateway", ["ip", "route", "add", NEW_CLIENTS, "via", _CLIENTS_ROUTER])
-    lab.run("gateway", ["ip", "route", "add", "default", "via", _ATTACKERS_ROUTER])
+    lab.ip("client", f"address add {_CLIENTS_ROUTER}/24 dev eth0")
+    lab.ip("attacker", f"address add {_ATTACKERS_ROUTER}/24 dev eth0")
+    lab.ip("client", f"route add local {NEW_CLIENTS} dev lo")
+    lab.ip("gateway", f"route add {NEW_CLIENTS} via {_CLIENTS_ROUTER}")
+    lab.ip("gateway", f"route add default via {_ATTACKERS_ROUTER}")
     if flood.server_cookies:
-        lab.run("server", ["sysctl", "-qw", "net.ipv4.tcp_syncookies=1"])
+        lab.set("server", {"net/ipv4/tcp_syncookies": "1"})
     if not flood.sources:
-        lab.run("attacker", [*_SENT, "-A", "OUTPUT", "-d", SERVER, "-p", "tcp", "--syn"])
+        lab.run("attacker", *_SENT, "-A", "OUTPUT", "-d", SERVER, "-p", "tcp", "--syn")
 
 
 def _sent(lab: Lab, flood: Flood) -> int:
     if flood.sources:
         # trafgen sends nothing but SYNs, and past all rules.
-        return int(lab.run("attacker", ["cat", "/sys/class/net/eth0/statistics/tx_packets"]))
-    rules = lab.run("attacker", [*_SENT, "-nvxL", "OUTPUT"])
+        return int(lab.run("attacker", "cat", "/sys/class/net/eth0/statistics/tx_packets"))
+    rules = lab.run("attacker", *_SENT, "-nvxL", "OUTPUT")
     return int(rules.splitlines()[-1].split()[0])
 
 
 def _attack(lab: Lab, flood: Flood, seconds: float) -> subprocess.Popen[str]:
     if not flood.sources:
-        return lab.start("attacker", list(connection_flood(seconds).commands[0]), log="attack.log")
-    shown = json.loads(lab.run("gateway", ["ip", "-j", "link", "show", "eth0"]))
+        return lab.start("attacker", *connection_flood(seconds).commands[0], log="attack.log")
+    shown = json.loads(lab.run("gateway", "ip", "-j", "link", "show", "eth0"))
     path = lab.directory / "syn.trafgen"
     path.write_text(trafgen_packet(flood, shown[0]["address"]), encoding="utf-8")
     command = ["trafgen", "-i", str(path), "-o", "eth0", "-P", "1", "-C"]
     if flood.rate:
         # Evenly: its option for a rate sends each second's packets in one burst.
         command += ["-t", f"{1_000_000 // flood.rate}us"]
-    return lab.start("attacker", command, log="attack.log")
+    return lab.start("attacker", *command, log="attack.log")

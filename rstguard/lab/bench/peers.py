@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
@@ -12,8 +11,11 @@ from pathlib import Path
 
 from rstguard.lab import LabError
 from rstguard.lab.bench.floods import Flood
-from rstguard.lab.guard import GuardProcess, cpu_seconds
-from rstguard.lab.topology import Lab, stop
+from rstguard.lab.guard import GuardProcess
+from rstguard.lab.network import stop
+from rstguard.lab.topology import Lab
+from rstguard.lab.usage import cpu_seconds
+from rstguard.lab.waiting import wait_until
 
 _READY_SECONDS = 40.0
 _FAIL2BAN = Path("/etc/fail2ban")
@@ -58,11 +60,12 @@ def _write(lab: Lab, name: str, under: str = "") -> Path:
 
 
 def _await(lab: Lab, process: subprocess.Popen[str], log: str, ready: Callable[[], bool]) -> None:
-    end = time.monotonic() + _READY_SECONDS
-    while not ready():
-        if process.poll() is not None or time.monotonic() > end:
-            raise LabError(f"A peer did not start: {lab.log_tail(log, lines=5)}")
-        time.sleep(0.1)
+    try:
+        wait_until(lambda: process.poll() is not None or ready(), _READY_SECONDS)
+    except TimeoutError as error:
+        raise LabError(f"A peer did not start: {lab.log_tail(log, lines=5)}") from error
+    if process.poll() is not None:
+        raise LabError(f"A peer did not start: {lab.log_tail(log, lines=5)}")
 
 
 def _none(_lab: Lab, _flood: Flood) -> None:
@@ -75,15 +78,17 @@ def _rstguard(lab: Lab, flood: Flood) -> GuardProcess:
         policy = policy.replace("rate: 300/s", f"rate: {flood.budget}/s")
     else:
         policy = "\n".join(line for line in policy.splitlines() if "syn_budget" not in line)
-    return GuardProcess(lab, policy)
+    guard = GuardProcess(lab, policy, lab.directory / "runtime")
+    guard.start(whole=True)
+    return guard
 
 
 def _iptables(lab: Lab, _flood: Flood) -> None:
-    lab.run("gateway", ["sh", str(_write(lab, "iptables.sh"))])
+    lab.run("gateway", "sh", str(_write(lab, "iptables.sh")))
 
 
 def _synproxy(lab: Lab, _flood: Flood) -> None:
-    lab.run("gateway", ["sh", str(_write(lab, "synproxy.sh"))])
+    lab.run("gateway", "sh", str(_write(lab, "synproxy.sh")))
 
 
 def _suricata(lab: Lab, _flood: Flood) -> subprocess.Popen[str]:
@@ -91,10 +96,10 @@ def _suricata(lab: Lab, _flood: Flood) -> subprocess.Popen[str]:
         _write(lab, name)
     config = _write(lab, "suricata.yaml")
     command = ["suricata", "-c", str(config), "-q", "0", "-q", "1", "--runmode", "workers"]
-    process = lab.start("gateway", command, log="suricata.log")
+    process = lab.start("gateway", *command, log="suricata.log")
     log = lab.directory / "suricata.log"
     _await(lab, process, "suricata.log", lambda: "started" in log.read_text(errors="replace"))
-    lab.run("gateway", ["sh", str(_write(lab, "suricata.sh"))])
+    lab.run("gateway", "sh", str(_write(lab, "suricata.sh")))
     return process
 
 
@@ -109,7 +114,7 @@ def _fail2ban(lab: Lab, _flood: Flood) -> subprocess.Popen[str]:
             (lab.directory / home / path.name).symlink_to(path)
     at = ["-c", str(lab.directory / home), "-s", str(lab.directory / "fail2ban.sock")]
     command = ["fail2ban-server", *at, "-p", str(lab.directory / "fail2ban.pid"), "-f", "start"]
-    process = lab.start("gateway", command, log="fail2ban-said.log")
+    process = lab.start("gateway", *command, log="fail2ban-said.log")
     asked = ["fail2ban-client", *at, "get", "flood", "actions"]
 
     def ready() -> bool:
@@ -165,14 +170,12 @@ def find(name: str) -> Peer:
 
 def used_seconds(running: subprocess.Popen[str] | GuardProcess | None) -> float:
     """Return the processor time that a peer's processes have used; the kernel's is not in it."""
-    if isinstance(running, GuardProcess):
-        return running.cpu_seconds()
     return cpu_seconds(running.pid) if running else 0.0
 
 
 def end(running: subprocess.Popen[str] | GuardProcess | None) -> None:
     """Stop a peer's processes."""
     if isinstance(running, GuardProcess):
-        running.stop()
+        running.end()
     elif running:
         stop(running)

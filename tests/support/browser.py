@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.netns import Lab
+from tests.support.network import ThreeHosts
 
 _PATIENCE = 30.0
 _OPTIONS = (
@@ -49,19 +49,18 @@ def program() -> str:
 class Browser:
     """A browser in a namespace that shows one page; a context manager."""
 
-    def __init__(self, lab: Lab, place: str, url: str, directory: Path) -> None:
+    def __init__(self, lab: ThreeHosts, place: str, url: str, directory: Path) -> None:
         self.errors: list[str] = []
         """What went wrong in the page: exceptions, and what the browser itself complained of."""
         self._number, self._session, self._unread = 0, "", b""
         read_end, self._write = os.pipe()
         self._read, write_end = os.pipe()
         command = [program(), *_OPTIONS, f"--user-data-dir={directory / 'browser'}"]
-        inside = ["ip", "netns", "exec", lab.names[place]]
         # The browser reads commands from descriptor 3 and answers on 4.
         pipes = f'exec "$@" 3<&{read_end} 4>&{write_end} {read_end}<&- {write_end}>&-'
         self._log = (directory / "browser.log").open("wb")
         self._process = subprocess.Popen(
-            ["bash", "-c", pipes, "bash", *inside, *command],
+            ["bash", "-c", pipes, "bash", *lab.command(place, *command)],
             pass_fds=(read_end, write_end),
             stdin=subprocess.DEVNULL,
             stdout=self._log,

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-FILE = Path(__file__).parent.parent / "docs" / "grafana-rstguard.json"
+FILE = Path(__file__).parents[2] / "docs" / "grafana-rstguard.json"
 _SELECTOR = re.compile(r"\b(rstguard_\w+)(?:{([^}]*)})?")
 _MATCHER = re.compile(r'(\w+)=~"([^"]*)"')
 
