@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
+import pwd
 import resource
 import socket
 import threading
@@ -296,7 +298,7 @@ def test_strangers_text_is_made_plain_but_a_policy_is_not(place: Path, heard: He
     request = {"command": "x", "who": EVIL, "text": EVIL, "list": [[EVIL]], EVIL: {EVIL: 1}}
     ask(place, request)
     assert heard.last["text"] == EVIL
-    assert heard.last["account"] == "root"
+    assert heard.last["account"] == pwd.getpwuid(os.geteuid()).pw_name
     others = [heard.last["who"], *heard.last["list"][0], *heard.last, *heard.last[plain_key(heard)]]
     assert all(one.isprintable() for one in others)
     assert heard.last["who"].replace("\N{REPLACEMENT CHARACTER}", "?") == "ab  c?de?f?g h[red]"
