@@ -194,7 +194,7 @@ class Actors:
         for _ in range(self.rng.randrange(1, 6)):
             source = HONEST + self.rng.randrange(250)
             self._traffic.handshake(source, honest=True)
-            if self.rng.random() < 0.3:
+            if self.rng.random() < 0.1:
                 self._traffic.connect(source)
             await asyncio.sleep(self.rng.uniform(0, 0.5))
 

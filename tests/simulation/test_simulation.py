@@ -46,6 +46,7 @@ def found(patch: Callable[[pytest.MonkeyPatch], None]) -> str:
     return ""
 
 
+@pytest.mark.timeout(900)
 def test_all_invariants_hold_in_every_world() -> None:
     with ProcessPoolExecutor(os.cpu_count() or 1, get_context("fork")) as pool:
         problems = [one for one in pool.map(problem_of, range(1, SEEDS + 1), chunksize=10) if one]
@@ -140,6 +141,7 @@ async def _swallowing(coroutine: Coroutine[Any, Any, Any]) -> None:
         pass
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("defect", [no_second_start, early_runaway, unheard_failures])
 def test_a_defect_that_was_there_once_is_found(
     defect: Callable[[pytest.MonkeyPatch], None],

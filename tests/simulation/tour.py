@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
@@ -47,8 +48,8 @@ class Tour:
             command="policy-apply", text=policy, name=str(self._world.file), **more
         )
 
-    def _left(self, source: int, kind: str = "ban") -> float:
-        promise = self._ledger.bans.get((text(source), kind))
+    def _left(self, source: int) -> float:
+        promise = self._ledger.bans.get((text(source), "ban"))
         return promise.until - promise.told if promise else 0.0
 
     def _guess(self, source: int) -> None:
@@ -190,14 +191,11 @@ class Tour:
         await self._world.until(
             lambda: line in one.parts.protected.addresses, 150, "a next hop is not protected"
         )
-        status = await self._world.ask(command="status")
-        told = {"address": text(source), "what": "the next hop"}
-        holds(told in status["protected"], "a next hop is not told of as protected")
-        try:
+        told = (await self._world.ask(command="status"))["protected"]
+        here = {"address": text(source), "what": "the next hop"}
+        holds(here in told, "a next hop is not told of as protected")
+        with contextlib.suppress(Refused):
             await self._world.ask(command="ban-add", source=text(source), seconds=60)
-        except Refused:
-            pass
-        else:
             holds(False, "a protected address can be banned")
         for _ in range(_FAST):
             self._traffic.syn(source, proven=True)
