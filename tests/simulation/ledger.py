@@ -13,7 +13,7 @@ from tests.simulation.world import Incarnation, World
 
 _FOR = re.compile(r"for (\d+) s")
 SLACK = 5.0
-"""Seconds by which ends may differ: times are whole seconds, and an answer comes 3 s late at most."""
+"""Seconds by which ends may differ: times are whole, and an answer comes 3 s late at most."""
 
 
 @dataclass(slots=True)
