@@ -100,6 +100,8 @@ class Commands:
 
     async def _ban_add(self, request: Request) -> object:
         source = _prefix(request)
+        if source.length == 0:
+            raise ControlError(f"{source} would ban everybody: name a narrower prefix")
         seconds = request.get("seconds")
         if type(seconds) is not int or not 1 <= seconds <= MAX_SECONDS:
             raise ControlError(f"a ban lasts 1 to {MAX_SECONDS} seconds (under 25 days)")

@@ -90,6 +90,7 @@ def test_junk(guard: Guard, line: socket.socket, sent: bytes, answer: str) -> No
     assert answer in reply["error"]
     line.sendall(b'{"command": "ban-list"}\n')
     assert said(line) == {"ok": True, "data": []}
+    assert guard.filtering()  # a mistake of an administrator is no ban that could not be placed
 
 
 def test_a_huge_line(guard: Guard, line: socket.socket) -> None:
