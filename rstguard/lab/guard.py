@@ -15,6 +15,7 @@ from rstguard.control.protocol import ask
 from rstguard.ipc.requests import ControlError
 from rstguard.lab import LabError
 from rstguard.lab.network import Network, stop
+from rstguard.lab.usage import children_of
 from rstguard.lab.waiting import wait_until
 
 READY_SECONDS = 30.0
@@ -154,8 +155,7 @@ class GuardProcess:
         """Return the process ids of workers and sweeper."""
         if not self.running:
             return []
-        listed = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
-        return [int(word) for word in listed.split()]
+        return children_of(self.pid)
 
     def ask(self, command: str, **request: Any) -> Any:
         """Send a request to the control socket and return its data.

@@ -1,4 +1,4 @@
-"""The processor time of a program and of all that it started."""
+"""What a program started, and the processor time of it all."""
 
 from __future__ import annotations
 
@@ -33,3 +33,14 @@ def _processes() -> tuple[dict[int, int], dict[int, int]]:
         parents[pid] = int(fields[1])
         used[pid] = int(fields[11]) + int(fields[12])
     return parents, used
+
+
+def children_of(pid: int) -> list[int]:
+    """Return the processes that a process has started and not yet waited for; none if it is gone.
+
+    They are those of its first thread (Linux, proc_pid_children(5)).
+    """
+    try:
+        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []

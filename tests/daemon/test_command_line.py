@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from rstguard.lab.guard import leftovers
+from rstguard.lab.usage import children_of
 from rstguard.lab.waiting import wait_until
 from rstguard.supervisor.claims import LOCKS
 from tests.support.guard import Guard
@@ -418,11 +419,10 @@ def test_ctrl_c_in_the_midst_of_starting(tmp_path: Path) -> None:
         with subprocess.Popen(
             command, stderr=subprocess.PIPE, text=True, start_new_session=True
         ) as run:
-            listed = Path(f"/proc/{run.pid}/task/{run.pid}/children")
 
             def child_begins() -> bool:
                 with contextlib.suppress(OSError):
-                    commands = [Path(f"/proc/{pid}/cmdline") for pid in listed.read_text().split()]
+                    commands = [Path(f"/proc/{pid}/cmdline") for pid in children_of(run.pid)]
                     return any(b"\0rstguard.worker" in path.read_bytes() for path in commands)
                 return False
 

@@ -162,12 +162,7 @@ def stopped(guard: Guard, worker: int = signal.SIGCONT) -> Iterator[None]:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
         os.kill(guard.pid, signal.SIGCONT)
-        wait_until(lambda: at_work(guard))
-
-
-def at_work(guard: Guard) -> bool:
-    """Tell whether the guard filters; degraded it may be, after packets that nobody judged."""
-    return str(guard.status()["state"]) != "not filtering"
+        wait_until(guard.at_work)
 
 
 def life(lab: Routed, v6: bool, port: int = PLAIN) -> None:
@@ -281,7 +276,7 @@ def test_without_the_table_packets_are_routed_with_bits(
 def test_the_bits_cannot_change_while_connections_bear_them(lab: Routed, guard: Guard) -> None:
     with pytest.raises(ControlError, match="restart the guard with the new policy"):
         guard.apply(f"{POLICY}marks: 0xff0\n")
-    assert at_work(guard)
+    assert guard.at_work()
 
 
 def test_nothing_is_left(lab: Routed, guard: Guard) -> None:

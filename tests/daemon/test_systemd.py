@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+
+from rstguard.lab.usage import children_of
 
 pytestmark = [pytest.mark.systemd, pytest.mark.timeout(900)]
 
@@ -53,13 +57,18 @@ def root(tmp_path: Path) -> Path:
 
 
 def boot(root: Path) -> None:
-    """Let the container run until it powers itself off."""
+    """Let the container run until it powers itself off; one that does not is ended."""
     command = ["systemd-nspawn", "-q", "-D", str(root), "--private-network", "--register=no"]
     command += ["--keep-unit", f"--bind-ro={ROOT}", f"--bind-ro={Path(sys.prefix).resolve()}", "-b"]
     quiet = subprocess.DEVNULL
-    subprocess.run(
-        command, stdin=quiet, stdout=quiet, stderr=quiet, timeout=BOOT_SECONDS, check=False
-    )
+    with subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet) as container:
+        try:
+            container.wait(BOOT_SECONDS)
+        finally:
+            # Its first process outlives systemd-nspawn; with it, all others of the container end.
+            for first in children_of(container.pid):
+                with suppress(ProcessLookupError):
+                    os.kill(first, signal.SIGKILL)
 
 
 def test_from_the_first_start_to_the_end(root: Path) -> None:
@@ -72,12 +81,12 @@ def test_from_the_first_start_to_the_end(root: Path) -> None:
     said = dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
     for line in (
         "started: active",
-        "status: filtering by policy first (observe: nothing is blocked)",
+        "status: filtering; policy first (observe: nothing is blocked), 2 workers",
         "supervisor-user: root",
         "user: rstguard-worker",
         "filtered: 1",
         "reloaded: 0",
-        "status: filtering by policy second",
+        "status: filtering; policy second",
         "bad-reload: 1",
         "crashed: active",
         "killed: active",
