@@ -90,9 +90,10 @@ class Bans:
         Raises:
             KernelError: the kernel refused.
         """
-        await asyncio.to_thread(self._place, elements)
-        for element in elements:
-            self._record.blocked_element(element)
+        async with self._record.changing:
+            await asyncio.to_thread(self._place, elements)
+            for element in elements:
+                self._record.blocked_element(element)
         if elements:
             self._guard.events.add(Event("import", f"{len(elements)} sources", IMPORTED))
             self._guard.sweeper.send(Recheck())

@@ -43,7 +43,7 @@ class Run:
         self.world = World(seed)
         self.rng = random.Random(self.world.rng.random())
         self.ledger = Ledger(self.world)
-        self.traffic = Traffic(self.world)
+        self.traffic = Traffic(self.world, self.ledger)
         self.policies = Policies(random.Random(self.world.rng.random()))
         self.actors = Actors(self.world, self.traffic, self.ledger, self.policies)
         self.trouble = Trouble(self.world, self.traffic, self.ledger)
