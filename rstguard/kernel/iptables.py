@@ -14,7 +14,7 @@ from rstguard.kernel.seam import Kernel
 
 _COMMANDS = {4: "iptables", 6: "ip6tables"}
 _WAIT_SECONDS = "10"  # another tool may hold the xtables lock
-
+_REMOVALS = 3
 
 _GO_ON = ("LOG", "NFLOG", "MARK", "CONNMARK")
 """Targets after which a packet goes on to the next rule."""
@@ -165,14 +165,23 @@ def _lacking(
 def remove(kernel: Kernel) -> bool:
     """Take away every chain of ours and every jump to one; True if there was anything.
 
+    A guard and `rstguard panic` may do so at once: what was refused, because the other one was
+    faster, is tried anew with what is there then.
+
     Raises:
         KernelError: iptables refused.
     """
     found = False
-    for family, present in _read_all(kernel, _COMMANDS).items():
-        if present.jumps or present.chains:
-            found = True
-            _restore(kernel, family, _transition(present, Plan({})))
+    for tries_left in reversed(range(_REMOVALS)):
+        try:
+            for family, present in _read_all(kernel, _COMMANDS).items():
+                if present.jumps or present.chains:
+                    found = True
+                    _restore(kernel, family, _transition(present, Plan({})))
+            break
+        except KernelError:
+            if not tries_left:
+                raise
     return found
 
 

@@ -125,7 +125,7 @@ class Record:
             return False
 
     async def count(self) -> int:
-        """Return how many bans and shuns are remembered that surely are in force, or 0.
+        """Return how many bans are remembered that surely are in force, or 0.
 
         Those of the last `_SURE_SECONDS` of their time are left out: a set may forget them earlier,
         as what was told of them was heard later.

@@ -173,7 +173,7 @@ class Store:
             return self._number_of(statement, source, least) > 0
 
     def count(self, seconds: float) -> int:
-        """Return how many bans and shuns last for so many seconds at least, or fewer.
+        """Return how many bans last for so many seconds at least, or fewer; shuns do not count.
 
         It is the file's number: what waits to be written is not counted, and what is to be
         forgotten is taken off, be it in the file or not.
@@ -184,8 +184,12 @@ class Store:
         with self._lock:
             changes = self._collected()
             least = self._clock() + seconds - (changes.shift - self._shifted)
-            gone = sum(row is None or row.replaces for row in changes.blocks.values())
-            found = self._number_of("SELECT count(*) FROM blocks WHERE expires > ?", least)
+            gone = sum(
+                kind == "ban" and (row is None or row.replaces)
+                for (_, kind), row in changes.blocks.items()
+            )
+            statement = "SELECT count(*) FROM blocks WHERE kind = 'ban' AND expires > ?"
+            found = self._number_of(statement, least)
         return max(0, found - gone)
 
     def offences(self) -> tuple[Offence, ...]:

@@ -92,9 +92,10 @@ class Bans:
         Raises:
             KernelError: the kernel refused.
         """
-        await self._placed(self._place, elements)
-        for element in elements:
-            self._record.blocked_element(element)
+        async with self._record.changing:
+            await self._placed(self._place, elements)
+            for element in elements:
+                self._record.blocked_element(element)
         if elements:
             self._guard.events.add(Event("import", f"{len(elements)} sources", IMPORTED))
             self._guard.sweeper.send(Recheck())

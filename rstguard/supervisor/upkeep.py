@@ -151,7 +151,7 @@ class Upkeep:
         async with self._record.changing:
             known = await self._record.count()
             held = await asyncio.to_thread(self._kernel.blocked_by_kind) if known else {}
-        lacking = known - sum(held.values())
+        lacking = known - held.get("ban", 0)
         return f"{lacking} bans that are remembered" if lacking > 0 else ""
 
     async def _put_back(self) -> None:

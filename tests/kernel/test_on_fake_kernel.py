@@ -214,6 +214,16 @@ def test_a_set_that_a_rule_of_others_uses_stops_no_policy(
     assert "could not be removed" in caplog.text
 
 
+def test_who_takes_the_rules_away_at_the_same_time_is_no_trouble(
+    footprint: Footprint, kernel: FakeKernel
+) -> None:
+    footprint.prepare(WEB)
+    footprint.divert(WEB)
+    kernel.faults.fail("run", naming="ip6tables-restore", times=1, after=True)
+    assert footprint.withdraw()
+    assert not footprint.withdraw()
+
+
 # A change of policy that fails
 
 

@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from rstguard.kernel.names import BAN_SETS, SHUN_SETS
 from rstguard.state.database import BUSY_SECONDS
 from tests.simulation.world import Incarnation, World
 
@@ -46,6 +47,8 @@ class Ledger:
         """Sources that a process may have blocked before it died in the middle of a turn."""
         self.pending: tuple[str, float] | None = None
         self.kinds: dict[str, int] = {}
+        self.clock_until = 0.0
+        """Until then it may not be on the disk yet that somebody has set the clock."""
         world.on_event.append(self._heard)
         world.on_end.append(self._killed)
         world.on_loss.append(self.excuse_fragile)
@@ -105,6 +108,8 @@ class Ledger:
         for key, promise in self.bans.items():
             left = kept.get(key, wall) - wall
             promise.fragile = left < promise.until - now - SLACK or promise.told > now - 1.5
+        if now < self.clock_until:
+            self.doubts.update(self.bans.keys())
         # What was lifted while nothing could be written comes back.
         self.doubts.update(kept.keys() - self.bans.keys())
 
@@ -121,6 +126,14 @@ class Ledger:
         finally:
             database.close()
         return {(str(source), str(kind)): float(expires) for source, kind, expires in rows}
+
+    def note_untold(self) -> None:
+        """A process dies: it may have blocked somebody, and not have been heard any more."""
+        told = {source for source, _ in self.bans}
+        for name in (*BAN_SETS, *SHUN_SETS):
+            if name in self._world.kernel.ipsets.names:
+                held = self._world.kernel.ipsets.get(name).members
+                self.untold |= {str(source) for source in held} - told
 
     def excuse_fragile(self) -> None:
         """Another program took what nobody else knew."""

@@ -43,7 +43,7 @@ class Run:
         self.world = World(seed)
         self.rng = random.Random(self.world.rng.random())
         self.ledger = Ledger(self.world)
-        self.traffic = Traffic(self.world)
+        self.traffic = Traffic(self.world, self.ledger)
         self.policies = Policies(random.Random(self.world.rng.random()))
         self.actors = Actors(self.world, self.traffic, self.ledger, self.policies)
         self.trouble = Trouble(self.world, self.traffic, self.ledger)
@@ -109,8 +109,8 @@ class Run:
         one = world.current
         if one is None or one.owner.stopped or one.over or not one.up:
             return
-        invariants.status_is_true(world, one, self.trouble.idle_since)
         if not self.trouble.held_up(one):
+            invariants.status_is_true(world, one, self.trouble.idle_since)
             invariants.no_process_waits_too_long(one, world, self.ledger)
 
     async def _calm(self) -> None:

@@ -15,6 +15,7 @@ from rstguard.engine.flow import Flow, TcpState, Tuple
 from rstguard.engine.wire import ACK, FIN, SYN, Packet, parse
 from rstguard.kernel import KernelError
 from rstguard.kernel.marks import Marks
+from tests.simulation.ledger import Ledger
 from tests.simulation.loop import Dead
 from tests.simulation.processes import Process
 from tests.simulation.world import QUEUE, World
@@ -48,8 +49,8 @@ class Sent:
 class Traffic:
     """All that comes in on the protected interface."""
 
-    def __init__(self, world: World) -> None:
-        self._world, self._kernel = world, world.kernel
+    def __init__(self, world: World, ledger: Ledger) -> None:
+        self._world, self._kernel, self._ledger = world, world.kernel, ledger
         self.rng = random.Random(world.rng.random())
         self.sent: dict[int, Sent] = {}
         self._number = 0
@@ -65,6 +66,7 @@ class Traffic:
 
     def _died(self, one: Process) -> None:
         """What waits in the queue of a process that dies is dropped by the kernel."""
+        self._ledger.note_untold()
         bound = self._kernel.packets.queues.get(one.queue) if one.queue is not None else None
         if bound is not None and bound.owner == one.owner.name:
             self.lose(bound.waiting)

@@ -70,16 +70,9 @@ class Trouble(OtherPrograms):
         def killed() -> None:
             self._world.note(f"{process.owner.name} is killed in the middle of a turn")
             self._idle(process)
-            self._ledger_untold(process)
             died()
 
         one.kernel.killed = killed
-
-    def _ledger_untold(self, one: Process) -> None:
-        """It may have blocked somebody, and could not tell any more."""
-        told = {source for source, _ in self._ledger.bans}
-        with self._world.kernel.sets() as sets:
-            self._ledger.untold |= {str(e.source) for e in sets.list()} - told
 
     async def hang_child(self) -> None:
         """One is stopped for a while."""
@@ -206,7 +199,10 @@ class Trouble(OtherPrograms):
             self._away = False
 
     async def clock(self) -> None:
-        """Somebody sets the clock."""
+        """Somebody sets the clock; while no guard runs nobody could know by how much."""
+        if self._world.works is None:
+            return
+        self._ledger.clock_until = self._world.loop.time() + 1.5
         self._world.offset += self.rng.choice((-7200.0, -3600.0, -10.0, 10.0, 3600.0, 86400.0))
         self._world.note(f"the clock is set: {self._world.offset:+.0f} s in all")
         await asyncio.sleep(2.5)
@@ -235,6 +231,7 @@ class Trouble(OtherPrograms):
         finally:
             now = self._world.loop.time()
             self._world.late, self._world.late_until = now - began, now + 1
+            self._world.latest = max(self._world.latest, now - began)
             self.held_until = now + 10
             self._world.loop.resume(one.owner)
 

@@ -55,6 +55,8 @@ class World(logging.Handler):
         """Called before sets of the banned are taken away by whoever may do so."""
         self.late = self.late_until = 0.0
         """By how many seconds the supervisor may hear late what was told, and until when."""
+        self.latest = 0.0
+        """For how long a supervisor was stopped at most."""
         self.current: Incarnation | None = None
         self.incarnations: list[Incarnation] = []
         self.tasks: list[asyncio.Task[Any]] = []
