@@ -20,6 +20,8 @@ class OtherPrograms:
         self._world, self._ledger = world, ledger
         self.rng = random.Random(world.rng.random())
         self._between: Callable[[], object] | None = None
+        self.emptied = False
+        """Whether bans were taken that only their number betrays."""
         world.kernel.between = self._meanwhile
 
     def _meanwhile(self, operation: str) -> None:
@@ -65,6 +67,7 @@ class OtherPrograms:
 
     def _empty(self, name: str) -> None:
         if name in self._world.kernel.ipsets.names:
+            self.emptied = True
             if name in _BAN_SETS:
                 self._ledger.excuse_fragile()
             self._world.kernel.ipsets.get(name).members.clear()
@@ -74,6 +77,7 @@ class OtherPrograms:
 
         def act() -> None:
             self._world.kernel.flush_all()
+            self.emptied = True
             self._ledger.excuse_fragile()
             for name in list(self._world.kernel.ipsets.names):
                 self._world.kernel.destroy_set(name)
