@@ -266,7 +266,7 @@ def test_many_long_requests_at_once_are_bounded_and_an_import_gets_through(
             sent[one] = have + pushed(one, b" " * min(1 << 16, size - have))
         return all(have == size or gone([one]) for one, have in sent.items())
 
-    wait_until(all_sent)
+    wait_until(all_sent, 30)
     wait_until(lambda: 1 <= len(sent) - gone(list(sent)) <= 16)  # of a MiB at least, in 16 MiB
     bans = [["198.51.100.7", 60]] * 25_000
     assert ask(place, {"command": "ban-import", "bans": bans})
