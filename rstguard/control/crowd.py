@@ -33,12 +33,14 @@ class Crowd:
     """Those who are connected.
 
     At most `most` are silent, that is: they have asked nothing, or not all of it, or do not read
-    their answer; and at most `most` are being answered.  If one more comes, or if requests take
-    more than `most_held` bytes, the longest silent is cut off, of whoever has the most connections.
+    their answer; and at most `most_answered` are being answered.  If one more comes, or if requests
+    take more than `most_held` bytes, the longest silent is cut off, of whoever has the most
+    connections.
     """
 
-    def __init__(self, most: int, most_held: int) -> None:
+    def __init__(self, most: int, most_held: int, most_answered: int) -> None:
         self._most = most
+        self._most_answered = most_answered
         self._most_held = most_held
         self._silent: dict[Guest, None] = {}
         """The longest silent first."""
@@ -64,7 +66,7 @@ class Crowd:
     @property
     def full(self) -> bool:
         """Whether as many are being answered as can be."""
-        return self._answered >= self._most
+        return self._answered >= self._most_answered
 
     @contextlib.contextmanager
     def answering(self, guest: Guest) -> Iterator[None]:

@@ -30,6 +30,8 @@ GROUP = "rstguard"
 LARGEST: Final = 2 << 20
 """Bytes of a request: 25,000 bans take 1.5 MB, a policy of 64 KiB at most 400 kB of JSON."""
 MOST_CONNECTED: Final = 64
+MOST_ANSWERED: Final = 256
+"""Whoever asks while so many wait for their answers is told to try again."""
 PATIENCE: Final = 60.0
 """Seconds in which a request is to arrive, and its answer is to be read."""
 _MOST_HELD: Final = 16 << 20
@@ -88,7 +90,7 @@ class _Conversations:
 
     def __init__(self, answer: Answer) -> None:
         self._answer = answer
-        self._crowd = Crowd(MOST_CONNECTED, _MOST_HELD)
+        self._crowd = Crowd(MOST_CONNECTED, _MOST_HELD, MOST_ANSWERED)
         self._turn = asyncio.Lock()
         """Of those who have had an answer and want another."""
         self._large = asyncio.Lock()

@@ -95,7 +95,7 @@ class Web:
     def __init__(self, host: str, answer: Answer) -> None:
         self._names = {host, "localhost"}
         self._answer = answer
-        self._crowd = Crowd(MOST_CONNECTIONS, MOST_CONNECTIONS * LARGEST)
+        self._crowd = Crowd(MOST_CONNECTIONS, MOST_CONNECTIONS * LARGEST, MOST_CONNECTIONS)
         self._page = files("rstguard.observe").joinpath("page.html").read_bytes()
         self._asking = asyncio.Lock()
         self._snapshot: Any = None

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from rstguard.control import web
-from rstguard.control.protocol import LARGEST, MOST_CONNECTED, ask, listens, serve
+from rstguard.control.protocol import LARGEST, MOST_ANSWERED, MOST_CONNECTED, ask, listens, serve
 from rstguard.ipc.requests import ControlError, Request
 from rstguard.lab.waiting import wait_until
 
@@ -282,9 +282,9 @@ def test_too_many_that_are_being_answered_are_told_so(
     place: Path, heard: Heard, crowd: contextlib.ExitStack
 ) -> None:
     heard.held.set()
-    for _ in range(MOST_CONNECTED):
+    for _ in range(MOST_ANSWERED):
         client(crowd, place).sendall(b'{"command": "wait"}\n')
-    wait_until(lambda: heard.count == MOST_CONNECTED)
+    wait_until(lambda: heard.count == MOST_ANSWERED)
     with pytest.raises(ControlError, match="too many others"):
         ask(place, {"command": "status"})
     heard.held.clear()
