@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 
 READY_SECONDS: Final = 15.0
 """How long a process may take from its start until it serves."""
+CALM_SECONDS: Final = 10.0
+"""So long without a death, and the next one is the first again: its successor starts at once."""
 _STOP_SECONDS: Final = 3.0
 _PATIENCE: Final = {"worker": 5.0, "sweeper": 60.0}
 """Seconds without a word after which a process that serves is given up.  A worker reports twice a
@@ -104,7 +106,7 @@ class Child:
         self._heard_at = 0.0
         self._stopping = asyncio.Event()
         self._waits: dict[int, asyncio.Future[None]] = {}
-        self._backoff = Backoff(at_once=3, first=0.1, longest=0.5, calm=10, weary=5.0)
+        self._backoff = Backoff(at_once=3, first=0.1, longest=0.5, calm=CALM_SECONDS, weary=5.0)
         self._before: Counter[str] = Counter()
         self._now: Counter[str] = Counter()
 
