@@ -130,8 +130,10 @@ class Run:
         )  # fmt: skip
         await asyncio.sleep(5)  # a look at the rules, and a flush
         if self.trouble.emptied:
-            # Bans of the last seconds of their time hide it, see `Record.count`.
-            await asyncio.sleep(32)
+            # Bans in the last seconds of their time hide it, see `Record.count`.
+            await world.until(
+                lambda: one.over or self._bans_hold(), 120, "bans that were taken do not come back"
+            )
         await self._until_whole(one)
         await world.until(
             lambda: one.parts.record.store is not None and not one.parts.record.problem, 15,
@@ -145,6 +147,13 @@ class Run:
             )
         if world.current is not one:
             await self._calm()
+
+    def _bans_hold(self) -> bool:
+        try:
+            invariants.every_told_ban_is_in_force(self.world, self.ledger)
+        except Broken:
+            return False
+        return True
 
     async def _until_whole(self, one: Incarnation) -> None:
         """Rules are put back, at the latest after the longest back-off: see upkeep.py."""
