@@ -168,3 +168,16 @@ async def test_there_is_nothing_to_go_back_to(tmp_path: Path) -> None:
     async with site(tmp_path) as here:
         with pytest.raises(ControlError, match="no earlier policy"):
             await here.ask("policy-rollback")
+
+
+async def test_the_policy_in_force_is_in_a_history_that_begins_late(tmp_path: Path) -> None:
+    directory = tmp_path / "state"
+    directory.write_text("not a directory yet")
+    async with site(directory) as here:
+        keeping = asyncio.create_task(here.record.keep())
+        await here.apply("second")
+        assert await here.history() == []
+        directory.unlink()
+        await asyncio.sleep(120)
+        assert (await here.history())[0] == ("second", "kept")
+        keeping.cancel()
