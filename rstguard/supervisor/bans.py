@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Final, TypeVar
+from itertools import compress
+from typing import Final
 
 from rstguard.engine.address import Prefix
 from rstguard.engine.ruleset import RuleSet
@@ -20,6 +20,7 @@ from rstguard.ipc.messages import Blocked, Recheck
 from rstguard.ipc.requests import ControlError
 from rstguard.kernel import KernelError
 from rstguard.kernel.elements import Element
+from rstguard.kernel.placing import Placed, place
 from rstguard.kernel.seam import Kernel
 from rstguard.observe.events import Event
 from rstguard.policy.load import Loaded
@@ -29,8 +30,6 @@ from rstguard.supervisor.change import Change
 from rstguard.supervisor.guard import Guard
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 MANUAL: Final = "manual"
 """The rule name of a ban that an administrator asked for."""
@@ -83,22 +82,30 @@ class Bans:
         """
         element = Element(source, "ban", MANUAL, seconds, keep_existing)
         async with self._record.changing:
-            await self._placed(self._replace, element)
+            try:
+                await asyncio.to_thread(self._replace, element)
+            except KernelError:
+                self._guard.unplaced_at = asyncio.get_running_loop().time()
+                raise
             self._note(Blocked(element, Reason.KILLED), replaces=True)
 
     async def add_list(self, elements: list[Element]) -> None:
         """Ban many sources, with one event for all: who they are is in the list.
 
         Raises:
-            KernelError: the kernel refused.
+            KernelError: the kernel refused some; the others are banned.
         """
         async with self._record.changing:
-            await self._placed(self._place, elements)
-            for element in elements:
+            there, error = await asyncio.to_thread(self._place, elements)
+            banned = list(compress(elements, there))
+            for element in banned:
                 self._record.blocked_element(element)
-        if elements:
-            self._guard.events.add(Event("import", f"{len(elements)} sources", IMPORTED))
+        if banned:
+            self._guard.events.add(Event("import", f"{len(banned)} sources", IMPORTED))
             self._guard.sweeper.send(Recheck())
+        if error:
+            self._guard.unplaced_at = asyncio.get_running_loop().time()
+            raise KernelError(f"{len(banned)} of {len(elements)} sources are banned: {error}")
 
     async def remove(self, source: Prefix) -> bool:
         """Lift the ban or shun of exactly this prefix; tell whether there was one.
@@ -165,16 +172,9 @@ class Bans:
             detail = "banned in the minute before the policy ran away"
             self._guard.events.add(Event("unban", f"{len(sources)} sources", detail=detail))
 
-    async def _placed(self, place: Callable[[T], None], what: T) -> None:
-        try:
-            await asyncio.to_thread(place, what)
-        except KernelError:
-            self._guard.unplaced_at = asyncio.get_running_loop().time()
-            raise
-
-    def _place(self, elements: Iterable[Element]) -> None:
+    def _place(self, elements: list[Element]) -> Placed:
         with self._kernel.sets() as sets:
-            sets.add(elements)
+            return place(sets, elements)
 
     def _replace(self, element: Element) -> None:
         """Place a ban instead of whatever blocks its source by now, also in another set."""

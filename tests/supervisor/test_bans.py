@@ -159,3 +159,17 @@ async def test_a_full_set_is_an_error_with_a_sentence(tmp_path: Path) -> None:
         with pytest.raises(Full, match="it is full"):
             await here.bans.add(parse_prefix("198.51.100.2"), 60, keep_existing=False)
         assert kinds(here.guard) == ["ban"]
+
+
+async def test_of_a_list_that_is_too_long_it_is_known_who_is_banned(tmp_path: Path) -> None:
+    async with site(tmp_path) as here:
+        here.kernel.ipsets.get("rstguard-ban4").options["maxelem"] = "2"
+        listed = [
+            Element(parse_prefix(f"198.51.100.{n}"), "ban", "imported", 60) for n in range(1, 5)
+        ]
+        with pytest.raises(KernelError, match=r"2 of 4 sources are banned: .* is full"):
+            await here.bans.add_list(listed)
+        assert len(here.banned()) == 2
+        assert kinds(here.guard) == ["import"]
+        assert here.record.store is not None
+        assert {str(one.source) for one in here.record.store.blocks()} == set(here.banned())
