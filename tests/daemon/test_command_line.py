@@ -140,7 +140,7 @@ REFUSALS = [
     (("ban", "add", "192.0.0.0/16"), 1, "trusted network 192.0.2.0/24"),
     (("ban", "add", "2001:db8:1::/48"), 1, "trusted network 2001:db8::/32"),
     (("ban", "add", "somebody"), 1, "'somebody' is no address or network"),
-    (("ban", "add", "0.0.0.0/0"), 1, "192.0.2.0/24"),
+    (("ban", "add", "0.0.0.0/0"), 1, "would ban everybody"),
     (("ban", "remove", "1.2.3.4.5"), 1, "is no address or network"),
     (("ban", "remove", "203.0.113.77"), 1, "neither banned nor shunned"),
     (("ban", "add", "203.0.113.7", "--for", "soon"), 2, "--for"),
