@@ -140,8 +140,7 @@ class Actors:
     async def kill(self) -> None:
         """End the connections of a source."""
         source = HONEST + self.rng.randrange(50)
-        # Of two that draw the same port there is only one.
-        flows = {self._traffic.connect(source).original for _ in range(3)}
+        flows = [self._traffic.connect(source) for _ in range(3)]
         done = await self._ask(command="kill", source=text(source))
         if done is not None and done["killed"] < len(flows):
             self._world.broken(

@@ -148,6 +148,8 @@ class Traffic:
         """Put a connection into the table."""
         self._ident += 1
         there = Tuple(source, SERVER, self.rng.randrange(1024, 65536), 80)
+        while self._kernel.connections.get(there) is not None:  # a client takes a free port
+            there = there._replace(source_port=self.rng.randrange(1024, 65536))
         back = Tuple(SERVER, source, 80, there.source_port)
         mark = _ESTABLISHED if mark < 0 else mark
         flow = Flow(
