@@ -193,13 +193,13 @@ class Supervisor:
         parts = self._parts
         parts.guard.events.add(Event("stop", parts.guard.ruleset.name))
         parts.guard.diverts = False
-        parts.budget.stop()
         (self._options.directory / "control.sock").unlink(missing_ok=True)
         try:
             # Chains go first: the worker then answers what is still queued, and no more comes.
             await asyncio.to_thread(parts.footprint.withdraw)
             await parts.processes.stop()
         finally:
+            parts.budget.stop()  # so late, as a change of policy that was under way may begin it
             await asyncio.to_thread(parts.footprint.remove, self._options.keep_bans)
 
 
