@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from rstguard.engine.offers import Offer, Service
@@ -35,6 +36,14 @@ class Footprint:
         self._clears = True
         """Whether our bits come off packets before they are routed (`rstguard.kernel.clearing`)."""
         self._whole = threading.RLock()  # nobody is to see the rules half changed
+        self._ended = False
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        with self._whole:
+            if self._ended:
+                raise KernelError("the guard is stopping, and changes nothing any more")
+            yield
 
     def prepare(self, ruleset: RuleSet) -> bool:
         """Set sysctls and make the sets.  Nothing is diverted yet.
@@ -45,14 +54,20 @@ class Footprint:
         Raises:
             KernelError: something was refused.
         """
-        tracking = self._kernel.read_sysctl(_COUNT) != "0"
-        sysctl.apply(self._kernel, sysctl.TRACKING, self._record)
-        ipset.apply(self._kernel, ruleset, len(self.queues))
-        return tracking
+        with self._changing():
+            tracking = self._kernel.read_sysctl(_COUNT) != "0"
+            sysctl.apply(self._kernel, sysctl.TRACKING, self._record)
+            ipset.apply(self._kernel, ruleset, len(self.queues))
+            return tracking
 
     def forbid_pickup(self) -> None:
-        """From now on a connection is known only from its SYN on; other segments are strays."""
-        sysctl.apply(self._kernel, {**sysctl.TRACKING, **sysctl.STRICT_PICKUP}, self._record)
+        """From now on a connection is known only from its SYN on; other segments are strays.
+
+        Raises:
+            KernelError: a sysctl could not be set.
+        """
+        with self._changing():
+            sysctl.apply(self._kernel, {**sysctl.TRACKING, **sysctl.STRICT_PICKUP}, self._record)
 
     def divert(self, ruleset: RuleSet) -> None:
         """Put the chains in place, or exchange them for those of another policy.
@@ -62,7 +77,7 @@ class Footprint:
         Raises:
             KernelError: iptables refused.
         """
-        with self._whole:
+        with self._changing():
             self._clear(ruleset)
             self._placed = iptables.apply(self._kernel, self._plans(ruleset))
             self._prune(ruleset)
@@ -102,17 +117,18 @@ class Footprint:
                 "marks and labels cannot change while connections bear them: restart the guard with"
                 " the new policy, or leave these two keys as they are"
             )
-        try:
-            ipset.apply(self._kernel, new, len(self.queues))
-            if divert:
-                self.divert(new)
-        except KernelError:
-            ipset.apply(self._kernel, old, len(self.queues))
-            if divert:
-                self.divert(old)
-            raise
-        if not divert:
-            self._prune(new)
+        with self._changing():
+            try:
+                ipset.apply(self._kernel, new, len(self.queues))
+                if divert:
+                    self.divert(new)
+            except KernelError:
+                ipset.apply(self._kernel, old, len(self.queues))
+                if divert:
+                    self.divert(old)
+                raise
+            if not divert:
+                self._prune(new)
 
     def missing(self, ruleset: RuleSet) -> list[str]:
         """Return which rules should be in the kernel and are not, in words.
@@ -144,7 +160,7 @@ class Footprint:
         Raises:
             KernelError: something was refused.
         """
-        with self._whole:
+        with self._changing():
             ipset.apply(self._kernel, ruleset, len(self.queues))
             self.divert(ruleset)
 
@@ -154,6 +170,18 @@ class Footprint:
 
     def _plans(self, ruleset: RuleSet) -> dict[int, chains.Plan]:
         return _plans(ruleset, self.queues, self.known)
+
+    def end(self) -> None:
+        """Take the chains away for good: whoever wants to change something yet, comes too late.
+
+        What is under way is waited for.  Sets and sysctls are left for `remove`.
+
+        Raises:
+            KernelError: iptables refused.
+        """
+        with self._whole:
+            self._ended = True
+            self.withdraw()
 
     def withdraw(self) -> bool:
         """Take the chains away, so that traffic passes as if there were no guard.

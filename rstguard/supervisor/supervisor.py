@@ -196,7 +196,7 @@ class Supervisor:
         (self._options.directory / "control.sock").unlink(missing_ok=True)
         try:
             # Chains go first: the worker then answers what is still queued, and no more comes.
-            await asyncio.to_thread(parts.footprint.withdraw)
+            await asyncio.to_thread(parts.footprint.end)
             await parts.processes.stop()
         finally:
             parts.budget.stop()  # so late, as a change of policy that was under way may begin it

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from rstguard.ipc.requests import ControlError
-from rstguard.lab.guard import alive
+from rstguard.lab.guard import alive, leftovers
 from rstguard.lab.waiting import wait_until
 from tests.support.crowd import Crowd
 from tests.support.guard import Guard
@@ -209,3 +211,34 @@ def test_a_worker_that_dies_meanwhile_comes_back_with_the_new_policy(
         service.connect(address)
     assert refused(lab, address, service.address, OTHER)
     guard.apply(policy())
+
+
+def stop_amid_changes(guard: Guard) -> None:
+    """Stop a guard to which six clients apply one policy after the other."""
+    over, texts = threading.Event(), itertools.cycle(VARIANTS)
+    applied: list[bool] = []
+
+    def apply() -> None:
+        while not over.is_set():
+            with contextlib.suppress(ControlError, OSError):
+                guard.apply(next(texts))
+                applied.append(True)
+
+    crowd = [threading.Thread(target=apply) for _ in range(6)]
+    for one in crowd:
+        one.start()
+    try:
+        wait_until(lambda: len(applied) > 3)
+        assert guard.stop() == 0
+    finally:
+        over.set()
+        for one in crowd:
+            one.join()
+
+
+def test_policies_that_are_applied_while_the_guard_stops_leave_nothing(tmp_path: Path) -> None:
+    with ThreeHosts("rgf9") as lab:
+        for name in "abc":
+            with Guard(lab, policy(), tmp_path / name, workers=2) as guard:
+                stop_amid_changes(guard)
+                assert leftovers(lab) == []

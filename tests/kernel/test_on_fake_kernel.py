@@ -463,3 +463,24 @@ def test_faults_meet_only_the_process_and_the_times_they_are_for(kernel: FakeKer
 def test_an_observing_policy_needs_no_budget(footprint: Footprint, kernel: FakeKernel) -> None:
     footprint.prepare(replace(ruleset(syn_budget={"rate": "300/s"}), enforce=False))
     assert "rstguard-engaged4" not in kernel.ipsets.names
+
+
+def test_after_the_end_nothing_comes_back(footprint: Footprint, kernel: FakeKernel) -> None:
+    before = kernel.sysctls.copy()
+    footprint.prepare(WEB)
+    footprint.divert(WEB)
+    footprint.end()
+    late = (
+        lambda: footprint.replace(WEB, OTHER),
+        lambda: footprint.restore(WEB),
+        lambda: footprint.divert(WEB),
+        lambda: footprint.prepare(WEB),
+        footprint.forbid_pickup,
+    )
+    for change in late:
+        with pytest.raises(KernelError, match="stopping"):
+            change()
+    footprint.remove()
+    assert not [name for name in kernel.ipsets.names if name.startswith("rstguard")]
+    assert not rules(kernel)
+    assert kernel.sysctls == before
