@@ -293,3 +293,10 @@ def test_no_path_of_a_single_machine_is_written_down() -> None:
         if path.suffix in {".py", ".md", ".yaml", ".toml", ".service", ""} and path.is_file():
             for number, text in enumerate(path.read_text().splitlines(), 1):
                 assert not MACHINE_PATHS.search(text), f"{name_of(path)}:{number}: {text.strip()}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_own_programs_are_started_in_one_way(path: Path) -> None:
+    """What a module is run by says that the present directory does not count."""
+    if path != PACKAGE / "kernel" / "command.py":
+        assert '"-m",' not in re.sub(r"-m pip", "", path.read_text())

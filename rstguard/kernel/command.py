@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Final, Protocol
@@ -23,6 +24,15 @@ _MEANINGS: Final = (
     ("Hash is full", Full),
 )
 """What the tools say, and what it means: their exit status does not tell one from the other."""
+
+
+def own_program(module: str, *words: str) -> list[str]:
+    """Return what runs a module of this package as a program of its own.
+
+    Python would look in the present directory first, whoever can write there; -P forbids it
+    (https://docs.python.org/3/using/cmdline.html#cmdoption-P).
+    """
+    return [sys.executable, "-P", "-m", module, *words]
 
 
 class Commands(Protocol):

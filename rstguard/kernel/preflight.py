@@ -17,6 +17,7 @@ from pathlib import Path
 
 from rstguard.kernel import KernelError, clearing, confine, protected, readers
 from rstguard.kernel.check import Check, Host, Outcome
+from rstguard.kernel.command import own_program
 from rstguard.kernel.queues import owner
 from rstguard.kernel.trial import feature_checks
 
@@ -236,7 +237,7 @@ def _confinement(host: Host) -> Check:
     name = "confinement"
     if not host.capable(_CAP_NET_ADMIN):
         return Check(name, Outcome.WARNING, "not tried: CAP_NET_ADMIN is missing")
-    *lacking, last = host.ask([sys.executable, "-m", confine.__name__], 2.0).splitlines() or [""]
+    *lacking, last = host.ask(own_program(confine.__name__), 2.0).splitlines() or [""]
     if last != confine.DONE:
         sentence = f"a process that confines itself does not live: {last or 'it says nothing'}"
         return Check(name, Outcome.MISSING, sentence, "report this with the kernel's version")

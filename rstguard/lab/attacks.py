@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import shutil
-import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
+from rstguard.kernel.command import own_program
 from rstguard.lab import LabError
 from rstguard.lab.topology import ATTACKER, SERVER
 
@@ -107,5 +107,4 @@ def _slow_requests(seconds: float, mode: str, url: str) -> Attack:
 
 
 def _strike(kind: str, seconds: float, *options: str) -> tuple[str, ...]:
-    program = (sys.executable, "-m", "rstguard.lab.strike")
-    return (*program, kind, "--seconds", f"{seconds:g}", *options)
+    return (*own_program("rstguard.lab.strike", kind, "--seconds", f"{seconds:g}"), *options)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +12,7 @@ from typing import Any, Self
 
 from rstguard.control.protocol import ask
 from rstguard.ipc.requests import ControlError
+from rstguard.kernel.command import own_program
 from rstguard.lab import LabError
 from rstguard.lab.network import Network, stop
 from rstguard.lab.usage import children_of
@@ -111,8 +111,7 @@ class GuardProcess:
 
     def words(self, *words: str) -> list[str]:
         """Return a command of `rstguard` for this guard; asking it needs no namespace."""
-        where = ["--runtime-dir", str(self.runtime)]
-        return [sys.executable, "-m", "rstguard", *words, *where]
+        return own_program("rstguard", *words, "--runtime-dir", str(self.runtime))
 
     def command(self, *words: str) -> list[str]:
         """Return what runs a command of `rstguard` for this guard inside its namespace."""

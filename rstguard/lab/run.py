@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import select
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 
 from rstguard.ipc.requests import ControlError
+from rstguard.kernel.command import own_program
 from rstguard.lab import LabError
 from rstguard.lab.client import Request
 from rstguard.lab.guard import GuardProcess, leftovers
@@ -100,7 +100,7 @@ def start_program(lab: Network, role: str, program: str, *options: str) -> subpr
     Raises:
         LabError: it did not get ready.
     """
-    command = [sys.executable, "-m", f"rstguard.lab.{program}", *options]
+    command = own_program(f"rstguard.lab.{program}", *options)
     running = lab.start(role, *command, piped=True, log=f"{program}.log")
     assert running.stdout is not None
     readable = select.select([running.stdout], [], [], _READY_SECONDS)[0]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
+from rstguard.kernel.command import own_program
 from rstguard.lab import LabError
 from rstguard.lab.topology import Lab
 
@@ -37,7 +37,7 @@ def start_server(lab: Lab, access_log: str = "off") -> None:
     path.write_text(configuration(lab.directory, stream, access_log), encoding="utf-8")
     lab.start("server", "nginx", "-c", str(path), "-p", str(lab.directory), log="nginx.log")
     if stream is None:
-        lab.start("server", sys.executable, "-m", "rstguard.lab.server", log="banner.log")
+        lab.start("server", *own_program("rstguard.lab.server"), log="banner.log")
 
 
 def configuration(directory: Path, stream: str | None, access_log: str = "off") -> str:

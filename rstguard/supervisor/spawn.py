@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from typing import Final, Literal, NamedTuple, Protocol
 
 from rstguard.ipc.channel import SupervisorEnd, pair, supervisor_end
 from rstguard.ipc.entry import CHANNEL_FD, take_priority
 from rstguard.kernel import KernelError
+from rstguard.kernel.command import own_program
 from rstguard.kernel.command import spawn as start
 from rstguard.kernel.confine import cause_of_death
 
@@ -63,7 +63,7 @@ def spawn(kind: Kind) -> Spawned:
     ours, theirs = pair()
     try:
         process: subprocess.Popen[bytes] = start(
-            [sys.executable, "-m", f"rstguard.{kind}"],
+            own_program(f"rstguard.{kind}"),
             pass_fds=[theirs.fileno()],
             env={**os.environ, CHANNEL_FD: str(theirs.fileno())},
             stdin=subprocess.DEVNULL,

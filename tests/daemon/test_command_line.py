@@ -439,3 +439,24 @@ def test_ctrl_c_in_the_midst_of_starting(tmp_path: Path) -> None:
             assert "died while starting" not in said
             assert "failed" not in said
         assert leftovers(lab) == []
+
+
+def test_no_file_of_the_present_directory_is_run(tmp_path: Path) -> None:
+    """Root may stand in a directory in which others can write."""
+    ran = tmp_path / "ran"
+    for name in ("msgspec.py", "asyncio.py", "rstguard.py"):
+        (tmp_path / name).write_text(f"open({str(ran)!r}, 'w')")
+    with ThreeHosts("rgf8") as lab:
+        guard = Guard(lab, POLICY, tmp_path / "run", workers=1)
+        command = str(Path(sys.executable).with_name("rstguard"))
+        words = ["--policy", str(guard.file), "--state-dir", str(tmp_path / "state")]
+        words += ["--runtime-dir", str(guard.runtime)]
+        with subprocess.Popen(
+            lab.command("gateway", command, "run", *words), cwd=tmp_path, stderr=subprocess.DEVNULL
+        ) as run:
+            try:
+                wait_until(guard.at_work)
+            finally:
+                run.terminate()
+        assert run.returncode == 0
+    assert not ran.exists()
