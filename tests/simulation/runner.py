@@ -251,15 +251,18 @@ class Run:
         self._glance()
 
     async def _end(self) -> None:
-        """Stop the guard for good; nothing may be left."""
+        """Stop the guard for good, while policies are applied perhaps; nothing may be left."""
         world = self.world
         one = world.works
         assert one is not None
         world.wanted = world.cleans = False
+        late = [asyncio.ensure_future(self.actors.apply()) for _ in range(self.rng.randrange(5))]
+        await asyncio.sleep(self.rng.uniform(0, 0.05))
         one.context.run(one.supervisor.stop)
         await world.until(lambda: one.over, 20, "the guard does not stop")
         invariants.holds(not one.error, "the guard does not stop in order", one.error)
         await asyncio.sleep(1)
+        await asyncio.gather(*late)
         invariants.nothing_is_left(world)
         kept = self.ledger.on_disk()
         for key, promise in self.ledger.due(world.loop.time()).items():
