@@ -24,7 +24,8 @@ from tests.soak.load import Honest
 from tests.support.guard import Guard
 from tests.support.network import ThreeHosts
 from tests.support.sources import source
-from tests.support.traffic import Link, Open
+from tests.support.stream import Stream
+from tests.support.traffic import Open
 
 pytestmark = pytest.mark.netns
 
@@ -40,51 +41,9 @@ rules:
   - {name: crowd, measure: connection_rate, ports: [8002], over: 1/m, burst: 2, then: ban, for: 60s}
 """
 BANS = 300
-BLOCK = bytes(range(256)) * 16
 PIDS = Path("/sys/fs/cgroup/pids")
 QUEUE = 5640
 """The number of the first queue."""
-
-
-class Stream:
-    """Bytes that a client sends all the while; the server counts, and looks that none is lost."""
-
-    def __init__(self, link: Link) -> None:
-        self._link = link
-        self._over = threading.Event()
-        self.sent = self.received = 0
-        self.problems: list[str] = []
-        self._threads = [threading.Thread(target=work) for work in (self._send, self._receive)]
-
-    def __enter__(self) -> Stream:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        for thread in self._threads:
-            thread.join(20)
-
-    def _send(self) -> None:
-        try:
-            while not self._over.wait(0.002):
-                self._link.client.sendall(BLOCK)
-                self.sent += len(BLOCK)
-            self._link.client.shutdown(1)
-        except OSError as error:
-            self.problems.append(f"sending: {error!r}")
-
-    def _receive(self) -> None:
-        at = 0
-        try:
-            while data := self._link.server.recv(65536):
-                if data != (BLOCK * (len(data) // len(BLOCK) + 2))[at : at + len(data)]:
-                    self.problems.append("other bytes than were sent")
-                self.received += len(data)
-                at = (at + len(data)) % len(BLOCK)
-        except OSError as error:
-            self.problems.append(f"receiving: {error!r}")
 
 
 @contextmanager
