@@ -60,6 +60,7 @@ class Reason(Enum):
     IDLE = "the connection was silent longer than the rule allows"
     AGE = "the connection is older than the rule allows"
     OVERLOAD = "the worker was overrun, and the source sent a great share of what held it up"
+    OUTLIVED = "the connection went on at its server after a RST that the gateway had believed"
     BANNED = "the source was banned, and its connections end with it"
     KILLED = "an administrator asked for it"
 

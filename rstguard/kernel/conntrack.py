@@ -136,6 +136,16 @@ class Conntrack:
             raise ValueError(f"bits 0x{bits:x} outside mask 0x{mask:x}")
         return [a.error for a in self._ask(_NEW, flows, entry.mark_attributes(bits, mask))]
 
+    def set_liberal(self, flows: Sequence[Flow]) -> list[int]:
+        """Have the tracker take segments of any number of these connections; an errno for each.
+
+        It cures a connection whose window a forged RST has moved in the tracker.
+
+        Raises:
+            KernelError: the kernel could not be asked.
+        """
+        return [answer.error for answer in self._ask(_NEW, flows, entry.liberal_attributes())]
+
     def set_labels(self, flows: Sequence[Flow], bits: int, mask: int) -> list[int]:
         """Give connections the labels (old & ~mask) | bits; return an errno for each, or 0.
 

@@ -58,6 +58,8 @@ class Diversion(Matching):
         marks = self.marks
         settled = marks.trusted if Divert.HANDSHAKE in diverts else marks.established
         rules = [f"-p tcp -m tcp --tcp-flags {SYN_ONLY} -g {PREFIX}-syn"]
+        if self.ruleset.enforce:
+            rules.append(self.doubt())
         if Divert.CLOSE in diverts:
             rules.append(f"-p tcp -m tcp ! --tcp-flags FIN,RST NONE -j {PREFIX}-close")
         if Divert.SMALL_WINDOW in diverts:
@@ -125,6 +127,17 @@ class Diversion(Matching):
         if wanted is not None:
             rules.append(f"-p tcp -m set ! --match-set {set_name('close-ports')} dst -j RETURN")
         return (*rules, f"-j MARK --set-xmark {marks.to_queue_known}", f"-j {PREFIX}-queue")
+
+    def doubt(self) -> str:
+        """A RST that the tracker took may not have reached the server, or not been believed there.
+
+        The sweeper looks what became of the connection (`rstguard.sweeper.doubts`).
+        """
+        marks = self.marks
+        return (
+            f"-p tcp -m tcp --tcp-flags SYN,RST RST -m connmark --mark {marks.established}"
+            f" -m conntrack --ctstate ESTABLISHED -j CONNMARK --set-xmark {marks.closing}"
+        )
 
     def reset_out(self) -> tuple[str, ...]:
         """A server's RST also ends a connection, and no client's segment may follow it.

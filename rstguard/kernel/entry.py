@@ -27,7 +27,8 @@ STATUS_MASK, LABELS, LABELS_MASK = 26, 22, 23
 TUPLE_IP, TUPLE_PROTO = 1, 2
 IP_V4_SRC, IP_V4_DST, IP_V6_SRC, IP_V6_DST = 1, 2, 3, 4
 PROTO_NUM, PROTO_SRC_PORT, PROTO_DST_PORT = 1, 2, 3
-PROTOINFO_TCP, TCP_STATE = 1, 1
+PROTOINFO_TCP, TCP_STATE, TCP_FLAGS_ORIGINAL, TCP_FLAGS_REPLY = 1, 1, 4, 5
+BE_LIBERAL = 8
 COUNTER_PACKETS, COUNTER_BYTES = 1, 2
 TIMESTAMP_START = 1
 FILTER_ORIG_FLAGS, FILTER_PROTO_NUM = 1, 1 << 3
@@ -293,6 +294,17 @@ def name_attributes(flow: Flow) -> bytes:
 def mark_attributes(mark: int, mask: int) -> bytes:
     """Return the attributes that carry a mark and which of its bits count."""
     return attribute(MARK, mark.to_bytes(4, "big")) + attribute(MARK_MASK, mask.to_bytes(4, "big"))
+
+
+def liberal_attributes() -> bytes:
+    """Return the attributes by which the tracker takes segments of any number, of both directions.
+
+    IP_CT_TCP_FLAG_BE_LIBERAL of one entry (nlattr_to_tcp in nf_conntrack_proto_tcp.c); a RST still
+    ends the entry only with the very number that is expected (tcp_packet, TCP_CONNTRACK_CLOSE).
+    """
+    flags = bytes((BE_LIBERAL, BE_LIBERAL))  # value and mask: struct nf_ct_tcp_flags
+    both = attribute(TCP_FLAGS_ORIGINAL, flags) + attribute(TCP_FLAGS_REPLY, flags)
+    return nest(PROTOINFO, nest(PROTOINFO_TCP, both))
 
 
 def labels_attributes(bits: int, mask: int) -> bytes:

@@ -10,7 +10,7 @@ would take nine bits one by one, and eight are enough by two decisions:
   itself is guarded.  Two bits hold the three.  A stage only rises, and each rule that raises it
   asks for the one below: so a late verdict takes nothing back.
 - SYN_ACK_SEEN matters before the handshake is over, CLOSING only after it: they share a bit.  The
-  rule that makes a connection PROVEN is the one to clear it, once a rule sets it.
+  rule that makes a connection PROVEN is the one to clear it, once a rule sets SYN_ACK_SEEN.
 
 A mark bit is what a dump filters by, what a rule clears again, and what must work for connections
 that are older than the guard.  A label is what is only ever set, and only on connections that began
@@ -84,7 +84,7 @@ PLAN: Final = (
     ),
     Meaning(
         _ON_CONNECTION, "CLOSING", _CLOSING,
-        "a FIN or RST was seen: a sweep need not read it", reserved=True,
+        "a RST for it came in from outside: the sweeper looks what became of its ends",
     ),
     Meaning(
         _ON_CONNECTION, "SYN_ACK_SEEN", _SYN_ACK_SEEN,
@@ -171,7 +171,7 @@ class Marks:
 
         # Other bits of a connection.
         self.held = _one(_HELD * unit)
-        self.closing = self.syn_ack_seen = _one(_CLOSING * unit)
+        self.closing = _one(_CLOSING * unit)
         self.condemned_source = _one(_CONDEMNED_SOURCE * unit)
         self.condemned_destination = _one(_CONDEMNED_DESTINATION * unit)
         self.condemned = _both(self.condemned_source, self.condemned_destination)
@@ -198,6 +198,8 @@ class Marks:
         self.half_open = Bits(self.guarded.value, self.guarded.mask | alive)
         self.unfinished = Bits(alive, alive | self.rst_sent.mask)
         """Condemned, and no end was sent its RST yet."""
+        self.doubted = Bits(self.closing.value, self.closing.mask | self.held.mask | alive)
+        """A RST for it came in, that is not held back, and nobody has looked since."""
 
         # A packet's.
         self.none = Bits(0, mask)

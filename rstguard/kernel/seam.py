@@ -100,6 +100,9 @@ class Connections(Closing, Protocol):
     def set_mark(self, flows: Sequence[Flow], bits: int, mask: int) -> list[int]:
         """Mark connections (old & ~mask) | bits; return an errno for each, 0 for success."""
 
+    def set_liberal(self, flows: Sequence[Flow]) -> list[int]:
+        """Have segments of any number taken of connections; an errno for each, 0 for success."""
+
     def delete(self, flows: Sequence[Flow]) -> list[int]:
         """Take connections out, if `ident` is theirs; return an errno for each, 0 for success."""
 

@@ -145,6 +145,10 @@ TABLE: tuple[Row, ...] = (
     Row("rstguard_kills_total", "counter", ("outcome",),
         "Condemned connections by outcome: confirmed (seen to die) or unconfirmed.",
         _named("confirmed", "unconfirmed")),
+    Row("rstguard_believed_resets_total", "counter", ("outcome",),
+        "RSTs from outside that the gateway took and the server did not: outlived (the connection "
+        "went on at its server, and was ended there), window_cured (it had only moved the window).",
+        _named("outlived", "window_cured")),
     Row("rstguard_failures_total", "counter", ("what",),
         "What went wrong, and the log tells of: failed (a packet or a sweep could not be judged), "
         "block_failed (a ban or shun was not set), lost_reports (a process was not heard in time).",

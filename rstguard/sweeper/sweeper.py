@@ -40,6 +40,7 @@ from rstguard.kernel import KernelError
 from rstguard.kernel.marks import Marks
 from rstguard.kernel.seam import Kernel
 from rstguard.sweeper.condemner import Condemner
+from rstguard.sweeper.doubts import Doubts
 from rstguard.sweeper.ending import Ending
 from rstguard.sweeper.older import adopt_existing
 from rstguard.sweeper.sweeping import Sweeping
@@ -81,12 +82,14 @@ class Sweeper:
         self._channel, self._clock = channel, clock
         table, sets = kernel.table(), kernel.sets()
         marks = Marks(start.ruleset.marks)
-        condemner = Condemner(table, kernel.injector(marks), marks, draw=draw)
+        injector = kernel.injector(marks)
+        condemner = Condemner(table, injector, marks, draw=draw)
         self._counts: Counter[str] = Counter()
         self._ending = Ending(channel, table, sets, condemner, self._counts, clock, marks)
         self._sweeping = Sweeping(
             channel, table, sets, self._ending, self._counts, start.ruleset, cpu_clock
         )
+        self._doubts = Doubts(channel, table, injector, marks, self._counts, clock, draw)
         self._sweep_at = self._report_at = self._rests_until = 0
         self._running = True
         self._follow(start.ruleset)
@@ -96,6 +99,7 @@ class Sweeper:
     def _follow(self, ruleset: RuleSet) -> None:
         self._sweep_every = ruleset.sweep_every
         self._ending.follow(ruleset)
+        self._doubts.follow(ruleset)
         self._sweeping.follow(ruleset)
 
     def run(self) -> None:
@@ -142,6 +146,7 @@ class Sweeper:
 
     def _work(self, now: int) -> None:
         self._ending.work(now)
+        self._doubts.work(now)
         if now >= self._sweep_at:
             self._sweep_at = now + self._sweep_every
             self._sweeping.judge(now)
@@ -151,7 +156,8 @@ class Sweeper:
         if self._sweeping.measuring.telling:
             return _MILLISECOND
         now, next_at = self._clock(), self._ending.next_at
-        due = self._sweep_at if next_at is None else min(self._sweep_at, next_at)
+        due = min(self._sweep_at, self._doubts.next_at)
+        due = due if next_at is None else min(due, next_at)
         return min(max(due, self._rests_until, now) - now, _MOST_WAIT)
 
     def _report(self, now: int) -> None:

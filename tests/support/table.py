@@ -25,6 +25,7 @@ class Table:
         self.refuses = 0
         self.reads = 0
         self.probes: list[Packet] = []
+        self.liberal: list[Flow] = []
 
     def read(self, flows: Sequence[Flow], now_ns: int | None = None) -> list[Flow | None]:
         assert now_ns is None
@@ -44,6 +45,10 @@ class Table:
                 self.flows[key] = old._replace(mark=old.mark & ~mask | bits)
                 codes.append(0)
         return codes
+
+    def set_liberal(self, flows: Sequence[Flow]) -> list[int]:
+        self.liberal += flows
+        return [0] * len(flows)
 
     def delete(self, flows: Sequence[Flow]) -> list[int]:
         gone = [self.flows.pop((flow.original, flow.zone), None) for flow in flows]

@@ -1,0 +1,165 @@
+"""What became of a connection after a RST that the tracker believed.
+
+The tracker stands between the ends and may believe a segment that the server never gets or never
+takes: one whose hops run out behind the gateway, whose signature is wrong, whose number was exact
+for the gateway alone.  A hoarder could so hide each connection from the tracker while the server
+holds it; and a RST inside the window, but not exact, moves the tracker's idea of it (td_end in
+nf_conntrack_proto_tcp.c) so far that no real segment of that end is taken any more.
+
+Each RST that comes in from outside for a guarded connection whose handshake is over leaves a bit on
+it.  Here the connections with this bit are looked at:
+
+- Closed: the server's end is condemned and provoked.  A server that is through with the connection
+  answers a probe with a RST, or not at all.  One that holds it answers with an ACK, which draws the
+  RST that it must accept.  So the connection ends where it counts, whatever trick was used.
+- Not closed: the RST was not exact, and may have moved the window.  From now on the tracker takes
+  segments of any number of this connection, as the ends judge them by themselves (RFC 9293,
+  3.10.7.4), and a RST still only with the exact one.
+
+A closed entry stays in the table for 10 s (nf_conntrack_tcp_timeout_close): all are found by
+looking at intervals, and no flood of RSTs costs more than that.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from itertools import islice
+from typing import Final
+
+from rstguard.engine.flow import Flow, TcpState, Tuple
+from rstguard.engine.ruleset import SECOND, RuleSet
+from rstguard.engine.segment import probe
+from rstguard.engine.verdict import Ends, Reason
+from rstguard.ipc.channel import ChildEnd
+from rstguard.ipc.messages import Reset
+from rstguard.kernel.marks import Marks
+from rstguard.kernel.seam import Connections, PacketSender
+from rstguard.sweeper.cases import probe_paths
+
+OUTLIVED: Final = "outlived"
+"""Stands for the rule in what is told of a connection that was ended here."""
+
+_LOOK_EVERY: Final = SECOND
+_SHARE: Final = 10
+"""A look at a large table takes long; it may take this part of a core."""
+_PROBES: Final = 2
+"""Linux answers one in 500 ms (tcp_oow_rate_limited), and an answer may get lost."""
+_MOST: Final = 2_000
+"""Connections taken in one look.  The rest keep their bit, and their turn comes with the next.
+
+A closed one is known for three looks: so many times three are known at most."""
+_MOST_TOLD: Final = 20
+
+_Key = tuple[Tuple, int]
+
+
+class Doubts:
+    """Looks after connections for which a RST came in; `work` does it, at intervals.
+
+    Times are monotonic nanoseconds.
+    """
+
+    def __init__(
+        self,
+        channel: ChildEnd,
+        table: Connections,
+        sender: PacketSender,
+        marks: Marks,
+        counts: Counter[str],
+        clock: Callable[[], int],
+        draw: Callable[[], int] | None = None,
+    ) -> None:
+        """Tell by `channel`, count in `counts`; `draw` draws the numbers of probes, 32 bits."""
+        self._channel, self._table, self._sender = channel, table, sender
+        self._marks, self._counts, self._clock = marks, counts, clock
+        self._draw = draw or _random_number
+        self._asked: dict[_Key, tuple[Flow, int]] = {}
+        """Connections whose server was provoked, and how many probes are still due."""
+        self._active = False
+        self._look_at = 0
+
+    def follow(self, ruleset: RuleSet) -> None:
+        """Take up whether the policy enforces: one that observes changes nothing."""
+        self._active = ruleset.enforce
+
+    @property
+    def next_at(self) -> int:
+        """When to look again."""
+        return self._look_at
+
+    def work(self, now: int) -> None:
+        """Look, if it is time to.
+
+        Raises:
+            KernelError: the connection table cannot be read; nothing is forgotten.
+            Closed: the supervisor is gone.
+        """
+        if now < self._look_at:
+            return
+        if self._active:
+            self._review()
+            self._take()
+        self._look_at = now + max(_LOOK_EVERY, _SHARE * (self._clock() - now))
+
+    def _take(self) -> None:
+        """Take up the connections for which a RST came in since the last look."""
+        marks = self._marks
+        # Bounded before it is read on: the bits of those left are still there.
+        found = list(islice(self._table.dump(*marks.doubted), _MOST))
+        closed = [flow for flow in found if flow.state == TcpState.CLOSE]
+        moved = [flow for flow in found if flow.state != TcpState.CLOSE]
+        if found:
+            self._table.set_liberal(found)
+        if moved:
+            self._counts["window_cured"] += len(moved)
+            self._table.set_mark(moved, 0, marks.closing.mask)
+        if closed:
+            bits = marks.condemned_destination.value
+            codes = self._table.set_mark(closed, bits, bits | marks.closing.mask)
+            there = [flow for flow, code in zip(closed, codes, strict=True) if code == 0]
+            self._asked |= {(flow.original, flow.zone): (flow, _PROBES) for flow in there}
+            self._probe()
+
+    def _review(self) -> None:
+        """See which servers have answered, and ask the others again."""
+        asked = [flow for flow, _ in self._asked.values()]
+        outlived = []
+        for flow, seen in zip(asked, self._table.read(asked) if asked else [], strict=True):
+            key = flow.original, flow.zone
+            there = seen is not None and seen.ident == flow.ident
+            if seen is not None and there and self._held_on(seen):
+                outlived.append(flow)
+            elif there and self._asked[key][1]:
+                continue
+            del self._asked[key]
+        self._tell(outlived)
+        self._probe()
+
+    def _held_on(self, seen: Flow) -> bool:
+        """Tell whether the server was sent a RST of ours.
+
+        A RST of the client's that comes once more sets the bits of both ends.
+        """
+        sent = self._marks.rst_sent
+        return seen.mark & sent.mask == self._marks.rst_sent_destination.value
+
+    def _probe(self) -> None:
+        destination = self._marks.rst_sent_destination.value
+        paths: list[Tuple] = []
+        for key, (flow, due) in self._asked.items():
+            if due:
+                self._asked[key] = flow, due - 1
+                paths += probe_paths(flow, destination, self._marks)
+        self._sender.send(probe(path, self._draw(), self._draw()) for path in paths)
+
+    def _tell(self, outlived: list[Flow]) -> None:
+        self._counts["outlived"] += len(outlived)
+        for flow in outlived[:_MOST_TOLD]:
+            ends, reason = Ends.DESTINATION, Reason.OUTLIVED
+            self._channel.send(Reset(flow.original, ends, OUTLIVED, reason, by_worker=False))
+
+
+def _random_number() -> int:
+    return random.getrandbits(32)

@@ -1,0 +1,97 @@
+"""RSTs that the gateway believes and the server does not: nobody gets away by them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rstguard.kernel.conntrack import Conntrack
+from rstguard.lab.waiting import wait_until
+from tests.support.forged import forge
+from tests.support.guard import Guard
+from tests.support.network import ThreeHosts
+from tests.support.sources import BOTH_FAMILIES, source
+from tests.support.traffic import Link, Open, is_dead
+
+pytestmark = pytest.mark.netns
+
+POLICY = """\
+version: 1
+name: doubts
+protect: {interfaces: [out]}
+sweep_every: 500ms
+rules:
+  - {name: hoarder, measure: connections, over: 100, then: reset}
+"""
+MD5 = 19, bytes(16)
+"""A signature (RFC 2385) that the server has no key for: it takes no such segment."""
+CLOSED, ESTABLISHED = 8, 3
+POISON = (60_000, 90_000, 110_000, 128_000)
+
+
+def state_of(lab: ThreeHosts, link: Link) -> int | None:
+    """Return the state in which the gateway has a connection, or None."""
+    with lab.inside("gateway"), Conntrack() as table:
+        states = [f.state for f in table.dump() if f.original.source_port == link.port]
+    return states[0] if states else None
+
+
+@BOTH_FAMILIES
+@pytest.mark.parametrize(
+    "trick", [{"hops": 1}, {"options": (MD5,)}], ids=["low TTL", "unknown signature"]
+)
+def test_a_connection_that_only_the_gateway_believes_to_be_over_ends_at_the_server(
+    lab: ThreeHosts, serve: Open, tmp_path: Path, v6: bool, trick: dict[str, Any]
+) -> None:
+    web = serve(8501, v6)
+    with Guard(lab, POLICY, tmp_path / "guard") as guard:
+        hoard = [web.connect(source(v6)) for _ in range(20)]
+        for link in hoard:
+            link.talk()
+            forge(lab, link, **trick)
+        assert state_of(lab, hoard[0]) == CLOSED
+        assert not any(is_dead(link.server) for link in hoard)
+        wait_until(lambda: all(is_dead(link.server) for link in hoard))
+        wait_until(lambda: guard.status()["counts"].get("outlived", 0) >= len(hoard))
+
+
+@BOTH_FAMILIES
+def test_an_honest_reset_is_no_trick(
+    lab: ThreeHosts, serve: Open, tmp_path: Path, v6: bool
+) -> None:
+    web = serve(8502, v6)
+    with Guard(lab, POLICY, tmp_path / "guard") as guard:
+        tricky, *honest = [web.connect(source(v6)) for _ in range(20)]
+        for link in honest:
+            link.talk()
+            forge(lab, link)
+            wait_until(lambda link=link: is_dead(link.server))  # type: ignore[misc]
+        tricky.talk()
+        forge(lab, tricky, options=(MD5,))
+        wait_until(lambda: guard.status()["counts"].get("outlived", 0) > 0)
+        assert guard.status()["counts"].get("outlived", 0) == 1
+
+
+@BOTH_FAMILIES
+def test_a_window_that_forged_resets_have_moved_is_cured(
+    lab: ThreeHosts, serve: Open, tmp_path: Path, v6: bool
+) -> None:
+    tool = "ip6tables" if v6 else "iptables"
+    strict = ("FORWARD", "-m", "conntrack", "--ctstate", "INVALID", "-j", "DROP")
+    web = serve(8503, v6)
+    lab.run("gateway", tool, "-w", "-I", *strict)
+    try:
+        with Guard(lab, POLICY, tmp_path / "guard") as guard:
+            links = [web.connect(source(v6)) for _ in range(10)]
+            for link in links:
+                link.talk()
+                for ahead in POISON:
+                    forge(lab, link, ahead=ahead)
+            assert {state_of(lab, link) for link in links} == {ESTABLISHED}
+            wait_until(lambda: guard.status()["counts"].get("window_cured", 0) >= len(links))
+            for link in links:
+                link.talk()
+    finally:
+        lab.run("gateway", tool, "-w", "-D", *strict)

@@ -1,0 +1,119 @@
+"""What becomes of connections for which a RST came in from outside."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from rstguard.engine.flow import Flow, TcpState
+from rstguard.engine.ruleset import SECOND
+from rstguard.engine.verdict import Reason
+from rstguard.ipc.messages import Reset
+from rstguard.sweeper.doubts import Doubts
+from tests.support.packets import ruleset
+from tests.support.table import MARKS, Table, a_flow, server_of
+
+CAME = MARKS.proven.value | MARKS.closing.value
+
+
+class Listed(Table):
+    """A table that can be listed."""
+
+    def dump(self, mark: int, mask: int) -> Iterator[Flow]:
+        return iter([flow for flow in self.flows.values() if flow.mark & mask == mark])
+
+
+class Watched:
+    """What looks after doubts, its table, and what it told."""
+
+    def __init__(self, *flows: Flow, enforce: bool = True) -> None:
+        self.table, self.told = Listed(*flows), list[Any]()
+        self.counts: Counter[str] = Counter()
+        self.now = SECOND
+        channel: Any = self
+        table: Any = self.table
+        self.doubts = Doubts(channel, table, table, MARKS, self.counts, lambda: self.now, lambda: 7)
+        self.doubts.follow(replace(ruleset(), enforce=enforce))
+
+    def send(self, message: Any) -> None:
+        self.told.append(message)
+
+    def look(self, times: int = 1) -> None:
+        for _ in range(times):
+            self.doubts.work(self.now)
+            self.now = self.doubts.next_at
+
+
+def closed(number: int = 1, mark: int = CAME) -> Flow:
+    return a_flow(number)._replace(state=TcpState.CLOSE, mark=mark)
+
+
+def test_a_server_that_went_on_is_reset_and_told_of() -> None:
+    watched = Watched(closed())
+    watched.look(2)
+    (told,) = watched.told
+    assert isinstance(told, Reset)
+    assert (told.flow, told.reason) == (closed().original, Reason.OUTLIVED)
+    assert watched.counts["outlived"] == 1
+
+
+def test_a_server_that_is_through_with_it_is_asked_twice_and_left_alone() -> None:
+    watched = Watched(closed())
+    watched.table.deaf[server_of(closed())] = 99
+    watched.look(5)
+    assert (watched.told, watched.counts["outlived"]) == ([], 0)
+    assert len(watched.table.probes) == 2
+
+
+def test_the_answer_to_the_second_probe_counts_as_well() -> None:
+    watched = Watched(closed())
+    watched.table.deaf[server_of(closed())] = 1
+    watched.look(4)
+    assert watched.counts["outlived"] == 1
+
+
+def test_a_clients_second_reset_proves_nothing() -> None:
+    watched = Watched(closed())
+    watched.table.deaf[server_of(closed())] = 99
+    watched.look()
+    watched.table.set_mark([closed()], MARKS.rst_sent.value, MARKS.rst_sent.mask)
+    watched.look(3)
+    assert watched.counts["outlived"] == 0
+
+
+def test_of_a_connection_that_goes_on_any_number_is_taken() -> None:
+    flow = a_flow()._replace(state=TcpState.ESTABLISHED, mark=CAME)
+    watched = Watched(flow)
+    watched.look(3)
+    assert [one.original for one in watched.table.liberal] == [flow.original]
+    assert watched.table.flows[flow.original, flow.zone].mark == MARKS.proven.value
+    assert (watched.table.probes, watched.counts["window_cured"]) == ([], 1)
+
+
+@pytest.mark.parametrize(
+    "mark", [CAME | MARKS.held.value, MARKS.proven.value], ids=["held", "none"]
+)
+def test_what_is_held_back_or_has_no_reset_is_not_looked_at(mark: int) -> None:
+    watched = Watched(closed(mark=mark))
+    watched.look(3)
+    assert not watched.table.probes
+    assert not watched.table.liberal
+
+
+def test_a_policy_that_observes_changes_nothing() -> None:
+    watched = Watched(closed(), enforce=False)
+    watched.look(3)
+    assert watched.table.flows[closed().original, closed().zone].mark == CAME
+
+
+def test_many_at_once_wait_for_their_turn() -> None:
+    watched = Watched(*(closed(number) for number in range(1, 4501)))
+    watched.table.deaf[server_of(closed())] = 10_000
+    watched.look()
+    assert len(watched.table.probes) == 2000
+    watched.look(9)
+    assert len(watched.table.probes) == 9000
