@@ -20,6 +20,7 @@ from rstguard.observe.events import EventLog
 from rstguard.policy.compile import compile_policy
 from rstguard.state.record import Record
 from rstguard.supervisor.bans import Bans
+from rstguard.supervisor.capped import Capped
 from rstguard.supervisor.change import Change, Follower
 from rstguard.supervisor.guard import Guard
 from rstguard.supervisor.health import health
@@ -83,7 +84,7 @@ def build(options: Options) -> tuple[Supervisor, Commands, Service]:
     budget = Budget(kernel, footprint, state.events, upkeep.rewrite)
     followers: list[Follower] = []
     change = Change(state, protected, followers)
-    bans = Bans(kernel, state, record, change)
+    bans = Bans(kernel, state, record, capped := Capped(state, change))
     hearing = Hearing(state, bans, learning)
     processes = Processes(state, record, learning, hearing.hear, options)
 
@@ -112,8 +113,8 @@ def build(options: Options) -> tuple[Supervisor, Commands, Service]:
 
     service = Service(options.file, summary)
     parts = Parts(
-        state, processes, footprint, record, protected, change, bans, policies, upkeep, budget,
-        service,
+        state, processes, footprint, record, protected, change, bans, capped, policies, upkeep,
+        budget, service,
     )  # fmt: skip
     status = Status(kernel, state, footprint, protected, policies, learning, upkeep, budget)
     more = {**policies.commands, **learning.commands}

@@ -90,7 +90,7 @@ class Status:
             },
             "not_remembered": guard.not_remembered,
             "panic": guard.panic,
-            "runaway": guard.runaway,
+            "capped": sorted(guard.ruleset.capped),
             "protected": [
                 {"address": str(line.address), "what": line.what}
                 for line in self._protected.addresses

@@ -216,8 +216,9 @@ class RuleSet:
     `enforce` False means: decide, count and report, but change nothing.  `fail_open` is what
     passes while the engine is down or overrun.  `blocking` is what a banned or shunned source
     sees: "drop", "reset" or "unreachable".  `shun_duration` and `sweep_every` are nanoseconds.
-    More than `bans_per_minute` are taken for a mistake of the policy.  `marks` are the mark bits,
-    `labels` is the first of the connection labels that the guard may use.
+    A rule that bans in more than `bans_per_minute` wide prefixes (`rstguard.engine.capping`) a
+    minute is `capped`: it shuns instead for a while.  `marks` are the mark bits, `labels` is the
+    first of the connection labels that the guard may use.
     `inspect_packets` caps how many early packets of a connection may pass through the queue.
     """
 
@@ -234,6 +235,7 @@ class RuleSet:
     shun_duration: int = 10 * SECOND
     sweep_every: int = 2 * SECOND
     bans_per_minute: int = 1000
+    capped: frozenset[str] = frozenset()
     marks: int = DEFAULT_MARKS
     labels: int = DEFAULT_LABELS
 

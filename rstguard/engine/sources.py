@@ -48,13 +48,14 @@ class Sources:
         if ordered is not None and now < ordered[1] and (ordered[0] or not proven):
             return ()
         effect: Ban | Shun
-        if proven:
+        withheld = proven and rule.name in self.ruleset.capped
+        if proven and not withheld:
             duration, offence = self._duration(source, rule, now)
             reason = REASONS[rule.measure]
             effect = Ban(source, duration, rule.name, reason, rule.keep_existing, offence)
         else:
             duration = self.ruleset.shun_duration
-            effect = Shun(source, duration, rule.name, REASONS[rule.measure])
+            effect = Shun(source, duration, rule.name, REASONS[rule.measure], withheld)
         quiet = min(duration, SECOND) if self.ruleset.enforce else duration
         self._ordered.put((self.ruleset.enforce, source), (proven, now + quiet))
         return (effect,)

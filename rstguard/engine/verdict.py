@@ -85,12 +85,16 @@ class Ban(NamedTuple):
 
 
 class Shun(NamedTuple):
-    """Drop new SYNs from `source` for `duration` nanoseconds."""
+    """Drop new SYNs from `source` for `duration` nanoseconds.
+
+    `withheld` says that it stands for a ban, as the rule has banned too many.
+    """
 
     source: Prefix
     duration: int
     rule: str
     reason: Reason
+    withheld: bool = False
 
 
 class Condemn(NamedTuple):

@@ -115,8 +115,8 @@ class Stop:
 class Blocked(_Said, frozen=True):
     """A source was banned or shunned in the kernel (or would have been: `enforced` False).
 
-    Worker or sweeper to supervisor, and on to the sweeper: `by_worker` False tells that it knows of
-    it already.  `offence` is that of `Ban`.
+    To the supervisor, and on to the sweeper: `by_worker` False tells that it knows of it already.
+    `offence` is that of `Ban`, `withheld` that of `Shun`.
     """
 
     element: Element
@@ -124,6 +124,7 @@ class Blocked(_Said, frozen=True):
     enforced: bool = True
     by_worker: bool = True
     offence: Annotated[int, Meta(ge=0, le=64)] = 0
+    withheld: bool = False
 
     def __post_init__(self) -> None:
         values.check_element(self.element)
@@ -278,7 +279,7 @@ class AllMeasured(_Said, frozen=True):
 
 
 class FoundProductive(_Said, frozen=True):
-    """Sweeper: so many sources look productive by now."""
+    """Sweeper: so many sources look productive."""
 
     count: Count
 
@@ -289,12 +290,11 @@ ToChild = Start | Order | Question | Productive | Blocked | Reset
 
 Reply = Explained | NearestAre | Killed | Measured | LookProductive | AllMeasured
 News = Blocked | Reset | Observed | Overloaded | Productive | NotKilled | FoundProductive
-OfItself = Ready | Failed | Counts
-"""What concerns nobody but the process that says it."""
+OfItself = Ready | Failed | Counts  # what concerns nobody but the process that says it
 FromChild = OfItself | News | Reply
 
 
 def blocked_message(effect: Ban | Shun, enforced: bool, by_worker: bool = True) -> Blocked:
     """Return the report of a ban or shun that was carried out (or would have been)."""
-    offence = effect.offence if isinstance(effect, Ban) else 0
-    return Blocked(element_of(effect), effect.reason, enforced, by_worker, offence)
+    offence, withheld = (effect.offence, False) if isinstance(effect, Ban) else (0, effect.withheld)
+    return Blocked(element_of(effect), effect.reason, enforced, by_worker, offence, withheld)

@@ -40,7 +40,9 @@ KINDS = MappingProxyType(
         "restored": "rules or sets that another program had removed, or passed over, were put back",
         "conflict": "another program removes them again and again",
         "process": "a process of the guard starts, serves, failed at the start, or has stopped",
-        "runaway": "the policy banned too many in a minute, and only observes now",
+        "capped": "a rule banned in too many networks in a minute, and shuns instead for a while",
+        "rearmed": "a rule that was capped bans again",
+        "gated": "so many sources of a network are banned that its other SYNs are dropped as well",
         "panic": "all traffic passes on an administrator's word, or no longer",
         "left_out": "events of the last second that were not written, by their number",
     }

@@ -14,7 +14,7 @@ from typing import Protocol
 log = logging.getLogger(__name__)
 
 JOURNAL = "/run/systemd/journal/socket"
-_WARNINGS = frozenset({"runaway", "conflict", "panic", "overload", "restart", "not_killed"})
+_WARNINGS = frozenset({"capped", "conflict", "panic", "overload", "restart", "not_killed"})
 _LEVEL_WARNING, _LEVEL_INFO = 4, 6
 
 Record = Mapping[str, object]

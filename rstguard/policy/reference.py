@@ -23,8 +23,8 @@ MEANINGS = MappingProxyType(
         "offload": "`auto` (the default): the kernel counts what it counts as the engine does; "
         "or `never`",
         "sweep_every": "how often the connection table is read, `500ms` to `1m`, by default `2s`",
-        "bans_per_minute": "beyond this a policy is taken for a mistake and only observes, "
-        "by default 1000",
+        "bans_per_minute": "a rule that bans in more networks (an IPv4 /24, an IPv6 /48) a minute "
+        "shuns instead until that is over, by default 1000",
         "marks": "the eight adjacent bits of marks that are the guard's, by default `0xff000000`; "
         "changed only by a restart",
         "labels": "the first of the four connection labels that are the guard's, by default 124; "

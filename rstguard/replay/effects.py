@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
-
 from rstguard.engine.address import Prefix, prefix_of
+from rstguard.engine.capping import BanCap
 from rstguard.engine.limiter import Memory
 from rstguard.engine.rules import REASONS
 from rstguard.engine.ruleset import SECOND, Rule, RuleSet
@@ -38,9 +37,9 @@ class Effects:
         self._actions = {rule.name: rule.action for rule in ruleset.rules}
         self._productive: Memory[int] = Memory()
         self._good: set[int] = set()
-        self._recent_bans: deque[int] = deque()
-        self.runaway_at: int | None = None
-        """When there first were more bans in a minute than the policy allows, or None."""
+        self._cap = BanCap(60 * SECOND)
+        self.capped: dict[str, int] = {}
+        """The rules that banned in more networks in a minute than the policy allows, and when."""
         self._widths = {
             (rule.ipv4_length, rule.ipv6_length)
             for rule in ruleset.rules
@@ -94,7 +93,7 @@ class Effects:
         hit = self.hits.add(kind, effect.source, effect.rule, effect.reason, now)
         hit.seconds = effect.duration // SECOND
         if bans:
-            self._count_ban(now)
+            self._count_ban(effect, now)
         if hit.times == 1:
             hit.productive = self._productive.get(effect.source) or 0
         if self.ruleset.enforce:
@@ -104,14 +103,10 @@ class Effects:
                 self._end_all(effect.source, hit)
         return hit
 
-    def _count_ban(self, now: int) -> None:
-        """Note when the guard itself would take the policy for a mistake."""
-        recent = self._recent_bans
-        recent.append(now)
-        while recent[0] <= now - 60 * SECOND:
-            recent.popleft()
-        if self.runaway_at is None and len(recent) > self.ruleset.bans_per_minute:
-            self.runaway_at = now
+    def _count_ban(self, ban: Ban | Shun, now: int) -> None:
+        """Note when the guard itself would let a rule ban nobody for a while."""
+        if self._cap.over(ban.rule, ban.source, self.ruleset.bans_per_minute, now):
+            self.capped.setdefault(ban.rule, now)
 
     def _end_all(self, source: Prefix, hit: Hit) -> None:
         """A source that is banned is gone with all its connections."""

@@ -119,9 +119,9 @@ class Replay:
         self._want_scale = any(rule.measure is Measure.STALLED for rule in ruleset.rules)
 
     @property
-    def runaway_at(self) -> int | None:
-        """When there first were more bans in a minute than the policy allows, or None."""
-        return self._effects.runaway_at
+    def capped(self) -> dict[str, int]:
+        """The rules that banned in more networks in a minute than the policy allows, and when."""
+        return self._effects.capped
 
     @property
     def productive(self) -> set[int]:

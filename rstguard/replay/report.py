@@ -97,11 +97,11 @@ def _notes(replay: Replay, capture: Capture) -> Iterable[str]:
             f"{counts.unordered:,} packets come late: they are judged with the time of the ones "
             "before them"
         )
-    if replay.runaway_at is not None and replay.ruleset.enforce:
+    for rule, at in replay.capped.items() if replay.ruleset.enforce else ():
         yield (
-            f"after {offset(replay.runaway_at):,.3f} s there are more than "
-            f"{replay.ruleset.bans_per_minute:,} bans in a minute (bans_per_minute): the guard "
-            "would only observe from then on, the replay goes on as before"
+            f"after {offset(at):,.3f} s rule {rule} bans in more than "
+            f"{replay.ruleset.bans_per_minute:,} networks in a minute (bans_per_minute): the guard "
+            "would let it shun instead for a while, the replay goes on as before"
         )
     if replay.ruleset.syn_budget is not None:
         yield "the SYN budget is not replayed: every SYN was judged, as it is below the budget"

@@ -1,32 +1,29 @@
 """Bans and shuns: noted, counted against the cap, placed and lifted by hand.
 
-Workers and the sweeper place bans by themselves and tell of them.  A policy that bans too many in a
-minute is taken for a mistake: it then only observes, and who was banned in that minute is free.
-That is tried until it is true, and announced only then.
+Workers and the sweeper place bans by themselves and tell of them.  What follows from their number:
+
+- A rule that bans in too many networks a minute is capped (`rstguard.supervisor.capped`).
+- A network with too many banned members is gated: its other SYNs are dropped as well.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import replace
 from itertools import compress
 from typing import Final
 
 from rstguard.engine.address import Prefix
-from rstguard.engine.ruleset import RuleSet
+from rstguard.engine.capping import MOST_MEMBERS, Members
 from rstguard.engine.verdict import Reason
 from rstguard.ipc.messages import Blocked, Recheck
-from rstguard.ipc.requests import ControlError
 from rstguard.kernel import KernelError
 from rstguard.kernel.elements import Element
 from rstguard.kernel.placing import Placed, place
 from rstguard.kernel.seam import Kernel
 from rstguard.observe.events import Event
-from rstguard.policy.load import Loaded
 from rstguard.state.record import Record
-from rstguard.supervisor.ban_cap import BanCap
-from rstguard.supervisor.change import Change
+from rstguard.supervisor.capped import Capped
 from rstguard.supervisor.guard import Guard
 
 log = logging.getLogger(__name__)
@@ -41,13 +38,16 @@ _AGAIN_SECONDS: Final = 1.0
 class Bans:
     """The bans of one guard."""
 
-    def __init__(self, kernel: Kernel, guard: Guard, record: Record, change: Change) -> None:
+    def __init__(self, kernel: Kernel, guard: Guard, record: Record, capped: Capped) -> None:
+        """Place and lift by `kernel`, remember in `record`, and have rules capped by `capped`."""
         self._kernel = kernel
         self._guard = guard
         self._record = record
-        self._change = change
-        self._cap = BanCap()
-        self._over = asyncio.Event()
+        self._capped = capped
+        self._members = Members()
+        self._gates: dict[Prefix, Blocked] = {}
+        """Networks that are to be gated, each with the ban that was one too many."""
+        self._wanted = asyncio.Event()
 
     def heard(self, message: Blocked) -> None:
         """Note a ban or shun; a ban also ends the source's connections."""
@@ -66,13 +66,17 @@ class Bans:
                 guard.sweeper.send(message)
 
     def _count(self, message: Blocked) -> None:
-        if message.element.kind != "ban" or message.reason is Reason.KILLED:
+        element = message.element
+        if message.reason is Reason.KILLED:
             return
-        guard = self._guard
-        now = asyncio.get_running_loop().time()
-        over = self._cap.over(message.element.source, guard.ruleset.bans_per_minute, now)
-        if over and guard.ruleset.enforce:
-            self._over.set()
+        if element.kind == "ban" or message.withheld:
+            self._capped.note(element.rule, element.source)
+        if element.kind == "ban" and element.remaining is not None:
+            now = asyncio.get_running_loop().time()
+            network = self._members.gate(element.source, now + element.remaining, now)
+            if network is not None:
+                self._gates[network] = message
+                self._wanted.set()
 
     async def add(self, source: Prefix, seconds: int, keep_existing: bool) -> None:
         """Ban a source on an administrator's word.
@@ -114,10 +118,11 @@ class Bans:
             KernelError: the kernel refused.
         """
         async with self._record.changing:
-            removed = await asyncio.to_thread(self._lift, [source])
+            removed = await asyncio.to_thread(self._lift, source)
             # Others may have emptied the sets: what is remembered would have come back.
             removed = removed or await self._record.holds(str(source))
             self._record.unblocked(str(source))
+            self._members.freed(source)
         if removed:
             self._guard.events.add(Event("unban", str(source), MANUAL))
         return bool(removed)
@@ -126,51 +131,32 @@ class Bans:
         """Return who is banned and shunned, as the kernel has it."""
         return await asyncio.to_thread(self._listed)
 
-    async def watch(self) -> None:
-        """Stop a policy that bans too many; does not end by itself."""
+    async def gate(self) -> None:
+        """Gate the networks of which too many are banned; does not end by itself."""
         while True:
-            await self._over.wait()
-            self._over.clear()
-            await self._run_away(self._guard.loaded)
-
-    async def _run_away(self, loaded: Loaded) -> None:
-        """Let a policy only observe, and lift the bans of the last minute; try until it is so."""
-        guard = self._guard
-
-        def observing(now: RuleSet) -> RuleSet:
-            # Whoever applied another policy meanwhile has judged for himself.
-            return replace(now, enforce=False) if guard.loaded is loaded else now
-
-        while guard.ruleset.enforce and guard.loaded is loaded:
+            await self._wanted.wait()
+            self._wanted.clear()
             try:
-                await self._change.rules(observing)
-            except ControlError as error:
-                log.error("the policy bans too many and cannot be stopped yet: %s", error)
-                await asyncio.sleep(_AGAIN_SECONDS)
-        if guard.loaded is not loaded:
-            return
-        guard.runaway = (
-            f"policy {guard.ruleset.name} banned more than {guard.ruleset.bans_per_minute} sources "
-            "in a minute and only observes now: see `rstguard events`, fix it, and apply it again"
-        )
-        log.error("RUNAWAY POLICY: %s", guard.runaway)
-        guard.events.add(Event("runaway", guard.ruleset.name, detail=guard.runaway))
-        await self._free(self._cap.take())
-
-    async def _free(self, sources: list[Prefix]) -> None:
-        while sources:
-            try:
-                async with self._record.changing:
-                    await asyncio.to_thread(self._lift, sources)
-                    for source in sources:
-                        self._record.unblocked(str(source))
-                break
+                await self._gate()
             except KernelError as error:
-                log.error("the bans of the last minute cannot be lifted yet: %s", error)
+                self._guard.unplaced_at = asyncio.get_running_loop().time()
+                log.error("a network of which many are banned cannot be gated yet: %s", error)
                 await asyncio.sleep(_AGAIN_SECONDS)
-        if sources:
-            detail = "banned in the minute before the policy ran away"
-            self._guard.events.add(Event("unban", f"{len(sources)} sources", detail=detail))
+                self._wanted.set()
+
+    async def _gate(self) -> None:
+        for network, message in list(self._gates.items()):
+            ban = message.element
+            element = Element(network, "shun", ban.rule, ban.remaining)
+            async with self._record.changing:
+                _, error = await asyncio.to_thread(self._place, [element])
+                if error:
+                    raise KernelError(error)
+                self._record.blocked_element(element)
+            del self._gates[network]
+            detail = f"for {ban.remaining} s: more than {MOST_MEMBERS} sources of it are banned"
+            event = Event("gated", str(network), ban.rule, message.reason, detail)
+            self._guard.events.add(event)
 
     def _place(self, elements: list[Element]) -> Placed:
         with self._kernel.sets() as sets:
@@ -183,9 +169,9 @@ class Bans:
             sets.add([element], shorten=True)
             sets.take(other.set_name, [element.source])
 
-    def _lift(self, sources: list[Prefix]) -> int:
+    def _lift(self, source: Prefix) -> bool:
         with self._kernel.sets() as sets:
-            return sum(sets.remove(source) for source in sources)
+            return sets.remove(source)
 
     def _listed(self) -> list[Element]:
         with self._kernel.sets() as sets:

@@ -52,7 +52,7 @@ class Change:
         new = self._protected.within(compile_policy(loaded.policy))
         async with guard.changing:
             await self._change(guard.ruleset, new)
-            guard.loaded, guard.file, guard.runaway = loaded, file, ""
+            guard.loaded, guard.file = loaded, file
         guard.events.add(Event("policy", new.name, detail=guard.mode))
 
     async def rules(self, change: Callable[[RuleSet], RuleSet]) -> None:

@@ -1,7 +1,7 @@
 """What is true of the running guard now.  No I/O: the parts read it, each writes its own lines.
 
-Who writes what: `change` the policy in force; `upkeep` what is missing, and panic; `bans` runaway;
-`processes` what was not placed or not judged; `hearing` what the processes tell.
+Who writes what: `change` the policy in force; `upkeep` what is missing, and panic; `processes` what
+was not placed or not judged; `hearing` what the processes tell.
 """
 
 from __future__ import annotations
@@ -45,8 +45,6 @@ class Guard:
     """Why no packet can come under the policy, or ""."""
     panic: bool = False
     """Whether all traffic passes because somebody said `rstguard panic`."""
-    runaway: str = ""
-    """Why the policy only observes though it says enforce, or ""."""
     unplaced_at: float | None = None
     """When a ban or shun could last not be placed."""
     unjudged_at: float | None = None

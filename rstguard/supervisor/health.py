@@ -77,8 +77,11 @@ def _works(guard: Guard, index: int) -> bool:
 
 
 def _degraded(guard: Guard, now: float) -> Iterator[str]:
-    if guard.runaway:
-        yield f"RUNAWAY: {guard.runaway}"
+    for rule in sorted(guard.ruleset.capped):
+        yield (
+            f"CAPPED: rule {rule} banned sources of more than {guard.ruleset.bans_per_minute} "
+            "networks in a minute and shuns instead until that is over: see `rstguard events`"
+        )
     for child in guard.children:
         if not child.serves:
             yield f"the {child.name} does not serve ({_stage(child.state)})"

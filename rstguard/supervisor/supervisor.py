@@ -17,6 +17,7 @@ from rstguard.observe.sinks import Journal, JsonLines
 from rstguard.policy.compile import compile_policy
 from rstguard.state.record import Record
 from rstguard.supervisor.bans import Bans
+from rstguard.supervisor.capped import Capped
 from rstguard.supervisor.change import Change
 from rstguard.supervisor.child import StartFailed
 from rstguard.supervisor.guard import Guard
@@ -46,6 +47,7 @@ class Parts(NamedTuple):
     protected: Protected
     change: Change
     bans: Bans
+    capped: Capped
     policies: Policies
     upkeep: Upkeep
     budget: Budget
@@ -158,7 +160,8 @@ class Supervisor:
             parts.record.keep(),
             parts.processes.watch(),
             parts.protected.watch(parts.change.rules),
-            parts.bans.watch(),
+            parts.bans.gate(),
+            parts.capped.watch(),
             parts.policies.watch(),
             parts.upkeep.watch_rules(),
             parts.upkeep.watch_panic(),

@@ -30,7 +30,7 @@ ANSWER = {
     "state": "filtering", "filtering": True, "version": "1", "workers": [],
     "policy": {"name": "p", "mode": "enforce"}, "counts": {}, "resets": [],
     "sweeper": {"restarts": 0}, "blocked": {"ban": 0, "shun": 0}, "syn_budget": None,
-    "productive": 0, "uptime_s": 1.0, "recent": [], "panic": False,
+    "productive": 0, "uptime_s": 1.0, "recent": [], "panic": False, "capped": [],
 }  # fmt: skip
 
 

@@ -11,9 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rstguard.engine.address import parse_prefix
 from rstguard.lab.waiting import wait_until
-from rstguard.supervisor.ban_cap import BanCap
 from rstguard.supervisor.upkeep import contention
 from tests.support.guard import Guard
 from tests.support.network import SERVER4, ThreeHosts
@@ -54,15 +52,6 @@ def test_the_first_losses_are_restored_at_once_and_then_less_and_less_often() ->
         now += waits[-1]
     assert waits == [4, 8, 16, 32, 64, 128, 256, 300, 300, 300]
     assert backoff.failed(now + 1000) == 0
-
-
-def test_the_cap_counts_the_bans_of_a_minute() -> None:
-    cap = BanCap()
-    sources = [parse_prefix(f"198.51.100.{number}") for number in range(4)]
-    assert [cap.over(source, 2, now) for source, now in zip(sources, (0, 30, 70, 80), strict=True)]\
-        == [False, False, False, True]  # fmt: skip
-    assert cap.take() == sources[1:]
-    assert cap.take() == []
 
 
 # Protected addresses
@@ -134,24 +123,27 @@ def test_a_new_address_is_spared_within_seconds(guard: Guard, lab: ThreeHosts) -
 
 
 @pytest.mark.netns
-def test_a_runaway_policy_turns_into_one_that_observes(lab: ThreeHosts, tmp_path: Path) -> None:
+def test_a_rule_that_bans_too_many_shuns_instead(lab: ThreeHosts, tmp_path: Path) -> None:
     text = policy(more="bans_per_minute: 3")
     with (
         Guard(lab, text, tmp_path / "guard", workers=1) as guard,
         services(service := Service(lab, 8080)),
     ):
-        victims = [source(False) for _ in range(4)]
+        victims = [source(False) for _ in range(6)]
         for victim in victims:
             for _ in range(4):
                 with contextlib.suppress(OSError):
                     service.connect(victim, timeout=0.3)
-        wait_until(lambda: guard.status()["policy"]["mode"] == "observe")
-        assert "RUNAWAY POLICY" in guard.log.read_text()
-        assert "RUNAWAY" in guard.cli("status").stdout
-        wait_until(lambda: guard.ask("ban-list") == [])
-        service.connect(victims[0]).talk()
-        guard.apply(text)
+            wait_until(lambda victim=victim: guard.block_of(victim) is not None)  # type: ignore[misc]
+            if victim == victims[3]:
+                wait_until(lambda: guard.status()["capped"] == ["rate"])
+        assert [guard.block_of(victim)["kind"] for victim in victims] == ["ban"] * 4 + ["shun"] * 2
         assert guard.status()["policy"]["mode"] == "enforce"
+        assert "CAPPED: rule rate" in guard.log.read_text()
+        assert (shown := guard.cli("status")).returncode == 1
+        assert shown.stdout.startswith("DEGRADED")
+        guard.apply(text)
+        assert guard.status()["capped"] == []
 
 
 # The panic switch

@@ -39,7 +39,13 @@ def test_metrics(lab: ThreeHosts, guard: Guard) -> None:
     families = list(text_string_to_metric_families(body.decode()))
     values = {s.name: s.value for family in families for s in family.samples}
     assert values["rstguard_filtering"] == 1
-    rest = {"syn_budget_engaged", "syn_cookies_total", "resets_total", "verdicts_total"}
+    rest = {
+        "capped_rules",
+        "syn_budget_engaged",
+        "syn_cookies_total",
+        "resets_total",
+        "verdicts_total",
+    }
     missing = {row.name for row in TABLE} - values.keys() - {f"rstguard_{name}" for name in rest}
     assert missing <= {"rstguard_rule_hits_total"}
 

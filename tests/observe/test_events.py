@@ -162,7 +162,7 @@ def test_the_journal_gets_fields(tmp_path: Path) -> None:
         events = EventLog(Clock())
         events.sinks.append(Journal(path))
         events.add(BAN)
-        events.sinks[0].write({"kind": "runaway", "detail": "two\nlines"}, "one")
+        events.sinks[0].write({"kind": "capped", "detail": "two\nlines"}, "one")
         first, second = journal.recv(4096), journal.recv(4096)
         events.close()
     assert b"MESSAGE=ban 198.51.100.7 by rule syn-rate" in first

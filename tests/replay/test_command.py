@@ -170,8 +170,8 @@ def test_a_policy_that_bans_too_many_is_told_of(policy: Path, tmp_path: Path) ->
         traffic = Traffic()
         for source in range(most):
             for number in range(9):
-                traffic.visit(number, f"10.0.0.{source}", source_port=2000 + number, port=22)
+                traffic.visit(number, f"10.0.{source}.1", source_port=2000 + number, port=22)
         data = answer("replay", policy, write(tmp_path, traffic))
         assert [hit["kind"] for hit in data["hits"]] == ["ban"] * most
         assert len(data["notes"]) == notes
-    assert "the guard would only observe from then on" in data["notes"][0]
+    assert "would let it shun instead for a while" in data["notes"][0]

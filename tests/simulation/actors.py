@@ -157,7 +157,7 @@ class Actors:
 
     async def ask(self) -> None:
         """Ask for what changes nothing."""
-        source = text(ATTACKERS + 1)
+        source = text(ATTACKERS + 256)
         request: dict[str, Any] = self.rng.choice(
             (
                 {"command": "status"},
@@ -183,9 +183,9 @@ class Actors:
     # Clients
 
     def attacker(self) -> int:
-        """Return an address that nobody has had before."""
+        """Return an address that nobody has had before, alone in its /24."""
         self._attackers += 1
-        return ATTACKERS + self._attackers
+        return ATTACKERS + (self._attackers << 8)
 
     def honest_source(self) -> int:
         """Return an honest client that has not been there before."""

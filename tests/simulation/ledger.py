@@ -40,7 +40,7 @@ class Ledger:
         """What may be in force or not: requests for it that have no answer, or it is freed."""
         self.policy = ""
         """The name of the policy in force, as it was told last."""
-        self.runaways = 0
+        self.capped = 0
         self.changed: dict[str, tuple[str, float]] = {}
         """The state of each process, as told last, and when."""
         self.untold: set[str] = set()
@@ -64,11 +64,13 @@ class Ledger:
             late = self._world.late if now < self._world.late_until else 0.0
             self.promise(subject, kind, now + int(found[1]) - late, event["rule"], late)
         elif kind == "unban":
-            self._lifted(subject, now)
+            self._lifted(subject)
         elif (kind == "policy" and not detail.startswith("confirmed")) or kind == "start":
             self.policy = subject
-        elif kind == "runaway":
-            self._ran_away()
+        elif kind in ("capped", "rearmed"):
+            self._has_capped(kind == "capped", subject)
+        elif kind == "gated":
+            self._gated(event)
         elif kind in ("process", "restart"):
             self.changed[subject] = (detail.split(":")[0], now)
 
@@ -80,25 +82,21 @@ class Ledger:
             return
         self.bans[source, kind] = Promise(until, rule, now, late)
 
-    def _lifted(self, subject: str, now: float) -> None:
-        if subject.endswith(" sources"):
-            # A policy ran away: whom it banned in the minute before is free again.
-            for key, promise in list(self.bans.items()):
-                by_rule = promise.rule not in ("manual", "imported")
-                if key[1] == "ban" and by_rule and promise.told > now - 75:
-                    self.doubts[key] += 1
-                    del self.bans[key]
-            return
+    def _lifted(self, subject: str) -> None:
         for kind in ("ban", "shun"):
             self.bans.pop((subject, kind), None)
 
-    def _ran_away(self) -> None:
-        self.runaways += 1
+    def _has_capped(self, capped: bool, rule: str) -> None:
+        self.capped += 1
         one = self._world.current
-        if one is not None and one.guard.ruleset.enforce:
-            self._world.broken(
-                "a runaway is announced before it is true: the policy still enforces"
-            )
+        if one is not None and (rule in one.guard.ruleset.capped) is not capped:
+            self._world.broken(f"what is announced of rule {rule} is not true: capped {capped}")
+
+    def _gated(self, event: dict[str, Any]) -> None:
+        found = _FOR.search(event["detail"])
+        assert found
+        until = self._world.loop.time() + int(found[1])
+        self.promise(event["subject"], "shun", until, event["rule"])
 
     def _killed(self, one: Incarnation) -> None:
         """What was told but is not on the disk lives in the sets alone from now on."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from typing import Any
 
@@ -16,8 +18,7 @@ import pytest
 from rstguard.engine.ruleset import RuleSet
 from rstguard.ipc.requests import ControlError
 from rstguard.observe.events import Event
-from rstguard.policy.load import Loaded
-from rstguard.supervisor.bans import Bans
+from rstguard.supervisor.capped import Capped
 from rstguard.supervisor.child import Child, State
 from rstguard.supervisor.supervisor import Supervisor
 from tests.simulation.runner import run
@@ -92,26 +93,20 @@ def no_second_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Child, "live", lives)
 
 
-def early_runaway(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A runaway is announced before it is true, and is not tried again."""
+def early_cap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That a rule is capped is announced before it is true, and is not tried again."""
 
-    async def run_away(self: Bans, _loaded: Loaded) -> None:
-        guard = self._guard
-        guard.runaway = "it banned too many"
-        guard.events.add(Event("runaway", guard.ruleset.name, detail=guard.runaway))
+    async def put(self: Capped, rule: str, capped: bool) -> None:
+        self._guard.events.add(Event("capped" if capped else "rearmed", rule, rule))
+        self._restless[rule] = asyncio.get_running_loop().time()
 
-        def observing(now: RuleSet) -> RuleSet:
-            from dataclasses import replace
+        def change(now: RuleSet) -> RuleSet:
+            return replace(now, capped=now.capped | {rule} if capped else now.capped - {rule})
 
-            return replace(now, enforce=False)
+        with contextlib.suppress(ControlError):
+            await self._change.rules(change)
 
-        try:
-            await self._change.rules(observing)
-        except ControlError:
-            return
-        await self._free(self._cap.take())
-
-    monkeypatch.setattr(Bans, "_run_away", run_away)
+    monkeypatch.setattr(Capped, "_put", put)
 
 
 def unheard_failures(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +137,7 @@ async def _swallowing(coroutine: Coroutine[Any, Any, Any]) -> None:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("defect", [no_second_start, early_runaway, unheard_failures])
+@pytest.mark.parametrize("defect", [no_second_start, early_cap, unheard_failures])
 def test_a_defect_that_was_there_once_is_found(
     defect: Callable[[pytest.MonkeyPatch], None],
 ) -> None:

@@ -1,4 +1,4 @@
-"""Bans: noted, capped, placed and lifted; a policy that runs away is stopped until it is true."""
+"""Bans: noted, placed and lifted; rules that ban too many are capped, and networks gated."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from rstguard.kernel import Full, KernelError, ipset
 from rstguard.kernel.elements import Element
 from rstguard.state.record import Record
 from rstguard.supervisor.bans import Bans
+from rstguard.supervisor.capped import CALM, Capped
 from rstguard.supervisor.change import Change, Follower
 from rstguard.supervisor.guard import Guard
 from rstguard.supervisor.protected import Protected
@@ -38,25 +39,27 @@ class Site:
         """So many changes of policy are refused yet."""
         self.protected = Protected(self.kernel, self.guard)
         self.change = Change(self.guard, self.protected, [Follower("rules", self._follow)])
-        self.bans = Bans(self.kernel, self.guard, self.record, self.change)
+        self.capped = Capped(self.guard, self.change)
+        self.bans = Bans(self.kernel, self.guard, self.record, self.capped)
 
     async def _follow(self, old: RuleSet, new: RuleSet) -> None:
-        if old.enforce and self.refused:
+        if new.capped and self.refused:
             self.refused -= 1
             raise KernelError("not now")
 
-    def ban(self, source: str, enforced: bool = True) -> None:
-        """Have a worker ban a source."""
-        element = Element(parse_prefix(source), "ban", "rate", 600)
+    def ban(self, source: str, enforced: bool = True, rule: str = "rate") -> None:
+        """Have a worker ban a source, or shun it if the rule is capped."""
+        withheld = rule in self.guard.ruleset.capped
+        element = Element(parse_prefix(source), "shun" if withheld else "ban", rule, 600)
         if enforced:
             with self.kernel.sets() as sets:
                 sets.add([element])
-        self.bans.heard(Blocked(element, Reason.SYN_RATE, enforced))
+        self.bans.heard(Blocked(element, Reason.SYN_RATE, enforced, withheld=withheld))
 
-    def enforces(self) -> bool:
-        """Whether the policy enforces, and no runaway was announced."""
-        assert bool(self.guard.runaway) is not self.guard.ruleset.enforce
-        return self.guard.ruleset.enforce
+    def ban_many(self, rule: str = "rate") -> None:
+        """Have it ban in more networks than it may."""
+        for number in range(MOST + 1):
+            self.ban(f"198.51.{number}.1", rule=rule)
 
     def banned(self) -> set[str]:
         """Return who is banned in the kernel."""
@@ -68,11 +71,12 @@ class Site:
 async def site(directory: Path) -> AsyncIterator[Site]:
     made = Site(directory)
     await made.record.open()
-    watching = asyncio.create_task(made.bans.watch())
+    watching = [asyncio.create_task(made.capped.watch()), asyncio.create_task(made.bans.gate())]
     try:
         yield made
     finally:
-        watching.cancel()
+        for task in watching:
+            task.cancel()
         await made.record.close()
 
 
@@ -90,54 +94,86 @@ async def test_a_ban_is_noted_and_the_sweeper_told(tmp_path: Path) -> None:
         )
 
 
-async def test_a_policy_that_bans_too_many_only_observes_and_they_are_free(tmp_path: Path) -> None:
+async def test_a_rule_that_bans_too_many_shuns_and_others_go_on(tmp_path: Path) -> None:
     async with site(tmp_path) as here:
-        for number in range(MOST + 1):
-            here.ban(f"198.51.100.{number}")
+        here.ban_many()
         await asyncio.sleep(0.1)
-        assert not here.enforces()
-        assert "banned more than 3 sources in a minute" in here.guard.runaway
-        assert here.banned() == set()
-        assert kinds(here.guard) == ["ban"] * 4 + ["runaway", "unban"]
+        assert here.guard.ruleset.capped == {"rate"}
+        assert len(here.banned()) == MOST + 1
+        assert kinds(here.guard) == ["ban"] * 4 + ["capped"]
+        here.ban("198.51.100.1", rule="other")
+        await asyncio.sleep(0.1)
+        assert here.guard.ruleset.capped == {"rate"}
+
+
+async def test_a_network_counts_once(tmp_path: Path) -> None:
+    async with site(tmp_path) as here:
+        for number in range(10):
+            here.ban(f"198.51.100.{number}")
+            here.ban(f"2001:db8:0:{number}::/64")
+        await asyncio.sleep(0.1)
+        assert not here.guard.ruleset.capped
+
+
+async def test_it_bans_again_after_some_calm_minutes(tmp_path: Path) -> None:
+    async with site(tmp_path) as here:
+        here.ban_many()
+        for _ in range(10):  # it would go on
+            await asyncio.sleep(30)
+            here.ban_many()
+        assert here.guard.ruleset.capped == {"rate"}
+        await asyncio.sleep(CALM)
+        assert here.guard.ruleset.capped == {"rate"}
+        await asyncio.sleep(100)
+        assert not here.guard.ruleset.capped
+        assert kinds(here.guard).count("capped") == kinds(here.guard).count("rearmed") == 1
 
 
 async def test_what_is_not_true_yet_is_not_announced_and_is_tried_again(tmp_path: Path) -> None:
-    """It was announced first; if the change then failed, nobody tried again and all stayed."""
+    """It was announced first; if the change then failed, nobody tried again."""
     async with site(tmp_path) as here:
         here.refused = 3
-        for number in range(MOST + 1):
-            here.ban(f"198.51.100.{number}")
+        here.ban_many()
         await asyncio.sleep(2.5)
-        assert here.enforces()
-        assert "runaway" not in kinds(here.guard)
-        here.ban("198.51.100.200")  # it goes on banning meanwhile
+        assert not here.guard.ruleset.capped
+        assert "capped" not in kinds(here.guard)
         await asyncio.sleep(1)
-        assert not here.enforces()
-        assert here.banned() == set()
-
-
-async def test_bans_that_cannot_be_lifted_yet_are_lifted_later(tmp_path: Path) -> None:
-    async with site(tmp_path) as here:
-        here.kernel.faults.fail("sets.remove", times=3)
-        for number in range(MOST + 1):
-            here.ban(f"198.51.100.{number}")
-        await asyncio.sleep(0.5)
-        assert here.guard.runaway
-        assert len(here.banned()) == MOST + 1
-        await asyncio.sleep(4)
-        assert here.banned() == set()
+        assert here.guard.ruleset.capped == {"rate"}
+        assert kinds(here.guard)[-1] == "capped"
 
 
 async def test_another_policy_that_came_meanwhile_is_not_touched(tmp_path: Path) -> None:
     async with site(tmp_path) as here:
         here.refused = 1
-        for number in range(MOST + 1):
-            here.ban(f"198.51.100.{number}")
+        here.ban_many()
         await asyncio.sleep(0.5)
         await here.change.apply(policy("second"), "second.yaml")
         await asyncio.sleep(5)
-        assert here.enforces()
+        assert not here.guard.ruleset.capped
         assert len(here.banned()) == MOST + 1
+
+
+@pytest.mark.parametrize(
+    ("member", "network"),
+    [("198.51.100.{}", "198.51.100.0/24"), ("2001:db8:1:{}::/64", "2001:db8:1::/48")],
+    ids=["IPv4", "IPv6"],
+)
+async def test_a_network_of_which_many_are_banned_is_gated(
+    tmp_path: Path, member: str, network: str
+) -> None:
+    async with site(tmp_path) as here:
+        for number in range(16):
+            here.ban(member.format(number))
+            here.ban(member.format(number))  # ordered again, not another
+        await asyncio.sleep(0.1)
+        assert network not in here.banned()
+        here.ban(member.format(16))
+        here.kernel.faults.fail("sets.add", times=2)  # and tried again
+        await asyncio.sleep(3)
+        assert network in here.banned()
+        assert kinds(here.guard).count("gated") == 1
+        assert await here.bans.remove(parse_prefix(network))
+        assert network not in here.banned()
 
 
 async def test_bans_by_hand_are_placed_and_lifted_with_an_event(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -36,6 +37,13 @@ def set_to(name: str, value: object) -> Callable[[Guard], None]:
     return lambda guard: setattr(guard, name, value)
 
 
+def capped(*rules: str) -> Callable[[Guard], None]:
+    def cap(guard: Guard) -> None:
+        guard.ruleset = replace(guard.ruleset, capped=frozenset(rules))
+
+    return cap
+
+
 def both(*changes: Callable[[Guard], None]) -> Callable[[Guard], None]:
     def all_of_them(guard: Guard) -> None:
         for change in changes:
@@ -57,9 +65,9 @@ def both(*changes: Callable[[Guard], None]) -> Callable[[Guard], None]:
         (set_to("panic", True), DEGRADED, "panic: all traffic passes"),
         (both(set_to("panic", True), fell(0), fell(1)), DEGRADED, "panic: all traffic passes"),
         (
-            set_to("runaway", "policy p banned more than …"),
+            capped("a", "b"),
             DEGRADED,
-            "RUNAWAY: policy p banned",
+            "CAPPED: rule a banned sources of more than 1000 networks",
         ),
         (set_to("unplaced_at", 0.0), DEGRADED, "bans could not be placed in the last minute"),
         (set_to("unjudged_at", 0.0), DEGRADED, "packets passed unjudged in the last minute"),
@@ -100,14 +108,17 @@ async def test_what_is_over_is_told_for_a_minute() -> None:
 
 async def test_the_worst_comes_first_and_nothing_is_left_out() -> None:
     guard = guard_of()
-    guard.runaway, guard.missing = "it ran away", ("a jump", "a set")
+    guard.missing = "a jump", "a set"
+    capped("a")(guard)
     fell(2)(guard)
-    assert health(guard, now()) == (
+    how = health(guard, now())
+    assert how.problems[2].startswith("CAPPED: rule a banned")
+    assert how == (
         NOT,
         (
             "missing: a jump",
             "missing: a set",
-            "RUNAWAY: it ran away",
+            how.problems[2],
             "the sweeper does not serve (it is started again and again)",
         ),
     )
