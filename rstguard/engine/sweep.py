@@ -189,13 +189,12 @@ class Sweep:
         self, rule: Rule, source: int, crossing: list[Flow], flows: list[Flow]
     ) -> bool:
         """Tell whether a source has crossed a rule by connections that nobody can have forged."""
-        if not self._grades.prove(flows):
-            return False
+        real, prove = self._grades.real, self._grades.prove
         if rule.measure is not Measure.CONNECTIONS or rule.per is Per.SERVICE:
-            return self._grades.real(crossing) == len(crossing)
+            return real(crossing) == len(crossing) and prove(crossing)
         percents = self.standings.percents() if rule.unless else {}
-        established = (flow for flow in flows if flow.state == _ESTABLISHED)
-        return self._grades.real(established) > limit_of(rule, source, percents)
+        established = [flow for flow in flows if flow.state == _ESTABLISHED]
+        return real(established) > limit_of(rule, source, percents) and prove(established)
 
     def _note(self, flow: Flow, now: int) -> Seen:
         # Unpacked at once: this runs for every connection at every sweep.

@@ -280,6 +280,17 @@ def test_forged_connections_in_a_visitors_name_neither_ban_him_nor_end_his_own()
     assert [type(block) for block in judgement.blocks] == [Ban]
 
 
+def test_one_lucky_forgery_does_not_ban_a_visitor_who_is_known() -> None:
+    idle = rule(Measure.IDLE, Action.BAN, 5 * SECOND)
+    sweep = Sweep(ruleset(idle))
+    own, lucky = flow(1), flow(2, labels=LIKELY_ONE)
+    sweep.judge([own, lucky], START)
+    own = own._replace(client_packets=own.client_packets + 1)
+    judgement = sweep.judge([own, lucky], START + 9 * SECOND)
+    assert [type(block) for block in judgement.blocks] == [Shun]
+    assert ports_of(judgement) == [2]
+
+
 def test_bytes_of_a_forged_connection_do_not_ban_a_visitor() -> None:
     sweep = Sweep(ruleset(rule(Measure.BYTE_RATE, Action.BAN, 1000, period=SECOND)))
     own, forged = flow(1, received=100), flow(2, sent=100, labels=0)
