@@ -97,9 +97,15 @@ class Diversion(Matching):
         return tuple(rules)
 
     def first_ack(self) -> tuple[str, ...]:
-        """The kernel accepted the client's ACK of the SYN-ACK: its address is probably real."""
+        """The kernel accepted the client's ACK of the SYN-ACK: its address is probably real.
+
+        The state ESTABLISHED says only that both ends were heard: wrong ACKs that the tracker
+        ignores (NFCT_TCP_IGNORE in nf_conntrack_proto_tcp.c) bear it too.  ASSURED is set by the
+        ACK that completes the handshake.
+        """
         marks = self.marks
-        rules = ["-m conntrack ! --ctstate ESTABLISHED -j RETURN"]
+        wrong = "-m conntrack ! --ctstatus ASSURED"
+        rules = [*proof.suspects(self, wrong), f"{wrong} -j RETURN"]
         first = f"-m connmark --mark {marks.guarded}"
         rules += proof.likely(self, first)
         rules.append(f"{first} -j CONNMARK --set-xmark {marks.proven}")

@@ -67,11 +67,11 @@ def label(number: int, add: bool = False) -> str:
     return f'-m connlabel --label "{number}"{" --set" if add else ""}'
 
 
-def suspects(matching: Matching) -> list[str]:
-    """Return the rule for a segment of no connection: who sends plain ACKs of it is a suspect."""
+def suspects(matching: Matching, wrong: str = PLAIN_ACK) -> list[str]:
+    """Return the rule that notes who sends an ACK that fits nothing; `wrong` matches it."""
     if not matching.ruleset.bans:
         return []
-    return [f"{PLAIN_ACK} -j SET --add-set {set_name('suspect', matching.family)} src --exist"]
+    return [f"{wrong} -j SET --add-set {set_name('suspect', matching.family)} src --exist"]
 
 
 def likely(matching: Matching, first: str) -> list[str]:

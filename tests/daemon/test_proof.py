@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from rstguard.engine.address import parse_address
+from rstguard.kernel.conntrack import Conntrack
+from rstguard.kernel.marks import Marks
 from rstguard.lab.waiting import wait_until
 from tests.support.forging import GUESSES, Forger
 from tests.support.guard import Guard
@@ -57,6 +60,15 @@ def explain(guard: Guard, address: str) -> Any:
     return guard.ask("explain", source=address)
 
 
+def is_deceived(lab: ThreeHosts, victim: str) -> bool:
+    """Tell whether the tracker believes that a silent host has completed a handshake."""
+    established, source_of = Marks().established, parse_address(victim)
+    with lab.inside("gateway"), Conntrack() as table:
+        flows = [flow for flow in table.dump(*established) if flow.original.source == source_of]
+    assert all(flow.labels == 0 for flow in flows)
+    return bool(flows)
+
+
 def flood(forger: Forger, guard: Guard, address: str) -> None:
     """Forge SYNs until they are too many, and many more; nobody is banned for them."""
     for _ in range(2):
@@ -70,16 +82,17 @@ def flood(forger: Forger, guard: Guard, address: str) -> None:
 def test_acks_tried_out_prove_nothing(lab: ThreeHosts, guard: Guard, serve: Open, v6: bool) -> None:
     service = serve(PORT, v6)
     deceived = 0
-    for _ in range(5):
+    for trial in range(20):
+        if trial >= 5 and deceived >= 2:
+            break
         victim = silent(v6)
         with Forger(lab, victim, service.address, PORT) as forger:
             forger.handshake(1000)
-            found = explain(guard, victim)
-            deceived += found["connections"]
-            assert not found["proven"]
+            deceived += is_deceived(lab, victim)
+            assert not explain(guard, victim)["proven"]
             flood(forger, guard, victim)
         assert not explain(guard, victim)["proven"]
-    assert deceived, f"{GUESSES} ACKs did not even deceive the tracker"
+    assert deceived >= 2, f"{GUESSES} ACKs did not even deceive the tracker"
 
 
 @BOTH_FAMILIES
@@ -110,11 +123,13 @@ def test_handshakes_tried_out_do_not_ban_a_visitor_who_has_some_too(
     """Even a rule of some connections an hour bans nobody for connections that he never had."""
     service, visitor = serve(RARE, v6), silent(v6)
     with Forger(lab, visitor, service.address, RARE) as forger:
-        for port in range(1000, 1008):
+        shuns = guard.events("shun", "rare")
+        for port in range(1000, 1040):
             forger.handshake(port)
-            block = guard.block_of(visitor)
-            assert block is None or block["kind"] == "shun"
-    assert not guard.events("ban", "rare")
+            assert not guard.events("ban", "rare")
+            if guard.events("shun", "rare") > shuns:
+                break
+        assert guard.events("shun", "rare") > shuns, "no five handshakes of 40 were deceptions"
     assert not guard.events("ban", "short")
 
 
