@@ -81,8 +81,8 @@ class Explanations:
             kind = "banned" if element.kind == "ban" else "shunned"
             return f"{kind} as {element.source} by rule {element.rule}, {left}"
         if proven:
-            return "free; it has proved its address, so a rule may ban it"
-        return "free; it has not proved its address lately, so a rule could only shun it"
+            return "free; its address is real: a server has lately answered it with data"
+        return "free; whether its address is real is not known: no server has lately answered it"
 
 
 def _in_kernel(kernel: Kernel, source: int) -> tuple[list[Element], int, bool]:

@@ -7,7 +7,8 @@ The order of checks, on one screen:
    else of it (`rstguard.engine.newcomers`).
 3. Every rule that looks at it counts it; the most severe action of those that are hit wins.
 4. Only then, off the usual path, the trusted list is consulted: it overrides every rule.
-5. `ban` needs proof of address and becomes a shun without it.
+5. `ban` needs proof of address and becomes a shun without it: the packets that crossed the limit
+   must be of connections that nobody can have forged, and those are counted apart.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from rstguard.engine.heavy import HeavyHitters
 from rstguard.engine.nearest import MOST_TRUSTED, Near, told
 from rstguard.engine.newcomers import Newcomers
 from rstguard.engine.rules import REASONS, Check, Kind, Meter, crossed_by_one, make_meter
-from rstguard.engine.ruleset import RATE_MEASURES, Per, Rule, RuleSet
+from rstguard.engine.ruleset import RATE_MEASURES, Measure, Per, Rule, RuleSet
 from rstguard.engine.shedding import Level
 from rstguard.engine.sources import Offence, Sources
 from rstguard.engine.verdict import (
@@ -51,6 +52,7 @@ from rstguard.engine.wire import (
 
 # Only TCP is diverted, and with all its headers: what cannot be read is made not to be.
 _NO_USUAL_SYN = OUTBOUND | KNOWN
+_OF_PROVEN = KNOWN | PROVEN
 _NO_UNPROVEN_SYN = _NO_USUAL_SYN | PROVEN | OVER
 _UNREADABLE = Decision(Verdict.DROP, Reason.UNREADABLE)
 _TRUSTED = Decision(Verdict.ACCEPT, Reason.TRUSTED)
@@ -86,6 +88,8 @@ class Engine:
         self._sources.ruleset = ruleset
         self._by_port = {kind: self._checks_by_port(kind) for kind in Kind}
         self._elsewhere = {kind: self._checks(kind, None) for kind in Kind}
+        self._proofs_by_port = {kind: self._checks_by_port(kind, proofs=True) for kind in Kind}
+        self._proofs_elsewhere = {kind: self._checks(kind, None, proofs=True) for kind in Kind}
         self._syn_by_port = {port: _at_once(c) for port, c in self._by_port[Kind.SYN].items()}
         self._syn_elsewhere = _at_once(self._elsewhere[Kind.SYN])
         self._of_service = {p: _of_service(c) for p, c in self._by_port[Kind.SYN].items()}
@@ -105,6 +109,7 @@ class Engine:
         """Return what is to be done about a packet that arrives at `now` (nanoseconds)."""
         if type(packet) is not Packet:
             return _UNREADABLE
+        proven: Rule | None = None
         # By indices, see `Packet`: flags, state; here and below 0 is the source, 3 the port.
         if packet[6] & HANDSHAKE == SYN and not packet[9] & _NO_USUAL_SYN:
             checks, at_once = self._syn_by_port.get(packet[3], self._syn_elsewhere)
@@ -117,6 +122,8 @@ class Engine:
                 packet = packet.turned()
             self._meet(packet, counts_as_met=kind is Kind.SYN)
             checks = self._by_port[kind].get(packet.destination_port, self._elsewhere[kind])
+            if packet.state & _OF_PROVEN == _OF_PROVEN:
+                proven = self._crossed_by_proof(packet, kind, now)
             if kind is Kind.SYN and packet.state & KNOWN:
                 # The kernel's own SYN, for a client that has returned a SYN cookie.
                 kind = Kind.HANDSHAKE
@@ -126,7 +133,20 @@ class Engine:
         for check, rule in checks:
             if check(packet, now) and (crossed is None or rule.action > crossed.action):
                 crossed = rule
+        if proven is not None:
+            return self._object(packet, proven, calm, now, proven=True)
         return calm if crossed is None else self._object(packet, crossed, calm, now)
+
+    def _crossed_by_proof(self, packet: Packet, kind: Kind, now: int) -> Rule | None:
+        """Count a packet of a proven connection once more, apart; return a rule that may ban."""
+        crossed: Rule | None = None
+        # With a SYN cookie it is a SYN and a completed handshake in one.
+        for each in (Kind.SYN, Kind.HANDSHAKE) if kind is Kind.SYN else (kind,):
+            port = packet.destination_port
+            for check, rule in self._proofs_by_port[each].get(port, self._proofs_elsewhere[each]):
+                if check(packet, now) and crossed is None:
+                    crossed = rule
+        return crossed
 
     def at(self, level: Level) -> Decide:
         """Return `decide`, or what leaves packets unjudged at a level of overload.
@@ -176,8 +196,13 @@ class Engine:
         effects = self._sources.shun(source, OVERLOAD, Reason.OVERLOAD, now)
         return Decision(Verdict.DROP, Reason.OVERLOAD, OVERLOAD, effects=effects)
 
-    def _object(self, packet: Packet, rule: Rule, calm: Decision, now: int) -> Decision:
-        """Turn the most severe rule that was hit into a decision."""
+    def _object(
+        self, packet: Packet, rule: Rule, calm: Decision, now: int, proven: bool = False
+    ) -> Decision:
+        """Turn the most severe rule that was hit into a decision.
+
+        `proven` tells that packets of proven connections alone have crossed it.
+        """
         if self.ruleset.scope.trusts(packet.source):
             return calm if calm.trust else _TRUSTED
         reason = REASONS[rule.measure]
@@ -189,7 +214,8 @@ class Engine:
         if rule.action is Action.DROP and not outbound:
             return self._dropping[rule.name]
         if rule.action is Action.BAN:
-            proven = bool(packet.state & PROVEN)
+            if rule.measure is Measure.STALLED:  # a matter of one connection, nothing to count
+                proven = bool(packet.state & PROVEN)
             effects = self._sources.block(self.blocked(packet, rule), proven, rule, now)
             self._exhaust(packet, rule, effects, now)
             # The server's own RST to a source now banned still frees the other end.
@@ -274,15 +300,16 @@ class Engine:
             if not crossed_by_one(rule):
                 check(packet, now)
 
-    def _checks_by_port(self, kind: Kind) -> dict[int, Checks]:
+    def _checks_by_port(self, kind: Kind, proofs: bool = False) -> dict[int, Checks]:
         named = {port for meter in self.meters for port in meter.rule.ports or ()}
-        return {port: self._checks(kind, port) for port in named}
+        return {port: self._checks(kind, port, proofs) for port in named}
 
-    def _checks(self, kind: Kind, port: int | None) -> Checks:
+    def _checks(self, kind: Kind, port: int | None, proofs: bool = False) -> Checks:
+        found = ((meter.proofs if proofs else meter.checks, meter.rule) for meter in self.meters)
         return tuple(
-            (meter.checks[kind], meter.rule)
-            for meter in self.meters
-            if kind in meter.checks and (meter.rule.ports is None or port in meter.rule.ports)
+            (checks[kind], rule)
+            for checks, rule in found
+            if kind in checks and (rule.ports is None or port in rule.ports)
         )
 
 

@@ -4,19 +4,23 @@ A compiled rule becomes a `Meter`: for every kind of packet it needs, a function
 `(packet, now) -> bool` that counts the packet and tells whether the rule is crossed by it.  The
 tables live in these functions' closures, so a meter that is kept over a policy change keeps its
 counts.
+
+A rule that bans counts twice: all packets, and apart from them those of connections that cannot
+have been forged (`Meter.proofs`).  With one count somebody could fill a visitor's bucket by forged
+SYNs, and the visitor's own next packet would get him banned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from rstguard.engine.address import V6, source_key
 from rstguard.engine.flow import Flow
 from rstguard.engine.lenient import LenientLimiter
 from rstguard.engine.limiter import Distinct, Limiter, Memory
-from rstguard.engine.ruleset import SECOND, Measure, Per, Rule
+from rstguard.engine.ruleset import NEVER_BANS, SECOND, Measure, Per, Rule
 from rstguard.engine.verdict import Action, Reason
 from rstguard.engine.wire import KNOWN, OVER, RST, Packet
 
@@ -45,6 +49,8 @@ class Meter:
 
     rule: Rule
     checks: dict[Kind, Check]
+    proofs: dict[Kind, Check] = field(default_factory=dict)
+    """What is counted of proven connections alone, before `checks`: only this can ban."""
     exhaust: Callable[[Packet, int, int], None] | None = None
     used: Callable[[int, int], float] | None = None
     """How much of the rule's limit a source (a tagged address) has used at a time, 1 being all."""
@@ -52,6 +58,9 @@ class Meter:
     """Yields keys that have used the most of it, so many at most, with how much; see `Limiter`."""
 
 
+PROOFS = 4
+"""Handshakes that prove an address together, though each by itself may be a lucky forgery
+(`rstguard.kernel.proof`): the chance of it is 1 in 66,077 each, after which no more are counted."""
 SAME_HANDSHAKE = 5 * SECOND
 """No stack opens a connection from the same port anew so soon (RFC 9293, 3.4.2: TIME-WAIT)."""
 
@@ -105,11 +114,10 @@ def make_meter(rule: Rule, percents: Mapping[int, int]) -> Meter | None:
     `percents` is how productive sources are (`rstguard.engine.lenient`), now and as it changes.
     """
     if rule.in_kernel:
-        return Meter(rule, {Kind.SYN: _beside_the_kernel(rule)})
+        proofs = {Kind.SYN: _rate(rule, _limiter(rule, {}))} if rule.action is Action.BAN else {}
+        return Meter(rule, {Kind.SYN: _beside_the_kernel(rule)}, proofs)
     if rule.measure in _RATE_MAKERS:
-        limiter = Limiter(rule.limit, rule.period, rule.burst)
-        if rule.unless:
-            limiter = LenientLimiter(rule, percents)
+        limiter = _limiter(rule, percents)
         key = key_function(rule)
 
         def exhaust(packet: Packet, until: int, now: int) -> None:
@@ -118,17 +126,62 @@ def make_meter(rule: Rule, percents: Mapping[int, int]) -> Meter | None:
         def used(source: int, now: int) -> float:
             return limiter.level(key_of(rule, source), now)
 
-        checks = _RATE_MAKERS[rule.measure](rule, limiter)
-        return Meter(rule, checks, exhaust, used, limiter.nearest)
+        checks, proofs = _rate_checks(rule, limiter, percents)
+        return Meter(rule, checks, proofs, exhaust, used, limiter.nearest)
     if rule.measure in _DISTINCT_MAKERS:
         distinct = Distinct(rule.limit, rule.within)
 
         def tried(source: int, now: int) -> float:
             return distinct.count(key_of(rule, source), now) / max(rule.limit, 1)
 
-        checks = _DISTINCT_MAKERS[rule.measure](rule, distinct)
-        return Meter(rule, checks, used=tried, nearest=distinct.nearest)
+        make = _DISTINCT_MAKERS[rule.measure]
+        bans = rule.action is Action.BAN and rule.measure not in NEVER_BANS
+        proofs = make(rule, Distinct(rule.limit, rule.within)) if bans else {}
+        return Meter(rule, make(rule, distinct), proofs, used=tried, nearest=distinct.nearest)
     return Meter(rule, _stalled(rule)) if rule.measure is Measure.STALLED else None
+
+
+def _limiter(rule: Rule, percents: Mapping[int, int]) -> Limiter:
+    if rule.unless:
+        return LenientLimiter(rule, percents)
+    return Limiter(rule.limit, rule.period, rule.burst)
+
+
+def _rate_checks(
+    rule: Rule, limiter: Limiter, percents: Mapping[int, int]
+) -> tuple[dict[Kind, Check], dict[Kind, Check]]:
+    """Return the checks of a rate measure, and its proofs if it bans."""
+    opened: Memory[int] = Memory()
+    short = rule.measure is Measure.SHORT_CONNECTIONS
+    if short:
+        checks = _short_connections(rule, limiter, opened)
+    else:
+        checks = _RATE_MAKERS[rule.measure](rule, limiter)
+    if rule.action is not Action.BAN or rule.measure in NEVER_BANS:
+        return checks, {}
+    # A returned cookie is no lucky forgery.
+    least = 1 if rule.measure is Measure.SYN_RATE else PROOFS - 1
+    proven = _limiter(replace(rule, burst=max(rule.burst, least)), percents)
+    if short:
+        return checks, {Kind.CLOSE: _ended(rule, proven, opened.get)}
+    proofs = _RATE_MAKERS[rule.measure](rule, proven)
+    if rule.measure is Measure.RESET_RATE:
+        proofs = {Kind.CLOSE: _once(proofs[Kind.CLOSE])}
+    return checks, proofs
+
+
+def _once(check: Check) -> Check:
+    """Count each connection once."""
+    counted: Memory[bool] = Memory()
+
+    def first(packet: Packet, now: int) -> bool:
+        flow = _flow_key(packet)
+        if counted.get(flow):
+            return False
+        counted.put(flow, True)
+        return check(packet, now)
+
+    return first
 
 
 def _rate(rule: Rule, limiter: Limiter) -> Check:
@@ -223,20 +276,24 @@ def _half_open(rule: Rule, pending: Distinct) -> dict[Kind, Check]:
     return {Kind.SYN: opened, Kind.HANDSHAKE: completed}
 
 
-def _short_connections(rule: Rule, limiter: Limiter) -> dict[Kind, Check]:
+def _short_connections(rule: Rule, limiter: Limiter, opened: Memory[int]) -> dict[Kind, Check]:
     """A connection counts once, at the first FIN or RST of either end."""
-    over, key = limiter.over, key_function(rule)
-    opened: Memory[int] = Memory()
 
     def opening(packet: Packet, now: int) -> bool:
         opened.put(_flow_key(packet), now)
         return False
 
+    return {Kind.SYN: opening, Kind.CLOSE: _ended(rule, limiter, opened.pop)}
+
+
+def _ended(rule: Rule, limiter: Limiter, began_of: Callable[[int], int | None]) -> Check:
+    over, key = limiter.over, key_function(rule)
+
     def closing(packet: Packet, now: int) -> bool:
-        began = opened.pop(_flow_key(packet))
+        began = began_of(_flow_key(packet))
         return began is not None and now - began < rule.shorter_than and over(key(packet), now)
 
-    return {Kind.SYN: opening, Kind.CLOSE: closing}
+    return closing
 
 
 def _stalled(rule: Rule) -> dict[Kind, Check]:
@@ -279,7 +336,7 @@ _RATE_MAKERS: dict[Measure, Callable[[Rule, Limiter], dict[Kind, Check]]] = {
     Measure.BAD_FLAGS: _bad_flags,
     Measure.OUT_OF_STATE: _out_of_state,
     Measure.RESET_RATE: _reset_rate,
-    Measure.SHORT_CONNECTIONS: _short_connections,
+    Measure.SHORT_CONNECTIONS: lambda rule, limiter: _short_connections(rule, limiter, Memory()),
 }
 _DISTINCT_MAKERS: dict[Measure, Callable[[Rule, Distinct], dict[Kind, Check]]] = {
     Measure.HALF_OPEN: _half_open,

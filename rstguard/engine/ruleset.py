@@ -19,6 +19,8 @@ DEFAULT_MARKS = 0xFF000000
 """The bits of marks that are the guard's: eight adjacent ones (`rstguard.kernel.marks`)."""
 DEFAULT_LABELS = 124
 """The first of the four connection labels that are the guard's."""
+LIKELY, CONFIRMED, ADOPTED = range(3)
+"""The labels, counted from that one (`rstguard.kernel.marks`)."""
 
 RULE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,47}")
 """The name of a rule or of a policy: it is also kept beside a ban in the kernel's set."""
@@ -67,6 +69,23 @@ SWEEP_MEASURES = frozenset(
     }
 )
 """Measures judged from the kernel's connection table, not packet by packet."""
+
+
+FORGEABLE = frozenset(
+    {
+        Measure.SYN_RATE,
+        Measure.HALF_OPEN,
+        Measure.DISTINCT_PORTS,
+        Measure.DISTINCT_HOSTS,
+        Measure.BAD_FLAGS,
+        Measure.OUT_OF_STATE,
+        Measure.RESET_RATE,
+    }
+)
+"""Measures that count packets which anybody can send in anybody's name."""
+NEVER_BANS = frozenset({Measure.HALF_OPEN, Measure.BAD_FLAGS, Measure.OUT_OF_STATE})
+"""Those of them that count nothing else: no packet of a proven connection is among what they count,
+so they never ban."""
 
 
 class Divert(Enum):

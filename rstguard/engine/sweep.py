@@ -12,8 +12,9 @@ from heapq import nlargest
 from operator import itemgetter
 from typing import NamedTuple
 
-from rstguard.engine.address import prefix_of
+from rstguard.engine.address import prefix_of, source_key
 from rstguard.engine.flow import LIVE, Flow, TcpState, Tuple
+from rstguard.engine.grades import Grades
 from rstguard.engine.lenient import MOST_BUSY, Standings, limit_of
 from rstguard.engine.nearest import MOST_TRUSTED, Near, largest, merged, told
 from rstguard.engine.rules import flow_key_function, key_of
@@ -73,6 +74,7 @@ class Sweep:
         self._reported: set[tuple[str, Tuple]] = previous._reported if previous else set()
         self._sources: Sources = previous._sources if previous else Sources(ruleset)
         self._sources.ruleset = ruleset
+        self._grades = Grades(ruleset.labels)
         self.standings: Standings = previous.standings if previous else Standings()
 
     def restore(self, offences: Iterable[Offence], now: int) -> None:
@@ -140,11 +142,17 @@ class Sweep:
                 if worst is None or rule.action > worst.rule.action:
                     objections[flow.original] = Objection(flow, rule)
         self._swept = now
-        return self._sentence(objections.values(), observed, now)
+        return self._sentence(list(objections.values()), observed, known, now)
 
     def _sentence(
-        self, objections: Iterable[Objection], observed: list[Objection], now: int
+        self, objections: list[Objection], observed: list[Objection], known: list[Known], now: int
     ) -> Judgement:
+        """Ban who has crossed a rule that bans by connections that nobody can have forged.
+
+        Others are shunned, and of their connections only those are ended by which they crossed it.
+        """
+        bans = [one for one in objections if one.rule.action is Action.BAN]
+        proven = self._proven(bans, known) if bans else set()
         condemned: list[Objection] = []
         blocks: list[Ban | Shun] = []
         for objection in objections:
@@ -153,8 +161,40 @@ class Sweep:
                 condemned.append(objection)
                 continue
             source = prefix_of(flow.original.source, *_widths(rule, self.ruleset))
-            blocks += self._sources.block(source, flow.seen_reply, rule, now)
+            of_proven = (rule, _source_key_function(rule, self.ruleset)(flow)) in proven
+            blocks += self._sources.block(source, of_proven, rule, now)
+            if not of_proven and not rule.keep_existing:
+                condemned.append(objection)
         return Judgement(tuple(condemned), tuple(blocks), tuple(observed))
+
+    def _proven(self, bans: list[Objection], known: list[Known]) -> set[tuple[Rule, int]]:
+        """Return which rules may ban whom, by the key of the source."""
+        found = set()
+        for rule in {one.rule for one in bans}:
+            key = _source_key_function(rule, self.ruleset)
+            crossing: dict[int, list[Flow]] = {}
+            for flow, its_rule in bans:
+                if its_rule is rule:
+                    crossing.setdefault(key(flow), []).append(flow)
+            held: dict[int, list[Flow]] = {source: [] for source in crossing}
+            for flow, _ in known if rule.ports is None else _on_ports(known, rule.ports):
+                if (of_source := held.get(key(flow))) is not None:
+                    of_source.append(flow)
+            for source, flows in held.items():
+                if self._has_crossed(rule, source, crossing[source], flows):
+                    found.add((rule, source))
+        return found
+
+    def _has_crossed(
+        self, rule: Rule, source: int, crossing: list[Flow], flows: list[Flow]
+    ) -> bool:
+        """Tell whether a source has crossed a rule by connections that nobody can have forged."""
+        real, prove = self._grades.real, self._grades.prove
+        if rule.measure is not Measure.CONNECTIONS or rule.per is Per.SERVICE:
+            return real(crossing) == len(crossing) and prove(crossing)
+        percents = self.standings.percents() if rule.unless else {}
+        established = [flow for flow in flows if flow.state == _ESTABLISHED]
+        return real(established) > limit_of(rule, source, percents) and prove(established)
 
     def _note(self, flow: Flow, now: int) -> Seen:
         # Unpacked at once: this runs for every connection at every sweep.
@@ -211,7 +251,11 @@ class Sweep:
         for source, of_source in held.items():
             limit = limit_of(rule, source, percents)
             if len(of_source) > limit:
-                of_source.sort(key=lambda one: one[1].began)
+                if rule.action is Action.BAN:  # what may have been forged goes first
+                    real = self._grades.is_real
+                    of_source.sort(key=lambda one: (not real(one[0]), one[1].began))
+                else:
+                    of_source.sort(key=lambda one: one[1].began)
                 beyond += [flow for flow, _ in of_source[limit:]]
         return beyond
 
@@ -273,6 +317,12 @@ def _widths(rule: Rule, ruleset: RuleSet) -> tuple[int, int]:
     if rule.per is Per.SERVICE:
         return ruleset.source_ipv4, ruleset.source_ipv6
     return rule.ipv4_length, rule.ipv6_length
+
+
+def _source_key_function(rule: Rule, ruleset: RuleSet) -> Callable[[Flow], int]:
+    """Return whom a rule blocks for a connection, as one integer: the same that it counts by."""
+    widths = _widths(rule, ruleset)
+    return lambda flow: source_key(flow.original.source, *widths)
 
 
 def _counted_bytes(flow: Flow, of: str) -> int:

@@ -19,7 +19,8 @@ HANDSHAKE = FIN | SYN | RST | ACK
 KNOWN = 1
 """State bit: the tracker calls the connection established, or its SYN comes with a SYN cookie."""
 PROVEN = 2
-"""State bit: the source lately completed a handshake, so its address is real."""
+"""State bit: of a connection (with `KNOWN`), that an outsider cannot have forged it; of a SYN or a
+segment of no connection, that its source lately had a connection on which the server sent data."""
 OVER = 4
 """State bit: by the kernel's count the packet is one too many (`Rule.in_kernel`)."""
 OUTBOUND = 8

@@ -32,9 +32,10 @@ from rstguard.engine.offers import Offer, Service
 from rstguard.engine.ruleset import Divert, RuleSet
 from rstguard.kernel.chains import Jump, Plan
 from rstguard.kernel.counting import LARGEST_RATE, gate, table_size
-from rstguard.kernel.marks import Marks
+from rstguard.kernel.marks import Labels, Marks
 from rstguard.kernel.matching import SYN_ONLY, interface_names, negated
 from rstguard.kernel.names import PREFIX, set_name
+from rstguard.kernel.proof import label
 
 ENGAGED_SECONDS = 60
 """How long after its last cookie a service's ACKs are still searched for cookies."""
@@ -211,6 +212,7 @@ class _Build:
         ]
         if self.ruleset.bans:
             rules.append(f"-j SET --add-set {set_name('proven', self.family)} src --exist")
+            rules.append(label(Labels(self.ruleset.labels).confirmed, add=True))
         if self.ruleset.kernel_rule:
             rules.append(f"-j {PREFIX}-count")
         if {Divert.SYN, Divert.HANDSHAKE} & self.ruleset.diverts:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rstguard.engine.ruleset import Divert
-from rstguard.kernel import counting, thinning
+from rstguard.kernel import counting, proof, thinning
 from rstguard.kernel.matching import SYN_ONLY, Matching
 from rstguard.kernel.names import PREFIX, set_name
+from rstguard.kernel.proof import PLAIN_ACK
 
 # All combinations that nf_conntrack_proto_tcp.c does not list in tcp_valid_flags.
 _IMPOSSIBLE = (
@@ -28,8 +29,8 @@ class Diversion(Matching):
 
     @property
     def watches_outbound(self) -> bool:
-        """Whether some rule needs to see how a server ends its connections."""
-        return Divert.CLOSE in self.ruleset.diverts
+        """Whether some rule needs to see what a server answers, or how it ends a connection."""
+        return self.ruleset.bans or Divert.CLOSE in self.ruleset.diverts
 
     def chains(self) -> dict[str, tuple[str, ...]]:
         """Return the chains by name."""
@@ -45,11 +46,16 @@ class Diversion(Matching):
             f"{PREFIX}-queue": self.queue("source"),
             **self.narrowed(),
         }
-        if self.watches_outbound:
-            out = self.on_interfaces(f"{PREFIX}-reset-out", outbound=True, tcp=True)
-            found[f"{PREFIX}-out"] = out
+        out: tuple[str, ...] = ()
+        if self.ruleset.bans:
+            out += self.on_interfaces(f"{PREFIX}-answers", outbound=True, tcp=True)
+            found |= proof.chains(self)
+        if Divert.CLOSE in self.ruleset.diverts:
+            out += self.on_interfaces(f"{PREFIX}-reset-out", outbound=True, tcp=True)
             found[f"{PREFIX}-reset-out"] = self.reset_out()
             found[f"{PREFIX}-queue-out"] = self.queue("destination")
+        if self.watches_outbound:
+            found[f"{PREFIX}-out"] = out
         return found
 
     def classify(self) -> tuple[str, ...]:
@@ -72,9 +78,8 @@ class Diversion(Matching):
             f"{self.hit('ban')} -j DROP",
             f"-m conntrack --ctstate INVALID,NEW -g {PREFIX}-invalid",
         ]
-        plain_ack = "-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK ACK"
         guarded = f"-m connmark ! --mark {marks.unguarded}"
-        return (*rules, f"{plain_ack} {guarded} -j {PREFIX}-first")
+        return (*rules, f"{PLAIN_ACK} {guarded} -j {PREFIX}-first")
 
     def syn(self) -> tuple[str, ...]:
         """New SYNs: from here on their connections are guarded."""
@@ -94,12 +99,17 @@ class Diversion(Matching):
         return tuple(rules)
 
     def first_ack(self) -> tuple[str, ...]:
-        """The kernel accepted the client's ACK of the SYN-ACK: its address is real."""
+        """The kernel accepted the client's ACK of the SYN-ACK: its address is probably real.
+
+        The state ESTABLISHED says only that both ends were heard: wrong ACKs that the tracker
+        ignores (NFCT_TCP_IGNORE in nf_conntrack_proto_tcp.c) bear it too.  ASSURED is set by the
+        ACK that completes the handshake.
+        """
         marks = self.marks
-        rules = ["-m conntrack ! --ctstate ESTABLISHED -j RETURN"]
-        if self.ruleset.bans:
-            rules.append(f"-j SET --add-set {set_name('proven', self.family)} src --exist")
+        wrong = "-m conntrack ! --ctstatus ASSURED"
+        rules = [*proof.suspects(self, wrong), f"{wrong} -j RETURN"]
         first = f"-m connmark --mark {marks.guarded}"
+        rules += proof.likely(self, first)
         rules.append(f"{first} -j CONNMARK --set-xmark {marks.proven}")
         if Divert.HANDSHAKE in self.ruleset.diverts:
             # While nobody answers, a connection tries again with each packet, up to this many.
@@ -108,7 +118,7 @@ class Diversion(Matching):
             rules += [
                 f"{enough} -j CONNMARK --set-xmark {marks.trusted}",
                 f"-m connmark --mark {marks.trusted} -j RETURN",
-                f"-j MARK --set-xmark {marks.to_queue_known}",
+                *self.known(),
                 f"-j {PREFIX}-queue",
             ]
         return tuple(rules)
@@ -126,7 +136,11 @@ class Diversion(Matching):
         ]
         if wanted is not None:
             rules.append(f"-p tcp -m set ! --match-set {set_name('close-ports')} dst -j RETURN")
-        return (*rules, f"-j MARK --set-xmark {marks.to_queue_known}", f"-j {PREFIX}-queue")
+        return (*rules, *self.known(), f"-j {PREFIX}-queue")
+
+    def known(self) -> list[str]:
+        """What the reader is told of a connection whose handshake is over."""
+        return [f"-j MARK --set-xmark {self.marks.to_queue_bare}", *proof.bits(self)]
 
     def doubt(self) -> str:
         """A RST that the tracker took may not have reached the server, or not been believed there.
@@ -142,7 +156,8 @@ class Diversion(Matching):
     def reset_out(self) -> tuple[str, ...]:
         """A server's RST also ends a connection, and no client's segment may follow it.
 
-        It bears no bit of ours: who reads the queue knows it by the hook.
+        It bears no bit of ours: who reads the queue knows it by the hook, and takes the connection
+        for proven.  With a RST the server also answers each ACK that somebody tries out.
         """
         marks = self.marks
         rules = [
@@ -150,6 +165,7 @@ class Diversion(Matching):
             f"-m connmark ! --mark {marks.uncondemned} -j RETURN",
             f"-m connmark ! --mark {marks.established} -j RETURN",
             "-m conntrack --ctdir ORIGINAL -j RETURN",
+            *proof.unless_proven(self),
         ]
         if self.ruleset.ports_needing(Divert.CLOSE) is not None:
             rules.append(f"-p tcp -m set ! --match-set {set_name('close-ports')} src -j RETURN")
@@ -175,16 +191,16 @@ class Diversion(Matching):
             f"-m connmark ! --mark {marks.uncondemned} -j RETURN",
             *self.unless_trusted(),
             f"-j MARK --set-xmark {marks.none}",
-            f"-j MARK --set-xmark {marks.to_queue_proven}",
+            *proof.bits(self, likely=False),
             f"-j {PREFIX}-queue",
         )
 
     def invalid(self) -> tuple[str, ...]:
         """The tracker calls a segment INVALID for its flags or because it fits no connection."""
         diverts = self.ruleset.diverts
-        rules = []
-        if Divert.STRAY in diverts or Divert.BAD_FLAGS in diverts:
-            rules = self.in_scope()
+        rules = proof.suspects(self)
+        if rules or Divert.STRAY in diverts or Divert.BAD_FLAGS in diverts:
+            rules = [*self.in_scope(), *rules]
         if Divert.BAD_FLAGS in diverts and Divert.STRAY not in diverts:
             rules += [f"-p tcp -m tcp --tcp-flags {f} -j {PREFIX}-strays" for f in _IMPOSSIBLE]
         if Divert.STRAY in diverts:

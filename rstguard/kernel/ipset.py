@@ -5,8 +5,10 @@ set (4 and 6: per family)   type            holds
 ==========================  ==============  ==================================================
 rstguard-ban4, -ban6        hash:net        banned sources, each with its time and its rule
 rstguard-shun4, -shun6      hash:net        sources whose new SYNs are dropped for a while
-rstguard-proven4, -proven6  hash:ip         sources that lately completed a handshake; filled
-                                            by the chains
+rstguard-proven4, -proven6  hash:ip         sources that a server lately answered with data, or that
+                                            returned a SYN cookie; filled by the chains
+rstguard-suspect4, -suspect6  hash:ip         sources that lately sent an ACK of no connection;
+                                            filled by the chains
 rstguard-trusted4, -6       hash:net        the policy's `trusted`
 rstguard-protected4, -spared6  hash:net        protected addresses: they are not blocked
 rstguard-dst4, -dst6        hash:net        the policy's `protect.destinations`, or everything
@@ -32,10 +34,11 @@ from rstguard.kernel import InUse, KernelError, cookies, thinning
 from rstguard.kernel.command import Commands
 from rstguard.kernel.elements import Kind, ipset
 from rstguard.kernel.names import BAN_SETS, SHUN_SETS, is_ours, set_name
+from rstguard.kernel.proof import SUSPECT_SECONDS
 from rstguard.kernel.seam import Kernel
 
 PROOF_SECONDS = 600
-"""How long a completed handshake proves a source's address, in seconds."""
+"""How long an answered connection proves a source's address, in seconds."""
 
 _MAX_ELEMENTS = 1_048_576
 _GROWING = "hashsize 1024"
@@ -80,15 +83,16 @@ def plan(ruleset: RuleSet, workers: int = 1) -> tuple[SetSpec, ...]:
         specs += [
             SetSpec(set_name("ban", digit), "hash:net", timed, _GROWING),
             SetSpec(set_name("shun", digit), "hash:net", timed, _GROWING),
-            # When a million sources have proved themselves, a new proof replaces an old one
-            # (forceadd): all that a full set can do is lose proof, so that a source is shunned
-            # where it might have been banned; never the other way round.  `ipset list` does not
-            # show forceadd in all versions, so it is no option to agree in.
-            SetSpec(
-                set_name("proven", digit),
-                "hash:ip",
-                f"family {family} maxelem {_MAX_ELEMENTS} timeout {PROOF_SECONDS}{netmask}",
-                f"{_FIXED} forceadd",
+            # In a set of a million sources a new one replaces an old one (forceadd).  `ipset list`
+            # does not show forceadd in all versions, so it is no option to agree in.
+            *(
+                SetSpec(
+                    set_name(name, digit),
+                    "hash:ip",
+                    f"family {family} maxelem {_MAX_ELEMENTS} timeout {seconds}{netmask}",
+                    f"{_FIXED} forceadd",
+                )
+                for name, seconds in (("proven", PROOF_SECONDS), ("suspect", SUSPECT_SECONDS))
             ),
             _networks(set_name("trusted", digit), family, scope.trusted),
             _networks(set_name("protected", digit), family, scope.protected),

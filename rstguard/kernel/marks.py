@@ -35,7 +35,7 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 from rstguard.engine import wire
-from rstguard.engine.ruleset import DEFAULT_LABELS, DEFAULT_MARKS
+from rstguard.engine.ruleset import ADOPTED, CONFIRMED, DEFAULT_LABELS, DEFAULT_MARKS, LIKELY
 from rstguard.engine.verdict import Ends
 
 _GUARDED, _PROVEN, _TRUSTED = 1, 2, 3
@@ -49,8 +49,6 @@ _TO_QUEUE_KNOWN, _TO_QUEUE_PROVEN, _TO_QUEUE_OVER, _TO_QUEUE_STRAY = 1, 2, 1 << 
 _OUTBOUND = _TO_QUEUE_KNOWN | _TO_QUEUE_PROVEN | _TO_QUEUE_STRAY
 _TRUST = 1 << 6
 _ALL = 0xFF
-
-_LIKELY, _CONFIRMED, _ADOPTED = range(3)
 
 
 class Meaning(NamedTuple):
@@ -111,20 +109,23 @@ PLAN: Final = (
         "the server has been sent a RST: likewise",
     ),
     Meaning(
-        _LABEL, "LIKELY", _LIKELY,
-        "proven by an ACK alone, which can be forged by trying: counts, but bans nobody",
-        reserved=True,
+        _LABEL, "LIKELY", LIKELY,
+        "its first ACK fitted, and no ACK that fits nothing came from its source lately",
     ),
     Meaning(
-        _LABEL, "CONFIRMED", _CONFIRMED,
-        "the server has sent data since, which nobody can have forged", reserved=True,
+        _LABEL, "CONFIRMED", CONFIRMED,
+        "the server has sent data on it, or the kernel has taken a SYN cookie for it",
     ),
     Meaning(
-        _LABEL, "ADOPTED", _ADOPTED,
+        _LABEL, "ADOPTED", ADOPTED,
         "taken up in mid-life: its age and its window scale are not known", reserved=True,
     ),
     Meaning(_INTO, "KNOWN", _TO_QUEUE_KNOWN, "the tracker calls the connection established"),
-    Meaning(_INTO, "PROVEN", _TO_QUEUE_PROVEN, "the source lately completed a handshake"),
+    Meaning(
+        _INTO, "PROVEN", _TO_QUEUE_PROVEN,
+        "with KNOWN: the connection is LIKELY or CONFIRMED; else: its source lately had a"
+        " CONFIRMED one",
+    ),
     Meaning(_INTO, "OVER", _TO_QUEUE_OVER, "by the kernel's count it is one too many"),
     Meaning(_INTO, "STRAY", _TO_QUEUE_STRAY, "it fits no connection that the tracker knows"),
     Meaning(
@@ -207,7 +208,9 @@ class Marks:
         self.to_queue_over = _one(_TO_QUEUE_OVER * unit)
         self.to_queue_stray = Bits(_TO_QUEUE_STRAY * unit, mask)
         self.to_queue_known = Bits((_TO_QUEUE_KNOWN | _TO_QUEUE_PROVEN) * unit, mask)
-        """A segment of a guarded connection whose handshake is over; or SYNPROXY's own SYN."""
+        """A segment of a proven connection; or SYNPROXY's own SYN."""
+        self.to_queue_bare = Bits(_TO_QUEUE_KNOWN * unit, mask)
+        """A segment of a connection whose handshake may have been forged."""
         self.outbound = _OUTBOUND * unit
         """What a packet of the protected side is given by who reads the queue (POSTROUTING)."""
         self.trust = _one(_TRUST * unit)
@@ -221,18 +224,16 @@ class Marks:
 
 
 class Labels:
-    """The numbers of the labels, from `first` on (0-124); all are reserved, no rule sets one yet.
+    """The numbers of the labels, from `first` on (0-124).
 
-    Without the connlabel match (CONFIG_NETFILTER_XT_MATCH_CONNLABEL and CONFIG_NF_CONNTRACK_LABELS;
-    the check "connection labels" of `rstguard doctor`) there are no grades of proof, a completed
-    handshake proves an address as it does now, and connections that were taken up are not told
-    from others.
+    A policy that bans needs the connlabel match (CONFIG_NETFILTER_XT_MATCH_CONNLABEL and
+    CONFIG_NF_CONNTRACK_LABELS; the check "proof of address" of `rstguard doctor`).
     """
 
     def __init__(self, first: int = DEFAULT_LABELS) -> None:
-        self.likely = first + _LIKELY
-        self.confirmed = first + _CONFIRMED
-        self.adopted = first + _ADOPTED
+        self.likely = first + LIKELY
+        self.confirmed = first + CONFIRMED
+        self.adopted = first + ADOPTED
 
 
 def _one(value: int) -> Bits:

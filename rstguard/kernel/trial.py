@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from rstguard.kernel.check import Check, Host, Outcome
 from rstguard.kernel.names import set_name
+from rstguard.kernel.proof import has_payload
 
 _CAP_SYS_ADMIN = 21
 _SET = set_name("try")
@@ -128,13 +129,6 @@ _FOR_A_BUDGET = (
     _Feature("packet log", "mangle", "-A OUTPUT -p tcp -j NFLOG --nflog-group 1", "xt_NFLOG"),
 )
 
-_LABELS = _Feature(
-    "connection labels",
-    "mangle",
-    "-A PREROUTING -m connlabel --label 127 -j RETURN",
-    "xt_connlabel",
-)
-
 
 def feature_checks(host: Host, deadline: float) -> list[Check]:
     """Return a check for the set support and for each family's rules; `deadline` is monotonic s."""
@@ -152,8 +146,8 @@ def feature_checks(host: Host, deadline: float) -> list[Check]:
             sentence = "not tried: no network namespace could be made here"
             return [Check("kernel features", Outcome.WARNING, sentence, "unshare --net true")]
         trial = _Trial(host, inside, deadline)
-        found = [trial.sets(), *(check(f) for f in (4, 6) for check in (trial.rules, trial.budget))]
-        return [*found, trial.labels()]
+        tried = (trial.rules, trial.budget, trial.proof)
+        return [trial.sets(), *(check(family) for family in (4, 6) for check in tried)]
 
 
 class _Trial(NamedTuple):
@@ -203,16 +197,21 @@ class _Trial(NamedTuple):
         sentence = f"a policy with syn_budget cannot be used: {found.sentence}"
         return found._replace(outcome=Outcome.WARNING, sentence=sentence)
 
-    def labels(self) -> Check:
-        """Load a rule that asks for a label; no policy needs one yet (`rstguard.kernel.marks`)."""
-        if self.host.find(_RESTORE[4]) is None:
-            return Check(
-                _LABELS.name, Outcome.WARNING, f"not tried: {_RESTORE[4]} is not installed"
-            )
-        found = self._each(_LABELS.name, 4, (_LABELS,))
+    def proof(self, family: int) -> Check:
+        """Load the rules that only a policy with a rule that bans needs."""
+        name = f"IPv{family} proof of address"
+        if self.host.find(_RESTORE[family]) is None:
+            return Check(name, Outcome.WARNING, f"not tried: {_RESTORE[family]} is not installed")
+        payload = f"-A POSTROUTING -p tcp {has_payload(family)} -j RETURN"
+        labels = "-A POSTROUTING -m connlabel --label 127 --set"
+        features = (
+            _Feature("connection labels", "mangle", labels, "xt_connlabel"),
+            _Feature("packets with payload", "mangle", payload, "xt_bpf"),
+        )
+        found = self._each(name, family, features)
         if found.outcome is not Outcome.MISSING:
             return found
-        sentence = f"a completed handshake proves an address by itself: {found.sentence}"
+        sentence = f"a policy that bans cannot be used: {found.sentence}"
         return found._replace(outcome=Outcome.WARNING, sentence=sentence)
 
     def _each(self, name: str, family: int, features: Sequence[_Feature]) -> Check:

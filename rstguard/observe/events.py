@@ -27,7 +27,7 @@ KINDS = MappingProxyType(
         "ban": "a source was banned",
         "import": "a list of bans was imported",
         "unban": "an administrator lifted a ban",
-        "shun": "a source that has not proved its address was shunned",
+        "shun": "a source was shunned: what crossed the limit may have been forged in its name",
         "reset": "a connection was condemned, or a SYN refused",
         "observed": "a rule that only observes was hit",
         "kill": "an administrator ended connections",

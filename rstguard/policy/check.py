@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
+from rstguard.engine.ruleset import FORGEABLE, NEVER_BANS, Measure
 from rstguard.policy.base import Widths
 from rstguard.policy.explain import Finding
 from rstguard.policy.model import Policy, is_wide
@@ -51,6 +52,9 @@ def _exists(name: str, interfaces: Collection[str]) -> bool:
 
 def _rule(policy: Policy, index: int, rule: AnyRule) -> Iterator[Finding]:
     yield from _ports(policy, rule.ports, ("rules", index, "ports"), "the rule")
+    measure = Measure(rule.measure)
+    if rule.then == "ban" and measure in FORGEABLE:
+        yield Finding(("rules", index, "then"), _what_bans(measure))
     if isinstance(rule, ShortConnectionsRule) and rule.then in ("drop", "reset"):
         message = f"{rule.then} comes too late: the connection is over when it counts; use `ban`"
         yield Finding(("rules", index, "then"), message)
@@ -60,6 +64,15 @@ def _rule(policy: Policy, index: int, rule: AnyRule) -> Iterator[Finding]:
     if rule.then == "ban" and (rule.per.ipv4 < 16 or rule.per.ipv6 < 32):
         message = "one offender bans a whole network this wide: use `then: drop`, or count narrower"
         yield Finding(("rules", index, "per"), message)
+
+
+def _what_bans(measure: Measure) -> str:
+    """Say what a rule bans by that counts packets which anybody can forge."""
+    sentence = "anybody can send this in another's name, so the rule "
+    if measure in NEVER_BANS:
+        return f"{sentence}shuns and never bans"
+    by = "RSTs of proven connections" if measure is Measure.RESET_RATE else "returned SYN cookies"
+    return f"{sentence}bans only over {by}, and shuns otherwise"
 
 
 def _ports(

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from rstguard.engine.address import V6, packed
 from rstguard.engine.flow import LIVE, Flow, TcpState, Tuple
-from rstguard.engine.ruleset import SECOND
+from rstguard.engine.ruleset import CONFIRMED, LIKELY, SECOND
 from rstguard.engine.wire import ACK, FIN, RST, SYN, Packet
 from rstguard.replay.hits import Hit
 
@@ -71,9 +71,9 @@ class Connection:
     """
 
     __slots__ = (
-        "began", "client_bytes", "client_number", "client_packets", "guarded", "hit", "ident",
-        "key", "last", "name", "older", "productive", "proven", "server_bytes", "server_number",
-        "server_packets", "source", "state", "swift", "trusted",
+        "began", "client_bytes", "client_number", "client_packets", "confirmed", "guarded", "hit",
+        "ident", "key", "last", "likely", "name", "older", "productive", "proven", "server_bytes",
+        "server_number", "server_packets", "source", "state", "swift", "trusted",
     )  # fmt: skip
 
     def __init__(self, ident: int, key: bytes, packet: Packet, now: int) -> None:
@@ -85,11 +85,14 @@ class Connection:
         self.client_number, self.server_number = packet.sequence, -1
         self.client_packets = self.client_bytes = self.server_packets = self.server_bytes = 0
         self.guarded = self.proven = self.trusted = self.swift = False
-        self.older = self.productive = False
+        self.older = self.productive = self.likely = self.confirmed = False
         self.hit: Hit | None = None
 
-    def flow(self, now: int) -> Flow:
-        """Return the connection as the kernel's table would show it at `now`."""
+    def flow(self, now: int, labels: int) -> Flow:
+        """Return the connection as the kernel's table would show it at `now`.
+
+        `labels` is the first of the guard's labels.
+        """
         name = self.name or name_of(self.key)
         self.name = name
         left = max(0, self.last + TIMEOUTS[self.state] - now) // SECOND
@@ -98,6 +101,7 @@ class Connection:
         return Flow(
             self.ident, name, turned, self.state, 0, True, self.client_packets, self.client_bytes,
             self.server_packets, self.server_bytes, age, left, 0,
+            (self.likely << LIKELY | self.confirmed << CONFIRMED) << labels,
         )  # fmt: skip
 
     def expired(self, now: int) -> bool:

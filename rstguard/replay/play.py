@@ -166,7 +166,7 @@ class Replay:
                         continue
                 else:
                     connection = of_server(key)
-                    if connection is not None and connection.swift:
+                    if connection is not None and connection.swift and connection.confirmed:
                         connection.last = now
                         connection.server_packets += 1
                         connection.server_bytes += total
@@ -231,8 +231,7 @@ class Replay:
             # A blocked source's SYN: the connection never is, nor what the capture shows of it.
             self.hits.lost(hit, packets=1, connections=int(begins))
         elif guarded and way.syns:
-            proven = self.ruleset.bans and way.proven(source, now)
-            decision = self._judged(packet, PROVEN if proven else 0, now)
+            decision = self._judged(packet, 0, now)
             if decision.rule:
                 hit = self._effects.carry_out(decision, packet, connection, now)
             if hit is not None and begins:
@@ -268,22 +267,26 @@ class Replay:
         connection.guarded = not self._way.trusts(connection.source)
         connection.proven = True
         connection.server_packets = 1
-        self._way.prove(connection.source, now)
+        connection.confirmed = packet.payload_length > 0
         self._effects.hold(connection)
         self._settle(connection)
 
     def _invalid(self, packet: Packet, now: int) -> None:
         """What the tracker calls INVALID is diverted if a rule asks for it."""
         way = self._way
-        state = PROVEN if self.ruleset.bans and way.proven(packet.source, now) else 0
+        if packet.flags & _HANDSHAKE_FLAGS == ACK:
+            way.suspect(packet.source, now)
         if way.strays:
-            self._decide(packet, state | STRAY, None, now)
+            self._decide(packet, STRAY, None, now)
         elif way.bad_flags and BAD_FLAGS[packet.flags]:
-            self._decide(packet, state, None, now)
+            self._decide(packet, 0, None, now)
 
     def _server(self, connection: Connection, packet: Packet, now: int) -> None:
         self.counts.answers += 1
-        closes = packet.flags & RST and connection.guarded and connection.proven
+        if packet.payload_length and connection.proven:
+            connection.confirmed = True
+        proven = connection.likely or connection.confirmed or not self.ruleset.bans
+        closes = packet.flags & RST and connection.guarded and connection.proven and proven
         if closes and self._way.sees_end(packet.source_port):
             self._decide(packet, KNOWN | PROVEN | OUTBOUND, connection, now)
 
@@ -294,11 +297,12 @@ class Replay:
             return
         closes = flags & (FIN | RST) and connection.proven
         if closes and way.sees_end(packet.destination_port):
-            self._decide(packet, KNOWN | PROVEN, connection, now)
+            real = connection.likely or connection.confirmed
+            self._decide(packet, KNOWN | PROVEN * real, connection, now)
             return
         plain = flags & _HANDSHAKE_FLAGS == ACK
         if plain and connection.proven and packet.window <= way.smallest:
-            self._decide(packet, PROVEN, connection, now)
+            self._decide(packet, PROVEN * connection.confirmed, connection, now)
             return
         if connection.proven and (connection.trusted or not way.handshakes):
             return
@@ -312,17 +316,18 @@ class Replay:
             self._first_ack(connection, packet, now)
 
     def _first_ack(self, connection: Connection, packet: Packet, now: int) -> None:
-        """The client's ACK fits the SYN-ACK: its address is real."""
-        self._way.prove(packet.source, now)
+        """The client's ACK fits the SYN-ACK: its address is probably real."""
         if not connection.proven:
             connection.proven = True
+            connection.likely = not self._way.suspects(packet.source, now)
             self._effects.hold(connection)
         if not self._way.handshakes:
             return
         if connection.client_packets >= self.ruleset.inspect_packets + 2:
             connection.trusted = True
             return
-        decision = self._decide(packet, KNOWN | PROVEN, connection, now)
+        state = KNOWN | PROVEN * (connection.likely or connection.confirmed)
+        decision = self._decide(packet, state, connection, now)
         connection.trusted = decision.trust
 
     def _judged(self, packet: Packet, state: int, now: int) -> Decision:
@@ -368,7 +373,9 @@ class Replay:
             if connection.expired(now):
                 self._effects.let_go(connection)
         live = {one.ident: one for one in every if not one.expired(now)}
-        judgement = self._sweeping.judge([one.flow(now) for one in live.values()], now)
+        judgement = self._sweeping.judge(
+            [one.flow(now, self.ruleset.labels) for one in live.values()], now
+        )
         for flow, rule in judgement.observed:
             self._effects.observe(flow.original.source, rule, now)
         for flow, rule in judgement.condemned:

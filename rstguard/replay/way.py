@@ -14,8 +14,8 @@ from rstguard.engine.ruleset import SECOND, Divert, RuleSet
 from rstguard.engine.wire import Packet
 from rstguard.replay.hits import Hit
 
-PROOF = 600 * SECOND
-"""How long (ns) a completed handshake proves its source's address, as in the kernel's set."""
+_SUSPECT = 600 * SECOND
+"""How long (ns) a handshake proves nothing after an ACK that fitted nothing, as in the kernel."""
 _SOURCES = 1 << 18
 _MOST_BLOCKS = 1 << 16
 """Blocks of one width after which those that are over are taken out."""
@@ -44,7 +44,7 @@ class Way:
         self._trusted = _shifted(ruleset.scope.trusted)
         self._targets = _shifted(ruleset.scope.destinations)
         self._ports = ruleset.scope.ports
-        self._proven: Memory[int] = Memory(_SOURCES)
+        self._suspects: Memory[int] = Memory(_SOURCES)
 
     def sees_end(self, port: int) -> bool:
         """Tell whether some rule looks at how connections to a port end."""
@@ -86,14 +86,14 @@ class Way:
         """Return the source that an address belongs to, as one integer."""
         return source_key(address, self.ruleset.source_ipv4, self.ruleset.source_ipv6)
 
-    def prove(self, source: int, now: int) -> None:
-        """Note that a source has completed a handshake."""
-        self._proven.put(self.source_key(source), now)
+    def suspect(self, source: int, now: int) -> None:
+        """Note that an ACK in the name of a source fitted no connection."""
+        self._suspects.put(self.source_key(source), now)
 
-    def proven(self, source: int, now: int) -> bool:
-        """Tell whether a source has completed a handshake lately."""
-        proved = self._proven.get(self.source_key(source))
-        return proved is not None and now - proved < PROOF
+    def suspects(self, source: int, now: int) -> bool:
+        """Tell whether one came lately."""
+        last = self._suspects.get(self.source_key(source))
+        return last is not None and now - last < _SUSPECT
 
 
 class Blocks:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from struct import pack
 
 from rstguard.engine.address import parse_address
@@ -16,55 +17,60 @@ from tests.bench.gateway import PORT, SERVER, Site, milliseconds_since, policy_o
 GOAL_MS = 5.0
 _SOURCES = 100
 _BURST = 3
-_RULE = f"name: rate, measure: syn_rate, over: 1/h, burst: {_BURST}, then: ban, for: 1m"
+_LIMIT = f"over: 1/h, burst: {_BURST}, then: ban, for: 1m"
 _PATIENCE_MS = 5_000
 
 
 def blocks() -> Iterator[Figure]:
-    """From the SYN that crosses a rate to its source's element in the kernel's set."""
+    """From what crosses a rate to its source's element in the kernel's set."""
     with Site() as site, site.listen("server", PORT), site.inside("client"):
         raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
         with raw:
-            guard = site.guard(policy_of(_RULE))
-            with site.inside("gateway"), Sets() as sets:
-                unproven = [f"198.51.100.{number}" for number in range(2, 2 + _SOURCES)]
-                proven = [f"198.51.100.{number}" for number in range(120, 120 + _SOURCES)]
-                shuns = _times(site, raw, sets, unproven, prove=False)
-                bans = _times(site, raw, sets, proven, prove=True)
-            kinds = [row["kind"] for row in guard.ask("ban-list")]
-            guard.stop()
-    if (kinds.count("shun"), kinds.count("ban")) != (_SOURCES, _SOURCES):
-        raise RuntimeError(f"not every source was blocked as it should: {sorted(kinds)}")
-    note = f"from the sending of the SYN that crosses syn_rate; {_SOURCES} sources, one by one"
-    yield at_most(GOAL_MS, "block: crossing SYN to ban, proven source", bans, "ms", note)
-    yield at_most(GOAL_MS, "block: crossing SYN to shun, unproven source", shuns, "ms", note)
+            shuns = _of_guard(site, "shun", 2, "syn_rate", lambda s: _send(raw, _syn(s)))
+            bans = _of_guard(site, "ban", 120, "connection_rate", partial(_connect, site))
+    note = f"{_SOURCES} sources, one by one; from "
+    yield at_most(
+        GOAL_MS, "block: crossing handshake to ban", bans, "ms", f"{note}connect(): connection_rate"
+    )
+    yield at_most(
+        GOAL_MS, "block: crossing SYN to shun", shuns, "ms", f"{note}the SYN's sending: syn_rate"
+    )
 
 
-def _times(
-    site: Site, raw: socket.socket, sets: Sets, sources: list[str], prove: bool
+def _of_guard(
+    site: Site, kind: str, first: int, measure: str, act: Callable[[str], None]
 ) -> list[float]:
-    """Use up each source's burst, then time its next SYN."""
-    for source in sources:
-        if prove:
-            _prove(site, sets, source)
-        for _ in range(_BURST - 1 if prove else _BURST):
-            raw.sendto(_syn(source), (SERVER, 0))
-    wait_until(lambda: site.queue().waiting == 0)
-    return [_blocked_after(raw, sets, source) for source in sources]
+    """Use up each source's burst, then time its next act."""
+    sources = [f"198.51.100.{number}" for number in range(first, first + _SOURCES)]
+    guard = site.guard(policy_of(f"name: rate, measure: {measure}, {_LIMIT}"))
+    with site.inside("gateway"), Sets() as sets:
+        for source in sources:
+            for _ in range(_BURST):
+                act(source)
+        wait_until(lambda: site.queue().waiting == 0)
+        times = [_blocked_after(partial(act, source), sets, source) for source in sources]
+    kinds = [row["kind"] for row in guard.ask("ban-list") if row["source"] in sources]
+    guard.stop()
+    if kinds != [kind] * _SOURCES:
+        raise RuntimeError(f"not every source was blocked as it should: {sorted(kinds)}")
+    return times
 
 
-def _prove(site: Site, sets: Sets, source: str) -> None:
+def _send(raw: socket.socket, packet: bytes) -> None:
+    raw.sendto(packet, (SERVER, 0))
+
+
+def _connect(site: Site, source: str) -> None:
     with site.client_socket(source) as client:
         client.connect((SERVER, PORT))
-    wait_until(lambda: sets.proven(parse_address(source)))
 
 
-def _blocked_after(raw: socket.socket, sets: Sets, source: str) -> float:
-    address, packet = parse_address(source), _syn(source)
+def _blocked_after(act: Callable[[], None], sets: Sets, source: str) -> float:
+    address = parse_address(source)
     if sets.contains(address):
         raise RuntimeError(f"{source} was blocked before it crossed the rate")
     began = time.monotonic_ns()
-    raw.sendto(packet, (SERVER, 0))
+    act()
     while not sets.contains(address):
         if milliseconds_since(began) > _PATIENCE_MS:
             raise RuntimeError(f"{source} crossed the rate and was not blocked")

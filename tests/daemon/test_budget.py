@@ -21,7 +21,7 @@ from tests.support.traffic import Link, Service, connect, fate
 pytestmark = pytest.mark.netns
 
 RATE = 200
-PLAIN, ONCE, TRANSLATED, ELSEWHERE = 8001, 8002, 8003, 8004
+PLAIN, ONCE, TRANSLATED, ELSEWHERE, FLOODED = range(8001, 8006)
 FREE_BIND = {False: (socket.IPPROTO_IP, 15), True: (socket.IPPROTO_IPV6, 78)}
 """IP_FREEBIND and IPV6_FREEBIND."""
 
@@ -30,9 +30,11 @@ version: 1
 sweep_every: 500ms
 {{head}}
 protect: {{{{interfaces: [out]}}}}
-syn_budget: {{{{rate: {RATE}/s, ports: [{PLAIN}, {ONCE}, {TRANSLATED}]}}}}
+syn_budget: {{{{rate: {RATE}/s, ports: [{PLAIN}, {ONCE}, {TRANSLATED}, {FLOODED}]}}}}
 rules:
   - {{{{name: once, measure: syn_rate, ports: [{ONCE}], over: 1/m, burst: 1, then: drop}}}}
+  - {{{{name: flood, measure: syn_rate, ports: [{FLOODED}], over: 1/m, burst: 5, then: ban,
+     for: 60s}}}}
   - {{{{name: joined, measure: connection_rate, over: 1/s, burst: 5, then: observe}}}}
 """
 
@@ -215,6 +217,22 @@ def test_completed_cookies_are_judged_as_handshakes(
         for _ in range(10):
             service.connect(address)
         wait_until(lambda: guard.events("observed", "joined") > before)
+
+
+@BOTH_FAMILIES
+def test_a_flood_of_returned_cookies_is_banned(
+    lab: ThreeHosts, guard: Guard, opened: list[Service], v6: bool
+) -> None:
+    service = open_service(lab, guard, opened, FLOODED, v6, "server")
+    attacker = source(v6)
+    with over_budget(lab, guard, service):
+        for _ in range(5):
+            service.connect(attacker).talk()
+        assert guard.block_of(attacker) is None
+        with contextlib.suppress(OSError):
+            connect(lab, attacker, service.address, FLOODED).close()
+        wait_until(lambda: guard.block_of(attacker) is not None)
+    assert guard.block_of(attacker)["kind"] == "ban"
 
 
 def test_forged_syns_stay_away_from_server_and_engine(

@@ -50,7 +50,7 @@ def guard(lab: ThreeHosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 def test_a_source_that_connects(guard: Guard, serve: Open, v6: bool) -> None:
     service, address = serve(8200, v6), source(v6)
     fresh = guard.json("policy", "explain", address)
-    assert "has not proved its address" in fresh["state"]
+    assert "not known" in fresh["state"]
     assert [row["used_percent"] for row in fresh["rules"]] == [0, 0, 0, None]
     for _ in range(5):
         service.connect(address).talk()
@@ -61,7 +61,7 @@ def test_a_source_that_connects(guard: Guard, serve: Open, v6: bool) -> None:
     wait_until(lambda: explained()["rules"][2]["used_percent"] == 25)  # swept
     told = explained()
     assert told["connections"] == 5
-    assert "has proved its address, so a rule may ban it" in told["state"]
+    assert "its address is real" in told["state"]
     used = {row["name"]: row["used_percent"] for row in told["rules"]}
     assert 40 <= used["rate"] <= 50
     assert used["ports"] == 10

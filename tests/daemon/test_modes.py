@@ -26,7 +26,7 @@ sweep_every: 500ms
 rules:
   - {{name: drop, measure: syn_rate, ports: [{DROP}], over: 1/m, burst: 1, then: drop}}
   - {{name: reset, measure: syn_rate, ports: [{RESET}], over: 1/m, burst: 1, then: reset}}
-  - {{name: ban, measure: connection_rate, ports: [{BAN}], over: 1/m, burst: 1,
+  - {{name: ban, measure: connection_rate, ports: [{BAN}], over: 1/m, burst: 3,
      then: ban, for: 60s}}
   - {{name: idle, measure: idle, ports: [{IDLE}], over: 1s, then: reset}}
   - {{name: shun, measure: half_open, ports: [{SHUN}], over: 3, then: ban, for: 60s}}
@@ -57,7 +57,7 @@ def test_observe_reports_and_changes_nothing(
     links = []
     for port in (DROP, RESET, BAN, IDLE, SHUN):
         service = serve(port, v6)
-        links += [service.connect(address) for _ in range(3)]
+        links += [service.connect(address) for _ in range(4)]
     forged = source(v6)
     segments(lab, forged, service.address, SHUN, "S", 10)
     wait_until(lambda: would(guard, "ban", "ban") and would(guard, "reset", "reset"))

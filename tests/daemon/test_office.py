@@ -157,4 +157,4 @@ def test_without_standing_the_same_page_views_are_an_attack(
     with Guard(lab, POLICY, tmp_path / "guard", workers=1) as guard:
         pages = [asyncio.run(page(lab, office, AT_ONCE)) for _ in range(3)]
         assert sum(pages) < 3 * AT_ONCE
-        wait_until(lambda: guard.block_of(office) is not None)
+        assert guard.events("shun", "syn-rate")

@@ -187,11 +187,14 @@ def test_a_trusted_source_is_never_blocked(action: Action) -> None:
 
 # A ban needs proof.
 
+COOKIE = KNOWN | PROVEN
+"""The state of the kernel's own SYN, for a client that has returned a SYN cookie."""
+
 
 def test_a_source_that_proved_its_address_is_banned() -> None:
     engine = Engine(ruleset(banning()))
-    engine.decide(packet(state=PROVEN), 0)
-    decision = engine.decide(packet(state=PROVEN), 0)
+    engine.decide(packet(state=COOKIE), 0)
+    decision = engine.decide(packet(state=COOKIE), 0)
     assert decision.verdict is Verdict.DROP
     wanted = Ban(BANNED, 600 * SECOND, "syn_rate-rule", Reason.SYN_RATE, keep_existing=False)
     assert decision.effects == (wanted,)
@@ -205,6 +208,60 @@ def test_a_source_without_proof_is_only_shunned() -> None:
     assert decision.verdict is Verdict.DROP
     wanted = Shun(BANNED, policy.shun_duration, "syn_rate-rule", Reason.SYN_RATE)
     assert decision.effects == (wanted,)
+
+
+def test_forged_syns_in_a_visitors_name_do_not_ban_him() -> None:
+    """Neither do they by filling the count that his own connections are then one too many for."""
+    policy = ruleset(
+        banning(burst=10),
+        rule(Measure.CONNECTION_RATE, Action.BAN, limit=1, burst=10),
+        rule(Measure.DISTINCT_PORTS, Action.BAN, limit=3, within=60 * SECOND),
+        rule(Measure.HALF_OPEN, Action.BAN, limit=3, within=60 * SECOND),
+    )
+    engine = Engine(policy)
+    found: list[type] = []
+    for number in range(1000):
+        forged = packet(source_port=number, port=number % 50, state=PROVEN)
+        found += map(type, engine.decide(forged, number * 10 * MILLISECOND).effects)
+        if number % 200 == 0:
+            own = [packet(source_port=9999, state=COOKIE), packet(ACK, source_port=9998 - number)]
+            for seen in (own[0], own[1]._replace(state=KNOWN | PROVEN)):
+                found += map(type, engine.decide(seen, number * 10 * MILLISECOND).effects)
+    assert set(found) == {Shun}
+
+
+def test_a_flood_that_returns_cookies_is_banned() -> None:
+    engine = Engine(ruleset(banning(burst=10)))
+    found = effects_at(engine, list(range(12)), COOKIE)
+    assert found == [Ban]
+
+
+def test_handshakes_that_may_be_forged_do_not_ban() -> None:
+    """An ACK that fitted nothing came from the source lately: its handshakes prove nothing."""
+    engine = Engine(ruleset(rule(Measure.CONNECTION_RATE, Action.BAN, limit=1, burst=10)))
+    found: list[object] = []
+    for port in range(20):
+        found += engine.decide(packet(ACK, source_port=port, state=KNOWN), 0).effects
+    assert [type(effect) for effect in found] == [Shun]
+
+
+@pytest.mark.parametrize("burst", [1, 2, 3, 4, 20])
+def test_one_lucky_forgery_is_not_the_last_straw_of_a_rare_limit(burst: int) -> None:
+    engine = Engine(ruleset(rule(Measure.CONNECTION_RATE, Action.BAN, limit=1, burst=burst)))
+    found: list[type] = []
+    for port in range(burst + 10):
+        effects = engine.decide(packet(ACK, source_port=port, state=KNOWN | PROVEN), 0).effects
+        found += map(type, effects)
+        assert (Ban in found) == (port >= max(burst, 3))
+
+
+def test_the_rsts_of_one_connection_are_one_proof() -> None:
+    engine = Engine(ruleset(rule(Measure.RESET_RATE, Action.BAN, limit=1, burst=5)))
+    found: list[type] = []
+    for port in (1,) * 50 + tuple(range(2, 7)):
+        effects = engine.decide(packet(RST, source_port=port, state=KNOWN | PROVEN), 0).effects
+        found += map(type, effects)
+    assert found == [Shun, Ban]
 
 
 def test_an_ack_alone_proves_nothing() -> None:
@@ -248,16 +305,16 @@ def test_a_block_is_laid_on_what_the_rule_counts(
     per: dict[str, object], source: str, banned: str
 ) -> None:
     engine = Engine(ruleset(banning(**per)))
-    engine.decide(packet(source=source, state=PROVEN), 0)
-    (effect,) = engine.decide(packet(source=source, state=PROVEN), 0).effects
+    engine.decide(packet(source=source, state=COOKIE), 0)
+    (effect,) = engine.decide(packet(source=source, state=COOKIE), 0).effects
     assert isinstance(effect, Ban)
     assert effect.source == parse_prefix(banned)
 
 
 def test_keep_existing_is_handed_on() -> None:
     engine = Engine(ruleset(banning(keep_existing=True)))
-    engine.decide(packet(state=PROVEN), 0)
-    (effect,) = engine.decide(packet(state=PROVEN), 0).effects
+    engine.decide(packet(state=COOKIE), 0)
+    (effect,) = engine.decide(packet(state=COOKIE), 0).effects
     assert isinstance(effect, Ban)
     assert effect.keep_existing
 
@@ -283,7 +340,7 @@ def effects_at(engine: Engine, times: list[int], state: int) -> list[type]:
 
 
 def test_a_ban_is_ordered_once_though_packets_are_still_under_way() -> None:
-    assert effects_at(Engine(ruleset(banning())), [0, 0, 1, 2, 3, 500, 900], PROVEN) == [Ban]
+    assert effects_at(Engine(ruleset(banning())), [0, 0, 1, 2, 3, 500, 900], COOKIE) == [Ban]
 
 
 def test_a_shun_is_ordered_once_though_packets_are_still_under_way() -> None:
@@ -291,26 +348,26 @@ def test_a_shun_is_ordered_once_though_packets_are_still_under_way() -> None:
 
 
 def test_a_source_that_still_arrives_after_a_second_is_banned_again() -> None:
-    assert effects_at(Engine(ruleset(banning())), [0, 0, 1, 1500, 1501], PROVEN) == [Ban, Ban]
+    assert effects_at(Engine(ruleset(banning())), [0, 0, 1, 1500, 1501], COOKIE) == [Ban, Ban]
 
 
 def test_a_shun_does_not_stand_in_the_way_of_a_ban() -> None:
     engine = Engine(ruleset(banning()))
     assert effects_at(engine, [0, 0, 1], 0) == [Shun]
-    assert effects_at(engine, [2, 3], PROVEN) == [Ban]
+    assert effects_at(engine, [2, 3], COOKIE) == [Ban]
 
 
 def test_a_ban_is_not_weakened_to_a_shun() -> None:
     engine = Engine(ruleset(banning()))
-    assert effects_at(engine, [0, 0, 1], PROVEN) == [Ban]
+    assert effects_at(engine, [0, 0, 1], COOKIE) == [Ban]
     assert effects_at(engine, [2, 3], 0) == []
 
 
 def test_while_only_observing_a_ban_is_reported_once_for_its_whole_time() -> None:
     engine = Engine(ruleset(banning(), enforce=False))
     times = [second * 1000 for second in range(600) for _ in range(3)]
-    assert effects_at(engine, times, PROVEN) == [Ban]
-    assert effects_at(engine, [600_001, 600_001, 600_002], PROVEN) == [Ban]
+    assert effects_at(engine, times, COOKIE) == [Ban]
+    assert effects_at(engine, [600_001, 600_001, 600_002], COOKIE) == [Ban]
 
 
 # Repeated offences.
@@ -398,11 +455,11 @@ def test_a_removed_rule_is_gone() -> None:
 
 def test_offences_are_remembered_over_a_change_of_policy() -> None:
     first = Engine(ruleset(ESCALATING))
-    assert effects_at(first, [0, 0], PROVEN) == [Ban]
+    assert effects_at(first, [0, 0], COOKIE) == [Ban]
     second = Engine(ruleset(ESCALATING, rule(Measure.BAD_FLAGS)), previous=first)
     hour = 3600 * SECOND
-    second.decide(packet(state=PROVEN), hour)
-    (effect,) = second.decide(packet(state=PROVEN), hour).effects
+    second.decide(packet(state=COOKIE), hour)
+    (effect,) = second.decide(packet(state=COOKIE), hour).effects
     assert isinstance(effect, Ban)
     assert effect.duration == 4 * 30 * MINUTE
 

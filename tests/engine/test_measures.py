@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from rstguard.engine.engine import Engine
-from rstguard.engine.ruleset import SECOND, Measure, Per, Rule
+from rstguard.engine.ruleset import NEVER_BANS, SECOND, Measure, Per, Rule
 from rstguard.engine.verdict import Action, Ban, Condemn, Decision, Reason, Shun, Verdict
 from rstguard.engine.wire import (
     ACK,
@@ -399,12 +399,28 @@ def test_each_measure_with_each_action(measure: Measure, action: Action, proven:
         Action.OBSERVE: TRUST if measure is Measure.CONNECTION_RATE else PASS,
         Action.DROP: DROP,
         Action.RESET: DROP if no_connection else RESET,
-        Action.BAN: BAN if last.state & PROVEN else SHUN,
+        Action.BAN: SHUN,
     }
     assert outcome(decision) == wanted[action]
     if action is Action.RESET:
         condemned = [effect for effect in decision.effects if isinstance(effect, Condemn)]
         assert [effect.flow for effect in condemned] == [last[:4]] * bool(last.state & KNOWN)
+
+
+@pytest.mark.parametrize("measure", SOURCE_MEASURES, ids=lambda m: m.value)
+def test_packets_of_proven_connections_ban(measure: Measure) -> None:
+    """If there are such packets among what is counted, and four where each may be forged."""
+    engine = Engine(ruleset(rule(measure, Action.BAN, limit=1, shorter_than=10 * SECOND)))
+    outcomes = []
+    for number in range(4):
+        for bare in crossed_by(measure):
+            no_connection = bare.state & STRAY or (not bare.flags & SYN and not bare.state)
+            opens = measure is Measure.SHORT_CONNECTIONS and bare.flags & SYN
+            state = bare.state if no_connection or opens else ESTABLISHED
+            port = bare.source_port + 10 * number
+            seen = bare._replace(state=state, source_port=port)
+            outcomes.append(outcome(engine.decide(seen, SECOND)))
+    assert (BAN in outcomes) == (measure not in NEVER_BANS)
 
 
 def test_data_that_overtakes_the_verdict_on_its_handshake_is_no_second_connection() -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from rstguard.engine.address import parse_prefix
+from rstguard.engine.address import parse_address, parse_prefix
 from rstguard.engine.flow import Flow, TcpState
-from rstguard.engine.ruleset import SECOND, Measure, Per, Rule
+from rstguard.engine.ruleset import DEFAULT_LABELS, LIKELY, SECOND, Measure, Per, Rule
 from rstguard.engine.sweep import Judgement, Sweep
 from rstguard.engine.verdict import Action, Ban, Reason, Shun
 from tests.support.flows import START, flow
@@ -238,10 +238,67 @@ def test_a_ban_from_the_sweep_names_source_rule_and_reason() -> None:
     assert judgement.blocks == (wanted,)
 
 
-def test_a_connection_without_replies_proves_nothing() -> None:
-    hoarder = rule(Measure.AGE, Action.BAN, SECOND)
-    judgement = Sweep(ruleset(hoarder)).judge([flow(1, age=9, seen_reply=False)], START)
+LIKELY_ONE = 1 << DEFAULT_LABELS + LIKELY
+
+
+def test_a_connection_that_may_be_forged_is_ended_and_its_source_shunned() -> None:
+    old = rule(Measure.AGE, Action.BAN, SECOND)
+    judgement = Sweep(ruleset(old)).judge([flow(1, age=9, labels=0)], START)
     assert [type(block) for block in judgement.blocks] == [Shun]
+    assert ports_of(judgement) == [1]
+
+
+@pytest.mark.parametrize("v6", [False, True])
+def test_what_a_server_has_sent_proves_a_connection_older_than_labels(v6: bool) -> None:
+    old = rule(Measure.AGE, Action.BAN, SECOND)
+    # Ten of the longest segments without data, and one byte more.
+    bare = flow(1, age=9, labels=0, received=1000 if v6 else 800)._replace(server_packets=10)
+    if v6:
+        bare = bare._replace(original=bare.original._replace(source=parse_address("2001:db8::1")))
+    for one, wanted in ((bare, Shun), (bare._replace(server_bytes=bare.server_bytes + 1), Ban)):
+        judgement = Sweep(ruleset(old)).judge([one], START)
+        assert [type(block) for block in judgement.blocks] == [wanted]
+
+
+@pytest.mark.parametrize(("silent", "wanted"), [(3, Shun), (4, Ban)])
+def test_some_silent_connections_prove_an_address_together(silent: int, wanted: type) -> None:
+    old = rule(Measure.AGE, Action.BAN, SECOND)
+    flows = [flow(n, age=9, labels=LIKELY_ONE) for n in range(silent)]
+    judgement = Sweep(ruleset(old)).judge(flows, START)
+    assert {type(block) for block in judgement.blocks} == {wanted}
+
+
+def test_forged_connections_in_a_visitors_name_neither_ban_him_nor_end_his_own() -> None:
+    hoarder = rule(Measure.CONNECTIONS, Action.BAN, 10)
+    own = [flow(n, age=1) for n in range(10)]
+    forged = [flow(100 + n, age=9, labels=0) for n in range(20)]
+    judgement = Sweep(ruleset(hoarder)).judge([*forged, *own], START)
+    assert [type(block) for block in judgement.blocks] == [Shun]
+    assert ports_of(judgement) == list(range(100, 120))
+    one_more = flow(50, age=0)
+    judgement = Sweep(ruleset(hoarder)).judge([*forged, *own, one_more], START)
+    assert [type(block) for block in judgement.blocks] == [Ban]
+
+
+def test_one_lucky_forgery_does_not_ban_a_visitor_who_is_known() -> None:
+    idle = rule(Measure.IDLE, Action.BAN, 5 * SECOND)
+    sweep = Sweep(ruleset(idle))
+    own, lucky = flow(1), flow(2, labels=LIKELY_ONE)
+    sweep.judge([own, lucky], START)
+    own = own._replace(client_packets=own.client_packets + 1)
+    judgement = sweep.judge([own, lucky], START + 9 * SECOND)
+    assert [type(block) for block in judgement.blocks] == [Shun]
+    assert ports_of(judgement) == [2]
+
+
+def test_bytes_of_a_forged_connection_do_not_ban_a_visitor() -> None:
+    sweep = Sweep(ruleset(rule(Measure.BYTE_RATE, Action.BAN, 1000, period=SECOND)))
+    own, forged = flow(1, received=100), flow(2, sent=100, labels=0)
+    sweep.judge([own, forged], START)
+    forged = forged._replace(client_bytes=9_000_000, client_packets=9000)
+    judgement = sweep.judge([own, forged], START + SECOND)
+    assert [type(block) for block in judgement.blocks] == [Shun]
+    assert ports_of(judgement) == [2]
 
 
 def test_the_most_severe_rule_decides_about_a_connection() -> None:

@@ -37,7 +37,8 @@ RULESET = RuleSet(
 CONFIG = ("ban4", "ban6", "shun4", "shun6", "proven4", "proven6", "trusted4", "trusted6")
 THIN = ("thin4-0", "thin6-0")
 PROTECTED = ("protected4", "protected6")
-ALWAYS = {f"rstguard-{name}" for name in (*CONFIG, "dst4", "dst6", *PROTECTED, *THIN)}
+SUSPECT = ("suspect4", "suspect6")
+ALWAYS = {f"rstguard-{name}" for name in (*CONFIG, *SUSPECT, "dst4", "dst6", *PROTECTED, *THIN)}
 
 
 def with_scope(**changes: object) -> RuleSet:

@@ -237,12 +237,33 @@ def test_interfaces_are_looked_at_only_if_they_are_known() -> None:
     ]
 
 
-def test_the_samples_load_without_a_warning() -> None:
+def test_the_samples_load_without_a_warning_but_of_what_can_be_forged() -> None:
     samples = sorted((Path(__file__).parent.parent.parent / "policies").glob("*.yaml"))
     assert [path.stem for path in samples] == [
         "observe-only", "ssh-bastion", "strict-gateway", "web-edge",
     ]  # fmt: skip
     for path in samples:
         loaded = load(path)
-        assert loaded.warnings == ()
+        assert all("in another's name" in warning.message for warning in loaded.warnings)
         assert loaded.policy.name == path.stem
+
+
+@pytest.mark.parametrize(
+    ("rule", "says"),
+    [
+        ("measure: syn_rate, over: 9/s", "bans only over returned SYN cookies"),
+        ("measure: distinct_hosts, over: 9, within: 1m", "bans only over returned SYN cookies"),
+        ("measure: reset_rate, over: 9/s", "bans only over RSTs of proven connections"),
+        ("measure: half_open, over: 9", "shuns and never bans"),
+        ("measure: bad_flags, over: 9/s", "shuns and never bans"),
+        ("measure: out_of_state, over: 9/s", "shuns and never bans"),
+        ("measure: connection_rate, over: 9/s", ""),
+        ("measure: connections, over: 9", ""),
+    ],
+)
+def test_a_ban_over_what_anybody_can_send_is_told(rule: str, says: str) -> None:
+    text = MINIMAL % f"{{name: r, {rule}, then: ban, for: 1m}}"
+    found = [warning.message for warning in parse(text, "p").warnings]
+    assert len(found) == bool(says)
+    assert all(says in message for message in found)
+    assert not parse(text.replace("ban, for: 1m", "observe"), "p").warnings

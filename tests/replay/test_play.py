@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rstguard.engine.engine import Engine
-from rstguard.engine.ruleset import SECOND, Escalate, Measure, Per, Rule, Scope
+from rstguard.engine.ruleset import FORGEABLE, SECOND, Escalate, Measure, Per, Rule, Scope
 from rstguard.engine.verdict import Action, Ban, Shun
 from rstguard.engine.wire import ACK, FIN, KNOWN, PROVEN, PSH, RST, SYN, URG, Packet, parse
 from rstguard.replay.play import BASE, Replay
@@ -79,6 +79,7 @@ def visits(traffic: Traffic, source: str) -> None:
 
 def stalls(traffic: Traffic, source: str) -> None:
     traffic.open(10, source)
+    traffic.answer(10.1, b"hello", source)
     for number in range(20):
         traffic.client(11 + number / 5, ACK, source, window=0, **NEXT)
 
@@ -102,20 +103,20 @@ PACKET_MEASURES: dict[Measure, tuple[Callable[[Traffic, str], None], dict[str, A
 
 @BOTH
 @pytest.mark.parametrize("measure", PACKET_MEASURES)
-def test_each_packet_measure_bans_who_has_proved_the_address(measure: Measure, source: str) -> None:
+def test_each_packet_measure_bans_by_what_cannot_be_forged(measure: Measure, source: str) -> None:
     attack, more = PACKET_MEASURES[measure]
     traffic = Traffic()
     traffic.visit(1, source)
     traffic.visit(1, OTHER)
     attack(traffic, source)
     replay = played(traffic, policy=policy(rule(measure, **more)))
-    assert hits(replay) == {("ban", source, "it")}
-    hit = of(replay, "ban")
+    kind = "shun" if measure in FORGEABLE - {Measure.RESET_RATE} else "ban"
+    assert hits(replay) == {(kind, source, "it")}
+    hit = of(replay, kind)
     assert hit.reason.name == measure.name
     assert hit.productive >= 1
     assert 9 <= (hit.first - BASE) / SECOND < 12
-    assert hit.packets
-    assert hit.seconds == 600
+    assert hit.seconds == (600 if kind == "ban" else 10)
 
 
 @BOTH
@@ -143,49 +144,54 @@ def test_a_forged_flood_bans_nobody() -> None:
     assert {kind for kind, _, _ in hits(replay)} <= {"shun"}
 
 
-def test_only_the_right_numbers_prove_an_address() -> None:
-    for good in (False, True):
+def test_a_wrong_number_takes_the_worth_of_handshakes_for_ten_minutes() -> None:
+    for minutes, kind in ((9, "shun"), (11, "ban")):
         traffic = Traffic()
-        traffic.syn(1, source_port=1999)
-        traffic.server(1.001, SYN | ACK, source_port=1999, **SYN_ACK)
-        numbers: dict[str, Any] = NEXT | {"acknowledgement": ITS + 1 + (not good)}
-        traffic.client(1.002, ACK, source_port=1999, **numbers)
-        syns(traffic, CLIENT)
-        assert hits(played(traffic, rule(Measure.SYN_RATE))) == {
-            ("ban" if good else "shun", CLIENT, "it")
-        }
+        traffic.syn(10 - minutes * 60, source_port=1999)
+        traffic.server(10.001 - minutes * 60, SYN | ACK, source_port=1999, **SYN_ACK)
+        numbers: dict[str, Any] = NEXT | {"acknowledgement": ITS + 2}
+        traffic.client(10.002 - minutes * 60, ACK, source_port=1999, **numbers)
+        handshakes(traffic, CLIENT)
+        assert hits(played(traffic, rule(Measure.CONNECTION_RATE))) == {(kind, CLIENT, "it")}
 
 
-def test_a_proof_is_good_for_ten_minutes() -> None:
-    for minutes, kind in ((9, "ban"), (11, "shun")):
+def test_data_of_the_server_proves_a_suspects_connections() -> None:
+    for answered, kind in ((False, "shun"), (True, "ban")):
         traffic = Traffic()
-        traffic.visit(10 - minutes * 60)
-        syns(traffic, CLIENT)
-        assert hits(played(traffic, rule(Measure.SYN_RATE))) == {(kind, CLIENT, "it")}
+        strays(traffic, CLIENT)
+        for number in range(5):
+            traffic.open(12 + number, source_port=number + 1)
+            if answered:
+                traffic.answer(12.5 + number, b".", source_port=number + 1)
+        traffic.visit(30, OTHER)
+        replay = played(traffic, rule(Measure.CONNECTIONS))
+        assert (kind, CLIENT, "it") in hits(replay)
+        assert all(one[0] != "ban" for one in hits(replay)) == (not answered)
 
 
 def test_what_a_ban_keeps_away_is_counted_and_not_judged() -> None:
     traffic = Traffic()
     traffic.open(1, source_port=1000)
-    syns(traffic, CLIENT)
+    handshakes(traffic, CLIENT)
     traffic.say(20, b"hello", source_port=1000)
     traffic.visit(21, source_port=1001)
     traffic.visit(22, OTHER)
-    replay = played(traffic, rule(Measure.SYN_RATE))
+    replay = played(traffic, rule(Measure.CONNECTION_RATE))
     hit = of(replay, "ban")
-    # 17 SYNs, one word of the connection that ended, and the five segments of a later visit.
-    assert (hit.packets, hit.connections) == (17 + 1 + 5, 17 + 1 + 1)
-    assert (replay.hits.totals["it"].packets, replay.hits.totals["it"].connections) == (23, 19)
+    # The ACK that was too many and 16 handshakes, one word of the connection that ended, and the
+    # five segments of a later visit; four handshakes before had become connections.
+    assert (hit.packets, hit.connections) == (1 + 16 * 2 + 1 + 5, 16 + 4 + 1 + 1)
+    assert (replay.hits.totals["it"].packets, replay.hits.totals["it"].connections) == (39, 22)
     assert replay.counts.judged == 1 + 4 + 1
 
 
 def test_existing_connections_stay_if_the_rule_says_so() -> None:
     traffic = Traffic()
     traffic.open(1, source_port=1000)
-    syns(traffic, CLIENT)
+    handshakes(traffic, CLIENT)
     traffic.say(20, b"hello", source_port=1000)
-    replay = played(traffic, rule(Measure.SYN_RATE, keep_existing=True))
-    assert of(replay, "ban").packets == 17
+    replay = played(traffic, rule(Measure.CONNECTION_RATE, keep_existing=True))
+    assert of(replay, "ban").packets == 1 + 16 * 2
 
 
 def test_a_ban_ends_and_the_next_is_longer() -> None:
@@ -193,9 +199,9 @@ def test_a_ban_ends_and_the_next_is_longer() -> None:
     for at in (0, 5, 65, 140):
         traffic.visit(at - 9, source_port=1000 + at)
         for number in range(20):
-            traffic.syn(at + number / 100, source_port=2000 + number)
+            traffic.open(at + number / 100, source_port=2000 + number)
     more = Escalate(2, 3600 * SECOND, 3600 * SECOND)
-    replay = played(traffic, rule(Measure.SYN_RATE, duration=60 * SECOND, escalate=more))
+    replay = played(traffic, rule(Measure.CONNECTION_RATE, duration=60 * SECOND, escalate=more))
     hit = of(replay, "ban")
     assert hit.times == 2
     assert hit.seconds == 120
@@ -298,12 +304,12 @@ def test_a_long_pause_is_swept_without_taking_forever() -> None:
 def test_an_observing_policy_takes_no_effect() -> None:
     traffic = Traffic()
     traffic.visit(1)
-    syns(traffic, CLIENT)
+    handshakes(traffic, CLIENT)
     traffic.visit(20, source_port=5)
-    replay = played(traffic, policy=policy(rule(Measure.SYN_RATE), enforce=False))
+    replay = played(traffic, policy=policy(rule(Measure.CONNECTION_RATE), enforce=False))
     assert hits(replay) == {("ban", CLIENT, "it")}
     assert (of(replay, "ban").packets, of(replay, "ban").connections) == (0, 0)
-    replay = played(traffic, rule(Measure.SYN_RATE, Action.OBSERVE))
+    replay = played(traffic, rule(Measure.CONNECTION_RATE, Action.OBSERVE))
     assert hits(replay) == {("observe", CLIENT, "it")}
 
 
@@ -367,7 +373,7 @@ def test_impossible_flags_and_fragments_are_no_acks() -> None:
     for number in range(10):
         traffic.client(2 + number / 100, URG)
     replay = played(traffic, rule(Measure.BAD_FLAGS))
-    assert hits(replay) == {("ban", CLIENT, "it")}
+    assert hits(replay) == {("shun", CLIENT, "it")}
 
 
 def test_later_fragments_are_passed_over() -> None:

@@ -125,8 +125,8 @@ class Traffic:
         )
 
     def syn(self, source: int, proven: bool, honest: bool = False, to: int = 80) -> Sent:
-        """A new connection's first packet."""
-        mark = _PROVEN if proven else 0
+        """A new connection's first packet; a `proven` source has returned a SYN cookie."""
+        mark = _KNOWN if proven else 0
         return self.packet(source, self.rng.randrange(1024, 65536), SYN, mark, honest, to)
 
     def handshake(self, source: int, honest: bool) -> Sent:

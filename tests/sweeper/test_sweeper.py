@@ -28,7 +28,7 @@ from rstguard.ipc.messages import (
 )
 from rstguard.kernel import KernelError
 from rstguard.kernel.elements import Element
-from rstguard.kernel.marks import Bits, Marks
+from rstguard.kernel.marks import Bits, Labels, Marks
 from rstguard.sweeper.sweeper import Sweeper
 from tests.support.packets import rule, ruleset
 from tests.support.table import MARKS, Table, a_flow, client_of, server_of
@@ -236,6 +236,7 @@ def test_a_full_set_keeps_no_connection_alive(drive: Drive) -> None:
     quiet = a_flow(1, GUARDED)
     crowd = a_flow(2, GUARDED)
     crowd = crowd._replace(original=crowd.original._replace(destination_port=81))
+    crowd = crowd._replace(labels=1 << Labels().confirmed)
     driven = drive(ruleset(idle, many), quiet, crowd)
     driven.kernel.failing["add"] = 100
     reset = driven.until(Reset)

@@ -27,7 +27,9 @@ def written(words: Sequence[str], family: int) -> str:
     words = _synproxy(words)
     quoted = [words[0]] if words else []
     for before, word in pairwise(words):
-        quote = before == "--u32" or (before == "--comment" and not _SAFE.fullmatch(word))
+        quote = before in ("--u32", "--bytecode", "--label") or (
+            before == "--comment" and not _SAFE.fullmatch(word)
+        )
         quoted.append(f'"{word}"' if quote else word)
     return " ".join(quoted)
 
