@@ -107,9 +107,7 @@ def make_meter(rule: Rule, percents: Mapping[int, int]) -> Meter | None:
     if rule.in_kernel:
         return Meter(rule, {Kind.SYN: _beside_the_kernel(rule)})
     if rule.measure in _RATE_MAKERS:
-        limiter = Limiter(rule.limit, rule.period, rule.burst)
-        if rule.unless:
-            limiter = LenientLimiter(rule, percents)
+        limiter = _limiter(rule, percents)
         key = key_function(rule)
 
         def exhaust(packet: Packet, until: int, now: int) -> None:
@@ -118,6 +116,9 @@ def make_meter(rule: Rule, percents: Mapping[int, int]) -> Meter | None:
         def used(source: int, now: int) -> float:
             return limiter.level(key_of(rule, source), now)
 
+        if rule.measure is Measure.SYN_RATE and rule.per is not Per.SERVICE:
+            returned = _limiter(rule, percents)
+            return Meter(rule, _syn_rate(rule, limiter, returned), exhaust, used, limiter.nearest)
         checks = _RATE_MAKERS[rule.measure](rule, limiter)
         return Meter(rule, checks, exhaust, used, limiter.nearest)
     if rule.measure in _DISTINCT_MAKERS:
@@ -129,6 +130,12 @@ def make_meter(rule: Rule, percents: Mapping[int, int]) -> Meter | None:
         checks = _DISTINCT_MAKERS[rule.measure](rule, distinct)
         return Meter(rule, checks, used=tried, nearest=distinct.nearest)
     return Meter(rule, _stalled(rule)) if rule.measure is Measure.STALLED else None
+
+
+def _limiter(rule: Rule, percents: Mapping[int, int]) -> Limiter:
+    if rule.unless:
+        return LenientLimiter(rule, percents)
+    return Limiter(rule.limit, rule.period, rule.burst)
 
 
 def _rate(rule: Rule, limiter: Limiter) -> Check:
@@ -159,7 +166,23 @@ def _beside_the_kernel(rule: Rule) -> Check:
     return check
 
 
-def _syn_rate(rule: Rule, limiter: Limiter) -> dict[Kind, Check]:
+def _syn_rate(rule: Rule, limiter: Limiter, returned: Limiter) -> dict[Kind, Check]:
+    """SYNs of clients that returned a SYN cookie have a count of their own.
+
+    Anybody can forge the others; they must not use up what the owner of the address may send.
+    """
+    usual, proven = limiter.over, returned.over
+    shift4, shift6 = 32 - rule.ipv4_length, 128 - rule.ipv6_length
+
+    def check(packet: Packet, now: int) -> bool:
+        source = packet[0]  # as in `_rate`: this runs for every SYN
+        over = proven if packet[9] & KNOWN else usual
+        return over(source >> (shift6 if source >= V6 else shift4), now)
+
+    return {Kind.SYN: check}
+
+
+def _service_rate(rule: Rule, limiter: Limiter) -> dict[Kind, Check]:
     return {Kind.SYN: _rate(rule, limiter)}
 
 
@@ -274,7 +297,7 @@ def _stalled(rule: Rule) -> dict[Kind, Check]:
 
 
 _RATE_MAKERS: dict[Measure, Callable[[Rule, Limiter], dict[Kind, Check]]] = {
-    Measure.SYN_RATE: _syn_rate,
+    Measure.SYN_RATE: _service_rate,
     Measure.CONNECTION_RATE: _connection_rate,
     Measure.BAD_FLAGS: _bad_flags,
     Measure.OUT_OF_STATE: _out_of_state,
