@@ -114,8 +114,10 @@ def make_meter(rule: Rule, percents: Mapping[int, int]) -> Meter | None:
     `percents` is how productive sources are (`rstguard.engine.lenient`), now and as it changes.
     """
     if rule.in_kernel:
-        proofs = {Kind.SYN: _rate(rule, _limiter(rule, {}))} if rule.action is Action.BAN else {}
-        return Meter(rule, {Kind.SYN: _beside_the_kernel(rule)}, proofs)
+        # The kernel counts returned cookies apart, and nothing else of them comes as one too many.
+        bans = rule.action is Action.BAN
+        proofs: dict[Kind, Check] = {Kind.SYN: lambda packet, _now: bool(packet.state & OVER)}
+        return Meter(rule, {Kind.SYN: _beside_the_kernel(rule)}, proofs if bans else {})
     if rule.measure in _RATE_MAKERS:
         limiter = _limiter(rule, percents)
         key = key_function(rule)
@@ -155,6 +157,8 @@ def _rate_checks(
     short = rule.measure is Measure.SHORT_CONNECTIONS
     if short:
         checks = _short_connections(rule, limiter, opened)
+    elif rule.measure is Measure.SYN_RATE and rule.per is not Per.SERVICE:
+        checks = _syn_rate(rule, limiter, _limiter(rule, percents))
     else:
         checks = _RATE_MAKERS[rule.measure](rule, limiter)
     if rule.action is not Action.BAN or rule.measure in NEVER_BANS:
@@ -212,7 +216,23 @@ def _beside_the_kernel(rule: Rule) -> Check:
     return check
 
 
-def _syn_rate(rule: Rule, limiter: Limiter) -> dict[Kind, Check]:
+def _syn_rate(rule: Rule, limiter: Limiter, returned: Limiter) -> dict[Kind, Check]:
+    """SYNs of clients that returned a SYN cookie have a count of their own.
+
+    Anybody can forge the others; they must not use up what the owner of the address may send.
+    """
+    usual, proven = limiter.over, returned.over
+    shift4, shift6 = 32 - rule.ipv4_length, 128 - rule.ipv6_length
+
+    def check(packet: Packet, now: int) -> bool:
+        source = packet[0]  # as in `_rate`: this runs for every SYN
+        over = proven if packet[9] & KNOWN else usual
+        return over(source >> (shift6 if source >= V6 else shift4), now)
+
+    return {Kind.SYN: check}
+
+
+def _service_rate(rule: Rule, limiter: Limiter) -> dict[Kind, Check]:
     return {Kind.SYN: _rate(rule, limiter)}
 
 
@@ -331,7 +351,7 @@ def _stalled(rule: Rule) -> dict[Kind, Check]:
 
 
 _RATE_MAKERS: dict[Measure, Callable[[Rule, Limiter], dict[Kind, Check]]] = {
-    Measure.SYN_RATE: _syn_rate,
+    Measure.SYN_RATE: _service_rate,
     Measure.CONNECTION_RATE: _connection_rate,
     Measure.BAD_FLAGS: _bad_flags,
     Measure.OUT_OF_STATE: _out_of_state,

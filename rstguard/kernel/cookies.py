@@ -31,7 +31,7 @@ from rstguard.engine.address import address_text, is_v6
 from rstguard.engine.offers import Offer, Service
 from rstguard.engine.ruleset import Divert, RuleSet
 from rstguard.kernel.chains import Jump, Plan
-from rstguard.kernel.counting import LARGEST_RATE, gate, table_size
+from rstguard.kernel.counting import LARGEST_RATE, gate, syns, table_size
 from rstguard.kernel.marks import Labels, Marks
 from rstguard.kernel.matching import SYN_ONLY, interface_names, negated
 from rstguard.kernel.names import PREFIX, set_name
@@ -88,6 +88,8 @@ def with_budget(plan: Plan, ruleset: RuleSet, family: int, known: Known) -> Plan
         *mangle[f"{PREFIX}-invalid"],
     )
     mangle[f"{PREFIX}-proved"] = build.proved()
+    if ruleset.kernel_rule:
+        mangle[f"{PREFIX}-returned"] = syns(ruleset, family, returned=True)
     mangle[f"{PREFIX}-joined"] = build.joined()
     mangle[f"{PREFIX}-offers"] = build.on_interfaces(f"-o {{}} -j {PREFIX}-sample")
     mangle[f"{PREFIX}-sample"] = build.sample()
@@ -214,7 +216,7 @@ class _Build:
             rules.append(f"-j SET --add-set {set_name('proven', self.family)} src --exist")
             rules.append(label(Labels(self.ruleset.labels).confirmed, add=True))
         if self.ruleset.kernel_rule:
-            rules.append(f"-j {PREFIX}-count")
+            rules.append(f"-j {PREFIX}-returned")
         if {Divert.SYN, Divert.HANDSHAKE} & self.ruleset.diverts:
             rules.append(f"-j {PREFIX}-queue")
         else:

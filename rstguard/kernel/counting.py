@@ -18,8 +18,11 @@ _MICROSECONDS = 1_000_000
 """In a second: hashlimit keeps the time between two packets in whole ones (user2credits)."""
 
 
-def syns(ruleset: RuleSet, family: int) -> tuple[str, ...]:
+def syns(ruleset: RuleSet, family: int, returned: bool = False) -> tuple[str, ...]:
     """Return the rules that count SYNs per source, or none.
+
+    Those of clients that `returned` a SYN cookie are counted apart: what anybody can forge must not
+    use up what the owner of the address may send.
 
     The bucket is refilled once a jiffy, and a packet that is too many takes nothing from it, as in
     the engine's (hashlimit_mt_common in net/netfilter/xt_hashlimit.c).  More SYNs than the table
@@ -30,7 +33,8 @@ def syns(ruleset: RuleSet, family: int) -> tuple[str, ...]:
         return ()
     length = rule.ipv4_length if family == 4 else rule.ipv6_length
     lives = max(1, -(-rule.refill // SECOND))
-    table = table_of(rule, family)
+    apart = "-returned" if returned else ""
+    table = table_of(rule, family) + apart
     within = (
         f"-m hashlimit --hashlimit-upto {rule.limit}/{UNITS[rule.period]}"
         f" --hashlimit-burst {rule.burst} --hashlimit-mode srcip --hashlimit-srcmask {length}"
@@ -38,7 +42,7 @@ def syns(ruleset: RuleSet, family: int) -> tuple[str, ...]:
     )
     over = f"-j MARK --set-xmark {Marks(ruleset.marks).to_queue_over}"
     queue = f"-j {PREFIX}-queue"
-    return (f"{gate(f'{PREFIX}{family}-count', lives)} {queue}", within, over, queue)
+    return (f"{gate(f'{PREFIX}{family}-count{apart}', lives)} {queue}", within, over, queue)
 
 
 def table_of(rule: Rule, family: int) -> str:

@@ -170,7 +170,6 @@ class Marks:
         self.established = Bits(_PROVEN * unit, _PROVEN * unit)
         """PROVEN or TRUSTED: only a match."""
 
-        # Other bits of a connection.
         self.held = _one(_HELD * unit)
         self.closing = _one(_CLOSING * unit)
         self.condemned_source = _one(_CONDEMNED_SOURCE * unit)
@@ -193,14 +192,13 @@ class Marks:
         }
         """The bits that prove that the named ends were sent a RST."""
 
-        # What is read from the table of connections.
         alive = self.uncondemned.mask
         self.swept = Bits(self.established.value, self.established.mask | alive)
         self.half_open = Bits(self.guarded.value, self.guarded.mask | alive)
         self.unfinished = Bits(alive, alive | self.rst_sent.mask)
         """Condemned, and no end was sent its RST yet."""
+        # A RST for it came in, that is not held back, and nobody has looked since.
         self.doubted = Bits(self.closing.value, self.closing.mask | self.held.mask | alive)
-        """A RST for it came in, that is not held back, and nobody has looked since."""
 
         # A packet's.
         self.none = Bits(0, mask)

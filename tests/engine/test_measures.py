@@ -443,6 +443,17 @@ def test_a_dropped_handshake_stays_dropped_when_it_comes_again() -> None:
     assert outcome(engine.decide(second, 20 * SECOND)) == TRUST  # judged anew
 
 
+@pytest.mark.parametrize("action", [Action.DROP, Action.BAN])
+def test_forged_syns_use_up_nothing_of_who_returns_cookies(action: Action) -> None:
+    """The owner has his whole burst; one more, and it is he who is too fast."""
+    engine = Engine(ruleset(rule(Measure.SYN_RATE, action, limit=2, burst=2)))
+    forged = [outcome(engine.decide(packet(source_port=port), 0)) for port in range(1, 99)]
+    assert forged.count(PASS) <= 3
+    owner = [packet(state=ESTABLISHED, source_port=port) for port in (101, 102, 103)]
+    too_many = DROP if action is Action.DROP else BAN
+    assert [outcome(engine.decide(one, 0)) for one in owner] == [TRUST, TRUST, too_many]
+
+
 def test_what_the_kernel_counted_is_not_counted_again() -> None:
     """Only what found no room in the kernel's table counts here: no mark, and no cookie."""
     counted = rule(Measure.SYN_RATE, limit=2, burst=2, in_kernel=True)

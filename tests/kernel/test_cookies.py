@@ -112,3 +112,24 @@ def test_the_kernel_takes_them_as_they_are(own_namespace: None, blocking: str, r
     assert len(iptables.read(LINUX, 4).jumps) == len(plans[4].jumps)
     assert iptables.remove(LINUX)
     ipset.destroy(LINUX)
+
+
+@pytest.mark.netns
+def test_syns_of_returned_cookies_are_counted_apart(own_namespace: None) -> None:
+    """In tables of their own: anybody can forge what is counted in the others."""
+    ruleset = replace(RULESET, rules=(replace(SYN_RATE, in_kernel=True),))
+    plans = {family: planned(ruleset, family) for family in (4, 6)}
+    for plan in plans.values():
+        mangle = plan.chains["mangle"]
+        usual, returned = (
+            {word for rule in mangle[chain] for word in rule.split() if word.startswith("rstguard")}
+            for chain in ("rstguard-count", "rstguard-returned")
+        )
+        assert usual & returned == {"rstguard-queue"}
+        assert "-j rstguard-returned" in mangle["rstguard-proved"]
+        assert "-j rstguard-count" not in mangle["rstguard-proved"]
+    ipset.apply(LINUX, ruleset)
+    placed = iptables.apply(LINUX, plans)
+    assert iptables.missing(LINUX, plans, placed) == []
+    assert iptables.remove(LINUX)
+    ipset.destroy(LINUX)
