@@ -70,10 +70,10 @@ class Members:
         self._until: OrderedDict[Prefix, dict[Prefix, float]] = OrderedDict()
         self._gated: dict[Prefix, float] = {}
 
-    def gate(self, source: Prefix, until: float, now: float) -> Prefix | None:
-        """Note a ban that ends at `until`; return the prefix that is to be gated for as long.
+    def gate(self, source: Prefix, until: float, now: float) -> tuple[Prefix, float] | None:
+        """Note a ban that ends at `until`; return a prefix to be gated because of it, and till when.
 
-        None if there are few bans in it, or if it is gated for as long already.
+        That is the end of the longest ban in it.  None if there are few, or it is gated already.
         """
         network = wide(source)
         if network == source:
@@ -88,10 +88,11 @@ class Members:
         if len(members) <= MOST_MEMBERS:
             return None
         del members[min(members, key=members.__getitem__)]  # of those left the number tells enough
-        if self._gated.get(network, now) >= until:
+        longest = max(members.values())
+        if self._gated.get(network, now) >= longest:
             return None
-        self._gated[network] = until
-        return network
+        self._gated[network] = longest
+        return network, longest
 
     def freed(self, source: Prefix) -> None:
         """Note that a ban was lifted, or that of a whole gated prefix."""

@@ -163,7 +163,8 @@ class Sweep:
             source = prefix_of(flow.original.source, *_widths(rule, self.ruleset))
             of_proven = (rule, _source_key_function(rule, self.ruleset)(flow)) in proven
             blocks += self._sources.block(source, of_proven, rule, now)
-            if not of_proven and not rule.keep_existing:
+            banned = of_proven and rule.name not in self.ruleset.capped
+            if not banned and not rule.keep_existing:
                 condemned.append(objection)
         return Judgement(tuple(condemned), tuple(blocks), tuple(observed))
 

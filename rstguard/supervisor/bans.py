@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from itertools import compress
 from typing import Final
 
@@ -33,6 +34,8 @@ MANUAL: Final = "manual"
 IMPORTED: Final = "imported"
 """The rule name of a ban that came from a list."""
 _AGAIN_SECONDS: Final = 1.0
+_MOST_GATES: Final = 4_096
+"""Networks that wait to be gated while the kernel refuses."""
 
 
 class Bans:
@@ -45,8 +48,8 @@ class Bans:
         self._record = record
         self._capped = capped
         self._members = Members()
-        self._gates: dict[Prefix, Blocked] = {}
-        """Networks that are to be gated, each with the ban that was one too many."""
+        self._gates: dict[Prefix, tuple[Blocked, float]] = {}
+        """Networks that are to be gated, each with the ban that was one too many, and till when."""
         self._wanted = asyncio.Event()
 
     def heard(self, message: Blocked) -> None:
@@ -73,9 +76,9 @@ class Bans:
             self._capped.note(element.rule, element.source)
         if element.kind == "ban" and element.remaining is not None:
             now = asyncio.get_running_loop().time()
-            network = self._members.gate(element.source, now + element.remaining, now)
-            if network is not None:
-                self._gates[network] = message
+            gate = self._members.gate(element.source, now + element.remaining, now)
+            if gate is not None and len(self._gates) < _MOST_GATES:
+                self._gates[gate[0]] = message, gate[1]
                 self._wanted.set()
 
     async def add(self, source: Prefix, seconds: int, keep_existing: bool) -> None:
@@ -123,6 +126,7 @@ class Bans:
             removed = removed or await self._record.holds(str(source))
             self._record.unblocked(str(source))
             self._members.freed(source)
+            self._gates.pop(source, None)
         if removed:
             self._guard.events.add(Event("unban", str(source), MANUAL))
         return bool(removed)
@@ -145,18 +149,30 @@ class Bans:
                 self._wanted.set()
 
     async def _gate(self) -> None:
-        for network, message in list(self._gates.items()):
-            ban = message.element
-            element = Element(network, "shun", ban.rule, ban.remaining)
-            async with self._record.changing:
-                _, error = await asyncio.to_thread(self._place, [element])
-                if error:
-                    raise KernelError(error)
+        """Gate all at once: what one set refuses must not keep others waiting.
+
+        Raises:
+            KernelError: some were refused; they are kept.
+        """
+        now = asyncio.get_running_loop().time()
+        wanted = {
+            Element(network, "shun", ban.element.rule, math.ceil(until - now)): ban.reason
+            for network, (ban, until) in self._gates.items()
+            if until > now
+        }
+        self._gates = {one: gate for one, gate in self._gates.items() if gate[1] > now}
+        async with self._record.changing:
+            there, error = await asyncio.to_thread(self._place, list(wanted))
+            placed = list(compress(wanted, there))
+            for element in placed:
                 self._record.blocked_element(element)
-            del self._gates[network]
-            detail = f"for {ban.remaining} s: more than {MOST_MEMBERS} sources of it are banned"
-            event = Event("gated", str(network), ban.rule, message.reason, detail)
-            self._guard.events.add(event)
+        for element in placed:
+            self._gates.pop(element.source, None)
+            detail = f"for {element.remaining} s: more than {MOST_MEMBERS} sources of it are banned"
+            network, why = str(element.source), wanted[element]
+            self._guard.events.add(Event("gated", network, element.rule, why, detail))
+        if error:
+            raise KernelError(error)
 
     def _place(self, elements: list[Element]) -> Placed:
         with self._kernel.sets() as sets:

@@ -50,9 +50,9 @@ def test_a_network_is_gated_with_the_ban_that_is_one_too_many() -> None:
     for number in range(MOST_MEMBERS):
         assert members.gate(member(number), 100, 0) is None
         assert members.gate(member(number), 100, 0) is None
-    assert members.gate(member(16), 100, 0) == network
+    assert members.gate(member(16), 20, 0) == (network, 100)  # the longest of them
     assert members.gate(member(17), 90, 1) is None  # it is gated for longer
-    assert members.gate(member(17), 200, 1) == network
+    assert members.gate(member(17), 200, 1) == (network, 200)
 
 
 def test_bans_that_are_over_or_lifted_do_not_count() -> None:

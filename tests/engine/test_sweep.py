@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from rstguard.engine.address import parse_address, parse_prefix
@@ -236,6 +238,16 @@ def test_a_ban_from_the_sweep_names_source_rule_and_reason() -> None:
         keep_existing=True,
     )
     assert judgement.blocks == (wanted,)
+
+
+def test_a_rule_that_is_capped_ends_connections_where_it_would_ban() -> None:
+    old = rule(Measure.AGE, Action.BAN, SECOND)
+    capped = replace(ruleset(old), capped=frozenset({old.name}))
+    judgement = Sweep(capped).judge([flow(1, age=9)], START)
+    (block,) = judgement.blocks
+    assert isinstance(block, Shun)
+    assert block.withheld
+    assert ports_of(judgement) == [1]
 
 
 LIKELY_ONE = 1 << DEFAULT_LABELS + LIKELY

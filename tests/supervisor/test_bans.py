@@ -176,6 +176,31 @@ async def test_a_network_of_which_many_are_banned_is_gated(
         assert network not in here.banned()
 
 
+async def test_a_gate_that_is_refused_keeps_no_other_waiting(tmp_path: Path) -> None:
+    async with site(tmp_path) as here:
+        here.kernel.ipsets.get("rstguard-shun4").options["maxelem"] = "0"
+        for number in range(17):
+            here.ban(f"198.51.100.{number}")
+        await asyncio.sleep(0.5)
+        for number in range(17):
+            here.ban(f"2001:db8:1:{number}::/64")
+        await asyncio.sleep(3)
+        assert "2001:db8:1::/48" in here.banned()
+        assert here.guard.unplaced_at is not None
+
+
+async def test_a_gate_lasts_as_long_as_the_longest_ban(tmp_path: Path) -> None:
+    async with site(tmp_path) as here:
+        for number in range(17):
+            seconds = 86_400 if number < 16 else 60
+            element = Element(parse_prefix(f"198.51.100.{number}"), "ban", "rate", seconds)
+            here.bans.heard(Blocked(element, Reason.SYN_RATE))
+        await asyncio.sleep(0.5)
+        (gate,) = [one for one in await here.bans.listed() if one.source.length == 24]
+        assert gate.remaining is not None
+        assert gate.remaining > 80_000
+
+
 async def test_bans_by_hand_are_placed_and_lifted_with_an_event(tmp_path: Path) -> None:
     async with site(tmp_path) as here:
         for number in range(10):  # an administrator's are not counted
