@@ -71,7 +71,7 @@ class Members:
         self._gated: dict[Prefix, float] = {}
 
     def gate(self, source: Prefix, until: float, now: float) -> tuple[Prefix, float] | None:
-        """Note a ban that ends at `until`; return a prefix to be gated because of it, and till when.
+        """Note a ban that ends at `until`; return what is to be gated because of it, and till when.
 
         That is the end of the longest ban in it.  None if there are few, or it is gated already.
         """
