@@ -14,7 +14,7 @@ from dataclasses import replace
 from itertools import islice
 
 from rstguard.engine.engine import kind_of
-from rstguard.engine.flow import LIVE, Flow, TcpState, Tuple
+from rstguard.engine.flow import LIVE, Flow, Tuple
 from rstguard.engine.limiter import Distinct, Memory
 from rstguard.engine.rules import SAME_HANDSHAKE, Kind, flow_key_function, key_function
 from rstguard.engine.ruleset import SECOND, SWEEP_MEASURES, Measure, Rule, RuleSet
@@ -281,8 +281,7 @@ class Gauges:
     ) -> None:
         key, measure = flow_key_function(gauge.rule), gauge.rule.measure
         if measure is Measure.CONNECTIONS:
-            established = (flow for flow in flows if flow.state == TcpState.ESTABLISHED)
-            amounts = _sums((key(flow), 1) for flow in established)
+            amounts = _sums((key(flow), 1) for flow in flows)
         elif measure is Measure.BYTE_RATE:
             moved = _sums((key(flow), news[flow.original][0]) for flow in flows)
             amounts = {source: n * SECOND // elapsed for source, n in moved.items() if n > 0}
@@ -302,7 +301,7 @@ def _of_connection(rule: Rule, flow: Flow, silence: int) -> int | None:
         return silence or None
     if rule.measure is Measure.AGE:
         return flow.age if flow.age > 0 else None
-    if flow.state != TcpState.ESTABLISHED or flow.age < rule.after or not flow.client_packets:
+    if flow.age < rule.after or not flow.client_packets:
         return None
     counted = {"client": flow.client_bytes, "server": flow.server_bytes}
     return counted.get(rule.of, flow.client_bytes + flow.server_bytes) * SECOND // flow.age

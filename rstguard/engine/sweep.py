@@ -13,7 +13,7 @@ from operator import itemgetter
 from typing import NamedTuple
 
 from rstguard.engine.address import prefix_of, source_key
-from rstguard.engine.flow import LIVE, Flow, TcpState, Tuple
+from rstguard.engine.flow import LIVE, Flow, Tuple
 from rstguard.engine.grades import Grades
 from rstguard.engine.lenient import MOST_BUSY, Standings, limit_of
 from rstguard.engine.nearest import MOST_TRUSTED, Near, largest, merged, told
@@ -41,7 +41,6 @@ class Seen(NamedTuple):
 
 Known = tuple[Flow, Seen]
 """A connection as it is, and what is known of it by now."""
-_ESTABLISHED = int(TcpState.ESTABLISHED)
 
 
 class Objection(NamedTuple):
@@ -194,8 +193,7 @@ class Sweep:
         if rule.measure is not Measure.CONNECTIONS or rule.per is Per.SERVICE:
             return real(crossing) == len(crossing) and prove(crossing)
         percents = self.standings.percents() if rule.unless else {}
-        established = [flow for flow in flows if flow.state == _ESTABLISHED]
-        return real(established) > limit_of(rule, source, percents) and prove(established)
+        return real(flows) > limit_of(rule, source, percents) and prove(flows)
 
     def _note(self, flow: Flow, now: int) -> Seen:
         # Unpacked at once: this runs for every connection at every sweep.
@@ -236,16 +234,19 @@ class Sweep:
                 del self._seen[gone]
 
     def _connections(self, rule: Rule, known: list[Known], now: int, elapsed: int) -> list[Flow]:
-        """The newest of a source beyond the limit."""
+        """The newest of a source beyond the limit.
+
+        Half-closed ones count: the server holds them, and a client's FIN may have reached the
+        tracker alone.
+        """
         held: dict[int, list[Known]] = {}
         key = flow_key_function(rule)
         for one in known:
-            if one[0][3] == _ESTABLISHED:
-                source = key(one[0])
-                if source in held:
-                    held[source].append(one)
-                else:
-                    held[source] = [one]
+            source = key(one[0])
+            if source in held:
+                held[source].append(one)
+            else:
+                held[source] = [one]
         self._used[rule] = {source: len(of_source) for source, of_source in held.items()}
         beyond = []
         percents = self.standings.percents() if rule.unless else {}
@@ -283,7 +284,7 @@ class Sweep:
         old_enough = now - rule.after
         for flow, (began, _, packets, _, _, _) in known:
             # Without packets it is older than the accounting: nobody knows what it moved.
-            if began > old_enough or not packets or flow.state != _ESTABLISHED:
+            if began > old_enough or not packets:
                 continue
             age = now - began
             if _counted_bytes(flow, rule.of) * SECOND < rule.limit * age:

@@ -27,7 +27,7 @@ rules:
 """
 MD5 = 19, bytes(16)
 """A signature (RFC 2385) that the server has no key for: it takes no such segment."""
-CLOSED, ESTABLISHED = 8, 3
+CLOSED, ESTABLISHED, FIN_WAIT = 8, 3, 4
 POISON = (60_000, 90_000, 110_000, 128_000)
 
 
@@ -55,6 +55,21 @@ def test_a_connection_that_only_the_gateway_believes_to_be_over_ends_at_the_serv
         assert not any(is_dead(link.server) for link in hoard)
         wait_until(lambda: all(is_dead(link.server) for link in hoard))
         wait_until(lambda: guard.status()["counts"].get("outlived", 0) >= len(hoard))
+
+
+@BOTH_FAMILIES
+def test_a_fin_that_only_the_gateway_believes_hides_nothing(
+    lab: ThreeHosts, serve: Open, tmp_path: Path, v6: bool
+) -> None:
+    web = serve(8504, v6)
+    with Guard(lab, POLICY.replace("over: 100", "over: 5"), tmp_path / "guard"):
+        hoarder = source(v6)
+        hoard = [web.connect(hoarder) for _ in range(20)]
+        for link in hoard:
+            link.talk()
+            forge(lab, link, "FA", options=(MD5,))
+        assert state_of(lab, hoard[-1]) in (FIN_WAIT, CLOSED)
+        wait_until(lambda: sum(not is_dead(link.server) for link in hoard) == 5)
 
 
 @BOTH_FAMILIES

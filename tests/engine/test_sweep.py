@@ -67,11 +67,12 @@ def test_connections_of_a_service_count_together() -> None:
     assert condemned(by_service, (0, flows)) == [[1]]
 
 
-def test_only_established_connections_count_as_held() -> None:
-    closing = [flow(n, state=TcpState.FIN_WAIT) for n in range(9)]
+def test_what_the_server_may_hold_counts_and_nothing_else() -> None:
     opening = [flow(n, state=TcpState.SYN_RECV) for n in range(10, 19)]
-    over = [flow(n, state=TcpState.TIME_WAIT) for n in range(20, 29)]
-    assert condemned(resets(Measure.CONNECTIONS, 1), (0, closing + opening + over)) == [[]]
+    over = [flow(n, state=state) for n, state in ((20, TcpState.TIME_WAIT), (21, TcpState.CLOSE))]
+    assert condemned(resets(Measure.CONNECTIONS, 1), (0, opening + over)) == [[]]
+    closing = [flow(1, state=TcpState.FIN_WAIT), flow(2, state=TcpState.CLOSE_WAIT), flow(3)]
+    assert len(condemned(resets(Measure.CONNECTIONS, 1), (0, closing))[0]) == 2
 
 
 def test_without_age_the_connections_of_an_earlier_sweep_are_the_older_ones() -> None:
@@ -156,10 +157,10 @@ SLOW = resets(Measure.SLOW, 50, after=20 * SECOND)
         ("both together are too slow", "both", flow(1, sent=500, received=499, age=20), True),
         ("both together are fast enough", "both", flow(1, sent=500, received=500, age=20), False),
         (
-            "a closing one is left to close",
+            "a half-closed one is held as well",
             "client",
             flow(1, state=TcpState.FIN_WAIT, age=99),
-            False,
+            True,
         ),
     ],
 )

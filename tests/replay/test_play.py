@@ -284,12 +284,13 @@ def test_sweep_counts_connections_and_bytes_and_age() -> None:
     limit = rule(Measure.CONNECTIONS, Action.RESET)
     replay = played(traffic, limit)
     assert {hit.subject.source_port for hit in replay.hits} == set(range(4, 11))  # type: ignore[union-attr]
-    replay = played(traffic, rule(Measure.CONNECTIONS))
+    replay = played(traffic, rule(Measure.CONNECTIONS, limit=5))
     assert hits(replay) == {("ban", CLIENT, "it")}
     replay = played(traffic, rule(Measure.AGE, Action.RESET, 15 * SECOND))
     assert {hit.subject.source_port for hit in replay.hits} == {1, 2, 3, 4, 5, 6}  # type: ignore[union-attr]
+    # Before four of them are there, bare handshakes ban nobody.
     replay = played(traffic, rule(Measure.BYTE_RATE, limit=20, burst=20))
-    assert hits(replay) == {("ban", CLIENT, "it")}
+    assert {kind for kind, _, _ in hits(replay)} == {"shun", "reset"}
 
 
 def test_a_long_pause_is_swept_without_taking_forever() -> None:
