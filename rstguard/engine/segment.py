@@ -1,4 +1,4 @@
-"""Build TCP segments without payload: the emit side of `rstguard.engine.wire`.
+"""Build TCP segments: the emit side of `rstguard.engine.wire`.
 
 A `Tuple` says who seems to send to whom.  Options are never sent: a segment without a timestamp is
 not judged by PAWS (RFC 7323, 5.2), and a RST needs none (RFC 7323, 3.2).
@@ -26,7 +26,7 @@ _MODULUS = 1 << 32
 
 
 def emit(packet: Packet) -> bytes:
-    """Return an IP packet with the header fields of `packet` and no payload.
+    """Return an IP packet with the header fields of `packet`; its payload is zeros.
 
     Checksums are right, also the IPv4 header's.
 
@@ -47,10 +47,12 @@ def emit(packet: Packet) -> bytes:
         packet.window,
     )
     try:
-        blank = _TCP.pack(*head, 0, 0)
+        payload = bytes(packet.payload_length)
+        blank = _TCP.pack(*head, 0, 0) + payload
         # The pseudo header of RFC 8200 (8.1) and that of RFC 9293 (3.1) have the same sum.
         pseudo = source + destination + _LENGTH.pack(len(blank)) + _LENGTH.pack(_PROTOCOL)
-        segment = _TCP.pack(*head, checksum(pseudo + blank), 0)
+        even = blank + bytes(len(blank) % 2)
+        segment = _TCP.pack(*head, checksum(pseudo + even), 0) + payload
     except Exception as error:
         raise ValueError(f"a header field is out of its range: {error}") from error
     if v6:
@@ -69,13 +71,19 @@ def checksum(data: bytes) -> int:
 
 
 def probe(path: Tuple, sequence: int, acknowledgement: int) -> bytes:
-    """Return a pure ACK that makes the receiver speak.
+    """Return an ACK with one byte that makes the receiver speak.
 
     With a sequence number outside the receiver's window it must answer with an ACK that carries its
-    own numbers (RFC 9293, 3.10.7.4, first step); Linux does so at most once in 500 ms per socket
-    (tcp_oow_rate_limited).  No number of the connection need be known: take random ones.
+    own numbers (RFC 9293, 3.10.7.4, first step).  Linux answers each: only segments without data
+    have to share one answer in 500 ms per socket, which an attacker could use up
+    (tcp_oow_rate_limited in net/ipv4/tcp_input.c).
+
+    No number of the connection need be known: take random ones.  The byte would get into the stream
+    of a connection that is about to be reset if both fitted by chance, the sequence number into
+    the receive window (tcp_sequence) and the other into what was sent lately (tcp_ack): two times
+    1 in 65,536 for windows of 64 KiB, two times 1 in 1,024 for 4 MiB.
     """
-    return emit(_packet(path, sequence, acknowledgement, ACK, _WINDOW))
+    return emit(_packet(path, sequence, acknowledgement, ACK, _WINDOW)._replace(payload_length=1))
 
 
 def rst(path: Tuple, sequence: int) -> bytes:

@@ -28,9 +28,10 @@ from rstguard.kernel.marks import Marks
 
 MILLISECOND: Final = 1_000_000
 
-PROBE_AT: Final = (0, *(ms * MILLISECOND for ms in (100, *range(520, 5000, 520))))
-"""When to probe, after condemning.  Linux answers one such probe in 500 ms per socket, and one that
-it does not answer does not put off the next."""
+PROBE_AT: Final = tuple(
+    ms * MILLISECOND for ms in (0, 20, 60, 150, 400, 800, 1300, 2000, 2800, 3600, 4400)
+)
+"""When to probe, after condemning: each probe is answered, unless it or the answer is lost."""
 
 OVER: Final = frozenset({TcpState.TIME_WAIT, TcpState.CLOSE})
 """States in which no end will send data any more."""

@@ -41,7 +41,7 @@ SLOWEST_LOOK: Final = 50 * MILLISECOND
 AGAIN_AFTER: Final = 600 * MILLISECOND
 AGAIN_ROUNDS: Final = 3
 """How often, and at what intervals, to probe ends that were told, in case the RST was lost on its
-way: an end that lives answers, and is told again.  Linux would not answer earlier (`PROBE_AT`)."""
+way: an end that lives answers, and is told again."""
 MOST_PENDING: Final = 65_536
 MOST_AT_ONCE: Final = 4_096
 """New cases per step: about 0.2 s of work, so that the caller's loop goes on."""

@@ -45,7 +45,7 @@ _LOOK_EVERY: Final = SECOND
 _SHARE: Final = 10
 """A look at a large table takes long; it may take this part of a core."""
 _PROBES: Final = 2
-"""Linux answers one in 500 ms (tcp_oow_rate_limited), and an answer may get lost."""
+"""One, or its answer, may get lost."""
 _MOST: Final = 2_000
 """Connections taken in one look.  The rest keep their bit, and their turn comes with the next.
 

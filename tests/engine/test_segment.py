@@ -21,8 +21,8 @@ pairs = st.one_of(
     st.tuples(*[st.integers(0, (1 << 128) - 1).map(lambda address: address | V6)] * 2),
 )
 packets = st.builds(
-    lambda ends, source_port, port, sequence, acknowledgement, flags, window: Packet(
-        ends[0], ends[1], source_port, port, sequence, acknowledgement, flags, window, 0
+    lambda ends, source_port, port, sequence, acknowledgement, flags, window, length: Packet(
+        ends[0], ends[1], source_port, port, sequence, acknowledgement, flags, window, length
     ),
     pairs,
     ports,
@@ -31,6 +31,7 @@ packets = st.builds(
     numbers,
     st.integers(0, 255),
     ports,
+    st.integers(0, 3),
 )
 
 
@@ -73,11 +74,11 @@ PATHS = [
 
 
 @pytest.mark.parametrize("path", PATHS, ids=["IPv4", "IPv6"])
-def test_a_probe_is_a_pure_ack(path: Tuple) -> None:
+def test_a_probe_is_an_ack_with_one_byte(path: Tuple) -> None:
     seen = parse(probe(path, 5, 6))
     assert isinstance(seen, Packet)
     assert seen[:4] == path
-    assert (seen.flags, seen.sequence, seen.acknowledgement, seen.payload_length) == (ACK, 5, 6, 0)
+    assert (seen.flags, seen.sequence, seen.acknowledgement, seen.payload_length) == (ACK, 5, 6, 1)
 
 
 @pytest.mark.parametrize("path", PATHS, ids=["IPv4", "IPv6"])

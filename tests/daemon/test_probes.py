@@ -1,0 +1,104 @@
+"""Probes are answered however busy the receiver is, and what they carry gets nowhere."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from random import getrandbits
+from threading import Event, Thread
+
+import pytest
+
+from rstguard.engine.address import parse_address
+from rstguard.engine.flow import Tuple
+from rstguard.engine.segment import emit, probe
+from rstguard.engine.wire import ACK, Packet
+from rstguard.kernel.inject import Injector
+from rstguard.kernel.marks import Marks
+from tests.support.forged import numbers
+from tests.support.guard import Guard
+from tests.support.network import ThreeHosts
+from tests.support.sources import BOTH_FAMILIES, source
+from tests.support.traffic import Link, Open
+
+pytestmark = pytest.mark.netns
+
+POLICY = """\
+version: 1
+name: busy
+protect: {interfaces: [out]}
+rules: []
+"""
+
+
+@contextmanager
+def busy(lab: ThreeHosts, link: Link) -> Iterator[None]:
+    """Send 500 segments a second that the server must answer, but for its limit, with an ACK."""
+    sends, expects = numbers(link.client)
+    (own, port), (there, service) = link.client.getsockname()[:2], link.client.getpeername()[:2]
+    path = Tuple(parse_address(own), parse_address(there), port, service)
+    # Just behind what was sent already: the tracker takes it, the server has to answer.
+    old = emit(Packet(*path, (sends - 20) & 0xFFFFFFFF, expects, ACK, 512, 0))
+    with lab.inside("client"):
+        family = socket.AF_INET6 if ":" in there else socket.AF_INET
+        raw = socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_RAW)
+    over = Event()
+
+    def send() -> None:
+        while not over.wait(0.002):
+            raw.sendto(old, (there, 0))
+
+    thread = Thread(target=send)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        raw.close()
+
+
+@BOTH_FAMILIES
+def test_a_kill_does_not_wait_for_a_busy_limiter(
+    lab: ThreeHosts, serve: Open, tmp_path: Path, v6: bool
+) -> None:
+    web = serve(8521, v6)
+    with Guard(lab, POLICY, tmp_path / "guard") as guard:
+        took = []
+        for _ in range(5):
+            link = web.connect(source(v6))
+            link.talk()
+            with busy(lab, link):
+                began = time.monotonic()
+                killed = guard.kill(source=link.client.getsockname()[0])
+                took.append(time.monotonic() - began)
+            assert killed["confirmed"] == 1
+            assert link.dead
+        # With probes that have to wait for their turn it is half a second.
+        assert sorted(took)[2] < 0.3
+
+
+@BOTH_FAMILIES
+def test_the_byte_of_a_probe_gets_into_no_stream(
+    lab: ThreeHosts, serve: Open, tmp_path: Path, v6: bool
+) -> None:
+    web = serve(8522, v6)
+    with Guard(lab, POLICY, tmp_path / "guard"):
+        link = web.connect(source(v6))
+        link.talk()
+        (own, port), (there, service) = link.client.getsockname()[:2], link.client.getpeername()[:2]
+        to_server = Tuple(parse_address(own), parse_address(there), port, service)
+        to_client = Tuple(parse_address(there), parse_address(own), service, port)
+        with lab.inside("gateway"), Injector(Marks()) as injector:
+            for _ in range(1000):
+                paths = (to_server, to_client)
+                drawn = [probe(path, getrandbits(32), getrandbits(32)) for path in paths]
+                assert injector.send(drawn) == 2
+        link.talk()
+        for end in (link.client, link.server):
+            end.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                end.recv(1)
