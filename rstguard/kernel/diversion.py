@@ -145,12 +145,16 @@ class Diversion(Matching):
     def doubt(self) -> str:
         """A RST that the tracker took may not have reached the server, or not been believed there.
 
-        The sweeper looks what became of the connection (`rstguard.sweeper.doubts`).
+        The sweeper looks what became of the connection (`rstguard.sweeper.doubts`).  Only in the
+        client's name must a RST bear the exact number to end the entry: in the server's, behind a
+        SYN in the client's, any will do (tcp_packet in nf_conntrack_proto_tcp.c), and whoever
+        forged the two would have the guard finish an innocent's connection.
         """
         marks = self.marks
         return (
             f"-p tcp -m tcp --tcp-flags SYN,RST RST -m connmark --mark {marks.established}"
-            f" -m conntrack --ctstate ESTABLISHED -j CONNMARK --set-xmark {marks.closing}"
+            f" -m conntrack --ctstate ESTABLISHED --ctdir ORIGINAL"
+            f" -j CONNMARK --set-xmark {marks.closing}"
         )
 
     def reset_out(self) -> tuple[str, ...]:

@@ -82,7 +82,7 @@ PLAN: Final = (
     ),
     Meaning(
         _ON_CONNECTION, "CLOSING", _CLOSING,
-        "a RST for it came in from outside: the sweeper looks what became of its ends",
+        "a RST came in its client's name: the sweeper looks what became of its ends",
     ),
     Meaning(
         _ON_CONNECTION, "SYN_ACK_SEEN", _SYN_ACK_SEEN,

@@ -6,8 +6,8 @@ for the gateway alone.  A hoarder could so hide each connection from the tracker
 holds it; and a RST inside the window, but not exact, moves the tracker's idea of it (td_end in
 nf_conntrack_proto_tcp.c) so far that no real segment of that end is taken any more.
 
-Each RST that comes in from outside for a guarded connection whose handshake is over leaves a bit on
-it.  Here the connections with this bit are looked at:
+Each RST that comes in from outside in the client's name, for a guarded connection whose handshake
+is over, leaves a bit on it.  Here the connections with this bit are looked at:
 
 - Closed: the server's end is condemned and provoked.  A server that is through with the connection
   answers a probe with a RST, or not at all.  One that holds it answers with an ACK, which draws the
