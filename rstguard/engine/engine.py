@@ -53,6 +53,8 @@ from rstguard.engine.wire import (
 # Only TCP is diverted, and with all its headers: what cannot be read is made not to be.
 _NO_USUAL_SYN = OUTBOUND | KNOWN
 _OF_PROVEN = KNOWN | PROVEN
+_OF_HANDSHAKES = frozenset({Measure.CONNECTION_RATE, Measure.SHORT_CONNECTIONS})
+"""What only completed handshakes cross, so that some more of them prove who does."""
 _NO_UNPROVEN_SYN = _NO_USUAL_SYN | PROVEN | OVER
 _UNREADABLE = Decision(Verdict.DROP, Reason.UNREADABLE)
 _TRUSTED = Decision(Verdict.ACCEPT, Reason.TRUSTED)
@@ -216,6 +218,11 @@ class Engine:
         if rule.action is Action.BAN:
             if rule.measure is Measure.STALLED:  # a matter of one connection, nothing to count
                 proven = bool(packet.state & PROVEN)
+            if not proven and rule.measure in _OF_HANDSHAKES and packet.state & PROVEN:
+                # Too few yet to prove the address: a shun would keep away those that do.
+                if kind_of(packet) is Kind.HANDSHAKE:
+                    return self._reset(packet, rule)
+                return Decision(Verdict.ACCEPT, reason, rule.name)
             effects = self._sources.block(self.blocked(packet, rule), proven, rule, now)
             self._exhaust(packet, rule, effects, now)
             # The server's own RST to a source now banned still frees the other end.
