@@ -125,11 +125,19 @@ def make_meter(rule: Rule, percents: Mapping[int, int]) -> Meter | None:
         def exhaust(packet: Packet, until: int, now: int) -> None:
             limiter.exhaust(key(packet), until, now)
 
-        def used(source: int, now: int) -> float:
-            return limiter.level(key_of(rule, source), now)
+        # What anybody can forge, and the SYNs of returned cookies: each has the whole limit.
+        apart = rule.measure is Measure.SYN_RATE and rule.per is not Per.SERVICE
+        counts = (limiter, _limiter(rule, percents)) if apart else (limiter,)
 
-        checks, proofs = _rate_checks(rule, limiter, percents)
-        return Meter(rule, checks, proofs, exhaust, used, limiter.nearest)
+        def used(source: int, now: int) -> float:
+            return max(count.level(key_of(rule, source), now) for count in counts)
+
+        def nearest(most: int, now: int) -> Iterator[list[tuple[int, float]]]:
+            for count in counts:
+                yield from count.nearest(most, now)
+
+        checks, proofs = _rate_checks(rule, counts, percents)
+        return Meter(rule, checks, proofs, exhaust, used, nearest)
     if rule.measure in _DISTINCT_MAKERS:
         distinct = Distinct(rule.limit, rule.within)
 
@@ -150,17 +158,17 @@ def _limiter(rule: Rule, percents: Mapping[int, int]) -> Limiter:
 
 
 def _rate_checks(
-    rule: Rule, limiter: Limiter, percents: Mapping[int, int]
+    rule: Rule, counts: tuple[Limiter, ...], percents: Mapping[int, int]
 ) -> tuple[dict[Kind, Check], dict[Kind, Check]]:
     """Return the checks of a rate measure, and its proofs if it bans."""
     opened: Memory[int] = Memory()
     short = rule.measure is Measure.SHORT_CONNECTIONS
     if short:
-        checks = _short_connections(rule, limiter, opened)
-    elif rule.measure is Measure.SYN_RATE and rule.per is not Per.SERVICE:
-        checks = _syn_rate(rule, limiter, _limiter(rule, percents))
+        checks = _short_connections(rule, counts[0], opened)
+    elif len(counts) > 1:
+        checks = _syn_rate(rule, *counts)
     else:
-        checks = _RATE_MAKERS[rule.measure](rule, limiter)
+        checks = _RATE_MAKERS[rule.measure](rule, counts[0])
     if rule.action is not Action.BAN or rule.measure in NEVER_BANS:
         return checks, {}
     # A returned cookie is no lucky forgery.

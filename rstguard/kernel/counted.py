@@ -12,7 +12,7 @@ from rstguard.engine.address import parse_address
 from rstguard.engine.nearest import MOST_TRUSTED, Near, told
 from rstguard.engine.rules import key_of
 from rstguard.engine.ruleset import Rule, RuleSet
-from rstguard.kernel.counting import table_of
+from rstguard.kernel.counting import RETURNED, table_of
 
 LARGEST: Final = 1 << 20
 """Bytes that are read of a table at most: some 16,000 sources, as they come."""
@@ -33,15 +33,16 @@ def explain(ruleset: RuleSet, source: int) -> dict[str, float]:
     rule = ruleset.kernel_rule
     if rule is None:
         return {}
-    shares = dict(_shares(rule))
     key = key_of(rule, source)
-    return {rule.name: shares[key]} if key in shares else {}
+    shares = [share for its_key, share in _shares(rule) if its_key == key]
+    return {rule.name: max(shares)} if shares else {}
 
 
 def _shares(rule: Rule) -> Iterator[tuple[int, float]]:
-    for family, directory in _TABLES.items():
+    tables = ((family, end) for family in _TABLES for end in ("", RETURNED))
+    for family, end in tables:
         try:
-            with (directory / table_of(rule, family)).open("rb") as file:
+            with (_TABLES[family] / (table_of(rule, family) + end)).open("rb") as file:
                 text = file.read(LARGEST).decode()
         except OSError:
             continue  # no rule of the family is in place

@@ -8,6 +8,8 @@ from rstguard.kernel.names import PREFIX
 
 UNITS = {SECOND: "sec", 60 * SECOND: "min", 3600 * SECOND: "hour", 86400 * SECOND: "day"}
 """Periods that hashlimit knows, in nanoseconds, and their names."""
+RETURNED = "-returned"
+"""What the name of a table ends with that counts SYNs of clients which returned a SYN cookie."""
 LARGEST_RATE = 1_000_000
 """What hashlimit can count in a second (XT_HASHLIMIT_SCALE_v2)."""
 _ENTRIES = 1 << 20
@@ -33,7 +35,7 @@ def syns(ruleset: RuleSet, family: int, returned: bool = False) -> tuple[str, ..
         return ()
     length = rule.ipv4_length if family == 4 else rule.ipv6_length
     lives = max(1, -(-rule.refill // SECOND))
-    apart = "-returned" if returned else ""
+    apart = RETURNED if returned else ""
     table = table_of(rule, family) + apart
     within = (
         f"-m hashlimit --hashlimit-upto {rule.limit}/{UNITS[rule.period]}"
