@@ -23,6 +23,7 @@ LAYERS = {
     "kernel": 1,
     "observe": 1,
     "ipc": 2,
+    "asker": 3,
     "worker": 3,
     "sweeper": 3,
     "state": 3,

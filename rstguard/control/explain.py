@@ -59,7 +59,7 @@ class Explanations:
     async def _used(self, source: int) -> dict[str, float]:
         """Return the most that any says: one worker counts the source, the others do not."""
         question = partial(Explain, source=source)
-        answers = await self._explained.ask(question, self._guard.children, ANSWER_SECONDS)
+        answers = await self._explained.ask(question, self._guard.judges, ANSWER_SECONDS)
         if not answers:
             raise ControlError("no worker answered; `rstguard status` says more")
         used: dict[str, float] = {}

@@ -43,7 +43,7 @@ class Closest:
     async def _look(self) -> list[dict[str, object]]:
         guard = self._guard
         question = partial(Nearest, most=MOST)
-        answers = await self._nearest.ask(question, guard.children, ANSWER_SECONDS)
+        answers = await self._nearest.ask(question, guard.judges, ANSWER_SECONDS)
         in_kernel = await asyncio.to_thread(self._kernel.nearest, guard.ruleset, MOST)
         found = [near for answer in answers for near in answer.nearest]
         return [

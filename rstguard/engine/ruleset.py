@@ -238,6 +238,8 @@ class RuleSet:
     A rule that bans in more than `bans_per_minute` wide prefixes (`rstguard.engine.capping`) a
     minute is `capped`: it shuns instead for a while.  `marks` are the mark bits, `labels` is the
     first of the connection labels that the guard may use.
+    `forged_resets` is "hold", "observe" or "off": whether the sender of a RST is asked before it
+    passes, after it has passed, or not at all; RSTs that come from `reset_exempt` always pass.
     `inspect_packets` caps how many early packets of a connection may pass through the queue.
     """
 
@@ -257,6 +259,8 @@ class RuleSet:
     capped: frozenset[str] = frozenset()
     marks: int = DEFAULT_MARKS
     labels: int = DEFAULT_LABELS
+    forged_resets: str = "off"
+    reset_exempt: tuple[Prefix, ...] = ()
 
     @property
     def diverts(self) -> frozenset[Divert]:

@@ -61,6 +61,7 @@ class Reason(Enum):
     AGE = "the connection is older than the rule allows"
     OVERLOAD = "the worker was overrun, and the source sent a great share of what held it up"
     OUTLIVED = "the connection went on at its server after a RST that the gateway had believed"
+    FORGED_RESET = "the end that the RST names holds the connection: it did not send it"
     BANNED = "the source was banned, and its connections end with it"
     KILLED = "an administrator asked for it"
 

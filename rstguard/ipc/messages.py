@@ -24,12 +24,9 @@ from rstguard.engine.shedding import Level
 from rstguard.engine.sources import Offence
 from rstguard.engine.verdict import Ban, Ends, Reason, Shun
 from rstguard.ipc import values
+from rstguard.ipc.said import Said, Weighed
 from rstguard.ipc.values import MOST_NAMES, Count, CountName, RuleName, Text
 from rstguard.kernel.elements import Element, element_of
-
-
-class _Said(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """A message that a child can send: on the wire a list of its name and its values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +109,7 @@ class Stop:
     """Supervisor: finish what is in hand and leave."""
 
 
-class Blocked(_Said, frozen=True):
+class Blocked(Said, frozen=True):
     """A source was banned or shunned in the kernel (or would have been: `enforced` False).
 
     To the supervisor, and on to the sweeper: `by_worker` False tells that it knows of it already.
@@ -130,7 +127,7 @@ class Blocked(_Said, frozen=True):
         values.check_element(self.element)
 
 
-class Reset(_Said, frozen=True):
+class Reset(Said, frozen=True):
     """A connection was condemned (or would have been); `ends` says who is told.
 
     Worker or sweeper to supervisor, and from a worker on to the sweeper.  `known` is False for a
@@ -149,7 +146,7 @@ class Reset(_Said, frozen=True):
         values.check_flow(self.flow)
 
 
-class Productive(_Said, frozen=True):
+class Productive(Said, frozen=True):
     """Sweeper to supervisor to worker: how productive sources are, in percent, by their keys."""
 
     percents: Mapping[int, Annotated[int, Meta(ge=0, le=100)]]
@@ -158,7 +155,7 @@ class Productive(_Said, frozen=True):
         values.check_keys(self.percents)
 
 
-class Ready(_Said, frozen=True):
+class Ready(Said, frozen=True):
     """Worker or sweeper: the policy numbered `generation` is in force here.
 
     A worker says what its packets are read by (`rstguard.kernel.readers`).
@@ -168,7 +165,7 @@ class Ready(_Said, frozen=True):
     reader: Annotated[str, Meta(pattern=r"\A[a-z_-]{0,32}\Z")] = ""
 
 
-class Failed(_Said, frozen=True):
+class Failed(Said, frozen=True):
     """Worker or sweeper: cannot go on, and why; one line is made of it."""
 
     sentence: str
@@ -177,7 +174,7 @@ class Failed(_Said, frozen=True):
         msgspec.structs.force_setattr(self, "sentence", values.one_line(self.sentence))
 
 
-class Observed(_Said, frozen=True):
+class Observed(Said, frozen=True):
     """A rule that only observes was hit."""
 
     flow: Tuple
@@ -188,14 +185,14 @@ class Observed(_Said, frozen=True):
         values.check_flow(self.flow)
 
 
-class Overloaded(_Said, frozen=True):
+class Overloaded(Said, frozen=True):
     """Worker: what it now leaves undone, as its queue fills or empties."""
 
     pid: Count
     level: Level
 
 
-class Counts(_Said, frozen=True):
+class Counts(Said, frozen=True):
     """Worker or sweeper: what was counted since it started (totals, by name)."""
 
     totals: Annotated[Mapping[CountName, Count], Meta(max_length=MOST_NAMES)]
@@ -204,14 +201,14 @@ class Counts(_Said, frozen=True):
         values.check_printable("".join(self.totals))
 
 
-class Explained(_Said, frozen=True):
+class Explained(Said, frozen=True):
     """Worker or sweeper: how much of each rule's limit the source has used, 1 being all."""
 
     number: Count
     used: Annotated[Mapping[RuleName, float], Meta(max_length=MOST_NAMES)]
 
 
-class NearestAre(_Said, frozen=True):
+class NearestAre(Said, frozen=True):
     """Worker or sweeper: who is nearest."""
 
     number: Count
@@ -234,7 +231,7 @@ class Unconfirmed(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
         values.check_printable(self.sentence)
 
 
-class Killed(_Said, frozen=True):
+class Killed(Said, frozen=True):
     """Sweeper: the outcome of `Kill`."""
 
     number: Count
@@ -243,14 +240,14 @@ class Killed(_Said, frozen=True):
     unconfirmed: Annotated[tuple[Unconfirmed, ...], Meta(max_length=MOST_NAMES)] = ()
 
 
-class NotKilled(_Said, frozen=True):
+class NotKilled(Said, frozen=True):
     """Sweeper: how many condemned connections were not seen to die, and the first of them."""
 
     count: Count
     unconfirmed: Annotated[tuple[Unconfirmed, ...], Meta(max_length=MOST_NAMES)]
 
 
-class Measured(_Said, frozen=True):
+class Measured(Said, frozen=True):
     """Worker or sweeper: a part of what sources showed of a rule's measure, by their keys."""
 
     number: Count
@@ -261,7 +258,7 @@ class Measured(_Said, frozen=True):
         values.check_keys([key for key, _ in self.shown])
 
 
-class LookProductive(_Said, frozen=True):
+class LookProductive(Said, frozen=True):
     """Sweeper: a part of the sources that look productive (`rstguard.engine.shown.Breadth`)."""
 
     number: Count
@@ -271,14 +268,14 @@ class LookProductive(_Said, frozen=True):
         values.check_keys(self.sources)
 
 
-class AllMeasured(_Said, frozen=True):
+class AllMeasured(Said, frozen=True):
     """Worker or sweeper: all was told; so often a source had to make room for others."""
 
     number: Count
     left_out: Count
 
 
-class FoundProductive(_Said, frozen=True):
+class FoundProductive(Said, frozen=True):
     """Sweeper: so many sources look productive."""
 
     count: Count
@@ -289,7 +286,7 @@ Question = Explain | Nearest | Kill | Tell
 ToChild = Start | Order | Question | Productive | Blocked | Reset
 
 Reply = Explained | NearestAre | Killed | Measured | LookProductive | AllMeasured
-News = Blocked | Reset | Observed | Overloaded | Productive | NotKilled | FoundProductive
+News = Blocked | Reset | Weighed | Observed | Overloaded | Productive | NotKilled | FoundProductive
 OfItself = Ready | Failed | Counts  # what concerns nobody but the process that says it
 FromChild = OfItself | News | Reply
 

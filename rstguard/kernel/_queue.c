@@ -26,7 +26,6 @@ enum {
 	STATES = 256,
 	MOST_BASE = 24, /* bits of a mark below the highest eight */
 	FRAGMENT = 0x1fff,
-	SYN = 2,
 };
 
 /* The fields of a Packet in the order in which `read_packet` makes them: readers.py compares them. */
@@ -132,7 +131,7 @@ static size_t usual_header(const uint8_t *data, size_t length, unsigned long *pa
 
 /* Returns a Packet, None if the packet is not usual, or NULL with an exception set. */
 static PyObject *read_packet(PyTypeObject *type, struct memos *memos, const uint8_t *data,
-			     size_t length, int state, int scales)
+			     size_t length, int state, int whole_flags)
 {
 	unsigned long payload = 0;
 	size_t start = usual_header(data, length, &payload);
@@ -140,7 +139,7 @@ static PyObject *read_packet(PyTypeObject *type, struct memos *memos, const uint
 	int v4 = start == 20, whole = 1;
 	PyTupleObject *packet = NULL;
 
-	if (!start || (scales && tcp[13] & SYN))
+	if (!start || tcp[13] & whole_flags)
 		Py_RETURN_NONE;
 	PyObject *fields[FIELDS] = {
 		v4 ? PyLong_FromUnsignedLong(big32(data + 12)) : tagged(data + 8),
@@ -224,13 +223,13 @@ static int read_message(const char *at, size_t size, uint32_t outbound, struct q
 }
 
 /* Returns (number, mark, Packet or bytes). */
-static PyObject *as_tuple(struct reader *reader, const struct queued *queued, int scales)
+static PyObject *as_tuple(struct reader *reader, const struct queued *queued, int whole_flags)
 {
 	int state = reader->states[queued->mark >> reader->base & (STATES - 1)];
 	PyObject *packet, *number, *mark, *tuple;
 
 	packet = read_packet(reader->packet, &reader->memos, queued->data, queued->length, state,
-			     scales);
+			     whole_flags);
 	if (packet == Py_None) {
 		Py_DECREF(packet);
 		packet = PyBytes_FromStringAndSize((const char *)queued->data, queued->length);
@@ -251,18 +250,18 @@ static PyObject *as_tuple(struct reader *reader, const struct queued *queued, in
 }
 
 PyDoc_STRVAR(receive_doc,
-"receive(most, scales)\n--\n\n"
+"receive(most, whole)\n--\n\n"
 "Return up to `most` (1-64) packets that wait in the socket, each as (number, mark, packet).\n\n"
-"A packet is a `Packet` if its headers are the usual ones, else bytes; with `scales` SYNs are\n"
-"bytes, too.  Does not wait; fewer than `most` packets mean that no more were there.\n\n"
+"A packet is a `Packet` if its headers are the usual ones, else bytes; so are segments that have\n"
+"any of the flags in `whole`.  Does not wait; fewer than `most` packets mean that no more were there.\n\n"
 "Raises OSError if the socket cannot be read.");
 
 static PyObject *receive(struct reader *reader, PyObject *args)
 {
-	int most, scales, got;
+	int most, whole_flags, got;
 	PyObject *list;
 
-	if (!PyArg_ParseTuple(args, "ip:receive", &most, &scales))
+	if (!PyArg_ParseTuple(args, "ii:receive", &most, &whole_flags))
 		return NULL;
 	if (most < 1 || most > MOST)
 		return PyErr_Format(PyExc_ValueError, "most must be 1 to %d, not %d", MOST, most);
@@ -283,7 +282,7 @@ static PyObject *receive(struct reader *reader, PyObject *args)
 		if (!read_message(reader->rooms[i], reader->messages[i].msg_len, reader->outbound,
 				  &queued))
 			continue;
-		tuple = as_tuple(reader, &queued, scales);
+		tuple = as_tuple(reader, &queued, whole_flags);
 		if (!tuple || PyList_Append(list, tuple))
 			Py_CLEAR(list);
 		Py_XDECREF(tuple);
@@ -351,7 +350,7 @@ static void free_reader(struct reader *reader)
 }
 
 PyDoc_STRVAR(parse_doc,
-"parse(packet_type, data, state, scales)\n--\n\n"
+"parse(packet_type, data, state, whole)\n--\n\n"
 "Return the `Packet` that is in `data`, or None if `receive` would leave it as bytes.");
 
 static PyObject *parse(PyObject *module, PyObject *args)
@@ -359,14 +358,14 @@ static PyObject *parse(PyObject *module, PyObject *args)
 	struct memos memos = { 0 };
 	PyTypeObject *type;
 	Py_buffer data;
-	int state, scales;
+	int state, whole_flags;
 	PyObject *packet = NULL;
 
 	(void)module;
-	if (!PyArg_ParseTuple(args, "O!y*ip:parse", &PyType_Type, &type, &data, &state, &scales))
+	if (!PyArg_ParseTuple(args, "O!y*ii:parse", &PyType_Type, &type, &data, &state, &whole_flags))
 		return NULL;
 	if (is_packet_type(type))
-		packet = read_packet(type, &memos, data.buf, data.len, state, scales);
+		packet = read_packet(type, &memos, data.buf, data.len, state, whole_flags);
 	forget(&memos);
 	PyBuffer_Release(&data);
 	return packet;

@@ -146,6 +146,17 @@ class Conntrack:
         """
         return [answer.error for answer in self._ask(_NEW, flows, entry.liberal_attributes())]
 
+    def reopen(self, flows: Sequence[Flow], seconds: int, bits: int, mask: int) -> list[int]:
+        """Call closed connections established again, as before a RST that their ends did not take.
+
+        Each lives for `seconds` without a segment, and has its mark changed as by `set_mark`.
+
+        Raises:
+            KernelError: the kernel could not be asked.
+        """
+        more = entry.reopened_attributes(seconds) + entry.mark_attributes(bits, mask)
+        return [answer.error for answer in self._ask(_NEW, flows, more)]
+
     def set_labels(self, flows: Sequence[Flow], bits: int, mask: int) -> list[int]:
         """Give connections the labels (old & ~mask) | bits; return an errno for each, or 0.
 

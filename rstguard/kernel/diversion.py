@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rstguard.engine.ruleset import Divert
+from rstguard.engine.address import is_v6
+from rstguard.engine.ruleset import Divert, Per, RuleSet
 from rstguard.kernel import counting, proof, thinning
 from rstguard.kernel.matching import SYN_ONLY, Matching
 from rstguard.kernel.names import PREFIX, set_name
@@ -262,12 +263,34 @@ class Diversion(Matching):
 
     def steering_word(self, client: str) -> str:
         """The u32 expression whose low bits are the last ones of the widest counted prefix."""
-        rules = self.ruleset.rules
         if self.family == 4:
             start = 12 if client == "source" else 16
-            length = min([self.ruleset.source_ipv4, *(rule.ipv4_length for rule in rules)])
         else:
             start = 8 if client == "source" else 24
-            length = min([self.ruleset.source_ipv6, *(rule.ipv6_length for rule in rules)])
+        length = _widest(self.ruleset, self.family)
         whole_bytes = -(-length // 8)
         return f"0x{start + whole_bytes - 4:x}>>0x{whole_bytes * 8 - length:x}"
+
+
+def worker_of(ruleset: RuleSet, client: int, queues: range) -> int:
+    """Return the queue that the rules choose for a client, a tagged address (`Diversion.queue`)."""
+    queues = queues_for(ruleset, queues)
+    v6 = is_v6(client)
+    shift = (128 if v6 else 32) - _widest(ruleset, 6 if v6 else 4)
+    return queues[client >> shift & (len(queues) - 1)]
+
+
+def queues_for(ruleset: RuleSet, queues: range) -> range:
+    """Return those of the workers' queues that a policy uses.
+
+    What is counted per service comes from all sources, so one worker must see it all.
+    """
+    return queues[:1] if any(rule.per is Per.SERVICE for rule in ruleset.rules) else queues
+
+
+def _widest(ruleset: RuleSet, family: int) -> int:
+    """Return the length of the widest prefix that something is counted by."""
+    rules = ruleset.rules
+    if family == 4:
+        return min([ruleset.source_ipv4, *(rule.ipv4_length for rule in rules)])
+    return min([ruleset.source_ipv6, *(rule.ipv6_length for rule in rules)])

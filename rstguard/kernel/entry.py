@@ -14,7 +14,7 @@ from struct import Struct, pack
 from typing import Final, NamedTuple
 
 from rstguard.engine.address import V6, is_v6, packed
-from rstguard.engine.flow import Flow, Tuple
+from rstguard.engine.flow import Flow, TcpState, Tuple
 from rstguard.kernel.netlink import ATTRIBUTE, NLA_F_NESTED, NLA_TYPE_MASK, attribute, nest
 
 TCP: Final = 6
@@ -305,6 +305,20 @@ def liberal_attributes() -> bytes:
     flags = bytes((BE_LIBERAL, BE_LIBERAL))  # value and mask: struct nf_ct_tcp_flags
     both = attribute(TCP_FLAGS_ORIGINAL, flags) + attribute(TCP_FLAGS_REPLY, flags)
     return nest(PROTOINFO, nest(PROTOINFO_TCP, both))
+
+
+def reopened_attributes(seconds: int) -> bytes:
+    """Return the attributes that call a closed connection established, for `seconds` of silence.
+
+    A RST that the tracker took, and its ends did not, is so undone; NAT and labels stay.  The state
+    and both flags may be written (nlattr_to_tcp in nf_conntrack_proto_tcp.c); the numbers may not,
+    hence BE_LIBERAL.
+    """
+    flags = bytes((BE_LIBERAL, BE_LIBERAL))
+    inner = attribute(TCP_STATE, bytes((TcpState.ESTABLISHED,)))
+    inner += attribute(TCP_FLAGS_ORIGINAL, flags) + attribute(TCP_FLAGS_REPLY, flags)
+    timeout = attribute(TIMEOUT, seconds.to_bytes(4, "big"))
+    return nest(PROTOINFO, nest(PROTOINFO_TCP, inner)) + timeout
 
 
 def labels_attributes(bits: int, mask: int) -> bytes:

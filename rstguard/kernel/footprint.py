@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rstguard.engine.offers import Offer, Service
-from rstguard.engine.ruleset import Per, RuleSet
-from rstguard.kernel import KernelError, chains, clearing, cookies, ipset, iptables, sysctl
+from rstguard.engine.ruleset import RuleSet
+from rstguard.kernel import KernelError, chains, clearing, cookies, holding, ipset, iptables, sysctl
+from rstguard.kernel.diversion import queues_for
 from rstguard.kernel.marks import Marks
 from rstguard.kernel.seam import Kernel
 
@@ -244,10 +245,11 @@ def _text(plan: chains.Plan) -> str:
 def _plans(
     ruleset: RuleSet, queues: range, known: Mapping[Service, Offer]
 ) -> dict[int, chains.Plan]:
-    # What is counted per service comes from all sources, so one worker must see it all.
-    by_service = any(rule.per is Per.SERVICE for rule in ruleset.rules)
-    queues = queues[:1] if by_service else queues
-    return {
-        family: cookies.with_budget(chains.plan(ruleset, family, queues), ruleset, family, known)
-        for family in (4, 6)
-    }
+    ours = holding.queues_of(queues)
+    queues = queues_for(ruleset, queues)
+    plans = {}
+    for family in (4, 6):
+        plan = chains.plan(ruleset, family, queues)
+        plan = cookies.with_budget(plan, ruleset, family, known)
+        plans[family] = holding.with_holding(plan, ruleset, family, ours)
+    return plans

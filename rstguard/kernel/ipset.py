@@ -18,6 +18,9 @@ rstguard-close-ports        bitmap:port     ports whose FINs and RSTs a rule nee
 rstguard-engaged4, -6       hash:ip,port    services that were lately over the SYN budget; filled
                                             by the chains
 rstguard-budget-ports       bitmap:port     ports of the SYN budget, unless it means all
+rstguard-named4, -named6    hash:ip,port,ip  connections of which a RST is held, in both directions;
+                                            filled by the chains
+rstguard-reset-exempt4, -6  hash:net        the policy's `reset_exempt`
 rstguard-thin4-0, -thin6-0  hash:net        everything while worker 0 is overrun, else nothing;
 (-1, …: other workers)                      filled by the worker (`rstguard.kernel.thinning`)
 ==========================  ==============  ==================================================
@@ -30,7 +33,7 @@ from dataclasses import dataclass
 
 from rstguard.engine.address import V6, Prefix, is_v6
 from rstguard.engine.ruleset import Divert, RuleSet
-from rstguard.kernel import InUse, KernelError, cookies, thinning
+from rstguard.kernel import InUse, KernelError, cookies, holding, thinning
 from rstguard.kernel.command import Commands
 from rstguard.kernel.elements import Kind, ipset
 from rstguard.kernel.names import BAN_SETS, SHUN_SETS, is_ours, set_name
@@ -109,6 +112,12 @@ def plan(ruleset: RuleSet, workers: int = 1) -> tuple[SetSpec, ...]:
         if cookies.in_force(ruleset):
             engaged = f"family {family} maxelem 65536 timeout {cookies.ENGAGED_SECONDS}"
             specs.append(SetSpec(cookies.engaged_set(digit), "hash:ip,port", engaged))
+        if holding.in_force(ruleset):
+            named = f"family {family} maxelem 65536 timeout {holding.NAMED_SECONDS}"
+            name, kind = holding.named_set(digit), "hash:ip,port,ip"
+            specs.append(SetSpec(name, kind, named, "hashsize 16384 forceadd"))
+            exempt = _networks(set_name("reset-exempt", digit), family, ruleset.reset_exempt)
+            specs.append(exempt)
     budget = ruleset.syn_budget if cookies.in_force(ruleset) else None
     ports = (
         (set_name("ports"), scope.ports),
@@ -296,7 +305,7 @@ def _creation(spec: SetSpec, name: str) -> str:
 def _contents(kernel: Commands, spec: SetSpec, into: str) -> list[str]:
     if spec.members is not None:
         return [f"add {into} {member}" for member in spec.members]
-    if spec.type in ("hash:ip", "hash:ip,port"):
+    if spec.type in ("hash:ip", "hash:ip,port", "hash:ip,port,ip"):
         # Proofs by another width of source mean something else.  They are soon earned again.
         return []
     saved = ipset(kernel, "save", spec.name).splitlines()[1:]

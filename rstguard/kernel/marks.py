@@ -98,7 +98,7 @@ PLAN: Final = (
     ),
     Meaning(
         _ON_CONNECTION, "HELD", _HELD,
-        "a RST is held back until the end that it claims to come from was asked", reserved=True,
+        "a RST is held back until the end that it claims to come from was asked",
     ),
     Meaning(
         _ON_CONNECTION, "RST_SENT_SOURCE", _RST_SENT_SOURCE,
@@ -126,7 +126,11 @@ PLAN: Final = (
         "with KNOWN: the connection is LIKELY or CONFIRMED; else: its source lately had a"
         " CONFIRMED one",
     ),
-    Meaning(_INTO, "OVER", _TO_QUEUE_OVER, "by the kernel's count it is one too many"),
+    Meaning(
+        _INTO, "OVER", _TO_QUEUE_OVER,
+        "by the kernel's count it is one too many; of a RST that waits: it came in on a protected"
+        " interface",
+    ),
     Meaning(_INTO, "STRAY", _TO_QUEUE_STRAY, "it fits no connection that the tracker knows"),
     Meaning(
         _BACK, "CONDEMN_SOURCE", _CONDEMNED_SOURCE, "its connection is condemned, the client told",
@@ -207,8 +211,8 @@ class Marks:
         self.to_queue_stray = Bits(_TO_QUEUE_STRAY * unit, mask)
         self.to_queue_known = Bits((_TO_QUEUE_KNOWN | _TO_QUEUE_PROVEN) * unit, mask)
         """A segment of a proven connection; or SYNPROXY's own SYN."""
-        self.to_queue_bare = Bits(_TO_QUEUE_KNOWN * unit, mask)
-        """A segment of a connection whose handshake may have been forged."""
+        self.to_queue_also_known = _one(_TO_QUEUE_KNOWN * unit)  # of a RST that waits
+        self.to_queue_bare = Bits(_TO_QUEUE_KNOWN * unit, mask)  # it may have been forged
         self.outbound = _OUTBOUND * unit
         """What a packet of the protected side is given by who reads the queue (POSTROUTING)."""
         self.trust = _one(_TRUST * unit)

@@ -22,11 +22,12 @@ _PART = 4096
 """Bytes of the table read at once."""
 
 # linux/netfilter/nfnetlink_queue.h
-_VERDICT_BATCH = 3
+_VERDICT, _VERDICT_BATCH = 1, 3
 _MARK, _VERDICT_HDR = 3, 2
 _CFG_MASK, _CFG_FLAGS = 4, 5
 _FAIL_OPEN, _GSO = 1, 4
-_NF_DROP, _NF_ACCEPT = 0, 1
+_NF_DROP, _NF_ACCEPT, _NF_QUEUE = 0, 1, 3  # linux/netfilter.h
+_NUMBER_AT, _QUEUE_BYPASS = 16, 0x8000
 _MARK_HEAD = attribute(_MARK, bytes(4))[:4]
 _NUMBER, _NUMBER_AND_MARK = struct.Struct(">I"), struct.Struct(">I4sI")
 
@@ -116,6 +117,18 @@ class Queue:
         if mark is None:
             return (self._accept if passes else self._drop) + _NUMBER.pack(number)
         return self._accept_marked + _NUMBER_AND_MARK.pack(number, _MARK_HEAD, mark)
+
+    def settle(self, number: int, passes: bool, mark: int, to: int | None = None) -> None:
+        """Give one packet its verdict and its mark, while others that came before it still wait.
+
+        With `to` it goes on to that queue, or, if nobody reads it, as if it had passed.
+        """
+        code = _NF_ACCEPT if passes else _NF_DROP
+        if to is not None:
+            code = _NF_QUEUE | _QUEUE_BYPASS | to << _NUMBER_AT
+        attributes = attribute(_VERDICT_HDR, struct.pack(">II", code, number))
+        attributes += attribute(_MARK, mark.to_bytes(4, "big"))
+        self._socket.send(encode(request(_VERDICT, self.number, attributes), 0, 0))
 
     def _verdict(self, code: int, more: bytes = b"") -> bytes:
         """Return the message for packets up to number 0."""

@@ -68,11 +68,11 @@ class Reader(Protocol):
     socket: socket.socket
     """Its netlink socket: to wait on, and for verdicts."""
 
-    def receive(self, most: int, scales: bool) -> list[Queued]:
+    def receive(self, most: int, whole: int) -> list[Queued]:
         """Return up to `most` (1-64) packets that wait; fewer mean that no more were there.
 
-        They come in the order of their numbers, and each is owed a verdict.  With `scales` SYNs
-        come as bytes: somebody wants to know their options.
+        They come in the order of their numbers, and each is owed a verdict.  Segments with any of
+        the flags in `whole` come as bytes: somebody wants to know their options.
         """
 
     def close(self) -> None:
@@ -188,7 +188,7 @@ class _Binding:
         self._collected: list[Queued] = []
         self._most = MOST
 
-    def receive(self, most: int, scales: bool) -> list[Queued]:
+    def receive(self, most: int, whole: int) -> list[Queued]:
         self._most, self._collected = most, []
         with contextlib.suppress(_Full):
             self._queue.run(block=False)

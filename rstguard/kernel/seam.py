@@ -103,6 +103,12 @@ class Connections(Closing, Protocol):
     def set_liberal(self, flows: Sequence[Flow]) -> list[int]:
         """Have segments of any number taken of connections; an errno for each, 0 for success."""
 
+    def reopen(self, flows: Sequence[Flow], seconds: int, bits: int, mask: int) -> list[int]:
+        """Call closed connections established again, for `seconds` without a segment.
+
+        They are marked (old & ~mask) | bits.  Returns an errno for each, 0 for success.
+        """
+
     def delete(self, flows: Sequence[Flow]) -> list[int]:
         """Take connections out, if `ident` is theirs; return an errno for each, 0 for success."""
 
@@ -129,11 +135,17 @@ class PacketQueue(Pollable, Protocol):
     reader: str
     """What reads it, for the status."""
 
-    def receive(self, most: int, scales: bool, /) -> list[Queued]:
-        """Return up to `most` (1-64) packets that wait, in the order of their numbers."""
+    def receive(self, most: int, whole: int, /) -> list[Queued]:
+        """Return up to `most` (1-64) packets that wait, in the order of their numbers.
+
+        Segments with any of the flags in `whole` come as bytes.
+        """
 
     def give(self, verdicts: Sequence[Verdict]) -> None:
         """Give verdicts, each for all packets up to its number that have none yet."""
+
+    def settle(self, number: int, passes: bool, mark: int, to: int | None = None) -> None:
+        """Give one packet its verdict, and no other; `to` names a queue that it goes on to."""
 
     def state(self) -> QueueState:
         """Return how long it is, and what it lost."""

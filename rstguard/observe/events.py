@@ -29,6 +29,7 @@ KINDS = MappingProxyType(
         "unban": "an administrator lifted a ban",
         "shun": "a source was shunned: what crossed the limit may have been forged in its name",
         "reset": "a connection was condemned, or a SYN refused",
+        "forged_reset": "a RST was forged: the end that it names was asked, and did not send it",
         "observed": "a rule that only observes was hit",
         "kill": "an administrator ended connections",
         "not_killed": "a condemned connection was not seen to die",

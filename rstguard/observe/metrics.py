@@ -149,6 +149,14 @@ TABLE: tuple[Row, ...] = (
         "RSTs from outside that the gateway took and the server did not: outlived (the connection "
         "went on at its server, and was ended there), window_cured (it had only moved the window).",
         _named("outlived", "window_cured")),
+    Row("rstguard_weighed_resets_total", "counter", ("outcome",),
+        "RSTs of guarded connections whose sender was asked: held (all of them), forged (dropped), "
+        "honest, unconfirmed (no answer) and crowded (no room to wait in), which passed; and lost "
+        "(in a full queue, over a limit: only their connections were asked for).",
+        lambda data: [
+            ((outcome,), float(data["counts"].get(f"{outcome}_resets", 0)))
+            for outcome in ("held", "forged", "honest", "unconfirmed", "crowded", "lost")
+        ]),
     Row("rstguard_failures_total", "counter", ("what",),
         "What went wrong, and the log tells of: failed (a packet or a sweep could not be judged), "
         "block_failed (a ban or shun was not set), lost_reports (a process was not heard in time).",

@@ -53,6 +53,8 @@ def compile_policy(policy: Policy) -> RuleSet:
         bans_per_minute=policy.bans_per_minute,
         marks=policy.marks,
         labels=policy.labels,
+        forged_resets=policy.forged_resets,
+        reset_exempt=policy.reset_exempt,
     )
     return offload(ruleset) if policy.offload == "auto" else ruleset
 
@@ -149,6 +151,11 @@ def _head(ruleset: RuleSet) -> Iterator[str]:
         )
     shown = {"drop": "silence", "reset": "a RST", "unreachable": "an ICMP error"}
     yield f"  blocked       sees {shown[ruleset.blocking]}; a shun lasts {_time(ruleset)}"
+    if ruleset.forged_resets != "off":
+        first = {"hold": "before it passes", "observe": "after it has passed"}
+        yield f"  RSTs          the sender is asked {first[ruleset.forged_resets]}"
+        if ruleset.reset_exempt:
+            yield f"  not asked     {_prefixes(ruleset.reset_exempt)}"
 
 
 def _time(ruleset: RuleSet) -> str:

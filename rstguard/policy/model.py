@@ -102,6 +102,8 @@ class Policy(Model):
     on_failure: Literal["open", "closed"] = "open"
     blocking: Literal["drop", "reset", "unreachable"] = "drop"
     shun_for: Annotated[int, PlainValidator(duration(SECOND, 10 * MINUTE))] = 10 * SECOND
+    forged_resets: Literal["hold", "observe", "off"] = "off"
+    reset_exempt: tuple[Network, ...] = Field(default=(), max_length=1000)
     offload: Literal["auto", "never"] = "auto"
     sweep_every: Annotated[int, PlainValidator(duration(SECOND // 2, MINUTE))] = 2 * SECOND
     bans_per_minute: Annotated[int, PlainValidator(count(1, 1_000_000))] = 1000

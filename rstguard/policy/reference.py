@@ -19,6 +19,10 @@ MEANINGS = MappingProxyType(
         "on_failure": "`open` (the default) or `closed`: what passes while the engine is down",
         "blocking": "what a blocked source sees: `drop` (silence, the default), `reset`, "
         "`unreachable`",
+        "forged_resets": "`off` (the default), `hold`: a RST passes once its sender was asked if "
+        "it is true; or `observe`: it passes at once, and what was forged is told",
+        "reset_exempt": "networks whose RSTs are not asked for, such as those of a middlebox that "
+        "resets in others' names",
         "shun_for": "how long a shun lasts, `1s` to `10m`, by default `10s`",
         "offload": "`auto` (the default): the kernel counts what it counts as the engine does; "
         "or `never`",

@@ -41,9 +41,9 @@ READY_SECONDS: Final = 15.0
 CALM_SECONDS: Final = 10.0
 """So long without a death, and the next one is the first again: its successor starts at once."""
 _STOP_SECONDS: Final = 3.0
-_PATIENCE: Final = {"worker": 5.0, "sweeper": 60.0}
-"""Seconds without a word after which a process that serves is given up.  A worker reports twice a
-second; one sweep over a million connections takes some ten seconds."""
+_PATIENCE: Final = {"worker": 5.0, "asker": 5.0, "sweeper": 60.0}
+"""Seconds without a word after which a process that serves is given up.  Worker and asker report
+twice a second; one sweep over a million connections takes some ten seconds."""
 
 
 class State(Enum):

@@ -35,6 +35,8 @@ class Guard:
     workers: list[Child] = field(default_factory=list)
     sweepers: list[Child] = field(default_factory=list)
     """The one sweeper, once it has been built."""
+    askers: list[Child] = field(default_factory=list)
+    """The asker, while the policy wants one."""
     changing: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held by whoever changes rules or policy: they must not meet half-way."""
     diverts: bool = False
@@ -68,6 +70,11 @@ class Guard:
     @property
     def children(self) -> list[Child]:
         """All processes but this one."""
+        return [*self.judges, *self.askers]
+
+    @property
+    def judges(self) -> list[Child]:
+        """Those that judge by the policy's rules: workers and sweeper."""
         return [*self.workers, *self.sweepers]
 
     @property

@@ -6,6 +6,7 @@ import asyncio
 from typing import assert_never
 
 from rstguard.engine.shedding import SHED, Level
+from rstguard.engine.verdict import Reason
 from rstguard.ipc.messages import (
     AllMeasured,
     Blocked,
@@ -23,6 +24,7 @@ from rstguard.ipc.messages import (
     Reply,
     Reset,
 )
+from rstguard.ipc.said import Weighed
 from rstguard.observe.events import Event
 from rstguard.supervisor.bans import Bans
 from rstguard.supervisor.guard import Guard
@@ -49,6 +51,8 @@ class Hearing:
                 self._bans.heard(message)
             case Reset():
                 self._reset(message)
+            case Weighed():
+                self._weighed(message)
             case Observed():
                 flow, rule, reason = str(message.flow), message.rule, message.reason
                 guard.events.add(Event("observed", flow, rule, reason))
@@ -83,6 +87,20 @@ class Hearing:
         self._guard.events.add(event)
         if enforced and message.known and message.by_worker:
             self._guard.sweeper.send(message)
+
+    def _weighed(self, message: Weighed) -> None:
+        """Tell a forged RST: whom it named, and by what it could be told."""
+        end = "client" if message.by_client else "server"
+        signs = [f"in the {end}'s name"]
+        if message.inside == message.by_client:
+            signs.append(f"on an interface {'inside' if message.inside else 'outside'}")
+        if message.hops >= 0 and message.true_hops >= 0:
+            signs.append(f"TTL {message.hops}, the {end}'s is {message.true_hops}")
+        signs.append(f"answered in {message.waited / 1000:.1f} ms")
+        kind = "forged_reset"
+        reason, held = Reason.FORGED_RESET, message.held
+        event = Event(kind, str(message.flow), "", reason, ", ".join(signs), enforced=held)
+        self._guard.events.add(event)
 
     def _overloaded(self, message: Overloaded) -> None:
         guard = self._guard

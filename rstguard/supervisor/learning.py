@@ -207,7 +207,7 @@ class Learning:
         self._tell(*self.first())
 
     def _tell(self, *messages: Learn | Tell) -> None:
-        for child in self._guard.children:
+        for child in self._guard.judges:
             for message in messages:
                 child.send(message)
 
@@ -237,7 +237,7 @@ class Learning:
         Raises:
             ControlError: one of them died, or is not there.
         """
-        children = self._guard.children
+        children = self._guard.judges
         if not all(child.serves for child in children):
             raise ControlError("a process of the guard is being started again: ask once more")
         self._number += 1

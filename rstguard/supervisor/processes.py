@@ -12,6 +12,7 @@ from rstguard.engine.ruleset import RuleSet
 from rstguard.ipc.messages import NewPolicy, News, Reply, Start, ToChild
 from rstguard.observe.events import Event
 from rstguard.state.record import Record
+from rstguard.supervisor.asking import Asking
 from rstguard.supervisor.child import Child, State
 from rstguard.supervisor.guard import Guard
 from rstguard.supervisor.learning import Learning
@@ -56,6 +57,7 @@ class Processes:
         guard.sweepers.append(
             Child("sweeper", "sweeper", options.spawn, sweeper, start, hear, self._changed)
         )
+        self.asking = Asking(guard, options, hear, self._changed)
 
     def _starting(self, queue: int, index: int) -> Callable[[], Iterable[ToChild]]:
         guard, record, learning = self._guard, self._record, self._learning
@@ -87,7 +89,9 @@ class Processes:
 
         Raises:
             TimeoutError: one gave no answer in time.
+            KernelError: one that only this policy wants cannot serve.
         """
+        await self.asking.follow(new)
         self._generation += 1
         message = NewPolicy(new, self._generation)
         await asyncio.gather(

@@ -27,7 +27,7 @@ _GRACE_SECONDS: Final = 0.2
 REAP_SECONDS: Final = 5.0
 """How long the kernel may take to end a process that was killed."""
 
-Kind = Literal["worker", "sweeper"]
+Kind = Literal["worker", "sweeper", "asker"]
 
 
 class Process(Protocol):
@@ -55,7 +55,7 @@ Spawn = Callable[[Kind], Spawned]
 
 
 def spawn(kind: Kind) -> Spawned:
-    """Start a "worker" or a "sweeper".
+    """Start a "worker", a "sweeper" or an "asker".
 
     Raises:
         OSError: no process, or no descriptor, is to be had.

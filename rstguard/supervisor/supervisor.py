@@ -138,9 +138,10 @@ class Supervisor:
             await asyncio.to_thread(parts.footprint.forbid_pickup)
         for child in guard.children:
             processes.create_task(child.live(), name=child.name)
+        parts.processes.asking.begin(processes)
         try:
             # Readers first: from the moment packets are diverted, somebody answers for them.
-            await parts.processes.begun(guard.workers)
+            await parts.processes.begun([*guard.workers, *guard.askers])
             await parts.upkeep.begin()
             await parts.processes.begun(guard.sweepers)
         except StartFailed as error:

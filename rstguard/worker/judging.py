@@ -72,11 +72,12 @@ class Judging:
         self._enforce = ruleset.enforce
         self._fail_open = ruleset.fail_open
         self._want_scale = any(rule.measure is Measure.STALLED for rule in ruleset.rules)
+        self._whole = SYN if self._want_scale else 0
 
     def work_off(self) -> bool:
         """Judge what waits, some batches of it; tell whether nothing is left."""
         for _ in range(_BATCHES_IN_A_ROW):
-            batch = self._queue.receive(MOST, self._want_scale)
+            batch = self._queue.receive(MOST, self._whole)
             if batch:
                 self._judge(batch)
             self.packets += len(batch)

@@ -193,7 +193,7 @@ def queue_taken(guard: Guard) -> Iterator[None]:
                     continue
                 taken.set()
                 while not stopped.wait(0.001):
-                    if waiting := queue.receive(64, False):
+                    if waiting := queue.receive(64, 0):
                         queue.give([(waiting[-1][0], True, None)])
                 queue.close()
 

@@ -6,6 +6,7 @@ import random
 
 from rstguard.engine.address import V6, Prefix, parse_address, parse_prefix
 from rstguard.engine.flow import Tuple
+from rstguard.engine.holding import Outcome
 from rstguard.engine.nearest import Near
 from rstguard.engine.shedding import Level
 from rstguard.engine.verdict import Ends, Reason
@@ -29,6 +30,7 @@ from rstguard.ipc.messages import (
     Reset,
     Unconfirmed,
 )
+from rstguard.ipc.said import Weighed
 from rstguard.kernel.elements import Element
 
 FLOW = Tuple(parse_address("198.51.100.7"), parse_address("203.0.113.10"), 40000, 443)
@@ -48,6 +50,8 @@ EXAMPLES: tuple[FromChild, ...] = (
     Reset(FLOW, Ends.BOTH, "slow", Reason.SLOW),
     Reset(FLOW6, Ends.SOURCE, "idle", Reason.IDLE, enforced=False, known=False, by_worker=False),
     Observed(FLOW6, "age", Reason.AGE),
+    Weighed(FLOW, Outcome.FORGED, True, False, 1, 64, 512, True),
+    Weighed(FLOW6, Outcome.HONEST, False, True, -1, -1, 0, False),
     Overloaded(4711, Level.THINNED),
     Counts({"packets": 1 << 62, "rule.syn-rate": 3, "verdict.drop": 3}),
     Productive({}),

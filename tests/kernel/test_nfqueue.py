@@ -105,7 +105,7 @@ def marked() -> int:
 def test_one_batch_many_verdicts(queue: Queue, arrivals: socket.socket, reader: str) -> None:
     assert queue.reader == reader
     send(*range(1, 11))
-    batch = queue.receive(MOST, False)
+    batch = queue.receive(MOST, 0)
     assert [packet_of(queued).source_port for queued in batch] == list(range(1, 11))
     assert [number for number, _, _ in batch] == list(range(1, 11))
     queue.give(
@@ -121,15 +121,15 @@ def test_one_batch_many_verdicts(queue: Queue, arrivals: socket.socket, reader: 
 
 def test_verdicts_leave_alone_what_came_later(queue: Queue, arrivals: socket.socket) -> None:
     send(*range(1, 6))
-    assert len(queue.receive(3, False)) == 3
+    assert len(queue.receive(3, 0)) == 3
     queue.give([(3, False, None)])
     assert queue.state().waiting == 2
     assert queue.state() == states()[NUMBER]
-    assert [number for number, _, _ in queue.receive(3, False)] == [4, 5]
+    assert [number for number, _, _ in queue.receive(3, 0)] == [4, 5]
     queue.give([(5, True, None)])
     assert queue.state().waiting == 0
     assert arrived(arrivals) == [4, 5]
-    assert queue.receive(MOST, False) == []
+    assert queue.receive(MOST, 0) == []
 
 
 def test_what_leaves_bears_no_bit_and_is_known_by_its_hook(queue: Queue) -> None:
@@ -137,14 +137,14 @@ def test_what_leaves_bears_no_bit_and_is_known_by_its_hook(queue: Queue) -> None
     words = f"-w -t mangle -A POSTROUTING -p tcp --dport {PORT} -j NFQUEUE --queue-num {NUMBER}"
     run("iptables", *words.split())
     send(1, mark=MARK)
-    ((number, mark, _),) = queue.receive(MOST, False)
+    ((number, mark, _),) = queue.receive(MOST, 0)
     assert mark == MARK | Marks().outbound
     queue.give([(number, True, None)])
 
 
 def test_a_mark_comes_with_the_packet_and_stays_unless_changed(queue: Queue) -> None:
     send(1, 2, 3, mark=MARK)
-    batch = queue.receive(MOST, False)
+    batch = queue.receive(MOST, 0)
     assert [mark for _, mark, _ in batch] == [MARK] * 3
     queue.give([(1, True, None), (2, True, 1), (3, True, None)])
     assert marked() == 2
@@ -152,7 +152,7 @@ def test_a_mark_comes_with_the_packet_and_stays_unless_changed(queue: Queue) -> 
 
 def test_a_packet_longer_than_what_is_copied(queue: Queue, arrivals: socket.socket) -> None:
     send(1, payload=bytes(9000))
-    batch = queue.receive(MOST, False)
+    batch = queue.receive(MOST, 0)
     assert packet_of(batch[0]).payload_length == 9000
     queue.give([(1, True, None)])
     assert len(arrivals.recv(65536)) == 9040
@@ -179,7 +179,7 @@ def test_a_stream_of_large_packets_passes_whole(queue: Queue) -> None:
             thread.start()
         while any(thread.is_alive() for thread in threads):
             select.select([queue], [], [], 0.05)
-            if batch := queue.receive(MOST, False):
+            if batch := queue.receive(MOST, 0):
                 lengths += [packet_of(queued).payload_length for queued in batch]
                 queue.give([(batch[-1][0], True, None)])
     assert sum(got) == size
@@ -193,12 +193,12 @@ def test_a_reader_that_was_too_slow_goes_on(queue: Queue, arrivals: socket.socke
         send(*range(1, 101))
         lost = states()[NUMBER].dropped_reader
         assert lost > 0
-        batch = queue.receive(MOST, False)
+        batch = queue.receive(MOST, 0)
         assert len(batch) == 100 - lost
         queue.give([(batch[-1][0], True, None)])
         assert len(arrived(arrivals)) == 100 - lost
         send(101)
-        assert [packet_of(q).source_port for q in queue.receive(MOST, False)] == [101]
+        assert [packet_of(q).source_port for q in queue.receive(MOST, 0)] == [101]
 
 
 def test_a_full_queue_drops_or_lets_pass(queue: Queue, arrivals: socket.socket) -> None:
@@ -216,7 +216,7 @@ def test_what_nobody_gave_a_verdict_is_dropped_at_the_end(
 ) -> None:
     queue = Queue(NUMBER, fail_open=True, marks=Marks())
     send(*range(1, 6))
-    queue.receive(2, False)
+    queue.receive(2, 0)
     queue.give([(1, True, None)])
     queue.close()
     assert NUMBER not in states()
@@ -227,7 +227,7 @@ def test_a_queue_has_one_reader(queue: Queue) -> None:
     with pytest.raises(KernelError, match=f"queue {NUMBER} is in use by another program"):
         Queue(NUMBER, fail_open=True, marks=Marks())
     send(1)
-    assert len(queue.receive(MOST, False)) == 1
+    assert len(queue.receive(MOST, 0)) == 1
 
 
 def test_a_reader_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:

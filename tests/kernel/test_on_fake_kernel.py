@@ -424,14 +424,14 @@ def test_a_queue_has_one_reader_and_owes_verdicts(kernel: FakeKernel) -> None:
     for data in (b"one", b"two", b"three"):
         kernel.packets.queue(5640, data, mark=7)
     assert queue.fileno() in kernel.packets.readable()
-    assert queue.receive(2, False) == [(1, 7, b"one"), (2, 7, b"two")]
+    assert queue.receive(2, 0) == [(1, 7, b"one"), (2, 7, b"two")]
     assert kernel.queues()[5640].waiting == 3
     queue.give([(1, False, None), (2, True, 9)])
     worker.died()
     judged = [(one.packet, one.passed, one.mark) for one in kernel.packets.judged]
     assert judged == [(b"one", False, None), (b"two", True, 9), (b"three", False, None)]
     with pytest.raises(OSError, match="given up"):
-        queue.receive(1, False)
+        queue.receive(1, 0)
     assert kernel.queues() == {}
 
 

@@ -31,16 +31,21 @@ def forge(
     link: Link,
     flags: str = "R",
     *,
+    name: str = "client",
     ahead: int = 0,
     hops: int = 64,
     options: tuple[Any, ...] = (),
 ) -> None:
-    """Send a segment in the client's name, `ahead` of the number that the server expects."""
+    """Send a segment in the name of one end, `ahead` of the number that the other end expects.
+
+    It is sent from that end's own network: no other way leads through the gateway.
+    """
     from scapy.layers.inet import IP, TCP
     from scapy.layers.inet6 import IPv6
 
-    sends, expects = numbers(link.client)
-    source, target = link.client.getsockname()[:2], link.client.getpeername()[:2]
+    one = link.client if name == "client" else link.server
+    sends, expects = numbers(one)
+    source, target = one.getsockname()[:2], one.getpeername()[:2]
     v6 = ":" in source[0]
     header = {"hlim" if v6 else "ttl": hops}
     ip = (IPv6 if v6 else IP)(src=source[0], dst=target[0], **header)
@@ -49,7 +54,7 @@ def forge(
         sport=source[1], dport=target[1], flags=flags, seq=sequence, ack=expects,
         options=list(options),
     )  # fmt: skip
-    with lab.inside("client"):
+    with lab.inside(name):
         raw = socket.socket(
             socket.AF_INET6 if v6 else socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW
         )

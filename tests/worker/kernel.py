@@ -36,7 +36,7 @@ class Queue:
     def state(self) -> QueueState:
         return QueueState(self.number, 1, len(self.waiting), 0, 0, 0)
 
-    def receive(self, most: int, scales: bool) -> list[tuple[int, int, Packet | bytes]]:
+    def receive(self, most: int, whole: int) -> list[tuple[int, int, Packet | bytes]]:
         batch, self.waiting = self.waiting[:most], self.waiting[most:]
         self.owed += [number for number, _, _ in batch]
         return batch

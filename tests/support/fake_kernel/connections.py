@@ -120,6 +120,16 @@ class FakeConnections:
             held = [self._table.get(flow.original, flow.zone) for flow in flows]
             return [GONE if flow is None else 0 for flow in held]
 
+    def reopen(self, flows: Sequence[Flow], seconds: int, bits: int, mask: int) -> list[int]:
+        """Call connections established again, and mark them; an errno for each, 0 for success."""
+        with self._around("table.reopen", f"0x{bits:x}"):
+            codes = [self._mark(flow, bits, mask) for flow in flows]
+            for flow, code in zip(flows, codes, strict=True):
+                if not code:
+                    state = TcpState.ESTABLISHED
+                    self._table.change(flow.original, flow.zone, state=state, timeout=seconds)
+            return codes
+
     def delete(self, flows: Sequence[Flow]) -> list[int]:
         """Take connections out, if `ident` is theirs; return an errno for each, 0 for success."""
         with self._around("table.delete", ""):

@@ -165,7 +165,7 @@ class FakeQueue:
         """A number, to ask `Packets.readable` for."""
         return self._bound.descriptor
 
-    def receive(self, most: int, scales: bool, /) -> list[Queued]:
+    def receive(self, most: int, whole: int, /) -> list[Queued]:
         """Return up to `most` packets that were not yet read; they stay until they are judged."""
         with self._around("queue.receive", str(self.number)):
             self._check_open()
@@ -183,6 +183,19 @@ class FakeQueue:
                     number, _, packet = waiting.pop(0)
                     judged = Judged(self.number, number, passed, mark, packet)
                     self._packets.judged.append(judged)
+
+    def settle(self, number: int, passes: bool, mark: int, to: int | None = None) -> None:
+        """Give one packet its verdict, and no other; `to` names a queue that it goes on to."""
+        with self._around("queue.settle", str(self.number)):
+            self._check_open()
+            for at, (waiting, _, packet) in enumerate(self._bound.waiting):
+                if waiting == number:
+                    del self._bound.waiting[at]
+                    judged = Judged(self.number, number, passes, mark, packet)
+                    self._packets.judged.append(judged)
+                    if to is not None:
+                        self._packets.queue(to, packet, mark)
+                    return
 
     def set_fail_open(self, fail_open: bool) -> None:
         """Choose what happens to a packet that finds the queue full: pass (True) or drop."""

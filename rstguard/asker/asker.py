@@ -1,0 +1,287 @@
+"""The asker: RSTs wait in one queue, answers come by another, which is read first.
+
+What decides is `rstguard.engine.holding`, and the rules are those of `rstguard.kernel.holding`.
+If this process ends, RSTs that waited are dropped by the kernel; their connections stay marked, and
+the next one asks for them.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import select
+import time
+from collections import Counter
+from collections.abc import Callable
+from itertools import islice
+from typing import Final, assert_never
+
+from rstguard.asker.carrying import Carrying
+from rstguard.engine import wire
+from rstguard.engine.address import is_v6
+from rstguard.engine.evidence import first_block
+from rstguard.engine.flow import Flow, TcpState, Tuple
+from rstguard.engine.holding import Holding
+from rstguard.engine.ruleset import SECOND, RuleSet
+from rstguard.engine.segment import probe
+from rstguard.engine.wire import ACK, RST, Packet
+from rstguard.ipc.channel import ChildEnd
+from rstguard.ipc.messages import (
+    Blocked,
+    Counts,
+    Explain,
+    Kill,
+    Learn,
+    Nearest,
+    NewPolicy,
+    Offences,
+    Productive,
+    Ready,
+    Recheck,
+    Reset,
+    Start,
+    Stop,
+    Tell,
+    ToChild,
+)
+from rstguard.kernel import KernelError, holding
+from rstguard.kernel.diversion import worker_of
+from rstguard.kernel.marks import Marks
+from rstguard.kernel.nfqueue import MOST, Queued
+from rstguard.kernel.seam import Kernel
+
+log = logging.getLogger(__name__)
+
+_LIFETIME: Final = "net.netfilter.nf_conntrack_tcp_timeout_established"
+_BUSY_WAIT: Final = SECOND // 100
+"""While RSTs wait."""
+_MOST_WAIT: Final = SECOND // 2
+_REPORT_EVERY: Final = SECOND // 2
+_LOOK_EVERY: Final = SECOND
+_ACTIVE: Final = 15 * SECOND
+"""How long lost RSTs are looked for after the last one: a closed entry lives for 10 s."""
+_SHARE: Final = 10
+"""A look at a large table takes long; it may take this part of a core."""
+_MOST_ORPHANS: Final = 500
+_WHOLE: Final = RST | ACK
+
+Read = tuple[Packet, dict[int, bytes], int]
+
+
+class Asker:
+    """Reads both queues and asks."""
+
+    def __init__(
+        self,
+        channel: ChildEnd,
+        start: Start,
+        kernel: Kernel,
+        clock: Callable[[], int] = time.monotonic_ns,
+        draw: Callable[[], int] | None = None,
+    ) -> None:
+        """Bind the queues; `start.queue` is the first worker's, `start.index` their number.
+
+        Raises:
+            KernelError: a queue, the connection table or raw sockets cannot be had.
+        """
+        self._channel, self._clock = channel, clock
+        self._marks = Marks(start.ruleset.marks)
+        self._workers = range(start.queue, start.queue + start.index)
+        queues = holding.queues_of(self._workers)
+        self._table, self._sender = kernel.table(), kernel.injector(self._marks)
+        lifetime = int(kernel.read_sysctl(_LIFETIME))
+        # A RST that finds the queue full is dropped, whatever the policy says of failures: its
+        # connection is marked, and asked for.
+        self._held = kernel.queue(queues.held, False, self._marks)
+        self._answers = kernel.queue(queues.answers, True, self._marks)
+        self._counts: Counter[str] = Counter()
+        self._holding = Holding(draw or _random_number)
+        self._carrying = Carrying(
+            channel, self._table, self._held, self._marks, self._counts, self._worker, lifetime
+        )
+        self._report_at = self._look_at = 0
+        self._active_until = clock() + _ACTIVE
+        self._running = True
+        self._follow(start.ruleset)
+
+    def _follow(self, ruleset: RuleSet) -> None:
+        self._ruleset = ruleset
+        self._carrying.waits = ruleset.forged_resets == "hold"
+
+    def _worker(self, flow: Flow) -> int:
+        return worker_of(self._ruleset, flow.original.source, self._workers)
+
+    def run(self) -> None:
+        """Serve until told to stop.
+
+        Raises:
+            Closed: the supervisor is gone.
+        """
+        poll = select.poll()
+        for one in (self._held, self._answers, self._channel):
+            poll.register(one.fileno(), select.POLLIN)
+        self.begin()
+        wait: int | None = 0
+        while wait is not None:
+            poll.poll(-(-wait // 1_000_000))
+            wait = self.turn()
+
+    def begin(self) -> None:
+        """Say that the queues are read from now on: `turn` is to follow."""
+        self._channel.send(Ready(0, self._held.reader))
+
+    def turn(self) -> int | None:
+        """Do one round of work, without waiting for anything.
+
+        Returns:
+            for how many nanoseconds at most to wait before the next, or None after the last.
+
+        Raises:
+            Closed: the supervisor is gone.
+        """
+        for message in self._channel.receive():
+            self._obey(message)
+        now = self._clock()
+        try:
+            more = self._hear(now)
+            more = self._take(now) or more
+            self._holding.work(now)
+            if now >= self._look_at and now < self._active_until:
+                self._look_for_orphans(now)
+            self._finish(now)
+        except KernelError as error:
+            self._counts["failed"] += 1
+            log.error("%s", error)
+            more = False
+        self._report(now)
+        if not self._running:
+            return None
+        if more:
+            return 0
+        return _BUSY_WAIT if len(self._holding) else _MOST_WAIT
+
+    def _finish(self, now: int) -> None:
+        """Send what is to be asked, and do what was decided."""
+        state = self._holding
+        probes, state.probes = state.probes, []
+        if probes:
+            self._sender.send(probe(p.path, p.sequence, p.acknowledgement) for p in probes)
+            self._counts["probes"] += len(probes)
+        decided, state.decided = state.decided, []
+        if decided:
+            self._carrying.carry_out(decided, now)
+
+    def _hear(self, now: int) -> bool:
+        """Read answers; tell whether more wait."""
+        batch = self._answers.receive(MOST, _WHOLE)
+        verdicts = []
+        for number, mark, data in batch:
+            passes = True
+            if (read := _read(data)) is not None:
+                packet, options, hops = read
+                passes = self._holding.heard(packet, first_block(options), hops, now)
+            verdicts.append((number, passes, mark & ~self._marks.mask & 0xFFFFFFFF))
+        if verdicts:
+            self._answers.give(verdicts)
+        return len(batch) == MOST
+
+    def _take(self, now: int) -> bool:
+        """Read RSTs; tell whether more wait."""
+        batch = self._held.receive(MOST, _WHOLE)
+        fresh: list[tuple[Queued, Read]] = []
+        for queued in batch:
+            self._active_until = now + _ACTIVE
+            read = _read(queued[2])
+            if read is None:
+                self._settle(queued, passes=True)
+            elif not self._holding.heard(read[0], None, read[2], now):
+                self._settle(queued, passes=False)
+            elif (joins := self._holding.join(queued[0], read[0])) is None:
+                fresh.append((queued, read))
+            else:
+                self._wait_or_drop(queued, joins)
+        if fresh:
+            self._hold(fresh, now)
+        return len(batch) == MOST
+
+    def _hold(self, fresh: list[tuple[Queued, Read]], now: int) -> None:
+        """Look up the connections of RSTs, and have those wait that are known."""
+        named = [_named(read[0]) for _, read in fresh]
+        for (queued, read), flow in zip(fresh, self._table.read(named), strict=True):
+            packet, _, hops = read
+            number, mark, _ = queued
+            joins = self._holding.join(number, packet)  # two of one connection in one batch
+            if joins is not None:
+                self._wait_or_drop(queued, joins)
+            elif flow is None or flow.mark & self._marks.condemned.mask:
+                self._settle(queued, passes=True)
+            else:
+                inside = not mark & self._marks.to_queue_over.mask
+                self._counts["held_resets"] += 1
+                self._holding.hold(number, packet, hops, inside, flow, now)
+                if self._carrying.waits:
+                    self._carrying.held[number] = mark
+                else:
+                    self._carrying.settle(number, mark, True, flow)
+
+    def _wait_or_drop(self, queued: Queued, waits: bool) -> None:
+        if waits and self._carrying.waits:
+            self._carrying.held[queued[0]] = queued[1]
+        else:
+            self._settle(queued, passes=waits)
+
+    def _settle(self, queued: Queued, passes: bool) -> None:
+        self._carrying.settle(queued[0], queued[1], passes)
+
+    def _look_for_orphans(self, now: int) -> None:
+        """Ask for connections whose RST was lost: in a full queue, over a limit, with a process."""
+        held = self._marks.held
+        for flow in islice(self._table.dump(held.value, held.mask), _MOST_ORPHANS):
+            if flow.state == TcpState.CLOSE:
+                self._holding.orphan(flow, now)
+        self._look_at = now + max(_LOOK_EVERY, _SHARE * (self._clock() - now))
+
+    def _report(self, now: int) -> None:
+        if now >= self._report_at:
+            self._report_at = now + _REPORT_EVERY
+            extra = {"waiting_resets": len(self._holding), "lost_reports": self._channel.lost}
+            self._channel.send(Counts(self._counts | extra))
+        self._channel.flush()
+
+    def _obey(self, message: ToChild) -> None:
+        match message:
+            case NewPolicy(ruleset, generation):
+                self._follow(ruleset)
+                self._channel.send(Ready(generation, self._held.reader))
+            case Stop():
+                now = self._clock()
+                self._holding.release_all(now)
+                self._finish(now)
+                self._running = False
+            case Offences() | Productive() | Learn() | Tell():
+                pass  # for those that judge
+            case Start() | Blocked() | Reset() | Recheck() | Kill() | Explain() | Nearest():
+                raise ValueError(f"{type(message).__name__} is not for the asker")
+            case _:
+                assert_never(message)
+
+
+def _read(data: Packet | bytes) -> Read | None:
+    """Return a segment, its options and its remaining hops, or None if it cannot be read."""
+    if isinstance(data, Packet):
+        return data, {}, -1
+    packet = wire.parse(data)
+    if not isinstance(packet, Packet):
+        return None
+    hops = data[7] if is_v6(packet.source) else data[8]
+    return packet, wire.options(data), hops
+
+
+def _named(packet: Packet) -> Flow:
+    """Return a connection by one of its names, to be looked up."""
+    path = Tuple(*packet[:4])
+    return Flow(0, path, path, 0, 0, True, 0, 0, 0, 0, -1, 0, 0)
+
+
+def _random_number() -> int:
+    return random.getrandbits(32)

@@ -1,0 +1,129 @@
+"""What was decided about a RST, done: its verdict, the tracker's entry, what is told."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Final
+
+from rstguard.engine.flow import Flow
+from rstguard.engine.holding import Decided, Outcome
+from rstguard.engine.ruleset import SECOND
+from rstguard.ipc.channel import ChildEnd
+from rstguard.ipc.said import Weighed
+from rstguard.kernel.marks import Marks
+from rstguard.kernel.seam import Connections, PacketQueue
+
+_TOLD_A_SECOND: Final = 20
+"""Forged RSTs of which each is told; the rest are only counted."""
+_MICROSECOND: Final = 1000
+
+
+class Carrying:
+    """Carries out what `rstguard.engine.holding` decides.
+
+    `held` keeps the mark of each packet that waits, by its number.
+    """
+
+    def __init__(
+        self,
+        channel: ChildEnd,
+        table: Connections,
+        queue: PacketQueue,
+        marks: Marks,
+        counts: Counter[str],
+        hand_over: Callable[[Flow], int],
+        lifetime: int,
+    ) -> None:
+        """Take what is needed.
+
+        Args:
+            channel: to the supervisor.
+            table: the connection table.
+            queue: where the RSTs wait.
+            marks: where the bits are.
+            counts: what is counted, by outcome.
+            hand_over: returns the queue of the worker that a connection's client belongs to.
+            lifetime: seconds that the tracker keeps an established connection without a segment.
+        """
+        self._channel, self._table, self._queue, self._marks = channel, table, queue, marks
+        self._counts, self._hand_over, self._lifetime = counts, hand_over, lifetime
+        self._told, self._told_at = 0, 0
+        self.held: dict[int, int] = {}
+        self.waits = True
+        """Whether RSTs wait, or pass at once (`forged_resets: observe`)."""
+
+    def carry_out(self, decided: list[Decided], now: int) -> None:
+        """Do all of it: entries first, as a verdict cannot be taken back.
+
+        Raises:
+            KernelError: the connection table cannot be had; the packets have their verdicts all the
+                same, and the entries stay marked.
+        """
+        try:
+            self._entries(decided)
+        finally:
+            for one in decided:
+                for number in one.numbers:
+                    self._verdict(one, number)
+                self._count(one, now)
+
+    def _entries(self, decided: list[Decided]) -> None:
+        """Repair the entries of forged RSTs, and take the mark off all others.
+
+        Behind an honest RST in its client's name the sweeper has a look at the server's end, as
+        behind those that nobody held.
+        """
+        held, closing = self._marks.held.mask, self._marks.closing
+        forged = [d.flow for d in decided if d.outcome is Outcome.FORGED and self.waits]
+        if forged:
+            self._table.reopen(forged, self._lifetime, 0, held | closing.mask)
+        passed = [d for d in decided if d.numbers and not (self.waits and not d.passes)]
+        of_client = [d.flow for d in passed if d.by_client]
+        if of_client:
+            self._table.set_mark(of_client, closing.value, held | closing.mask)
+        of_server = [d.flow for d in passed if not d.by_client]
+        if of_server:
+            self._table.set_mark(of_server, 0, held)
+        # The RST of an orphan is lost: if it was honest, the server may not know.
+        ended = [d.flow for d in decided if not d.numbers and d.outcome is Outcome.HONEST]
+        if ended:
+            self._table.set_mark(ended, closing.value, held | closing.mask)
+
+    def _verdict(self, decided: Decided, number: int) -> None:
+        mark = self.held.pop(number, None)
+        if mark is not None:  # else it has had one
+            self.settle(number, mark, decided.passes, decided.flow)
+
+    def settle(self, number: int, mark: int, passes: bool, flow: Flow | None = None) -> None:
+        """Give a RST its verdict; where a worker is to see it, it goes on to that one's queue."""
+        marks = self._marks
+        to = None
+        if passes and flow is not None and mark & marks.to_queue_also_known.value:
+            to = self._hand_over(flow)
+        mark &= ~marks.to_queue_over.mask if to is not None else ~marks.mask
+        self._queue.settle(number, passes, mark & 0xFFFFFFFF, to)
+
+    def _count(self, decided: Decided, now: int) -> None:
+        outcome = decided.outcome
+        if not decided.numbers:
+            self._counts["lost_resets"] += 1
+        self._counts[outcome.value] += 1
+        if outcome is not Outcome.FORGED:
+            return
+        if now - self._told_at >= SECOND:
+            self._told, self._told_at = 0, now
+        self._told += 1
+        if self._told <= _TOLD_A_SECOND:
+            self._channel.send(
+                Weighed(
+                    decided.flow.original,
+                    outcome,
+                    decided.by_client,
+                    decided.inside,
+                    decided.hops,
+                    decided.true_hops,
+                    decided.waited // _MICROSECOND,
+                    self.waits,
+                )
+            )

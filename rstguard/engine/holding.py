@@ -1,0 +1,331 @@
+"""RSTs that are held back until the end that they claim to come from was asked.  Pure.
+
+A RST with the exact number ends a connection, whoever sent it (RFC 9293, 3.10.7.4; RFC 5961, 3.2
+only asks for the exact number).  So it waits here, while the end that it names is asked by probes:
+
+=====  =============================================  ==========================================
+ms     asked                                          why
+=====  =============================================  ==========================================
+0      the named sender: two bytes, half a sequence   one of the two is old for it, whatever its
+       space apart                                    number is
+100    the other end, likewise, if nothing came       it tells both numbers, which are needed for
+                                                      a sender behind a firewall that drops what
+                                                      does not fit
+then   the named sender: one byte within its window   every firewall lets it pass
+=====  =============================================  ==========================================
+
+So one RST draws at most three packets to its sender and two to the other end.  The answers
+(`rstguard.engine.evidence`) decide:
+
+==============================  =========================================================
+the sender holds the            forged: the RST is dropped, the tracker's entry is repaired
+connection
+the sender does not know it     honest: the RST goes on
+the other end does not know it  honest: nothing is left to protect
+only bare ACKs of the sender,   forged: a stack without DSACK; a dead one would have said so
+until the end
+nothing until the end           unconfirmed: the RST goes on
+==============================  =========================================================
+
+The end comes after a second, or three times what an answer took.  A RST that was lost on its way
+here, in a full queue, beyond a limit or with a process that died, leaves its connection marked: it
+is asked for as an *orphan*, without a RST to be released.
+
+Places are bounded and shared out by the network of the connection's client, as an attacker has no
+other connections than those of his own addresses.  The oldest of the heaviest goes first.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Final, NamedTuple
+
+from rstguard.engine.address import is_v6
+from rstguard.engine.evidence import Asked, Evidence
+from rstguard.engine.flow import Flow, Tuple
+from rstguard.engine.ruleset import SECOND
+from rstguard.engine.wire import Packet
+
+PLACES: Final = 2048
+"""RSTs that are held at once."""
+MOST_OF_ONE: Final = 8
+"""RSTs of one connection and direction that are kept; the rest are dropped."""
+AGAIN: Final = SECOND // 10
+"""When the other end is asked, if the named sender has not answered."""
+PATIENCE: Final = SECOND
+"""How long is waited for answers; longer where an answer is known to take longer."""
+_ROUNDS: Final = 3
+_LATE: Final = 2 * SECOND
+"""How long an answer may still come after the decision."""
+_MOST_LATE: Final = 8192
+
+_HALF: Final = 1 << 31
+_MODULUS: Final = 1 << 32
+# A probe of an end whose numbers are known stays this near to them (kernel-tested: trackers let
+# such a segment pass, and the end still finds it old).
+_BEHIND: Final = (2_000, 14_000)
+_ACKED: Final = (1, 60_000)
+
+
+class Outcome(Enum):
+    """What became of a RST; the value is how it is counted."""
+
+    FORGED = "forged_resets"
+    HONEST = "honest_resets"
+    UNCONFIRMED = "unconfirmed_resets"
+    CROWDED = "crowded_resets"
+
+
+class Probe(NamedTuple):
+    """One byte to be sent: who seems to send it to whom, and its numbers."""
+
+    path: Tuple
+    sequence: int
+    acknowledgement: int
+
+
+class Decided(NamedTuple):
+    """What is to be done about a connection, and what was found."""
+
+    outcome: Outcome
+    flow: Flow
+    """The connection as it was when its first RST came."""
+    by_client: bool
+    """Whether the RST claims to come from the client."""
+    numbers: tuple[int, ...]
+    """The packets that waited; none of an orphan's."""
+    inside: bool
+    """Whether the first RST came in on an interface that is not protected."""
+    hops: int
+    """What was left of the first RST's TTL or hop limit; -1 of an orphan's."""
+    true_hops: int
+    """Likewise of the segment by which the named sender answered; -1 if there was none."""
+    waited: int
+    """Nanoseconds."""
+
+    @property
+    def passes(self) -> bool:
+        """Whether the packets go on."""
+        return self.outcome is not Outcome.FORGED
+
+
+@dataclass(slots=True, eq=False)
+class _Case:
+    """One connection of which a RST waits."""
+
+    flow: Flow
+    sender: Tuple
+    """Segments of the named sender, as they come in here."""
+    other: Tuple
+    """Those of the other end."""
+    sequence: int | None
+    """The RST's number; None of an orphan's."""
+    began: int
+    inside: bool
+    hops: int
+    numbers: list[int] = field(default_factory=list)
+    of_sender: Asked = field(default_factory=Asked)
+    of_other: Asked = field(default_factory=Asked)
+    bare_hops: int = -1
+    """The hops of a bare ACK of the sender that came after it was asked."""
+    ends: int = 0
+
+    @property
+    def by_client(self) -> bool:
+        return self.sender == self.flow.original
+
+
+class Holding:
+    """All RSTs that wait.  Times are monotonic nanoseconds; `draw` draws 32 random bits.
+
+    `probes` are to be sent and `decided` to be carried out by whoever calls; both are for them to
+    clear.
+    """
+
+    def __init__(self, draw: Callable[[], int], places: int = PLACES) -> None:
+        self._draw, self._places = draw, places
+        self._cases: OrderedDict[Tuple, _Case] = OrderedDict()
+        """By the sender's segments, in the order of their times."""
+        self._others: dict[Tuple, _Case] = {}
+        self._weights: Counter[int] = Counter()
+        self._late: OrderedDict[tuple[Tuple, int], int] = OrderedDict()
+        self.probes: list[Probe] = []
+        self.decided: list[Decided] = []
+
+    def __len__(self) -> int:
+        return len(self._cases)
+
+    def join(self, number: int, packet: Packet) -> bool | None:
+        """Take a further RST of a connection that waits, if it is no answer (`heard`).
+
+        Returns:
+            True if it waits now, too, False if it is to be dropped, None if nothing is known of it:
+            then `hold` it.
+        """
+        case = self._cases.get(Tuple(*packet[:4]))
+        if case is None:
+            return None
+        if len(case.numbers) >= MOST_OF_ONE:
+            return False
+        if not case.numbers:  # an orphan, whose RST has come once more
+            case.sequence = packet.sequence
+        case.numbers.append(number)
+        return True
+
+    def hold(
+        self, number: int, packet: Packet, hops: int, inside: bool, flow: Flow, now: int
+    ) -> None:
+        """Have the first RST of a connection wait, and ask its sender."""
+        path = Tuple(*packet[:4])
+        by_client = path == flow.original
+        self._make_room()
+        other = flow.reply if by_client else flow.original
+        case = _Case(flow, path, other, packet.sequence, now, inside, hops, [number])
+        self._begin(case)
+
+    def orphan(self, flow: Flow, now: int) -> bool:
+        """Ask the client of a connection whose RST was lost; tell whether there was room."""
+        taken = flow.original in self._cases or flow.original in self._others
+        if taken or len(self._cases) >= self._places:
+            return taken
+        self._begin(_Case(flow, flow.original, flow.reply, None, now, False, -1))
+        return True
+
+    def _begin(self, case: _Case) -> None:
+        case.ends = case.began + PATIENCE
+        self._cases[case.sender] = case
+        self._others[case.other] = case
+        self._weights[_network(case.flow)] += 1
+        self._ask(case.of_sender, case.sender)
+
+    def _make_room(self) -> None:
+        if len(self._cases) < self._places:
+            return
+        heaviest = max(self._weights, key=self._weights.__getitem__)
+        case = next(case for case in self._cases.values() if _network(case.flow) == heaviest)
+        self._end(case, Outcome.CROWDED, case.began, -1)
+
+    def heard(self, packet: Packet, block: tuple[int, int] | None, hops: int, now: int) -> bool:
+        """Weigh a segment of a connection that waits; tell whether it may go on.
+
+        `block` is its first SACK block, `hops` what is left of its TTL or hop limit.  An answer to
+        a probe goes no further: the other end has never sent what it answers.
+        """
+        path = Tuple(*packet[:4])
+        if (path, packet.sequence) in self._late:
+            return False
+        case = self._cases.get(path)
+        if case is not None:
+            return self._of_sender(case, packet, block, hops, now)
+        case = self._others.get(path)
+        if case is not None:
+            return self._of_other(case, packet, block, now)
+        return True
+
+    def _of_sender(
+        self, case: _Case, packet: Packet, block: tuple[int, int] | None, hops: int, now: int
+    ) -> bool:
+        match case.of_sender.weigh(packet, block, case.sequence):
+            case Evidence.ALIVE:
+                self._end(case, Outcome.FORGED, now, hops)
+                return False
+            case Evidence.DEAD:
+                self._end(case, Outcome.HONEST, now, -1)
+                return False
+            case Evidence.BARE:
+                case.bare_hops = hops
+        return True
+
+    def _of_other(
+        self, case: _Case, packet: Packet, block: tuple[int, int] | None, now: int
+    ) -> bool:
+        match case.of_other.weigh(packet, block, None):
+            case Evidence.DEAD:
+                self._end(case, Outcome.HONEST, now, -1)
+            case Evidence.ALIVE:
+                case.ends = max(case.ends, case.began + _ROUNDS * (now - case.began))
+                if len(case.of_sender.probes) == 2:
+                    self._ask_exactly(case, packet)
+            case _:
+                return True
+        return False
+
+    def _ask(self, asked: Asked, sends: Tuple) -> None:
+        """Ask an end whose segments are `sends`, of whose numbers nothing is known."""
+        first, nonce = self._draw(), self._draw()
+        for sequence in (first, first ^ _HALF):
+            asked.probes.append(sequence)
+            self.probes.append(Probe(_turned(sends), sequence, nonce))
+        asked.nonces.append(nonce)
+
+    def _ask_exactly(self, case: _Case, answer: Packet) -> None:
+        """Ask the named sender once more, by the numbers that the other end has told."""
+        behind = _BEHIND[0] + self._draw() % (_BEHIND[1] - _BEHIND[0])
+        acked = _ACKED[0] + self._draw() % (_ACKED[1] - _ACKED[0])
+        sequence = (answer.sequence - behind) % _MODULUS
+        nonce = (answer.acknowledgement - acked) % _MODULUS
+        case.of_sender.probes.append(sequence)
+        case.of_sender.nonces.append(nonce)
+        self.probes.append(Probe(_turned(case.sender), sequence, nonce))
+
+    def work(self, now: int) -> None:
+        """Ask again where nothing came, and end what has waited long enough."""
+        for case in list(self._cases.values()):
+            if now < case.began + AGAIN:
+                break
+            if not case.of_other.probes:
+                self._ask(case.of_other, case.other)
+            if now >= case.ends:
+                alive = case.bare_hops >= 0
+                outcome = Outcome.FORGED if alive else Outcome.UNCONFIRMED
+                self._end(case, outcome, now, case.bare_hops)
+        while self._late:
+            key, until = next(iter(self._late.items()))
+            if until > now and len(self._late) <= _MOST_LATE:
+                break
+            del self._late[key]
+
+    def release_all(self, now: int) -> None:
+        """End all without a decision: what waits goes on."""
+        for case in list(self._cases.values()):
+            self._end(case, Outcome.UNCONFIRMED, now, -1)
+
+    def _end(self, case: _Case, outcome: Outcome, now: int, true_hops: int) -> None:
+        del self._cases[case.sender], self._others[case.other]
+        network = _network(case.flow)
+        self._weights[network] -= 1
+        if not self._weights[network]:
+            del self._weights[network]
+        for key in _nonces(case):
+            self._late[key] = now + _LATE
+        self.decided.append(
+            Decided(
+                outcome,
+                case.flow,
+                case.by_client,
+                tuple(case.numbers),
+                case.inside,
+                case.hops,
+                true_hops,
+                now - case.began,
+            )
+        )
+
+
+def _nonces(case: _Case) -> Iterator[tuple[Tuple, int]]:
+    for sends, asked in ((case.sender, case.of_sender), (case.other, case.of_other)):
+        yield from ((sends, nonce) for nonce in asked.nonces)
+
+
+def _turned(sends: Tuple) -> Tuple:
+    return Tuple(sends.destination, sends.source, sends.destination_port, sends.source_port)
+
+
+def _network(flow: Flow) -> int:
+    """The /24 or /48 of the client, tagged as an address."""
+    source = flow.original.source
+    shift = 80 if is_v6(source) else 8
+    return source >> shift << shift

@@ -1,0 +1,83 @@
+"""RSTs with the exact number: the end that they name is asked before they pass."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from pathlib import Path
+
+import pytest
+
+from rstguard.lab.waiting import wait_until
+from tests.support.forged import forge
+from tests.support.guard import Guard
+from tests.support.network import ThreeHosts
+from tests.support.sources import BOTH_FAMILIES, source
+from tests.support.traffic import Link, Open, is_dead
+
+pytestmark = pytest.mark.netns
+
+POLICY = """\
+version: 1
+name: forged
+forged_resets: hold
+protect: {interfaces: [out]}
+rules:
+  - {name: resets, measure: reset_rate, over: 1000/s, then: drop}
+"""
+NAMES = pytest.mark.parametrize("name", ["client", "server"])
+
+
+def counts(guard: Guard, name: str) -> int:
+    """Return what the asker has counted."""
+    return int(guard.status()["counts"].get(name, 0))
+
+
+def abort(one: socket.socket) -> None:
+    """Have a socket's own kernel send a RST."""
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    one.close()
+
+
+@BOTH_FAMILIES
+@NAMES
+def test_a_forged_reset_ends_nothing(
+    lab: ThreeHosts, serve: Open, tmp_path: Path, v6: bool, name: str
+) -> None:
+    web = serve(8601, v6)
+    with Guard(lab, POLICY, tmp_path / "guard") as guard:
+        links = [web.connect(source(v6)) for _ in range(20)]
+        for link in links:
+            link.talk()
+            forge(lab, link, name=name)
+        wait_until(lambda: counts(guard, "forged_resets") >= len(links))
+        for link in links:
+            assert not is_dead(link.client)
+            assert not is_dead(link.server)
+            link.talk()
+        assert guard.events("forged_reset", "forged_reset") == len(links)
+        told = [one for one in guard.status()["recent"] if one["kind"] == "forged_reset"]
+        assert told
+        assert all(name in one["detail"] for one in told), told
+
+
+@BOTH_FAMILIES
+@NAMES
+def test_an_honest_reset_passes(
+    lab: ThreeHosts, serve: Open, tmp_path: Path, v6: bool, name: str
+) -> None:
+    web = serve(8602, v6)
+    with Guard(lab, POLICY, tmp_path / "guard") as guard:
+        links = [web.connect(source(v6)) for _ in range(20)]
+        for link in links:
+            link.talk()
+            one, other = _ends(link, name)
+            abort(one)
+            wait_until(lambda other=other: is_dead(other))  # type: ignore[misc]
+        wait_until(lambda: counts(guard, "honest_resets") == len(links))
+        assert counts(guard, "unconfirmed_resets") == 0
+
+
+def _ends(link: Link, name: str) -> tuple[socket.socket, socket.socket]:
+    ends = link.client, link.server
+    return ends if name == "client" else (ends[1], ends[0])
