@@ -21,9 +21,9 @@ from rstguard.engine import wire
 from rstguard.engine.address import is_v6
 from rstguard.engine.evidence import first_block
 from rstguard.engine.flow import Flow, TcpState, Tuple
-from rstguard.engine.holding import Holding
+from rstguard.engine.holding import Holding, Probe
 from rstguard.engine.ruleset import SECOND, RuleSet
-from rstguard.engine.segment import probe
+from rstguard.engine.segment import opening, probe
 from rstguard.engine.wire import ACK, RST, Packet
 from rstguard.ipc.channel import ChildEnd
 from rstguard.ipc.messages import (
@@ -165,7 +165,7 @@ class Asker:
         state = self._holding
         probes, state.probes = state.probes, []
         if probes:
-            self._sender.send(probe(p.path, p.sequence, p.acknowledgement) for p in probes)
+            self._sender.send(map(_segment, probes))
             self._counts["probes"] += len(probes)
         decided, state.decided = state.decided, []
         if decided:
@@ -264,6 +264,12 @@ class Asker:
                 raise ValueError(f"{type(message).__name__} is not for the asker")
             case _:
                 assert_never(message)
+
+
+def _segment(asked: Probe) -> bytes:
+    if asked.opens or asked.acknowledgement is None:
+        return opening(asked.path, asked.sequence, asked.acknowledgement)
+    return probe(asked.path, asked.sequence, asked.acknowledgement)
 
 
 def _read(data: Packet | bytes) -> Read | None:

@@ -106,6 +106,7 @@ class Status:
                 "ready": guard.sweeper.serves,
                 "restarts": guard.sweeper.restarts,
             },
+            "asker": self._asker(),
             "blocked": self._blocked,
             "syn_budget": self._syn_budget(now),
             "productive": self._productive(),
@@ -120,6 +121,17 @@ class Status:
             ],
             "recent": guard.events.recent(_RECENT),
         }
+
+    def _asker(self) -> object:
+        """Return how the asker is, or None while the policy needs none."""
+        for child in self._guard.askers:
+            return {
+                "pid": child.pid,
+                "state": child.state.value,
+                "ready": child.serves,
+                "restarts": child.restarts,
+            }
+        return None
 
     def _queues(self) -> list[tuple[int, Child]]:
         return list(zip(self._footprint.queues, self._guard.workers, strict=True))

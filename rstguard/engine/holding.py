@@ -11,10 +11,12 @@ ms     asked                                          why
 100    the other end, likewise, if nothing came       it tells both numbers, which are needed for
                                                       a sender behind a firewall that drops what
                                                       does not fit
+200    the other end: a SYN, or, if it has opened     if it is behind such a firewall as well
+       the connection, a SYN+ACK
 then   the named sender: one byte within its window   every firewall lets it pass
 =====  =============================================  ==========================================
 
-So one RST draws at most three packets to its sender and two to the other end.  The answers
+So one RST draws at most three packets to its sender and three to the other end.  The answers
 (`rstguard.engine.evidence`) decide:
 
 ==============================  =========================================================
@@ -47,7 +49,7 @@ from rstguard.engine.address import is_v6
 from rstguard.engine.evidence import Asked, Evidence
 from rstguard.engine.flow import Flow, Tuple
 from rstguard.engine.ruleset import SECOND
-from rstguard.engine.wire import Packet
+from rstguard.engine.wire import ACK, FIN, RST, SYN, Packet
 
 PLACES: Final = 2048
 """RSTs that are held at once."""
@@ -58,6 +60,9 @@ AGAIN: Final = SECOND // 10
 PATIENCE: Final = SECOND
 """How long is waited for answers; longer where an answer is known to take longer."""
 _ROUNDS: Final = 3
+_FIRST: Final = 2
+"""Probes to an end of which no number is known."""
+_KIND: Final = FIN | SYN | RST | ACK
 _LATE: Final = 2 * SECOND
 """How long an answer may still come after the decision."""
 _MOST_LATE: Final = 8192
@@ -80,11 +85,15 @@ class Outcome(Enum):
 
 
 class Probe(NamedTuple):
-    """One byte to be sent: who seems to send it to whom, and its numbers."""
+    """One segment to be sent: who seems to send it to whom, and its numbers.
+
+    It carries one byte, or `opens`: a SYN, with an ACK unless that number is None.
+    """
 
     path: Tuple
     sequence: int
-    acknowledgement: int
+    acknowledgement: int | None
+    opens: bool = False
 
 
 class Decided(NamedTuple):
@@ -132,6 +141,8 @@ class _Case:
     bare_hops: int = -1
     """The hops of a bare ACK of the sender that came after it was asked."""
     ends: int = 0
+    opened: bool = False
+    """Whether the other end was sent a SYN."""
 
     @property
     def by_client(self) -> bool:
@@ -242,16 +253,20 @@ class Holding:
     def _of_other(
         self, case: _Case, packet: Packet, block: tuple[int, int] | None, now: int
     ) -> bool:
-        match case.of_other.weigh(packet, block, None):
-            case Evidence.DEAD:
-                self._end(case, Outcome.HONEST, now, -1)
-            case Evidence.ALIVE:
-                case.ends = max(case.ends, case.began + _ROUNDS * (now - case.began))
-                if len(case.of_sender.probes) == 2:
-                    self._ask_exactly(case, packet)
-            case _:
-                return True
-        return False
+        found = case.of_other.weigh(packet, block, None)
+        if found is Evidence.DEAD:
+            self._end(case, Outcome.HONEST, now, -1)
+            return False
+        # It goes on with its own number, and expects the one that the RST bears: these are true,
+        # or the sender will not understand the last question.
+        bare = case.opened and block is None and packet.flags & _KIND == ACK
+        fits = bare and case.sequence in (None, packet.acknowledgement)
+        if found is not Evidence.ALIVE and not fits:
+            return True
+        case.ends = max(case.ends, case.began + _ROUNDS * (now - case.began))
+        if len(case.of_sender.probes) == _FIRST:
+            self._ask_exactly(case, packet)
+        return found is not Evidence.ALIVE
 
     def _ask(self, asked: Asked, sends: Tuple) -> None:
         """Ask an end whose segments are `sends`, of whose numbers nothing is known."""
@@ -278,6 +293,11 @@ class Holding:
                 break
             if not case.of_other.probes:
                 self._ask(case.of_other, case.other)
+            elif not case.opened and now >= case.began + 2 * AGAIN:
+                case.opened = True
+                acknowledgement = self._draw() if case.other == case.flow.original else None
+                opening = Probe(_turned(case.other), self._draw(), acknowledgement, opens=True)
+                self.probes.append(opening)
             if now >= case.ends:
                 alive = case.bare_hops >= 0
                 outcome = Outcome.FORGED if alive else Outcome.UNCONFIRMED

@@ -86,6 +86,18 @@ def probe(path: Tuple, sequence: int, acknowledgement: int) -> bytes:
     return emit(_packet(path, sequence, acknowledgement, ACK, _WINDOW)._replace(payload_length=1))
 
 
+def opening(path: Tuple, sequence: int, acknowledgement: int | None = None) -> bytes:
+    """Return a SYN, or with an acknowledgement number a SYN+ACK, of a connection that is there.
+
+    Its receiver answers any with an ACK of its own numbers (RFC 5961, 4.2), if not more than once
+    in 500 ms per socket.  Unlike a segment of random numbers it passes trackers that drop what does
+    not fit: a SYN towards the end that was connected to, a SYN+ACK towards the one that connected
+    (sIG in the tables of net/netfilter/nf_conntrack_proto_tcp.c).
+    """
+    flags = SYN if acknowledgement is None else SYN | ACK
+    return emit(_packet(path, sequence, acknowledgement or 0, flags, _WINDOW))
+
+
 def rst(path: Tuple, sequence: int) -> bytes:
     """Return a RST with the given sequence number, in [0, 2**32).
 

@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 
-from rstguard.kernel.conntrack import Conntrack
 from rstguard.lab.waiting import wait_until
-from tests.support.forged import forge
+from tests.support.forged import forge, state_of
 from tests.support.guard import Guard
 from tests.support.network import ThreeHosts
 from tests.support.sources import BOTH_FAMILIES, source
-from tests.support.traffic import Link, Open, is_dead
+from tests.support.traffic import Open, is_dead
 
 pytestmark = pytest.mark.netns
 
@@ -29,13 +28,6 @@ MD5 = 19, bytes(16)
 """A signature (RFC 2385) that the server has no key for: it takes no such segment."""
 CLOSED, ESTABLISHED, FIN_WAIT = 8, 3, 4
 POISON = (60_000, 90_000, 110_000, 128_000)
-
-
-def state_of(lab: ThreeHosts, link: Link) -> int | None:
-    """Return the state in which the gateway has a connection, or None."""
-    with lab.inside("gateway"), Conntrack() as table:
-        states = [f.state for f in table.dump() if f.original.source_port == link.port]
-    return states[0] if states else None
 
 
 @BOTH_FAMILIES

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from rstguard.engine.flow import TcpState
 from rstguard.lab.waiting import wait_until
-from tests.support.forged import forge
+from tests.support.forged import forge, state_of
 from tests.support.guard import Guard
 from tests.support.network import ThreeHosts
 from tests.support.sources import BOTH_FAMILIES, source
@@ -81,3 +85,55 @@ def test_an_honest_reset_passes(
 def _ends(link: Link, name: str) -> tuple[socket.socket, socket.socket]:
     ends = link.client, link.server
     return ends if name == "client" else (ends[1], ends[0])
+
+
+@pytest.fixture
+def strict(lab: ThreeHosts) -> Iterator[None]:
+    """Have both ends behind firewalls of their own that drop what fits no connection."""
+    rule = ("INPUT", "-m", "conntrack", "--ctstate", "INVALID", "-j", "DROP")
+    tools = [(place, tool) for place in ("client", "server") for tool in ("iptables", "ip6tables")]
+    for place, tool in tools:
+        lab.run(place, tool, "-w", "-I", *rule)
+    yield
+    for place, tool in tools:
+        lab.run(place, tool, "-w", "-D", *rule)
+
+
+@BOTH_FAMILIES
+@NAMES
+@pytest.mark.usefixtures("strict")
+def test_ends_behind_strict_firewalls_are_asked_as_well(
+    lab: ThreeHosts, serve: Open, tmp_path: Path, v6: bool, name: str
+) -> None:
+    web = serve(8603, v6)
+    with Guard(lab, POLICY, tmp_path / "guard") as guard:
+        links = [web.connect(source(v6)) for _ in range(10)]
+        for link in links:
+            link.talk()
+            forge(lab, link, name=name)
+        wait_until(lambda: counts(guard, "forged_resets") >= len(links))
+        for link in links:
+            link.talk()
+        assert counts(guard, "unconfirmed_resets") == 0
+
+
+@BOTH_FAMILIES
+@NAMES
+def test_a_killed_asker_leaves_no_connection_lost(
+    lab: ThreeHosts, serve: Open, tmp_path: Path, v6: bool, name: str
+) -> None:
+    """The RSTs that waited are gone with it, and their connections are still called closed."""
+    web = serve(8604, v6)
+    with Guard(lab, POLICY, tmp_path / "guard") as guard:
+        links = [web.connect(source(v6)) for _ in range(10)]
+        for link in links:
+            link.talk()
+        asker = guard.status()["asker"]["pid"]
+        os.kill(asker, signal.SIGSTOP)
+        for link in links:
+            forge(lab, link, name=name)
+        os.kill(asker, signal.SIGKILL)
+        wait_until(lambda: counts(guard, "lost_resets") >= len(links), 15)
+        for link in links:
+            link.talk()
+            assert state_of(lab, link) == TcpState.ESTABLISHED

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from typing import Any
 
+from rstguard.kernel.conntrack import Conntrack
 from tests.support.network import ThreeHosts
 from tests.support.traffic import Link
 
 _REPAIR, _REPAIR_OFF, _REPAIR_QUEUE, _QUEUE_SEQ = 19, -1, 20, 21
 _RECEIVED, _SENT = 1, 2
+_ETHER_IPV4, _ETHER_IPV6 = 0x0800, 0x86DD
 
 
 def numbers(one: socket.socket) -> tuple[int, int]:
@@ -24,6 +27,13 @@ def numbers(one: socket.socket) -> tuple[int, int]:
     finally:
         one.setsockopt(tcp, _REPAIR, _REPAIR_OFF)
     return found[0], found[1]
+
+
+def state_of(lab: ThreeHosts, link: Link) -> int | None:
+    """Return the state in which the gateway has a connection, or None."""
+    with lab.inside("gateway"), Conntrack() as table:
+        states = [f.state for f in table.dump() if f.original.source_port == link.port]
+    return states[0] if states else None
 
 
 def forge(
@@ -54,9 +64,17 @@ def forge(
         sport=source[1], dport=target[1], flags=flags, seq=sequence, ack=expects,
         options=list(options),
     )  # fmt: skip
-    with lab.inside(name):
-        raw = socket.socket(
-            socket.AF_INET6 if v6 else socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW
-        )
-    with raw:
-        raw.sendto(bytes(ip / segment), (target[0], 0))
+    send_into(lab, name, bytes(ip / segment), v6)
+
+
+def send_into(lab: ThreeHosts, place: str, packet: bytes, v6: bool) -> None:
+    """Send a packet from a host's network to the gateway, past the host's own tracker."""
+    port = "out" if place == "client" else "in"
+    (link,) = json.loads(lab.run("gateway", "ip", "-j", "link", "show", port))
+    kind = _ETHER_IPV6 if v6 else _ETHER_IPV4
+    mac = bytes.fromhex(link["address"].replace(":", ""))
+    with lab.inside(place):
+        wire = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+    with wire:
+        wire.bind(("eth0", 0))
+        wire.send(mac + bytes(6) + kind.to_bytes(2, "big") + packet)
