@@ -50,6 +50,18 @@ def forge(
 
     It is sent from that end's own network: no other way leads through the gateway.
     """
+    send_into(lab, name, segment_of(link, flags, name, ahead, hops, options))
+
+
+def segment_of(
+    link: Link,
+    flags: str,
+    name: str = "client",
+    ahead: int = 0,
+    hops: int = 64,
+    options: tuple[Any, ...] = (),
+) -> bytes:
+    """Return the IP packet that `forge` sends."""
     from scapy.layers.inet import IP, TCP
     from scapy.layers.inet6 import IPv6
 
@@ -64,17 +76,23 @@ def forge(
         sport=source[1], dport=target[1], flags=flags, seq=sequence, ack=expects,
         options=list(options),
     )  # fmt: skip
-    send_into(lab, name, bytes(ip / segment), v6)
+    return bytes(ip / segment)
 
 
-def send_into(lab: ThreeHosts, place: str, packet: bytes, v6: bool) -> None:
-    """Send a packet from a host's network to the gateway, past the host's own tracker."""
+def send_into(lab: ThreeHosts, place: str, *packets: bytes) -> None:
+    """Send packets from a host's network to the gateway, past the host's own tracker."""
     port = "out" if place == "client" else "in"
     (link,) = json.loads(lab.run("gateway", "ip", "-j", "link", "show", port))
-    kind = _ETHER_IPV6 if v6 else _ETHER_IPV4
     mac = bytes.fromhex(link["address"].replace(":", ""))
     with lab.inside(place):
         wire = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
     with wire:
         wire.bind(("eth0", 0))
-        wire.send(mac + bytes(6) + kind.to_bytes(2, "big") + packet)
+        for packet in packets:
+            kind = _ETHER_IPV6 if packet[0] >> 4 == 6 else _ETHER_IPV4
+            wire.send(mac + bytes(6) + kind.to_bytes(2, "big") + packet)
+
+
+def forge_many(lab: ThreeHosts, link: Link, count: int, *, name: str = "client") -> None:
+    """Send as many exact RSTs in one end's name as fast as one can."""
+    send_into(lab, name, *[segment_of(link, "R", name=name)] * count)

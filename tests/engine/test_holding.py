@@ -1,0 +1,265 @@
+"""RSTs that wait: what each answer decides, how often is asked, and who has to make room."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from rstguard.engine.address import parse_address
+from rstguard.engine.evidence import Asked, Evidence, first_block
+from rstguard.engine.flow import Flow, Tuple
+from rstguard.engine.holding import AGAIN, MOST_OF_ONE, PATIENCE, Decided, Holding, Outcome, Probe
+from rstguard.engine.ruleset import SECOND
+from rstguard.engine.wire import ACK, FIN, PSH, RST, SYN, Packet
+
+CLIENT, SERVER = parse_address("198.51.100.7"), parse_address("203.0.113.10")
+ORIGINAL = Tuple(CLIENT, SERVER, 40000, 443)
+REPLY = Tuple(SERVER, CLIENT, 443, 40000)
+NUMBER = 1_000_000
+START = 50 * SECOND
+
+
+def flow(client: int = CLIENT, port: int = 40000) -> Flow:
+    original = Tuple(client, SERVER, port, 443)
+    reply = Tuple(SERVER, client, 443, port)
+    return Flow(1, original, reply, 8, 0, True, 3, 300, 3, 300, SECOND, 10, 0)
+
+
+def segment(
+    sends: Tuple, flags: int, sequence: int = NUMBER, acknowledgement: int = 5, payload: int = 0
+) -> Packet:
+    return Packet(*sends, sequence, acknowledgement, flags, 512, payload)
+
+
+def reset(one: Flow, by_client: bool = True) -> Packet:
+    return segment(one.original if by_client else one.reply, RST)
+
+
+def holding(places: int = 8) -> Holding:
+    numbers = itertools.count(7_000_000, 1_000_003)
+    return Holding(lambda: next(numbers) & 0xFFFFFFFF, places)
+
+
+def held(by_client: bool = True) -> tuple[Holding, list[Probe]]:
+    """Return the table with one RST in it, and what was asked for it."""
+    table, one = holding(), flow()
+    table.hold(1, reset(one, by_client), 60, False, one, START)
+    asked, table.probes = table.probes, []
+    return table, asked
+
+
+def outcome(table: Holding) -> Decided | None:
+    assert len(table.decided) <= 1
+    return table.decided[0] if table.decided else None
+
+
+ASKED = Asked([500, 500 ^ 1 << 31], [900])
+
+
+@pytest.mark.parametrize(
+    ("flags", "sequence", "block", "payload", "evidence"),
+    [
+        (ACK, NUMBER, (500, 501), 0, Evidence.ALIVE),
+        (ACK | PSH, NUMBER, (500 ^ 1 << 31, (500 ^ 1 << 31) + 1), 9, Evidence.ALIVE),
+        (ACK, NUMBER, (501, 502), 0, Evidence.NOTHING),
+        (ACK, NUMBER, (500, 502), 0, Evidence.NOTHING),
+        (ACK, NUMBER, None, 0, Evidence.BARE),
+        (ACK, NUMBER, None, 1, Evidence.NOTHING),
+        (ACK, NUMBER + 1, None, 0, Evidence.NOTHING),
+        (RST, 900, None, 0, Evidence.DEAD),
+        (RST | ACK, 900, None, 0, Evidence.DEAD),
+        (RST, NUMBER, None, 0, Evidence.NOTHING),
+        (FIN | ACK, NUMBER, None, 0, Evidence.NOTHING),
+        (SYN | ACK, NUMBER, (500, 501), 0, Evidence.NOTHING),
+    ],
+)
+def test_what_a_segment_tells(
+    flags: int, sequence: int, block: tuple[int, int] | None, payload: int, evidence: Evidence
+) -> None:
+    packet = segment(ORIGINAL, flags, sequence, payload=payload)
+    assert ASKED.weigh(packet, block, NUMBER) is evidence
+
+
+def test_who_was_not_asked_tells_nothing() -> None:
+    assert Asked().weigh(segment(ORIGINAL, ACK), None, NUMBER) is Evidence.NOTHING
+    assert Asked().weigh(segment(ORIGINAL, RST, 900), None, NUMBER) is Evidence.NOTHING
+
+
+def test_the_first_block_of_the_options() -> None:
+    assert first_block({5: bytes.fromhex("000001f4000001f50000000000000001")}) == (500, 501)
+    assert first_block({5: b"short"}) is None
+    assert first_block({}) is None
+
+
+@pytest.mark.parametrize("by_client", [True, False])
+def test_the_named_sender_is_asked_by_two_bytes_half_a_space_apart(by_client: bool) -> None:
+    _, (first, second) = held(by_client)
+    assert first.path == second.path == (REPLY if by_client else ORIGINAL)
+    assert first.sequence ^ second.sequence == 1 << 31
+    assert first.acknowledgement == second.acknowledgement
+    assert not first.opens
+
+
+@pytest.mark.parametrize("by_client", [True, False])
+def test_a_sender_that_knows_the_probe_and_lives_makes_it_forged(by_client: bool) -> None:
+    table, (probe, _) = held(by_client)
+    answer = segment(ORIGINAL if by_client else REPLY, ACK)
+    block = probe.sequence, probe.sequence + 1
+    assert not table.heard(answer, block, 61, START + SECOND // 50)
+    one = outcome(table)
+    assert one is not None
+    assert (one.outcome, one.by_client, one.numbers) == (Outcome.FORGED, by_client, (1,))
+    assert (one.hops, one.true_hops, one.waited) == (60, 61, SECOND // 50)
+    assert not one.passes
+
+
+def test_a_sender_that_knows_the_probe_and_no_connection_makes_it_honest() -> None:
+    table, (probe, _) = held()
+    assert probe.acknowledgement is not None
+    assert not table.heard(segment(ORIGINAL, RST, probe.acknowledgement), None, 60, START)
+    one = outcome(table)
+    assert one is not None
+    assert one.outcome is Outcome.HONEST
+    assert one.passes
+
+
+def test_a_second_reset_of_the_same_number_decides_nothing() -> None:
+    table, _ = held()
+    assert table.heard(reset(flow()), None, 60, START)
+    assert table.join(2, reset(flow())) is True
+    assert outcome(table) is None
+
+
+def test_more_resets_of_one_connection_than_are_kept_are_dropped() -> None:
+    table, _ = held()
+    joined = [table.join(number, reset(flow())) for number in range(2, MOST_OF_ONE + 2)]
+    assert joined == [True] * (MOST_OF_ONE - 1) + [False]
+    assert table.join(99, reset(flow(port=1))) is None
+
+
+def test_an_answer_that_comes_after_the_decision_goes_no_further() -> None:
+    table, (probe, _) = held()
+    assert probe.acknowledgement is not None
+    late = segment(ORIGINAL, RST, probe.acknowledgement)
+    table.heard(late, None, 60, START)
+    assert not table.heard(late, None, 60, START + SECOND)
+    table.work(START + 3 * SECOND)
+    assert table.heard(late, None, 60, START + 3 * SECOND)
+
+
+def test_the_other_end_is_asked_next_and_then_the_sender_by_its_numbers() -> None:
+    table, _ = held()
+    table.work(START + AGAIN)
+    (first, second), table.probes = table.probes, []
+    assert first.path == second.path == ORIGINAL
+    answer = segment(REPLY, ACK, 77_000, NUMBER)
+    assert not table.heard(answer, (first.sequence, first.sequence + 1), 60, START + AGAIN)
+    (exact,), table.probes = table.probes, []
+    assert exact.path == REPLY
+    assert 2_000 <= 77_000 - exact.sequence < 14_000
+    assert exact.acknowledgement is not None
+    assert 1 <= NUMBER - exact.acknowledgement < 60_000
+    table.heard(segment(ORIGINAL, RST, exact.acknowledgement), None, 60, START + AGAIN)
+    one = outcome(table)
+    assert one is not None
+    assert one.outcome is Outcome.HONEST
+
+
+@pytest.mark.parametrize("by_client", [True, False])
+def test_an_end_behind_a_strict_firewall_is_asked_by_what_passes_it(by_client: bool) -> None:
+    table, _ = held(by_client)
+    table.work(START + AGAIN)
+    table.probes.clear()
+    table.work(START + 2 * AGAIN)
+    (opening,), table.probes = table.probes, []
+    assert opening.opens
+    assert opening.path == (ORIGINAL if by_client else REPLY)
+    # Towards the client, which has opened the connection, only a SYN+ACK passes.
+    assert (opening.acknowledgement is None) == by_client
+    other = REPLY if by_client else ORIGINAL
+    assert table.heard(segment(other, ACK, 77_000, NUMBER + 1), None, 60, START + 3 * AGAIN)
+    assert not table.probes
+    assert table.heard(segment(other, ACK, 77_000, NUMBER), None, 60, START + 3 * AGAIN)
+    assert len(table.probes) == 1
+
+
+def test_no_end_is_asked_more_than_three_times() -> None:
+    table, asked = held()
+    for step in range(1, 30):
+        table.work(START + step * AGAIN // 2)
+        table.heard(segment(REPLY, ACK, 77_000, NUMBER), None, 60, START + step * AGAIN // 2)
+    ends = [probe.path for probe in [*asked, *table.probes]]
+    assert (ends.count(REPLY), ends.count(ORIGINAL)) == (3, 3)
+
+
+def test_an_other_end_that_knows_no_connection_makes_it_honest() -> None:
+    table, _ = held()
+    table.work(START + AGAIN)
+    nonce = table.probes[0].acknowledgement
+    assert nonce is not None
+    assert not table.heard(segment(REPLY, RST, nonce), None, 60, START + AGAIN)
+    one = outcome(table)
+    assert one is not None
+    assert one.outcome is Outcome.HONEST
+
+
+@pytest.mark.parametrize("bare", [True, False])
+def test_bare_acks_of_the_sender_count_at_the_end_only(bare: bool) -> None:
+    table, _ = held()
+    if bare:
+        assert table.heard(segment(ORIGINAL, ACK), None, 59, START)
+    table.work(START + PATIENCE - 1)
+    assert outcome(table) is None
+    table.work(START + PATIENCE)
+    one = outcome(table)
+    assert one is not None
+    assert one.outcome is (Outcome.FORGED if bare else Outcome.UNCONFIRMED)
+
+
+def test_a_slow_way_is_given_more_time() -> None:
+    table, _ = held()
+    table.work(START + AGAIN)
+    slow = START + 6 * AGAIN
+    block = table.probes[0].sequence, table.probes[0].sequence + 1
+    table.heard(segment(REPLY, ACK, 77_000, NUMBER), block, 60, slow)
+    table.work(START + PATIENCE)
+    assert outcome(table) is None
+    table.work(START + 18 * AGAIN)
+    assert outcome(table) is not None
+
+
+def test_the_oldest_of_the_network_with_most_makes_room() -> None:
+    table = holding(places=4)
+    crowd = [flow(parse_address(f"192.0.2.{last}"), last) for last in (1, 2, 3)]
+    alone = flow()
+    for number, one in enumerate([alone, *crowd], 1):
+        table.hold(number, reset(one), 60, False, one, START + number)
+    newcomer = flow(parse_address("198.51.99.1"))
+    table.hold(9, reset(newcomer), 60, False, newcomer, START + 9)
+    made = outcome(table)
+    assert made is not None
+    assert (made.outcome, made.flow) == (Outcome.CROWDED, crowd[0])
+    assert made.passes
+    assert len(table) == 4
+
+
+def test_an_orphan_is_asked_for_and_takes_no_place_of_another() -> None:
+    table = holding(places=1)
+    assert table.orphan(flow(), START)
+    assert table.orphan(flow(), START)
+    assert not table.orphan(flow(port=2), START)
+    probe = table.probes[0]
+    table.heard(segment(ORIGINAL, ACK), (probe.sequence, probe.sequence + 1), 60, START)
+    one = outcome(table)
+    assert one is not None
+    assert (one.outcome, one.numbers, one.hops) == (Outcome.FORGED, (), -1)
+
+
+def test_all_are_released_when_it_ends() -> None:
+    table, _ = held()
+    table.release_all(START)
+    one = outcome(table)
+    assert one is not None
+    assert one.passes
+    assert not len(table)
