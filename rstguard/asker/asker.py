@@ -65,6 +65,10 @@ _SHARE: Final = 10
 _MOST_ORPHANS: Final = 500
 _WHOLE: Final = RST | ACK
 
+_NOT_REOPENED: Final = (
+    "this kernel does not let a connection be called established again that a RST has closed"
+)
+
 Read = tuple[Packet, dict[int, bytes], int]
 
 
@@ -102,11 +106,15 @@ class Asker:
         self._report_at = self._look_at = 0
         self._active_until = clock() + _ACTIVE
         self._running = True
+        self._can_hold = self._table.can_reopen()
+        if not self._can_hold:
+            log.warning("RSTs pass at once, and forged ones are only told: %s", _NOT_REOPENED)
+            self._counts["cannot_hold"] = 1
         self._follow(start.ruleset)
 
     def _follow(self, ruleset: RuleSet) -> None:
         self._ruleset = ruleset
-        self._carrying.waits = ruleset.forged_resets == "hold"
+        self._carrying.waits = self._can_hold and ruleset.forged_resets == "hold"
 
     def _worker(self, flow: Flow) -> int:
         return worker_of(self._ruleset, flow.original.source, self._workers)

@@ -11,9 +11,9 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from rstguard.engine.flow import Flow
+from rstguard.engine.flow import Flow, TcpState, Tuple
 from rstguard.kernel import KernelError, entry
-from rstguard.kernel.netlink import Answer, Netlink, Request, attribute
+from rstguard.kernel.netlink import NLM_F_CREATE, Answer, Netlink, Request, attribute
 
 _SUBSYSTEM: Final = 1 << 8
 _NEW: Final = _SUBSYSTEM | 0
@@ -21,6 +21,10 @@ _GET: Final = _SUBSYSTEM | 1
 _DELETE: Final = _SUBSYSTEM | 2
 _GET_STATS: Final = _SUBSYSTEM | 5
 _STATS_ENTRIES: Final = 1
+
+_PATH: Final = Tuple(0xC0000201, 0xC0000202, 1, 1)  # 192.0.2.0/24, RFC 5737
+_BACK: Final = Tuple(0xC0000202, 0xC0000201, 1, 1)
+_NOBODYS: Final = Flow(0, _PATH, _BACK, TcpState.CLOSE, 0, False, 0, 0, 0, 0, -1, 5, 0)
 
 GONE: Final = errno.ENOENT
 """What `set_mark` and `delete` return for a connection that is no longer in the table."""
@@ -156,6 +160,22 @@ class Conntrack:
         """
         more = entry.reopened_attributes(seconds) + entry.mark_attributes(bits, mask)
         return [answer.error for answer in self._ask(_NEW, flows, more)]
+
+    def can_reopen(self) -> bool:
+        """Try whether this kernel reopens a connection, by one of two addresses that nobody has.
+
+        Raises:
+            KernelError: the kernel could not be asked.
+        """
+        one = _NOBODYS
+        make = Request(_NEW, entry.AF_INET, entry.closed_attributes(one), flags=NLM_F_CREATE)
+        if self._netlink.transact([make])[0].error:
+            return False
+        self.reopen([one], one.timeout, 0, 0)
+        (now,) = self.read([one])
+        if now is not None:
+            self.delete([now])
+        return now is not None and now.state == TcpState.ESTABLISHED
 
     def set_labels(self, flows: Sequence[Flow], bits: int, mask: int) -> list[int]:
         """Give connections the labels (old & ~mask) | bits; return an errno for each, or 0.

@@ -274,7 +274,11 @@ def family_of(path: Tuple) -> int:
 
 def name_attributes(flow: Flow) -> bytes:
     """Return the attributes that name a connection: its original tuple and its zone."""
-    path = flow.original
+    zone = attribute(ZONE, flow.zone.to_bytes(2, "big")) if flow.zone else b""
+    return _tuple_attributes(TUPLE_ORIG, flow.original) + zone
+
+
+def _tuple_attributes(which: int, path: Tuple) -> bytes:
     v6 = is_v6(path.source)
     addresses = nest(
         TUPLE_IP,
@@ -287,8 +291,7 @@ def name_attributes(flow: Flow) -> bytes:
         attribute(PROTO_SRC_PORT, path.source_port.to_bytes(2, "big")),
         attribute(PROTO_DST_PORT, path.destination_port.to_bytes(2, "big")),
     )
-    zone = attribute(ZONE, flow.zone.to_bytes(2, "big")) if flow.zone else b""
-    return nest(TUPLE_ORIG, addresses, ports) + zone
+    return nest(which, addresses, ports)
 
 
 def mark_attributes(mark: int, mask: int) -> bytes:
@@ -305,6 +308,14 @@ def liberal_attributes() -> bytes:
     flags = bytes((BE_LIBERAL, BE_LIBERAL))  # value and mask: struct nf_ct_tcp_flags
     both = attribute(TCP_FLAGS_ORIGINAL, flags) + attribute(TCP_FLAGS_REPLY, flags)
     return nest(PROTOINFO, nest(PROTOINFO_TCP, both))
+
+
+def closed_attributes(flow: Flow) -> bytes:
+    """Return the attributes that make an entry for a connection that is closed."""
+    state = attribute(TCP_STATE, bytes((TcpState.CLOSE,)))
+    timeout = attribute(TIMEOUT, flow.timeout.to_bytes(4, "big"))
+    both = name_attributes(flow) + _tuple_attributes(TUPLE_REPLY, flow.reply)
+    return both + nest(PROTOINFO, nest(PROTOINFO_TCP, state)) + timeout
 
 
 def reopened_attributes(seconds: int) -> bytes:

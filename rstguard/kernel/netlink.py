@@ -26,6 +26,7 @@ NLM_F_REQUEST: Final = 0x01
 NLM_F_ACK: Final = 0x04
 NLM_F_DUMP_INTR: Final = 0x10
 NLM_F_DUMP: Final = 0x300
+NLM_F_CREATE: Final = 0x400
 
 NLMSG_ERROR: Final = 2
 NLMSG_DONE: Final = 3
@@ -53,13 +54,15 @@ PATIENCE: Final = 5.0
 class Request(NamedTuple):
     """One request: message type (subsystem in the high byte), address family, attributes.
 
-    `resource` is the number of the queue or group that is spoken of, where there are several.
+    `resource` is the number of the queue or group that is spoken of, where there are several;
+    `flags` are those that not every request of its kind has.
     """
 
     kind: int
     family: int
     attributes: bytes
     resource: int = 0
+    flags: int = 0
 
 
 class Answer(NamedTuple):
@@ -82,7 +85,8 @@ def nest(kind: int, *inner: bytes) -> bytes:
 def encode(request: Request, flags: int, sequence: int) -> bytes:
     """Return a request as it goes through the socket."""
     length = HEADER.size + NFGEN.size + len(request.attributes)
-    head = HEADER.pack(length, request.kind, flags | NLM_F_REQUEST, sequence, 0)
+    flags |= request.flags | NLM_F_REQUEST
+    head = HEADER.pack(length, request.kind, flags, sequence, 0)
     family = NFGEN.pack(request.family, 0, socket.htons(request.resource))
     return head + family + request.attributes
 

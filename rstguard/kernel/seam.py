@@ -109,6 +109,9 @@ class Connections(Closing, Protocol):
         They are marked (old & ~mask) | bits.  Returns an errno for each, 0 for success.
         """
 
+    def can_reopen(self) -> bool:
+        """Try, without touching any connection, whether `reopen` does what it should."""
+
     def delete(self, flows: Sequence[Flow]) -> list[int]:
         """Take connections out, if `ident` is theirs; return an errno for each, 0 for success."""
 

@@ -87,6 +87,11 @@ def _degraded(guard: Guard, now: float) -> Iterator[str]:
             yield f"the {child.name} does not serve ({_stage(child.state)})"
         elif child in guard.workers and child.silent_for() >= SILENT:
             yield f"the {child.name} has been silent for {child.silent_for():.0f} s"
+    if guard.ruleset.forged_resets == "hold" and guard.counts["cannot_hold"]:
+        yield (
+            "forged RSTs are told, not held: this kernel does not let a connection be called "
+            "established again that a RST has closed"
+        )
     if guard.unplaced_at is not None and now - guard.unplaced_at < RECENT:
         yield "bans could not be placed in the last minute: a set is full, or the kernel refused"
     if any(level is not Level.NOTHING for level in guard.overload.values()):

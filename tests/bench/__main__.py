@@ -16,6 +16,7 @@ from rich.console import Console
 from tests.bench.blocks import blocks
 from tests.bench.engine_speed import engine
 from tests.bench.figures import Benchmark, Figure, as_data, table
+from tests.bench.held import held
 from tests.bench.kills import kills
 from tests.bench.messages import messages
 from tests.bench.queue_speed import queue, suricata, workers
@@ -29,6 +30,7 @@ from tests.bench.waits import waits
 BENCHMARKS: tuple[Benchmark, ...] = (
     resets,
     kills,
+    held,
     blocks,
     engine,
     messages,

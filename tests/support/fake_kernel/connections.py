@@ -25,6 +25,7 @@ class ConnectionTable:
 
     def __init__(self, wall: Callable[[], int]) -> None:
         self.wall = wall
+        self.reopens = True
         self._held: dict[tuple[Tuple, int], Flow] = {}
         self._born: dict[tuple[Tuple, int], int] = {}
 
@@ -129,6 +130,11 @@ class FakeConnections:
                     state = TcpState.ESTABLISHED
                     self._table.change(flow.original, flow.zone, state=state, timeout=seconds)
             return codes
+
+    def can_reopen(self) -> bool:
+        """Tell whether `reopen` works, as it does here unless it is made to fail."""
+        with self._around("table.can_reopen", ""):
+            return self._table.reopens
 
     def delete(self, flows: Sequence[Flow]) -> list[int]:
         """Take connections out, if `ident` is theirs; return an errno for each, 0 for success."""
