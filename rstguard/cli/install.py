@@ -39,6 +39,7 @@ version: 1
 name: first
 mode: observe
 on_failure: open
+forged_resets: hold
 
 protect:
   interfaces: [{interface}]    # where the internet comes in

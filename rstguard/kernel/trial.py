@@ -146,7 +146,7 @@ def feature_checks(host: Host, deadline: float) -> list[Check]:
             sentence = "not tried: no network namespace could be made here"
             return [Check("kernel features", Outcome.WARNING, sentence, "unshare --net true")]
         trial = _Trial(host, inside, deadline)
-        tried = (trial.rules, trial.budget, trial.proof)
+        tried = (trial.rules, trial.budget, trial.proof, trial.holding)
         return [trial.sets(), *(check(family) for family in (4, 6) for check in tried)]
 
 
@@ -162,6 +162,7 @@ class _Trial(NamedTuple):
             "hash:ip": "timeout 600 netmask 24 forceadd",
             "bitmap:port": "range 0-65535",
             "hash:ip,port": "timeout 60",
+            "hash:ip,port,ip": "timeout 3 forceadd",
         }
         if self.host.find("ipset") is None:
             return Check("kernel sets", Outcome.WARNING, "not tried: ipset is not installed")
@@ -212,6 +213,26 @@ class _Trial(NamedTuple):
         if found.outcome is not Outcome.MISSING:
             return found
         sentence = f"a policy that bans cannot be used: {found.sentence}"
+        return found._replace(outcome=Outcome.WARNING, sentence=sentence)
+
+    def holding(self, family: int) -> Check:
+        """Load the rules that only a policy with `forged_resets` needs."""
+        name = f"IPv{family} forged RSTs"
+        if self.host.find(_RESTORE[family]) is None:
+            return Check(name, Outcome.WARNING, f"not tried: {_RESTORE[family]} is not installed")
+        limit = (
+            "-A PREROUTING -p tcp -m hashlimit --hashlimit-above 20/sec --hashlimit-burst 8"
+            " --hashlimit-mode srcip,srcport,dstip,dstport --hashlimit-htable-expire 3000"
+            f" --hashlimit-name {_SET}-rst -j DROP"
+        )
+        features = (
+            _Feature("limits per connection", "mangle", limit, "xt_hashlimit"),
+            _Feature("packet lengths", "mangle", "-A OUTPUT -m length --length 0:120", "xt_length"),
+        )
+        found = self._each(name, family, features)
+        if found.outcome is not Outcome.MISSING:
+            return found
+        sentence = f"a policy with forged_resets cannot be used: {found.sentence}"
         return found._replace(outcome=Outcome.WARNING, sentence=sentence)
 
     def _each(self, name: str, family: int, features: Sequence[_Feature]) -> Check:

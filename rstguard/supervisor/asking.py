@@ -28,12 +28,17 @@ class Asking:
         self._guard, self._options = guard, options
         self._hear, self._changed = hear, changed
         self._group: asyncio.TaskGroup | None = None
+        """Where it lives; None before the guard has come up, and once it goes down."""
 
     def begin(self, group: asyncio.TaskGroup) -> None:
         """Start it, if the policy wants it; from now on it lives in `group`."""
         self._group = group
         if in_force(self._guard.ruleset):
             self._live()
+
+    def end(self) -> None:
+        """Start none any more."""
+        self._group = None
 
     async def begun(self) -> None:
         """Wait until it serves for the first time.
@@ -63,7 +68,13 @@ class Asking:
             await asyncio.gather(*(child.stop() for child in leaving))
 
     def _live(self) -> None:
-        assert self._group is not None
+        """Start one.
+
+        Raises:
+            KernelError: the guard is going down.
+        """
+        if self._group is None:
+            raise KernelError("the guard is stopping, and starts nothing any more")
         child = Child(
             "asker", "asker", self._options.spawn, None, self._start, self._hear, self._changed
         )

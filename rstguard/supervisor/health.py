@@ -13,7 +13,7 @@ from rstguard.supervisor.guard import Guard
 RECENT: Final = 60.0
 """Seconds for which it is told that bans were not placed or packets passed unjudged."""
 SILENT: Final = 2.0
-"""Seconds without a report after which a worker does not count as at work."""
+"""Seconds without a report after which a worker, or the asker, does not count as at work."""
 
 
 class Condition(Enum):
@@ -85,7 +85,7 @@ def _degraded(guard: Guard, now: float) -> Iterator[str]:
     for child in guard.children:
         if not child.serves:
             yield f"the {child.name} does not serve ({_stage(child.state)})"
-        elif child in guard.workers and child.silent_for() >= SILENT:
+        elif child is not guard.sweeper and child.silent_for() >= SILENT:
             yield f"the {child.name} has been silent for {child.silent_for():.0f} s"
     if guard.ruleset.forged_resets == "hold" and guard.counts["cannot_hold"]:
         yield (

@@ -127,4 +127,5 @@ class Processes:
 
     async def stop(self) -> None:
         """Let all finish."""
+        self.asking.end()
         await asyncio.gather(*(child.stop() for child in self._guard.children))

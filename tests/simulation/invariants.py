@@ -15,7 +15,7 @@ from tests.simulation.world import QUEUE, Broken, Incarnation, World
 from tests.support.fake_kernel import FakeKernel
 
 _BACK_OFF: Final = 5.0
-_PATIENCE: Final = {"worker": 3.0, "sweeper": 62.0}
+_PATIENCE: Final = {"asker": 3.0, "worker": 3.0, "sweeper": 62.0}
 """Seconds after which the guard is to have noticed that a process hangs: see health.py for a
 worker, child.py for the sweeper."""
 

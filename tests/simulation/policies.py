@@ -47,6 +47,8 @@ protect: {{interfaces: [eth0], ports: [22, 80, 443]}}
 trusted: [{rng.choice((TRUSTED, f"{TRUSTED}, 10.7.0.0/16"))}]
 """
         if rng.random() < 0.3:
+            text += f"forged_resets: {rng.choice(('hold', 'hold', 'observe'))}\n"
+        if rng.random() < 0.3:
             text += "syn_budget: {rate: 1000/s}\n"
         text += "rules:\n" + "".join(f"  - {rule}\n" for rule in rules)
         self.texts[name] = text

@@ -9,6 +9,7 @@ import logging
 import random
 from collections.abc import Callable
 
+from rstguard.asker.asker import Asker
 from rstguard.engine.ruleset import SECOND
 from rstguard.ipc.channel import ChildEnd, Closed, child_end, pair, supervisor_end
 from rstguard.ipc.entry import last_words
@@ -33,7 +34,7 @@ class Process:
         self.kind, self.pid = kind, pid
         self.owner = Owner(f"{kind} {pid}")
         self.kernel = kernel.view(self.owner, self.die)
-        self.serving: Worker | Sweeper | None = None
+        self.serving: Worker | Sweeper | Asker | None = None
         self.queue: int | None = None
         self._status: int | None = None
         self._reaped: int | None = None
@@ -153,7 +154,10 @@ class Process:
             self._timer = self._loop.outside(self._rng.uniform(0.0, 0.2), self._run)
             return
         clock, start = self.clock, self._started
-        if self.kind == "worker":
+        if self.kind == "asker":
+            bits = self._rng.getrandbits
+            self.serving = Asker(self._end, start, self.kernel, clock, lambda: bits(32))
+        elif self.kind == "worker":
             worker = Worker(self._end, start, self.kernel, clock, self.pid)
             self.queue = start.queue
             self.serving = worker

@@ -27,7 +27,13 @@ from tests.support.fake_kernel.netfilter import Netfilter
 from tests.support.fake_kernel.packets import FakeInjector, FakeLog, FakeQueue, Packets
 
 _TRACKER = "net.netfilter.nf_conntrack_"
-_DEFAULTS = {"acct": "0", "timestamp": "0", "tcp_be_liberal": "0", "tcp_loose": "1"}
+_DEFAULTS = {
+    "tcp_timeout_established": "432000",
+    "acct": "0",
+    "timestamp": "0",
+    "tcp_be_liberal": "0",
+    "tcp_loose": "1",
+}
 _BASE_NAMES = {"iptables": 4, "ip6tables": 6}
 
 
