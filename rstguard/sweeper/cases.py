@@ -18,11 +18,13 @@ What is provable, and how:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final, NamedTuple
 
 from rstguard.engine.flow import Flow, TcpState, Tuple
+from rstguard.engine.segment import opening
 from rstguard.engine.verdict import Ends, Reason
 from rstguard.kernel.marks import Marks
 
@@ -32,6 +34,9 @@ PROBE_AT: Final = tuple(
     ms * MILLISECOND for ms in (0, 20, 60, 150, 400, 800, 1300, 2000, 2800, 3600, 4400)
 )
 """When to probe, after condemning: each probe is answered, unless it or the answer is lost."""
+
+STRICT_AFTER: Final = 3
+"""Probes after which a silent end is taken to be behind a firewall that drops what does not fit."""
 
 OVER: Final = frozenset({TcpState.TIME_WAIT, TcpState.CLOSE})
 """States in which no end will send data any more."""
@@ -158,6 +163,15 @@ _STAYED_SILENT: Final[dict[Ends, str]] = {
     Ends.SOURCE: "the client stayed silent",
     Ends.DESTINATION: "the server stayed silent",
 }
+
+
+def opening_of(path: Tuple, flow: Flow, draw: Callable[[], int]) -> bytes:
+    """Return what makes an end speak that hears no probe, on one of the `probe_paths`.
+
+    It is behind a firewall that drops what does not fit.
+    """
+    to_client = path == _turned(flow.original)
+    return opening(path, draw(), draw() if to_client else None)
 
 
 def probe_paths(flow: Flow, ends: int, marks: Marks) -> list[Tuple]:

@@ -26,10 +26,12 @@ from rstguard.kernel.marks import Marks
 from rstguard.sweeper.cases import (
     MILLISECOND,
     OVER,
+    STRICT_AFTER,
     Case,
     Outcome,
     Result,
     Target,
+    opening_of,
     probe_paths,
 )
 
@@ -200,12 +202,17 @@ class Condemner:
 
     def _provoke(self, now: int) -> None:
         paths: list[Tuple] = []
+        openings: list[bytes] = []
         over: list[Flow] = []
         marks = self._marks
         for case in self._cases.values():
             if case.condemned and case.due(now):
                 case.probes += 1
-                paths += probe_paths(case.target.flow, case.wanted & ~case.rst_sent, marks)
+                silent = probe_paths(case.target.flow, case.wanted & ~case.rst_sent, marks)
+                paths += silent
+                if case.probes > STRICT_AFTER:
+                    flow = case.target.flow
+                    openings += [opening_of(path, flow, self._draw) for path in silent]
         while self._again and self._again[0][0] <= now:
             _, rounds, target = self._again.popleft()
             if rounds > 0:
@@ -216,6 +223,7 @@ class Condemner:
         if over:  # a new connection of the same addresses and ports is welcome again
             self._table.delete(over)
         self._sender.send(probe(path, self._draw(), self._draw()) for path in paths)
+        self._sender.send(openings)
 
     def _close(self, key: tuple[Tuple, int], result: Result) -> None:
         del self._cases[key]

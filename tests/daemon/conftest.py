@@ -20,6 +20,18 @@ def lab() -> Iterator[ThreeHosts]:
 
 
 @pytest.fixture
+def strict(lab: ThreeHosts) -> Iterator[None]:
+    """Have both ends behind firewalls of their own that drop what fits no connection."""
+    rule = ("INPUT", "-m", "conntrack", "--ctstate", "INVALID", "-j", "DROP")
+    tools = [(place, tool) for place in ("client", "server") for tool in ("iptables", "ip6tables")]
+    for place, tool in tools:
+        lab.run(place, tool, "-w", "-I", *rule)
+    yield
+    for place, tool in tools:
+        lab.run(place, tool, "-w", "-D", *rule)
+
+
+@pytest.fixture
 def serve(lab: ThreeHosts) -> Iterator[Open]:
     """Open TCP ports, closed after the test together with all their connections."""
     opened: list[Service] = []

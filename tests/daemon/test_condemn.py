@@ -9,7 +9,8 @@ import pytest
 from rstguard.engine.address import parse_address, parse_prefix
 from rstguard.engine.flow import Flow, TcpState, Tuple
 from rstguard.engine.verdict import Ends, Reason
-from rstguard.sweeper.cases import MILLISECOND, PROBE_AT
+from rstguard.engine.wire import ACK, SYN
+from rstguard.sweeper.cases import MILLISECOND, PROBE_AT, STRICT_AFTER
 from rstguard.sweeper.condemner import (
     AGAIN_AFTER,
     AGAIN_ROUNDS,
@@ -110,6 +111,18 @@ def test_an_end_that_swallows_probes_is_probed_again(swallowed: int) -> None:
     (result,) = kill(kernel, a_target(flow))
     assert result.outcome is Outcome.RESET
     assert PROBE_AT[swallowed] <= result.took < PROBE_AT[swallowed] + 200 * MILLISECOND
+
+
+def test_an_end_behind_a_strict_firewall_is_sent_what_passes_it() -> None:
+    for end, flags in ((client_of, SYN | ACK), (server_of, SYN)):
+        flow = a_flow()
+        kernel = Table(flow)
+        kernel.strict = {end(flow)}
+        (result,) = kill(kernel, a_target(flow))
+        assert result.outcome is Outcome.RESET
+        assert result.took < PROBE_AT[STRICT_AFTER] + 100 * MILLISECOND
+        sent = [p for p in kernel.openings if (p.destination, p.destination_port) == end(flow)]
+        assert {packet.flags for packet in sent} == {flags}
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -85,18 +84,6 @@ def test_an_honest_reset_passes(
 def _ends(link: Link, name: str) -> tuple[socket.socket, socket.socket]:
     ends = link.client, link.server
     return ends if name == "client" else (ends[1], ends[0])
-
-
-@pytest.fixture
-def strict(lab: ThreeHosts) -> Iterator[None]:
-    """Have both ends behind firewalls of their own that drop what fits no connection."""
-    rule = ("INPUT", "-m", "conntrack", "--ctstate", "INVALID", "-j", "DROP")
-    tools = [(place, tool) for place in ("client", "server") for tool in ("iptables", "ip6tables")]
-    for place, tool in tools:
-        lab.run(place, tool, "-w", "-I", *rule)
-    yield
-    for place, tool in tools:
-        lab.run(place, tool, "-w", "-D", *rule)
 
 
 @BOTH_FAMILIES

@@ -102,3 +102,20 @@ def test_the_byte_of_a_probe_gets_into_no_stream(
             end.setblocking(False)
             with pytest.raises(BlockingIOError):
                 end.recv(1)
+
+
+@BOTH_FAMILIES
+@pytest.mark.usefixtures("strict")
+def test_ends_behind_firewalls_that_drop_what_does_not_fit_die_all_the_same(
+    lab: ThreeHosts, serve: Open, tmp_path: Path, v6: bool
+) -> None:
+    web = serve(8453, v6)
+    with Guard(lab, POLICY, tmp_path / "guard") as guard:
+        address = source(v6)
+        links = [web.connect(address) for _ in range(10)]
+        for link in links:
+            link.talk()
+        done = guard.kill(source=address)
+        assert (done["killed"], done["confirmed"]) == (10, 10), done
+        for link in links:
+            link.wait_reset()

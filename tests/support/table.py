@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from rstguard.engine.address import parse_address
 from rstguard.engine.flow import Flow, TcpState, Tuple
-from rstguard.engine.wire import ACK, Packet, parse
+from rstguard.engine.wire import ACK, SYN, Packet, parse
 from rstguard.kernel.marks import Bits, Marks
 
 MARKS = Marks()
@@ -25,6 +25,9 @@ class Table:
         self.refuses = 0
         self.reads = 0
         self.probes: list[Packet] = []
+        self.openings: list[Packet] = []
+        self.strict: set[tuple[int, int]] = set()
+        """Ends behind firewalls that drop what does not fit."""
         self.liberal: list[Flow] = []
 
     def read(self, flows: Sequence[Flow], now_ns: int | None = None) -> list[Flow | None]:
@@ -59,10 +62,16 @@ class Table:
         for data in packets:
             packet = parse(data)
             assert isinstance(packet, Packet)
-            assert packet.flags == ACK
-            self.probes.append(packet)
-            self.hear(packet)
             count += 1
+            end = (packet.destination, packet.destination_port)
+            if packet.flags & SYN:
+                self.openings.append(packet)
+            else:
+                assert packet.flags == ACK
+                self.probes.append(packet)
+            # Who is strict hears openings alone; others would answer those, too, but not the deaf.
+            if bool(packet.flags & SYN) == (end in self.strict):
+                self.hear(packet)
         return count
 
     def hear(self, packet: Packet) -> None:
