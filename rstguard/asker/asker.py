@@ -47,7 +47,7 @@ from rstguard.ipc.messages import (
 from rstguard.kernel import KernelError, holding
 from rstguard.kernel.diversion import worker_of
 from rstguard.kernel.marks import Marks
-from rstguard.kernel.nfqueue import MOST, Queued
+from rstguard.kernel.nfqueue import MOST, Queued, Verdict
 from rstguard.kernel.seam import Kernel
 
 log = logging.getLogger(__name__)
@@ -154,9 +154,10 @@ class Asker:
             more = self._hear(now)
             more = self._take(now) or more
             self._holding.work(now)
-            if now >= self._look_at and now < self._active_until:
+            self._finish(now)  # before the look: what is decided is no orphan
+            if self._look_at <= now < self._active_until:
                 self._look_for_orphans(now)
-            self._finish(now)
+                self._finish(now)
         except KernelError as error:
             self._counts["failed"] += 1
             log.error("%s", error)
@@ -182,13 +183,14 @@ class Asker:
     def _hear(self, now: int) -> bool:
         """Read answers; tell whether more wait."""
         batch = self._answers.receive(MOST, _WHOLE)
-        verdicts = []
+        verdicts: list[Verdict] = []
         for number, mark, data in batch:
             passes = True
             if (read := _read(data)) is not None:
                 packet, options, hops = read
                 passes = self._holding.heard(packet, first_block(options), hops, now)
-            verdicts.append((number, passes, mark & ~self._marks.mask & 0xFFFFFFFF))
+            cleared = mark & ~self._marks.mask & 0xFFFFFFFF
+            verdicts.append((number, passes, cleared if passes else None))
         if verdicts:
             self._answers.give(verdicts)
         return len(batch) == MOST

@@ -141,12 +141,19 @@ class _Case:
     bare_hops: int = -1
     """The hops of a bare ACK of the sender that came after it was asked."""
     ends: int = 0
+    echoes: int = 0
+    """Bare ACKs of the other end since it was asked."""
     opened: bool = False
     """Whether the other end was sent a SYN."""
 
     @property
     def by_client(self) -> bool:
         return self.sender == self.flow.original
+
+    @property
+    def exactly_asked(self) -> bool:
+        """Whether the named sender was asked by its own numbers."""
+        return len(self.of_sender.probes) > _FIRST
 
 
 class Holding:
@@ -259,14 +266,18 @@ class Holding:
             return False
         # It goes on with its own number, and expects the one that the RST bears: these are true,
         # or the sender will not understand the last question.
-        bare = case.opened and block is None and packet.flags & _KIND == ACK
+        bare = block is None and not packet.payload_length and packet.flags & _KIND == ACK
         fits = bare and case.sequence in (None, packet.acknowledgement)
-        if found is not Evidence.ALIVE and not fits:
-            return True
-        case.ends = max(case.ends, case.began + _ROUNDS * (now - case.began))
-        if len(case.of_sender.probes) == _FIRST:
-            self._ask_exactly(case, packet)
-        return found is not Evidence.ALIVE
+        if found is Evidence.ALIVE or (fits and case.opened):
+            case.ends = max(case.ends, case.began + _ROUNDS * (now - case.began))
+            if not case.exactly_asked:
+                self._ask_exactly(case, packet)
+        if found is Evidence.ALIVE:
+            return False
+        # To each question that does not fit comes such an answer.  Should it be another, the sender
+        # repeats what it acknowledges.
+        case.echoes += fits and bool(case.of_other.probes)
+        return not fits or case.echoes > len(case.of_other.probes)
 
     def _ask(self, asked: Asked, sends: Tuple) -> None:
         """Ask an end whose segments are `sends`, of whose numbers nothing is known."""
@@ -293,7 +304,7 @@ class Holding:
                 break
             if not case.of_other.probes:
                 self._ask(case.of_other, case.other)
-            elif not case.opened and now >= case.began + 2 * AGAIN:
+            elif now >= case.began + 2 * AGAIN and not (case.opened or case.exactly_asked):
                 case.opened = True
                 acknowledgement = self._draw() if case.other == case.flow.original else None
                 opening = Probe(_turned(case.other), self._draw(), acknowledgement, opens=True)

@@ -20,6 +20,7 @@ from tests.bench.held import held
 from tests.bench.kills import kills
 from tests.bench.messages import messages
 from tests.bench.queue_speed import queue, suricata, workers
+from tests.bench.reflected import reflected
 from tests.bench.replay_speed import replays
 from tests.bench.resets import resets
 from tests.bench.sources import sources
@@ -31,6 +32,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     resets,
     kills,
     held,
+    reflected,
     blocks,
     engine,
     messages,

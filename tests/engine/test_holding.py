@@ -180,8 +180,12 @@ def test_an_end_behind_a_strict_firewall_is_asked_by_what_passes_it(by_client: b
     other = REPLY if by_client else ORIGINAL
     assert table.heard(segment(other, ACK, 77_000, NUMBER + 1), None, 60, START + 3 * AGAIN)
     assert not table.probes
-    assert table.heard(segment(other, ACK, 77_000, NUMBER), None, 60, START + 3 * AGAIN)
+    answer = segment(other, ACK, 77_000, NUMBER)
+    assert not table.heard(answer, None, 60, START + 3 * AGAIN)
     assert len(table.probes) == 1
+    # Two more may be answers, what comes then is not.
+    passed = [table.heard(answer, None, 60, START + 3 * AGAIN) for _ in range(2)]
+    assert passed == [False, True]
 
 
 def test_no_end_is_asked_more_than_three_times() -> None:
