@@ -244,11 +244,19 @@ class Asker:
         self._carrying.settle(queued[0], queued[1], passes)
 
     def _look_for_orphans(self, now: int) -> None:
-        """Ask for connections whose RST was lost: in a full queue, over a limit, with a process."""
+        """Ask for connections whose RST was lost: in a full queue, over a limit, with a process.
+
+        Those that it has not closed only had their window moved.
+        """
         held = self._marks.held
-        for flow in islice(self._table.dump(held.value, held.mask), _MOST_ORPHANS):
+        found = list(islice(self._table.dump(held.value, held.mask), _MOST_ORPHANS))
+        lost = [flow for flow in found if not self._holding.waits_for(flow)]
+        for flow in lost:
             if flow.state == TcpState.CLOSE:
                 self._holding.orphan(flow, now)
+        if moved := [flow for flow in lost if flow.state != TcpState.CLOSE]:
+            self._table.set_liberal(moved)
+            self._table.set_mark(moved, 0, held.mask)
         self._look_at = now + max(_LOOK_EVERY, _SHARE * (self._clock() - now))
 
     def _report(self, now: int) -> None:

@@ -176,6 +176,10 @@ class Holding:
     def __len__(self) -> int:
         return len(self._cases)
 
+    def waits_for(self, flow: Flow) -> bool:
+        """Tell whether a RST of this connection waits, in either end's name."""
+        return flow.original in self._cases or flow.reply in self._cases
+
     def join(self, number: int, packet: Packet) -> bool | None:
         """Take a further RST of a connection that waits, if it is no answer (`heard`).
 
@@ -206,9 +210,8 @@ class Holding:
 
     def orphan(self, flow: Flow, now: int) -> bool:
         """Ask the client of a connection whose RST was lost; tell whether there was room."""
-        taken = flow.original in self._cases or flow.original in self._others
-        if taken or len(self._cases) >= self._places:
-            return taken
+        if self.waits_for(flow) or len(self._cases) >= self._places:
+            return self.waits_for(flow)
         self._begin(_Case(flow, flow.original, flow.reply, None, now, False, -1))
         return True
 

@@ -216,3 +216,23 @@ def test_a_killed_process_resets_its_connections(
             wait_until(lambda: is_dead(server))
             wait_until(lambda: counts(guard, "honest_resets") == 1)
             assert server.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) in (0, errno.ECONNRESET)
+
+
+@BOTH_FAMILIES
+def test_a_worker_counts_the_honest_resets_and_no_others(
+    lab: ThreeHosts, serve: Open, tmp_path: Path, v6: bool
+) -> None:
+    web = serve(8620, v6)
+    counting = POLICY.replace("over: 1000/s, then: drop", "over: 1/h, burst: 3, then: observe")
+    with Guard(lab, counting, tmp_path / "guard") as guard:
+        address = source(v6)
+        links = [web.connect(address) for _ in range(8)]
+        for link in links:
+            link.talk()
+            forge(lab, link)
+            link.talk()
+        wait_until(lambda: counts(guard, "forged_resets") >= len(links))
+        assert counts(guard, "rule.resets") == 0
+        for link in links:
+            abort(link.client)
+        wait_until(lambda: counts(guard, "rule.resets") == len(links) - 3)
