@@ -79,12 +79,12 @@ class Carrying:
         if forged:
             self._table.reopen(forged, self._lifetime, 0, held | closing.mask)
         passed = [d for d in decided if d.numbers and not (self.waits and not d.passes)]
-        of_client = [d.flow for d in passed if d.by_client]
+        of_client = [d.flow for d in passed if d.by_client and not d.fin]
         if of_client:
             self._table.set_mark(of_client, closing.value, held | closing.mask)
-        of_server = [d.flow for d in passed if not d.by_client]
-        if of_server:
-            self._table.set_mark(of_server, 0, held)
+        others = [d.flow for d in passed if not d.by_client or d.fin]
+        if others:
+            self._table.set_mark(others, 0, held)
         # The RST of an orphan is lost: if it was honest, the server may not know.
         ended = [d.flow for d in decided if not d.numbers and d.outcome is Outcome.HONEST]
         if ended:
@@ -121,6 +121,7 @@ class Carrying:
                     outcome,
                     decided.by_client,
                     decided.inside,
+                    decided.fin,
                     decided.hops,
                     decided.true_hops,
                     decided.waited // _MICROSECOND,

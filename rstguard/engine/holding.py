@@ -1,4 +1,4 @@
-"""RSTs that are held back until the end that they claim to come from was asked.  Pure.
+"""RSTs, and FINs, that are held back until the end that they claim to come from was asked.  Pure.
 
 A RST with the exact number ends a connection, whoever sent it (RFC 9293, 3.10.7.4; RFC 5961, 3.2
 only asks for the exact number).  So it waits here, while the end that it names is asked by probes:
@@ -32,6 +32,9 @@ nothing until the end           unconfirmed: the RST goes on
 The end comes after a second, or three times what an answer took.  A RST that was lost on its way
 here, in a full queue, beyond a limit or with a process that died, leaves its connection marked: it
 is asked for as an *orphan*, without a RST to be released.
+
+A FIN likewise, only that an end which has sent it is alive as well: it goes on with the number
+behind it.
 
 Places are bounded and shared out by the network of the connection's client, as an attacker has no
 other connections than those of his own addresses.  The oldest of the heaviest goes first.
@@ -108,6 +111,8 @@ class Decided(NamedTuple):
     """The packets that waited; none of an orphan's."""
     inside: bool
     """Whether the first RST came in on an interface that is not protected."""
+    fin: bool
+    """Whether it was a FIN."""
     hops: int
     """What was left of the first RST's TTL or hop limit; -1 of an orphan's."""
     true_hops: int
@@ -131,7 +136,9 @@ class _Case:
     other: Tuple
     """Those of the other end."""
     sequence: int | None
-    """The RST's number; None of an orphan's."""
+    """The number that the sender goes on with if it has sent nothing; None of an orphan's."""
+    closes: int | None
+    """The one behind the FIN; None of a RST."""
     began: int
     inside: bool
     hops: int
@@ -205,14 +212,18 @@ class Holding:
         by_client = path == flow.original
         self._make_room()
         other = flow.reply if by_client else flow.original
-        case = _Case(flow, path, other, packet.sequence, now, inside, hops, [number])
+        sequence, closes = packet.sequence, None
+        if not packet.flags & RST:
+            sequence = (sequence + packet.payload_length) % _MODULUS
+            closes = (sequence + 1) % _MODULUS
+        case = _Case(flow, path, other, sequence, closes, now, inside, hops, [number])
         self._begin(case)
 
     def orphan(self, flow: Flow, now: int) -> bool:
         """Ask the client of a connection whose RST was lost; tell whether there was room."""
         if self.waits_for(flow) or len(self._cases) >= self._places:
             return self.waits_for(flow)
-        self._begin(_Case(flow, flow.original, flow.reply, None, now, False, -1))
+        self._begin(_Case(flow, flow.original, flow.reply, None, None, now, False, -1))
         return True
 
     def _begin(self, case: _Case) -> None:
@@ -249,14 +260,17 @@ class Holding:
     def _of_sender(
         self, case: _Case, packet: Packet, block: tuple[int, int] | None, hops: int, now: int
     ) -> bool:
-        match case.of_sender.weigh(packet, block, case.sequence):
+        sent_fin = case.closes is not None and (packet.sequence - case.closes) % _MODULUS < _HALF
+        following = packet.sequence if sent_fin else case.sequence
+        match case.of_sender.weigh(packet, block, following):
             case Evidence.ALIVE:
-                self._end(case, Outcome.FORGED, now, hops)
+                outcome = Outcome.HONEST if sent_fin else Outcome.FORGED
+                self._end(case, outcome, now, hops)
                 return False
             case Evidence.DEAD:
                 self._end(case, Outcome.HONEST, now, -1)
                 return False
-            case Evidence.BARE:
+            case Evidence.BARE if not sent_fin:
                 case.bare_hops = hops
         return True
 
@@ -342,6 +356,7 @@ class Holding:
                 case.by_client,
                 tuple(case.numbers),
                 case.inside,
+                case.closes is not None,
                 case.hops,
                 true_hops,
                 now - case.began,

@@ -240,6 +240,7 @@ class RuleSet:
     first of the connection labels that the guard may use.
     `forged_resets` is "hold", "observe" or "off": whether the sender of a RST is asked before it
     passes, after it has passed, or not at all; RSTs that come from `reset_exempt` always pass.
+    With `forged_fins` FINs are treated like them.
     `inspect_packets` caps how many early packets of a connection may pass through the queue.
     """
 
@@ -260,6 +261,7 @@ class RuleSet:
     marks: int = DEFAULT_MARKS
     labels: int = DEFAULT_LABELS
     forged_resets: str = "off"
+    forged_fins: bool = False
     reset_exempt: tuple[Prefix, ...] = ()
 
     @property

@@ -23,14 +23,15 @@ class Weighed(Said, frozen=True):
     """Asker to supervisor: what was found of a RST.
 
     `hops` is what was left of its TTL or hop limit, `true_hops` that of the end that it named, -1
-    where nothing is known; `inside` tells that it came in on an interface that is not protected.
-    `waited` is in microseconds.
+    where nothing is known; `fin` tells that it was a FIN, `inside` that it came in on an interface
+    that is not protected.  `waited` is in microseconds.
     """
 
     flow: Tuple
     outcome: Outcome
     by_client: bool
     inside: bool
+    fin: bool
     hops: Hops
     true_hops: Hops
     waited: Count

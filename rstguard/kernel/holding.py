@@ -25,6 +25,7 @@ from rstguard.kernel.names import PREFIX, set_name
 
 _INVALID: Final = "-m conntrack --ctstate INVALID"
 _RST: Final = "-p tcp -m tcp --tcp-flags SYN,RST RST"
+_FIN: Final = "-p tcp -m tcp --tcp-flags FIN,SYN,RST FIN"
 NAMED_SECONDS: Final = 3
 """How long RSTs in the name of a connection are looked at after one of its was held."""
 _SHORT: Final = {4: 120, 6: 140}
@@ -68,8 +69,13 @@ def with_holding(plan: Plan, ruleset: RuleSet, family: int, queues: Queues) -> P
     chains = {table: dict(of_table) for table, of_table in plan.chains.items()}
     mangle = chains["mangle"]
     asked = f"-p tcp -m connmark --mark {build.marks.held} -j {PREFIX}-asked"
+    held = (_RST, _FIN) if ruleset.forged_fins else (_RST,)
     mangle |= {
-        f"{PREFIX}-in": (f"{_RST} -j {PREFIX}-hold", asked, *mangle[f"{PREFIX}-in"]),
+        f"{PREFIX}-in": (
+            *(f"{segment} -j {PREFIX}-hold" for segment in held),
+            asked,
+            *mangle[f"{PREFIX}-in"],
+        ),
         f"{PREFIX}-hold": build.hold(),
         f"{PREFIX}-outside": build.outside(),
         f"{PREFIX}-asked": build.asked(),

@@ -54,6 +54,7 @@ def compile_policy(policy: Policy) -> RuleSet:
         marks=policy.marks,
         labels=policy.labels,
         forged_resets=policy.forged_resets,
+        forged_fins=policy.forged_fins == "hold",
         reset_exempt=policy.reset_exempt,
     )
     return offload(ruleset) if policy.offload == "auto" else ruleset
@@ -153,7 +154,8 @@ def _head(ruleset: RuleSet) -> Iterator[str]:
     yield f"  blocked       sees {shown[ruleset.blocking]}; a shun lasts {_time(ruleset)}"
     if ruleset.forged_resets != "off":
         first = {"hold": "before it passes", "observe": "after it has passed"}
-        yield f"  RSTs          the sender is asked {first[ruleset.forged_resets]}"
+        also = "; of FINs as well" if ruleset.forged_fins else ""
+        yield f"  RSTs          the sender is asked {first[ruleset.forged_resets]}{also}"
         if ruleset.reset_exempt:
             yield f"  not asked     {_prefixes(ruleset.reset_exempt)}"
 

@@ -103,6 +103,7 @@ class Policy(Model):
     blocking: Literal["drop", "reset", "unreachable"] = "drop"
     shun_for: Annotated[int, PlainValidator(duration(SECOND, 10 * MINUTE))] = 10 * SECOND
     forged_resets: Literal["hold", "observe", "off"] = "off"
+    forged_fins: Literal["hold", "off"] = "off"
     reset_exempt: tuple[Network, ...] = Field(default=(), max_length=1000)
     offload: Literal["auto", "never"] = "auto"
     sweep_every: Annotated[int, PlainValidator(duration(SECOND // 2, MINUTE))] = 2 * SECOND
@@ -117,6 +118,13 @@ class Policy(Model):
     rules: tuple[Annotated[AnyRule, Field(discriminator="measure")], ...] = Field(
         examples=["[]"], max_length=MOST_RULES
     )
+
+    @model_validator(mode="after")
+    def _fins_need_resets(self) -> Policy:
+        """Hold the rule that FINs are asked for only where RSTs are."""
+        if self.forged_fins == "hold" and self.forged_resets != "hold":
+            raise ValueError("`forged_fins: hold` needs `forged_resets: hold`: write both")
+        return self
 
     @model_validator(mode="after")
     def _names_differ(self) -> Policy:

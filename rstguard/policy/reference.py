@@ -21,6 +21,8 @@ MEANINGS = MappingProxyType(
         "`unreachable`",
         "forged_resets": "`off` (the default), `hold`: a RST passes once its sender was asked if "
         "it is true; or `observe`: it passes at once, and what was forged is told",
+        "forged_fins": "`off` (the default), or `hold`: FINs are asked for as RSTs are, and each "
+        "close takes a round trip longer",
         "reset_exempt": "networks whose RSTs are not asked for, such as those of a middlebox that "
         "resets in others' names",
         "shun_for": "how long a shun lasts, `1s` to `10m`, by default `10s`",

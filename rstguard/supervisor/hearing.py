@@ -91,7 +91,7 @@ class Hearing:
     def _weighed(self, message: Weighed) -> None:
         """Tell a forged RST: whom it named, and by what it could be told."""
         end = "client" if message.by_client else "server"
-        signs = [f"in the {end}'s name"]
+        signs = [f"{'a FIN ' if message.fin else ''}in the {end}'s name"]
         if message.inside == message.by_client:
             signs.append(f"on an interface {'inside' if message.inside else 'outside'}")
         if message.hops >= 0 and message.true_hops >= 0:

@@ -66,6 +66,32 @@ def test_a_forged_reset_ends_nothing(
 
 @BOTH_FAMILIES
 @NAMES
+def test_a_forged_fin_ends_nothing_and_an_honest_one_passes(
+    lab: ThreeHosts, serve: Open, tmp_path: Path, v6: bool, name: str
+) -> None:
+    web = serve(8605, v6)
+    fins = POLICY.replace("forged_resets: hold", "forged_resets: hold\nforged_fins: hold")
+    with Guard(lab, fins, tmp_path / "guard") as guard:
+        links = [web.connect(source(v6)) for _ in range(10)]
+        for link in links:
+            link.talk()
+            forge(lab, link, "FA", name=name)
+        wait_until(lambda: counts(guard, "forged_resets") >= len(links))
+        for link in links:
+            link.talk()
+        for link in links:
+            one, other = _ends(link, name)
+            one.shutdown(socket.SHUT_WR)
+            assert other.recv(1) == b""
+            other.sendall(b"more")
+            assert one.recv(4) == b"more"
+            other.close()
+            assert one.recv(1) == b""
+        assert counts(guard, "unconfirmed_resets") == 0
+
+
+@BOTH_FAMILIES
+@NAMES
 def test_an_honest_reset_passes(
     lab: ThreeHosts, serve: Open, tmp_path: Path, v6: bool, name: str
 ) -> None:
