@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.support.forged import HOLDING
+from tests.support.guard import Guard
 from tests.support.network import ThreeHosts
 from tests.support.sources import give_sources
 from tests.support.traffic import Open, Service
@@ -17,6 +19,13 @@ def lab() -> Iterator[ThreeHosts]:
     with ThreeHosts("rgf") as lab:
         give_sources(lab)
         yield lab
+
+
+@pytest.fixture(scope="module")
+def holding(lab: ThreeHosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guard]:
+    """A guard for all tests of a module, which holds RSTs."""
+    with Guard(lab, HOLDING, tmp_path_factory.mktemp("holding")) as guard:
+        yield guard
 
 
 @pytest.fixture

@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import struct
-from pathlib import Path
 
 import pytest
 
 from rstguard.engine.flow import TcpState
 from rstguard.lab.waiting import wait_until
-from tests.support.forged import forge, state_of
+from tests.support.forged import HOLDING, Since, abort, forge, state_of
 from tests.support.guard import Guard
 from tests.support.network import ThreeHosts
 from tests.support.sources import BOTH_FAMILIES, source
@@ -20,91 +18,73 @@ from tests.support.traffic import Link, Open, is_dead
 
 pytestmark = pytest.mark.netns
 
-POLICY = """\
-version: 1
-name: forged
-forged_resets: hold
-protect: {interfaces: [out]}
-rules:
-  - {name: resets, measure: reset_rate, over: 1000/s, then: drop}
-"""
 NAMES = pytest.mark.parametrize("name", ["client", "server"])
-
-
-def counts(guard: Guard, name: str) -> int:
-    """Return what the asker has counted."""
-    return int(guard.status()["counts"].get(name, 0))
-
-
-def abort(one: socket.socket) -> None:
-    """Have a socket's own kernel send a RST."""
-    one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    one.close()
 
 
 @BOTH_FAMILIES
 @NAMES
 def test_a_forged_reset_ends_nothing(
-    lab: ThreeHosts, serve: Open, tmp_path: Path, v6: bool, name: str
+    lab: ThreeHosts, serve: Open, holding: Guard, v6: bool, name: str
 ) -> None:
     web = serve(8601, v6)
-    with Guard(lab, POLICY, tmp_path / "guard") as guard:
-        links = [web.connect(source(v6)) for _ in range(20)]
-        for link in links:
-            link.talk()
-            forge(lab, link, name=name)
-        wait_until(lambda: counts(guard, "forged_resets") >= len(links))
-        for link in links:
-            assert not is_dead(link.client)
-            assert not is_dead(link.server)
-            link.talk()
-        assert guard.events("forged_reset", "forged_reset") == len(links)
-        told = [one for one in guard.status()["recent"] if one["kind"] == "forged_reset"]
-        assert told
-        assert all(name in one["detail"] for one in told), told
+    since = Since(holding)
+    links = [web.connect(source(v6)) for _ in range(20)]
+    for link in links:
+        link.talk()
+        forge(lab, link, name=name)
+    wait_until(lambda: since.counts("forged_resets") >= len(links))
+    for link in links:
+        assert not is_dead(link.client)
+        assert not is_dead(link.server)
+        link.talk()
+    assert since.counts("forged_reset", "forged_reset") == len(links)
+    told = [one for one in holding.status()["recent"] if one["kind"] == "forged_reset"]
+    assert all(name in one["detail"] for one in told[-3:]), told
 
 
 @BOTH_FAMILIES
 @NAMES
 def test_a_forged_fin_ends_nothing_and_an_honest_one_passes(
-    lab: ThreeHosts, serve: Open, tmp_path: Path, v6: bool, name: str
+    lab: ThreeHosts, serve: Open, holding: Guard, v6: bool, name: str
 ) -> None:
     web = serve(8605, v6)
-    fins = POLICY.replace("forged_resets: hold", "forged_resets: hold\nforged_fins: hold")
-    with Guard(lab, fins, tmp_path / "guard") as guard:
-        links = [web.connect(source(v6)) for _ in range(10)]
-        for link in links:
-            link.talk()
-            forge(lab, link, "FA", name=name)
-        wait_until(lambda: counts(guard, "forged_resets") >= len(links))
-        for link in links:
-            link.talk()
-        for link in links:
-            one, other = _ends(link, name)
-            one.shutdown(socket.SHUT_WR)
-            assert other.recv(1) == b""
-            other.sendall(b"more")
-            assert one.recv(4) == b"more"
-            other.close()
-            assert one.recv(1) == b""
-        assert counts(guard, "unconfirmed_resets") == 0
+    fins = HOLDING.replace("forged_resets: hold", "forged_resets: hold\nforged_fins: hold")
+    holding.apply(fins)
+    since = Since(holding)
+    links = [web.connect(source(v6)) for _ in range(10)]
+    for link in links:
+        link.talk()
+        forge(lab, link, "FA", name=name)
+    wait_until(lambda: since.counts("forged_resets") >= len(links))
+    for link in links:
+        link.talk()
+    for link in links:
+        one, other = _ends(link, name)
+        one.shutdown(socket.SHUT_WR)
+        assert other.recv(1) == b""
+        other.sendall(b"more")
+        assert one.recv(4) == b"more"
+        other.close()
+        assert one.recv(1) == b""
+    assert since.counts("unconfirmed_resets") == 0
+    holding.apply(HOLDING)
 
 
 @BOTH_FAMILIES
 @NAMES
 def test_an_honest_reset_passes(
-    lab: ThreeHosts, serve: Open, tmp_path: Path, v6: bool, name: str
+    lab: ThreeHosts, serve: Open, holding: Guard, v6: bool, name: str
 ) -> None:
     web = serve(8602, v6)
-    with Guard(lab, POLICY, tmp_path / "guard") as guard:
-        links = [web.connect(source(v6)) for _ in range(20)]
-        for link in links:
-            link.talk()
-            one, other = _ends(link, name)
-            abort(one)
-            wait_until(lambda other=other: is_dead(other))  # type: ignore[misc]
-        wait_until(lambda: counts(guard, "honest_resets") == len(links))
-        assert counts(guard, "unconfirmed_resets") == 0
+    since = Since(holding)
+    links = [web.connect(source(v6)) for _ in range(20)]
+    for link in links:
+        link.talk()
+        one, other = _ends(link, name)
+        abort(one)
+        wait_until(lambda other=other: is_dead(other))  # type: ignore[misc]
+    wait_until(lambda: since.counts("honest_resets") == len(links))
+    assert since.counts("unconfirmed_resets") == 0
 
 
 def _ends(link: Link, name: str) -> tuple[socket.socket, socket.socket]:
@@ -116,38 +96,38 @@ def _ends(link: Link, name: str) -> tuple[socket.socket, socket.socket]:
 @NAMES
 @pytest.mark.usefixtures("strict")
 def test_ends_behind_strict_firewalls_are_asked_as_well(
-    lab: ThreeHosts, serve: Open, tmp_path: Path, v6: bool, name: str
+    lab: ThreeHosts, serve: Open, holding: Guard, v6: bool, name: str
 ) -> None:
     web = serve(8603, v6)
-    with Guard(lab, POLICY, tmp_path / "guard") as guard:
-        links = [web.connect(source(v6)) for _ in range(10)]
-        for link in links:
-            link.talk()
-            forge(lab, link, name=name)
-        wait_until(lambda: counts(guard, "forged_resets") >= len(links))
-        for link in links:
-            link.talk()
-        assert counts(guard, "unconfirmed_resets") == 0
+    since = Since(holding)
+    links = [web.connect(source(v6)) for _ in range(10)]
+    for link in links:
+        link.talk()
+        forge(lab, link, name=name)
+    wait_until(lambda: since.counts("forged_resets") >= len(links))
+    for link in links:
+        link.talk()
+    assert since.counts("unconfirmed_resets") == 0
 
 
 @BOTH_FAMILIES
 @NAMES
 def test_a_killed_asker_leaves_no_connection_lost(
-    lab: ThreeHosts, serve: Open, tmp_path: Path, v6: bool, name: str
+    lab: ThreeHosts, serve: Open, holding: Guard, v6: bool, name: str
 ) -> None:
     """The RSTs that waited are gone with it, and their connections are still called closed."""
     web = serve(8604, v6)
-    with Guard(lab, POLICY, tmp_path / "guard") as guard:
-        links = [web.connect(source(v6)) for _ in range(10)]
-        for link in links:
-            link.talk()
-        asker = guard.status()["asker"]["pid"]
-        os.kill(asker, signal.SIGSTOP)
-        for link in links:
-            forge(lab, link, name=name)
-        os.kill(asker, signal.SIGKILL)
-        wait_until(lambda: counts(guard, "lost_resets") >= len(links), 15)
-        opened = {TcpState.ESTABLISHED}
-        wait_until(lambda: {state_of(lab, link) for link in links} == opened)
-        for link in links:
-            link.talk()
+    since = Since(holding)
+    links = [web.connect(source(v6)) for _ in range(10)]
+    for link in links:
+        link.talk()
+    asker = holding.status()["asker"]["pid"]
+    os.kill(asker, signal.SIGSTOP)
+    for link in links:
+        forge(lab, link, name=name)
+    os.kill(asker, signal.SIGKILL)
+    wait_until(lambda: since.counts("lost_resets") >= len(links), 15)
+    opened = {TcpState.ESTABLISHED}
+    wait_until(lambda: {state_of(lab, link) for link in links} == opened)
+    for link in links:
+        link.talk()

@@ -8,13 +8,11 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
 from rstguard.lab.waiting import wait_until
-from tests.daemon.test_forged_resets import POLICY, abort, counts
-from tests.support.forged import forge, forge_many
+from tests.support.forged import HOLDING, Since, abort, forge, forge_many
 from tests.support.guard import Guard
 from tests.support.network import OUTSIDE4, OUTSIDE6, SERVER4, SERVER6, ThreeHosts
 from tests.support.sources import BOTH_FAMILIES, source
@@ -60,69 +58,68 @@ def service_on(serve: Open, way: Way) -> Service:
 @pytest.mark.usefixtures("translated")
 @pytest.mark.parametrize("way", WAYS)
 def test_translated_and_local_connections_are_kept(
-    lab: ThreeHosts, serve: Open, tmp_path: Path, way: Way
+    lab: ThreeHosts, serve: Open, holding: Guard, way: Way
 ) -> None:
     service = service_on(serve, way)
     names = ("client", "server") if way[0] == "nat" else ("client",)
-    with Guard(lab, POLICY, tmp_path / "guard") as guard:
-        links = [service.connect(source(way[1])) for _ in range(10)]
-        for link in links:
+    since = Since(holding)
+    links = [service.connect(source(way[1])) for _ in range(10)]
+    for link in links:
+        link.talk()
+        for name in names:
+            forge(lab, link, name=name)
             link.talk()
-            for name in names:
-                forge(lab, link, name=name)
-                link.talk()
-        wait_until(lambda: counts(guard, "forged_resets") >= len(links) * len(names))
-        for link in links:
-            link.talk()
+    wait_until(lambda: since.counts("forged_resets") >= len(links) * len(names))
+    for link in links:
+        link.talk()
 
 
 @BOTH_FAMILIES
 def test_a_flood_of_exact_resets_neither_kills_nor_hangs(
-    lab: ThreeHosts, serve: Open, tmp_path: Path, v6: bool
+    lab: ThreeHosts, serve: Open, holding: Guard, v6: bool
 ) -> None:
     """Far more than may wait: the rest is dropped, and the connection repaired all the same."""
     web = serve(8613, v6)
-    with Guard(lab, POLICY, tmp_path / "guard") as guard:
-        link, other = web.connect(source(v6)), web.connect(source(v6))
-        link.talk()
-        forge_many(lab, link, 5_000)
-        other.talk()
-        link.talk()
-        wait_until(lambda: counts(guard, "lost_resets") > 0, 15)
-        wait_until(lambda: counts(guard, "waiting_resets") == 0, 15)
-        assert counts(guard, "honest_resets") == counts(guard, "unconfirmed_resets") == 0
-        link.talk()
-        assert counts(guard, "held_resets") < 1_000
+    since = Since(holding)
+    link, other = web.connect(source(v6)), web.connect(source(v6))
+    link.talk()
+    forge_many(lab, link, 5_000)
+    other.talk()
+    link.talk()
+    wait_until(lambda: since.counts("lost_resets") > 0, 15)
+    wait_until(lambda: since.counts("waiting_resets") == 0, 15)
+    assert since.counts("honest_resets") == since.counts("unconfirmed_resets") == 0
+    link.talk()
+    assert since.counts("held_resets") < 1_000
 
 
 @BOTH_FAMILIES
 def test_bulk_data_that_forged_resets_chase_arrives(
-    lab: ThreeHosts, serve: Open, tmp_path: Path, v6: bool
+    lab: ThreeHosts, serve: Open, holding: Guard, v6: bool
 ) -> None:
     web = serve(8614, v6)
     amount = 200 << 20
-    with Guard(lab, POLICY, tmp_path / "guard"):
-        link = web.connect(source(v6))
-        link.talk()
-        received = []
+    link = web.connect(source(v6))
+    link.talk()
+    received = []
 
-        def receive() -> None:
-            total = 0
-            while total < amount and (data := link.server.recv(1 << 20)):
-                total += len(data)
-            received.append(total)
+    def receive() -> None:
+        total = 0
+        while total < amount and (data := link.server.recv(1 << 20)):
+            total += len(data)
+        received.append(total)
 
-        reader = threading.Thread(target=receive)
-        link.client.settimeout(30)
-        link.server.settimeout(30)
-        reader.start()
-        sender = threading.Thread(target=lambda: link.client.sendall(bytes(amount)))
-        sender.start()
-        while sender.is_alive():
-            forge(lab, link, name="server")
-        sender.join()
-        reader.join()
-        assert received == [amount]
+    reader = threading.Thread(target=receive)
+    link.client.settimeout(30)
+    link.server.settimeout(30)
+    reader.start()
+    sender = threading.Thread(target=lambda: link.client.sendall(bytes(amount)))
+    sender.start()
+    while sender.is_alive():
+        forge(lab, link, name="server")
+    sender.join()
+    reader.join()
+    assert received == [amount]
 
 
 def by_linger(lab: ThreeHosts, web: Service, link: Link) -> None:
@@ -144,57 +141,56 @@ HONEST: dict[str, Callable[[ThreeHosts, Service, Link], None]] = {
 @BOTH_FAMILIES
 @pytest.mark.parametrize("kind", HONEST)
 def test_honest_resets_of_every_kind_pass(
-    lab: ThreeHosts, serve: Open, tmp_path: Path, v6: bool, kind: str
+    lab: ThreeHosts, serve: Open, holding: Guard, v6: bool, kind: str
 ) -> None:
     web = serve(8615, v6)
-    with Guard(lab, POLICY, tmp_path / "guard") as guard:
-        links = [web.connect(source(v6)) for _ in range(100)]
-        for link in links:
-            link.talk()
-            HONEST[kind](lab, web, link)
-        for link in links:
-            wait_until(lambda link=link: is_dead(link.server))  # type: ignore[misc]
-        assert counts(guard, "unconfirmed_resets") == counts(guard, "forged_resets") == 0
+    since = Since(holding)
+    links = [web.connect(source(v6)) for _ in range(100)]
+    for link in links:
+        link.talk()
+        HONEST[kind](lab, web, link)
+    for link in links:
+        wait_until(lambda link=link: is_dead(link.server))  # type: ignore[misc]
+    assert since.counts("unconfirmed_resets") == since.counts("forged_resets") == 0
 
 
 @BOTH_FAMILIES
 def test_refused_connections_are_not_held(
-    lab: ThreeHosts, serve: Open, tmp_path: Path, v6: bool
+    lab: ThreeHosts, serve: Open, holding: Guard, v6: bool
 ) -> None:
     web = serve(8616, v6)
-    with Guard(lab, POLICY, tmp_path / "guard") as guard:
-        for _ in range(50):
-            with pytest.raises(ConnectionRefusedError):
-                connect(lab, source(v6), web.address, 8617)
-        assert counts(guard, "held_resets") == 0
+    since = Since(holding)
+    for _ in range(50):
+        with pytest.raises(ConnectionRefusedError):
+            connect(lab, source(v6), web.address, 8617)
+    assert since.counts("held_resets") == 0
 
 
 @BOTH_FAMILIES
 def test_a_port_that_is_used_again_at_once_connects(
-    lab: ThreeHosts, serve: Open, tmp_path: Path, v6: bool
+    lab: ThreeHosts, serve: Open, holding: Guard, v6: bool
 ) -> None:
     web = serve(8618, v6)
-    with Guard(lab, POLICY, tmp_path / "guard"):
-        address = source(v6)
-        link = web.connect(address)
-        for _ in range(20):
-            port = link.port
-            link.talk()
-            abort(link.client)
-            with lab.inside("client"):
-                again = socket.socket(socket.AF_INET6 if v6 else socket.AF_INET)
-            again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            again.setsockopt(*((41, 78) if v6 else (0, 15)), 1)
-            again.bind((address, port))
-            again.settimeout(5)
-            again.connect((web.address, web.port))
-            link = Link(again, web.accept())
-        link.close()
+    address = source(v6)
+    link = web.connect(address)
+    for _ in range(20):
+        port = link.port
+        link.talk()
+        abort(link.client)
+        with lab.inside("client"):
+            again = socket.socket(socket.AF_INET6 if v6 else socket.AF_INET)
+        again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        again.setsockopt(*((41, 78) if v6 else (0, 15)), 1)
+        again.bind((address, port))
+        again.settimeout(5)
+        again.connect((web.address, web.port))
+        link = Link(again, web.accept())
+    link.close()
 
 
 @BOTH_FAMILIES
 def test_a_killed_process_resets_its_connections(
-    lab: ThreeHosts, serve: Open, tmp_path: Path, v6: bool
+    lab: ThreeHosts, serve: Open, holding: Guard, v6: bool
 ) -> None:
     web = serve(8619, v6)
     program = (
@@ -202,37 +198,39 @@ def test_a_killed_process_resets_its_connections(
         f"one = socket.create_connection(({web.address!r}, {web.port}))\n"
         "one.recv(1)\nprint('read', flush=True)\ntime.sleep(60)\n"
     )
-    with Guard(lab, POLICY, tmp_path / "guard") as guard:
-        process = subprocess.Popen(
-            lab.command("client", sys.executable, "-c", program), stdout=subprocess.PIPE
-        )
-        with web.accept() as server:
-            server.sendall(b"more than one byte: the rest is unread when it is killed")
-            assert process.stdout is not None
-            process.stdout.readline()
-            process.kill()
-            process.wait()
-            process.stdout.close()
-            wait_until(lambda: is_dead(server))
-            wait_until(lambda: counts(guard, "honest_resets") == 1)
-            assert server.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) in (0, errno.ECONNRESET)
+    since = Since(holding)
+    process = subprocess.Popen(
+        lab.command("client", sys.executable, "-c", program), stdout=subprocess.PIPE
+    )
+    with web.accept() as server:
+        server.sendall(b"more than one byte: the rest is unread when it is killed")
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        wait_until(lambda: is_dead(server))
+        wait_until(lambda: since.counts("honest_resets") == 1)
+        assert server.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) in (0, errno.ECONNRESET)
 
 
 @BOTH_FAMILIES
 def test_a_worker_counts_the_honest_resets_and_no_others(
-    lab: ThreeHosts, serve: Open, tmp_path: Path, v6: bool
+    lab: ThreeHosts, serve: Open, holding: Guard, v6: bool
 ) -> None:
     web = serve(8620, v6)
-    counting = POLICY.replace("over: 1000/s, then: drop", "over: 1/h, burst: 3, then: observe")
-    with Guard(lab, counting, tmp_path / "guard") as guard:
-        address = source(v6)
-        links = [web.connect(address) for _ in range(8)]
-        for link in links:
-            link.talk()
-            forge(lab, link)
-            link.talk()
-        wait_until(lambda: counts(guard, "forged_resets") >= len(links))
-        assert counts(guard, "rule.resets") == 0
-        for link in links:
-            abort(link.client)
-        wait_until(lambda: counts(guard, "rule.resets") == len(links) - 3)
+    counting = HOLDING.replace("over: 1000/s, then: drop", "over: 1/h, burst: 3, then: observe")
+    holding.apply(counting)
+    since = Since(holding)
+    address = source(v6)
+    links = [web.connect(address) for _ in range(8)]
+    for link in links:
+        link.talk()
+        forge(lab, link)
+        link.talk()
+    wait_until(lambda: since.counts("forged_resets") >= len(links))
+    assert since.counts("rule.resets") == 0
+    for link in links:
+        abort(link.client)
+    wait_until(lambda: since.counts("rule.resets") == len(links) - 3)
+    holding.apply(HOLDING)

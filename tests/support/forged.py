@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import json
 import socket
+import struct
+import time
 from typing import Any
 
 from rstguard.kernel.conntrack import Conntrack
+from tests.support.guard import Guard
 from tests.support.network import ThreeHosts
 from tests.support.traffic import Link
 
+HOLDING = """\
+version: 1
+name: forged
+forged_resets: hold
+protect: {interfaces: [out]}
+rules:
+  - {name: resets, measure: reset_rate, over: 1000/s, then: drop}
+"""
+"""Holds RSTs, and has a worker look at those that pass."""
 _REPAIR, _REPAIR_OFF, _REPAIR_QUEUE, _QUEUE_SEQ = 19, -1, 20, 21
 _RECEIVED, _SENT = 1, 2
+_REPORTED = 0.6
+"""Seconds within which a process of the guard has told what it counted."""
 _ETHER_IPV4, _ETHER_IPV6 = 0x0800, 0x86DD
 
 
@@ -96,3 +110,32 @@ def send_into(lab: ThreeHosts, place: str, *packets: bytes) -> None:
 def forge_many(lab: ThreeHosts, link: Link, count: int, *, name: str = "client") -> None:
     """Send as many exact RSTs in one end's name as fast as one can."""
     send_into(lab, name, *[segment_of(link, "R", name=name)] * count)
+
+
+class Since:
+    """What a guard has counted since this was made; it waits until older reports are in."""
+
+    def __init__(self, guard: Guard) -> None:
+        self._guard = guard
+        self._before = self._now()
+        until = time.monotonic() + _REPORTED
+        while time.monotonic() < until:
+            time.sleep(0.05)
+            if (now := self._now()) != self._before:
+                self._before, until = now, time.monotonic() + _REPORTED
+
+    def _now(self) -> Any:
+        return self._guard.status()["counts"]
+
+    def counts(self, *path: str) -> int:
+        """Return a count, by its name or by the kind and rule of events."""
+        now, before = self._now(), self._before
+        for name in path[:-1]:
+            now, before = now.get(name, {}), before.get(name, {})
+        return int(now.get(path[-1], 0)) - int(before.get(path[-1], 0))
+
+
+def abort(one: socket.socket) -> None:
+    """Have a socket's own kernel send a RST."""
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    one.close()
