@@ -6,13 +6,16 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from ipaddress import IPv6Network, ip_network
 from typing import Any
 
 from rich.table import Table
 
 from rstguard.lab.client import Request
+from rstguard.lab.innocents import Innocent
 from rstguard.lab.observer import Held, Observation, Sample
-from rstguard.lab.scenarios import HELD, PACKETS, Scenario
+from rstguard.lab.scenarios import HELD, LOST, PACKETS, REFUSED, Scenario
+from rstguard.lab.topology import ATTACKER, ATTACKERS6
 
 LEAST_SUCCESS = 99.0
 """Percent of legitimate requests that must succeed with the guard."""
@@ -21,6 +24,8 @@ _TOLD = (
     ("verdict.drop", "packets dropped on a worker's word"),
     ("ended_by_ban", "connections ended with their source's ban"),
     ("confirmed", "resets confirmed by the connection table"),
+    ("outlived", "connections ended that only the gateway believed to be over"),
+    ("window_cured", "connections freed from a window that was moved"),
 )
 """Counts of ``rstguard status`` that are shown as one number."""
 
@@ -53,6 +58,19 @@ class Reached:
 
 
 @dataclass(frozen=True, slots=True)
+class Innocents:
+    """How those fared at whose cost the attack was made.
+
+    Each had a connection: `lost` of these carry no data afterwards, and `refused` innocents get no
+    new one.
+    """
+
+    innocents: int
+    lost: int
+    refused: int
+
+
+@dataclass(frozen=True, slots=True)
 class Guard:
     """What the guard says that it did, and the processor time it used (% of one core)."""
 
@@ -70,6 +88,7 @@ class Half:
     legitimate: Legitimate
     reached: Reached
     guard: Guard | None = None
+    innocents: Innocents | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,13 +130,30 @@ def legitimate(requests: Sequence[Request], begin: float, end: float) -> Legitim
     )
 
 
-def reached(seen: Observation, scenario: Scenario, begin: float, end: float) -> Reached:
+def sum_up(innocents: Sequence[Innocent]) -> Innocents:
+    """Sum up how the innocents fared."""
+    return Innocents(
+        innocents=len(innocents),
+        lost=sum(not one.keeps for one in innocents),
+        refused=sum(not one.served for one in innocents),
+    )
+
+
+def reached(
+    seen: Observation,
+    innocents: Innocents | None,
+    scenario: Scenario,
+    begin: float,
+    end: float,
+) -> Reached:
     """Sum up what the server saw between begin and end of the attack."""
     samples = [sample for sample in seen.samples if begin <= sample.time < end]
     held = [row for row in seen.held if begin <= row.time < end]
     first = next((sample.time for sample in samples if sample.packets), begin)
     if scenario.measure == HELD:
         contained = held_contained(held, first, scenario.limit)
+    elif scenario.measure in {LOST, REFUSED}:
+        contained = None if _harmed(innocents, scenario) > scenario.limit else 0.0
     else:
         contained = rate_contained(samples, first, scenario)
     return Reached(
@@ -128,6 +164,12 @@ def reached(seen: Observation, scenario: Scenario, begin: float, end: float) -> 
         held_at_end=held[-1].established if held else 0,
         seconds_to_contain=None if contained is None else round(contained, 2),
     )
+
+
+def _harmed(innocents: Innocents | None, scenario: Scenario) -> int:
+    if innocents is None:
+        return 0
+    return innocents.lost if scenario.measure == LOST else innocents.refused
 
 
 def held_contained(held: Sequence[Held], first: float, limit: int) -> float | None:
@@ -187,6 +229,8 @@ def contained_when(scenario: Scenario) -> str:
     """Say in words what "contained" means for a scenario."""
     if scenario.measure == HELD:
         return f"the server holds at most {scenario.limit} connections of the attacker"
+    if scenario.measure in {LOST, REFUSED}:
+        return f"{scenario.limit or 'no'} {scenario.measure}"
     return f"at most {scenario.limit} attack {scenario.measure} a second reach the server"
 
 
@@ -230,8 +274,18 @@ def _column(half: Half) -> dict[str, str]:
         "attack SYNs at server": f"{seen.syns:,}",
         "attacker held, most / at end": f"{seen.most_held:,} / {seen.held_at_end:,}",
         "attacker half-open, most": f"{seen.most_half_open:,}",
+        **_innocents_rows(half.innocents),
         "contained": _contained(seen.seconds_to_contain),
         "processor time of the guard": f"{half.guard.cpu_percent:.1f} %" if half.guard else "",
+    }
+
+
+def _innocents_rows(fared: Innocents | None) -> dict[str, str]:
+    if fared is None:
+        return {}
+    return {
+        LOST: f"{fared.lost} of {fared.innocents}",
+        REFUSED: f"{fared.refused} of {fared.innocents}",
     }
 
 
@@ -256,6 +310,20 @@ def _problems(result: Result) -> list[str]:
         found.append(f"only {good.success_percent} % of the legitimate requests succeeded")
     if seen.seconds_to_contain is None:
         found.append(f"not contained: that is, {contained_when(result.scenario)}")
+    if banned := _banned_wrongly(result.guarded.guard):
+        found.append("banned for what others did: " + ", ".join(banned))
     if result.guarded.guard and result.guarded.guard.leftovers:
         found.append("the guard left behind: " + "; ".join(result.guarded.guard.leftovers))
     return found
+
+
+def _banned_wrongly(guard: Guard | None) -> list[str]:
+    """Return the sources that were banned and are none of the attacker's."""
+    bans = guard.bans if guard else []
+    sources = [str(ban["source"]) for ban in bans if ban["kind"] == "ban"]
+    return [source for source in sources if source != ATTACKER and not _is_attackers6(source)]
+
+
+def _is_attackers6(source: str) -> bool:
+    network = ip_network(source)
+    return isinstance(network, IPv6Network) and network.subnet_of(IPv6Network(ATTACKERS6))

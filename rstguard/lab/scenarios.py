@@ -10,6 +10,8 @@ from rstguard.lab import LabError, attacks
 PACKETS = "packets"
 SYNS = "SYNs"
 HELD = "connections held"
+LOST = "innocents' connections lost"
+REFUSED = "innocents refused afterwards"
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +20,9 @@ class Scenario:
 
     The attack counts as contained when what the server sees of `measure` stays at or below `limit`
     for the rest of the attack: attack packets or SYNs within any one second, or connections that
-    the server holds for the attacker.  `seconds` is how long each half lasts unless asked for
-    otherwise, `least_seconds` how long it must last for the guard to have had its turn.
+    the server holds for the attacker; or when at its end no more innocents than `limit` have lost
+    their connections, or are refused new ones.  `seconds` is how long each half lasts unless asked
+    for otherwise, `least_seconds` how long it must last for the guard to have had its turn.
     """
 
     name: str
@@ -108,6 +111,42 @@ SCENARIOS = (
         measure=PACKETS,
         limit=10,
         seconds=8,
+        least_seconds=3,
+    ),
+    Scenario(
+        name="evasion",
+        summary="600 half requests, each hidden by RSTs or a FIN that the server refuses",
+        plan=attacks.evasion,
+        measure=HELD,
+        limit=100,
+        seconds=12,
+        least_seconds=9,
+    ),
+    Scenario(
+        name="forged-proof",
+        summary="66,077 ACKs tried out in each victim's name, then SYNs in their names",
+        plan=attacks.forged_proof,
+        measure=REFUSED,
+        limit=0,
+        seconds=12,
+        least_seconds=12,
+    ),
+    Scenario(
+        name="poisoned-window",
+        summary="RSTs inside innocents' windows, and a firewall that drops INVALID segments",
+        plan=attacks.poisoned_window,
+        measure=LOST,
+        limit=0,
+        seconds=5,
+        least_seconds=4,
+    ),
+    Scenario(
+        name="cap",
+        summary="40 networks of a /48 have one rule ban them, then wrk floods over IPv4",
+        plan=attacks.cap,
+        measure=SYNS,
+        limit=50,
+        seconds=6,
         least_seconds=3,
     ),
 )

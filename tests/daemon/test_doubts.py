@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from rstguard.lab.forging import POISON
 from rstguard.lab.waiting import wait_until
 from tests.support.forged import forge, state_of
 from tests.support.guard import Guard
@@ -27,7 +28,6 @@ rules:
 MD5 = 19, bytes(16)
 """A signature (RFC 2385) that the server has no key for: it takes no such segment."""
 CLOSED, ESTABLISHED, FIN_WAIT = 8, 3, 4
-POISON = (60_000, 90_000, 110_000, 128_000)
 
 
 @BOTH_FAMILIES

@@ -1,4 +1,4 @@
-"""Segments that an attacker makes by hand, with the exact numbers of a connection or near them."""
+"""Segments in others' names, sent from the hosts of a test."""
 
 from __future__ import annotations
 
@@ -7,26 +7,11 @@ import socket
 from typing import Any
 
 from rstguard.kernel.conntrack import Conntrack
+from rstguard.lab.forging import Forger, segment
 from tests.support.network import ThreeHosts
 from tests.support.traffic import Link
 
-_REPAIR, _REPAIR_OFF, _REPAIR_QUEUE, _QUEUE_SEQ = 19, -1, 20, 21
-_RECEIVED, _SENT = 1, 2
 _ETHER_IPV4, _ETHER_IPV6 = 0x0800, 0x86DD
-
-
-def numbers(one: socket.socket) -> tuple[int, int]:
-    """Return the number that a socket sends next, and the one that it expects (TCP_REPAIR)."""
-    tcp = socket.IPPROTO_TCP
-    one.setsockopt(tcp, _REPAIR, 1)
-    try:
-        found = []
-        for queue in (_SENT, _RECEIVED):
-            one.setsockopt(tcp, _REPAIR_QUEUE, queue)
-            found.append(one.getsockopt(tcp, _QUEUE_SEQ) & 0xFFFFFFFF)
-    finally:
-        one.setsockopt(tcp, _REPAIR, _REPAIR_OFF)
-    return found[0], found[1]
 
 
 def state_of(lab: ThreeHosts, link: Link) -> int | None:
@@ -62,21 +47,8 @@ def segment_of(
     options: tuple[Any, ...] = (),
 ) -> bytes:
     """Return the IP packet that `forge` sends."""
-    from scapy.layers.inet import IP, TCP
-    from scapy.layers.inet6 import IPv6
-
     one = link.client if name == "client" else link.server
-    sends, expects = numbers(one)
-    source, target = one.getsockname()[:2], one.getpeername()[:2]
-    v6 = ":" in source[0]
-    header = {"hlim" if v6 else "ttl": hops}
-    ip = (IPv6 if v6 else IP)(src=source[0], dst=target[0], **header)
-    sequence = (sends + ahead) & 0xFFFFFFFF
-    segment = TCP(
-        sport=source[1], dport=target[1], flags=flags, seq=sequence, ack=expects,
-        options=list(options),
-    )  # fmt: skip
-    return bytes(ip / segment)
+    return segment(one, flags, ahead=ahead, hops=hops, options=options)
 
 
 def send_into(lab: ThreeHosts, place: str, *packets: bytes) -> None:
@@ -96,3 +68,9 @@ def send_into(lab: ThreeHosts, place: str, *packets: bytes) -> None:
 def forge_many(lab: ThreeHosts, link: Link, count: int, *, name: str = "client") -> None:
     """Send as many exact RSTs in one end's name as fast as one can."""
     send_into(lab, name, *[segment_of(link, "R", name=name)] * count)
+
+
+def forger(lab: ThreeHosts, source: str, target: str, port: int) -> Forger:
+    """Return who sends from the client's host in the name of `source`, to one service."""
+    with lab.inside("client"):
+        return Forger(source, target, port)
