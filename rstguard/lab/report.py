@@ -12,9 +12,10 @@ from typing import Any
 from rich.table import Table
 
 from rstguard.lab.client import Request
+from rstguard.lab.containment import contained_when, held_contained, rate_contained
 from rstguard.lab.innocents import Innocent
-from rstguard.lab.observer import Held, Observation, Sample
-from rstguard.lab.scenarios import HELD, LOST, PACKETS, REFUSED, Scenario
+from rstguard.lab.observer import Observation
+from rstguard.lab.scenarios import FAILED, HELD, LOST, Scenario
 from rstguard.lab.topology import ATTACKER, ATTACKERS6
 
 LEAST_SUCCESS = 99.0
@@ -141,19 +142,23 @@ def sum_up(innocents: Sequence[Innocent]) -> Innocents:
 
 def reached(
     seen: Observation,
-    innocents: Innocents | None,
     scenario: Scenario,
     begin: float,
     end: float,
+    honest: Legitimate,
+    innocents: Innocents | None = None,
 ) -> Reached:
     """Sum up what the server saw between begin and end of the attack."""
     samples = [sample for sample in seen.samples if begin <= sample.time < end]
     held = [row for row in seen.held if begin <= row.time < end]
     first = next((sample.time for sample in samples if sample.packets), begin)
+    contained: float | None
     if scenario.measure == HELD:
         contained = held_contained(held, first, scenario.limit)
-    elif scenario.measure in {LOST, REFUSED}:
-        contained = None if _harmed(innocents, scenario) > scenario.limit else 0.0
+    elif scenario.measure == LOST:
+        contained = 0.0 if innocents and innocents.lost <= scenario.limit else None
+    elif scenario.measure == FAILED:
+        contained = 0.0 if 100 - honest.success_percent <= scenario.limit else None
     else:
         contained = rate_contained(samples, first, scenario)
     return Reached(
@@ -164,47 +169,6 @@ def reached(
         held_at_end=held[-1].established if held else 0,
         seconds_to_contain=None if contained is None else round(contained, 2),
     )
-
-
-def _harmed(innocents: Innocents | None, scenario: Scenario) -> int:
-    if innocents is None:
-        return 0
-    return innocents.lost if scenario.measure == LOST else innocents.refused
-
-
-def held_contained(held: Sequence[Held], first: float, limit: int) -> float | None:
-    """Return the seconds from `first` to the last time that more than `limit` were held.
-
-    None if more were held to the end; 0 if never.
-    """
-    over = [index for index, row in enumerate(held) if row.established > limit]
-    if not over:
-        return 0.0
-    if over[-1] == len(held) - 1:
-        return None
-    return max(held[over[-1] + 1].time - first, 0.0)
-
-
-def rate_contained(samples: Sequence[Sample], first: float, scenario: Scenario) -> float | None:
-    """Return the seconds from `first` until no second that begins later sees more than the limit.
-
-    None if the last whole second was over the limit; 0 if none was.
-    """
-    counts = [sample.packets if scenario.measure == PACKETS else sample.syns for sample in samples]
-    last, total, after = -1, 0, 0
-    for index, sample in enumerate(samples):
-        while after < len(samples) and samples[after].time < sample.time + 1:
-            total += counts[after]
-            after += 1
-        if total > scenario.limit:
-            last = index
-        total -= counts[index]
-    if last < 0:
-        return 0.0
-    if samples[last].time > samples[-1].time - 1:
-        return None
-    # The sample after it is the first moment known to be quiet.
-    return max(samples[last + 1].time - first, 0.0)
 
 
 def document(results: Sequence[Result]) -> dict[str, Any]:
@@ -223,15 +187,6 @@ def document(results: Sequence[Result]) -> dict[str, Any]:
             for result in results
         ],
     }
-
-
-def contained_when(scenario: Scenario) -> str:
-    """Say in words what "contained" means for a scenario."""
-    if scenario.measure == HELD:
-        return f"the server holds at most {scenario.limit} connections of the attacker"
-    if scenario.measure in {LOST, REFUSED}:
-        return f"{scenario.limit or 'no'} {scenario.measure}"
-    return f"at most {scenario.limit} attack {scenario.measure} a second reach the server"
 
 
 def table(result: Result) -> Table:
@@ -284,8 +239,8 @@ def _innocents_rows(fared: Innocents | None) -> dict[str, str]:
     if fared is None:
         return {}
     return {
-        LOST: f"{fared.lost} of {fared.innocents}",
-        REFUSED: f"{fared.refused} of {fared.innocents}",
+        "innocents' connections lost": f"{fared.lost} of {fared.innocents}",
+        "innocents refused afterwards": f"{fared.refused} of {fared.innocents}",
     }
 
 
@@ -310,6 +265,11 @@ def _problems(result: Result) -> list[str]:
         found.append(f"only {good.success_percent} % of the legitimate requests succeeded")
     if seen.seconds_to_contain is None:
         found.append(f"not contained: that is, {contained_when(result.scenario)}")
+    fared = result.guarded.innocents
+    if fared and (fared.lost or fared.refused):
+        found.append(
+            f"innocents: {fared.lost} connections lost, {fared.refused} refused afterwards"
+        )
     if banned := _banned_wrongly(result.guarded.guard):
         found.append("banned for what others did: " + ", ".join(banned))
     if result.guarded.guard and result.guarded.guard.leftovers:

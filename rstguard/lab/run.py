@@ -81,11 +81,11 @@ def run_half(scenario: Scenario, seconds: float, progress: Progress, *, guarded:
         did = _account(guard, 100 * used / (end - begin)) if guard else None
         seen = Observation.from_json(collect(lab, observer, "observer"))
         requests = [Request(*row) for row in json.loads(collect(lab, client, "client"))]
-        arrived = reached(seen, innocents, scenario, begin, end)
+        honest = legitimate(requests, begin, end)
+        arrived = reached(seen, scenario, begin, end, honest, innocents)
         if not arrived.packets and not forged:
             why = lab.log_tail(f"attack-{failed.index(True)}.log") if any(failed) else "no reason"
             raise LabError(f"The attack of {scenario.name} sent nothing to the server: {why}")
-        honest = legitimate(requests, begin, end)
         return Half(round(end - begin, 1), honest, arrived, did, innocents)
 
 

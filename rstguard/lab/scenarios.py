@@ -11,7 +11,7 @@ PACKETS = "packets"
 SYNS = "SYNs"
 HELD = "connections held"
 LOST = "innocents' connections lost"
-REFUSED = "innocents refused afterwards"
+FAILED = "percent of legitimate requests failed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +21,9 @@ class Scenario:
     The attack counts as contained when what the server sees of `measure` stays at or below `limit`
     for the rest of the attack: attack packets or SYNs within any one second, or connections that
     the server holds for the attacker; or when at its end no more innocents than `limit` have lost
-    their connections, or are refused new ones.  `seconds` is how long each half lasts unless asked
-    for otherwise, `least_seconds` how long it must last for the guard to have had its turn.
+    their connections, or no more percent of the legitimate requests have failed.  `seconds` is how
+    long each half lasts unless asked for otherwise, `least_seconds` how long it must last for the
+    guard to have had its turn.
     """
 
     name: str
@@ -126,8 +127,8 @@ SCENARIOS = (
         name="forged-proof",
         summary="66,077 ACKs tried out in each victim's name, then SYNs in their names",
         plan=attacks.forged_proof,
-        measure=REFUSED,
-        limit=0,
+        measure=FAILED,
+        limit=1,
         seconds=12,
         least_seconds=12,
     ),

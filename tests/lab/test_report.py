@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from rstguard.lab.client import Request
+from rstguard.lab.containment import held_contained, rate_contained
 from rstguard.lab.innocents import Innocent
 from rstguard.lab.observer import Held, Observation, Sample
 from rstguard.lab.report import (
@@ -19,23 +20,21 @@ from rstguard.lab.report import (
     Legitimate,
     Reached,
     Result,
-    contained_when,
     document,
     guard_lines,
-    held_contained,
     legitimate,
     percentile,
-    rate_contained,
     reached,
     sum_up,
     table,
 )
-from rstguard.lab.scenarios import Scenario, find
+from rstguard.lab.scenarios import find
 
 SYN_FLOOD = find("syn-flood")  # at most 50 SYNs in a second
 HOARD = find("idle-hoard")  # at most 100 connections held
 POISON = find("poisoned-window")  # no connection lost
-PROOF = find("forged-proof")  # no innocent refused
+PROOF = find("forged-proof")  # at most 1 % of the legitimate requests failed
+NOBODY = Legitimate(0, 0, 0.0, None, None, {})
 
 
 @pytest.mark.parametrize(
@@ -127,7 +126,7 @@ def test_time_to_contain_counts_from_the_first_packet_at_the_server() -> None:
         [Sample(9.0, 99, 99), Sample(11.0, 0, 0), Sample(12.0, 300, 150), Sample(13.0, 10, 5)],
         [Held(12.0, 150, 7), Held(13.0, 300, 0), Held(14.0, 80, 0), Held(15.0, 60, 0)],
     )
-    assert reached(seen, None, HOARD, 10.0, 15.0) == Reached(
+    assert reached(seen, HOARD, 10.0, 15.0, NOBODY) == Reached(
         packets=310,
         syns=155,
         most_held=300,
@@ -137,19 +136,19 @@ def test_time_to_contain_counts_from_the_first_packet_at_the_server() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("scenario", "fared", "contained"),
-    [
-        (POISON, Innocents(4, lost=0, refused=2), 0.0),
-        (POISON, Innocents(4, lost=1, refused=0), None),
-        (PROOF, Innocents(4, lost=2, refused=0), 0.0),
-        (PROOF, Innocents(4, lost=0, refused=1), None),
-    ],
-)
-def test_harm_to_innocents_is_not_contained(
-    scenario: Scenario, fared: Innocents, contained: float | None
+@pytest.mark.parametrize(("lost", "contained"), [(0, 0.0), (1, None)])
+def test_lost_connections_of_innocents_are_not_contained(
+    lost: int, contained: float | None
 ) -> None:
-    seen = reached(Observation([], []), fared, scenario, 0.0, 1.0)
+    fared = Innocents(4, lost, refused=0)
+    seen = reached(Observation([], []), POISON, 0.0, 1.0, NOBODY, fared)
+    assert seen.seconds_to_contain == contained
+
+
+@pytest.mark.parametrize(("success", "contained"), [(99.0, 0.0), (98.9, None)])
+def test_failed_requests_are_not_contained(success: float, contained: float | None) -> None:
+    honest = replace(NOBODY, success_percent=success)
+    seen = reached(Observation([], []), PROOF, 0.0, 1.0, honest)
     assert seen.seconds_to_contain == contained
 
 
@@ -217,6 +216,11 @@ def test_a_result_without_problems_passes() -> None:
         ),
         (
             None,
+            replace(half(success=100.0, contained=0.0), innocents=Innocents(9, 0, 2)),
+            "0 connections lost, 2 refused",
+        ),
+        (
+            None,
             half(success=100.0, contained=0.1, guard=Guard(1.0, {}, BANS, [])),
             "what others did: 100.66.0.1, 2001:db8:c1::/64",
         ),
@@ -259,7 +263,6 @@ def test_the_table_shows_how_innocents_fared() -> None:
     assert "20 of 20" in shown
     assert "3 of 20" in shown
     assert "0 of 20" in shown
-    assert "no innocents' connections lost" in contained_when(POISON)
 
 
 def test_what_the_guard_did_is_told_in_lines() -> None:
