@@ -112,9 +112,9 @@ def forged_proof(seconds: float) -> Attack:
 
 
 def cap(seconds: float) -> Attack:
-    """First a rule made to ban one network of a /48 after the other, then a flood from elsewhere.
+    """First one rule is made to ban one network after the other, then a flood from elsewhere.
 
-    Each of 40 networks connects five times.
+    Each of 40 networks connects five times: 24 are of one /48, the others of a /48 each.
     """
     spread = _strike("spread", 10, "--rate", "100", "--count", "200")
     return connection_flood(seconds)._replace(prepare=(spread,))

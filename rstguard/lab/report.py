@@ -29,6 +29,8 @@ _TOLD = (
     ("window_cured", "connections freed from a window that was moved"),
 )
 """Counts of ``rstguard status`` that are shown as one number."""
+_MOST_BANS = 10
+"""Bans and shuns that are shown one by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,18 +205,20 @@ def table(result: Result) -> Table:
 
 
 def guard_lines(guard: Guard) -> list[str]:
-    """Return what was reset, shunned and banned, one line each."""
+    """Return what was reset, shunned, banned, gated and capped, one line each."""
     lines = [
         f"{what}: " + ", ".join(f"{count} by {rule}" for rule, count in by_rule.items())
-        for what in ("reset", "shun", "ban")
+        for what in ("reset", "shun", "ban", "gated", "capped")
         if isinstance(by_rule := guard.counts.get(what), dict) and by_rule
     ]
     lines += [f"{text}: {guard.counts[name]:,}" for name, text in _TOLD if guard.counts.get(name)]
     lines += [
         f"{ban.get('kind')}: {ban.get('source')} by {ban.get('rule')}, "
         f"{ban.get('remaining_s')} s to go"
-        for ban in guard.bans
+        for ban in guard.bans[:_MOST_BANS]
     ]
+    if (more := len(guard.bans) - _MOST_BANS) > 0:
+        lines.append(f"and {more} more")
     return lines
 
 

@@ -143,7 +143,7 @@ SCENARIOS = (
     ),
     Scenario(
         name="cap",
-        summary="40 networks of a /48 have one rule ban them, then wrk floods over IPv4",
+        summary="one rule made to ban more IPv6 networks than it may, then wrk over IPv4",
         plan=attacks.cap,
         measure=SYNS,
         limit=50,

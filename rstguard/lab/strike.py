@@ -2,8 +2,8 @@
 
 ``python -m rstguard.lab.strike hoard`` opens connections, sends the beginning of a request on each
 and is silent for ever; ``… hide`` does so and hides each from the gateway's tracker; ``… brute``
-knocks at port 22 again and again as a password guesser does; ``… spread`` does so from one network
-after the other of a /48.  All end by themselves after ``--seconds``.
+knocks at port 22 again and again as a password guesser does; ``… spread`` does so from one IPv6
+network after the other.  All end by themselves after ``--seconds``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import resource
 import socket
 import time
 from collections.abc import Awaitable, Callable
+from ipaddress import ip_network
 
 from rstguard.lab.forging import raw_socket, segment
 from rstguard.lab.topology import ATTACKERS6, SERVER, SERVER6
@@ -26,7 +27,8 @@ _SIGNED = 19, bytes(16)
 """A signature (RFC 2385) that the server has no key for: it takes no such segment."""
 _CLOCK = 24
 """TCP_TIMESTAMP of linux/tcp.h: the time stamp that a socket would send now."""
-_CONNECTIONS_OF_EACH = 5
+_CONNECTIONS_OF_EACH, _OF_ONE_48 = 5, 24
+"""Of those that spread out: how often a /64 connects, and how many of them are of the same /48."""
 
 
 def _short_lived(one: socket.socket) -> list[bytes]:
@@ -91,8 +93,10 @@ async def _brute(_number: int, _end: float) -> None:
 
 
 async def _spread(number: int, _end: float) -> None:
-    network = ATTACKERS6.partition("::")[0]
-    await _guess(SERVER6, (f"{network}:{number // _CONNECTIONS_OF_EACH:x}::1", 0))
+    network = number // _CONNECTIONS_OF_EACH
+    wide = max(network - _OF_ONE_48, 0)
+    own = ip_network(ATTACKERS6)[(wide << 80) + (network << 64) + 1]
+    await _guess(SERVER6, (str(own), 0))
 
 
 async def _guess(server: str, own: tuple[str, int] | None) -> None:

@@ -59,5 +59,6 @@ def test_innocents_and_other_rules_keep_going_under_attacks_on_the_guard() -> No
     poisoned, cap = json.loads(done.stdout)["scenarios"]
     assert poisoned["without"]["innocents"]["lost"] > 0
     assert poisoned["with"]["innocents"] == {"innocents": 20, "lost": 0, "refused": 0}
+    assert cap["with"]["guard"]["counts"]["capped"] == {"ssh-rate": 1}
     bans = {(row["kind"], row["source"]) for row in cap["with"]["guard"]["bans"]}
-    assert {("ban", "192.0.2.66"), ("shun", "2001:db8:bad::/48")} <= bans
+    assert {("ban", "192.0.2.66"), ("shun", "2001:db8:ba00::/48")} <= bans

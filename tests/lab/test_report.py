@@ -179,7 +179,7 @@ BANS = [
         ("192.0.2.66", "ban"),
         ("100.65.0.1", "shun"),
         ("100.66.0.1", "ban"),
-        ("2001:db8:bad:7::/64", "ban"),
+        ("2001:db8:ba01:1::/64", "ban"),
         ("2001:db8:c1::/64", "ban"),
     )
 ]
@@ -270,4 +270,11 @@ def test_what_the_guard_did_is_told_in_lines() -> None:
         "shun: 3 by syn-rate",
         "packets dropped on a worker's word: 1,200",
         "shun: 192.0.2.66 by syn-rate, 9 s to go",
+    ]
+
+
+def test_of_very_many_bans_some_are_shown() -> None:
+    assert guard_lines(replace(GUARD, bans=GUARD.bans * 12))[-2:] == [
+        "shun: 192.0.2.66 by syn-rate, 9 s to go",
+        "and 2 more",
     ]
