@@ -21,7 +21,7 @@ from ipaddress import ip_network
 
 from rstguard.engine.flow import Tuple
 from rstguard.engine.segment import rst
-from rstguard.engine.wire import FIN, SYN, Packet, parse
+from rstguard.engine.wire import ACK, FIN, RST, SYN, Packet, parse
 from rstguard.lab.forging import POISON, marked
 from rstguard.lab.topology import INNOCENTS
 
@@ -74,16 +74,18 @@ class _Onlooker:
             pass
 
     def _see(self, packet: Packet, ethernet: bytes) -> None:
+        """Take both ends' numbers from what the client says: the gateway may forge the server."""
+        if packet.source not in _INNOCENTS or packet.flags & RST:
+            return
+        key = packet.source, packet.source_port
+        if key not in self._watched:
+            due = time.monotonic() + _LEARNING
+            self._watched[key] = _Watched(Tuple(*packet[:4]), ethernet, due)
+        seen = self._watched[key]
         follows = packet.payload_length + bool(packet.flags & (SYN | FIN))
-        following = (packet.sequence + follows) & 0xFFFFFFFF
-        if packet.source in _INNOCENTS:
-            key = packet.source, packet.source_port
-            if key not in self._watched:
-                due = time.monotonic() + _LEARNING
-                self._watched[key] = _Watched(Tuple(*packet[:4]), ethernet, due)
-            self._watched[key].from_client = following
-        elif seen := self._watched.get((packet.destination, packet.destination_port)):
-            seen.from_server = following
+        seen.from_client = (packet.sequence + follows) & 0xFFFFFFFF
+        if packet.flags & ACK:
+            seen.from_server = packet.acknowledgement
 
     def attack(self, now: float) -> None:
         """Attack each connection whose turn it is."""
