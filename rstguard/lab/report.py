@@ -26,6 +26,7 @@ _TOLD = (
     ("ended_by_ban", "connections ended with their source's ban"),
     ("confirmed", "resets confirmed by the connection table"),
     ("outlived", "connections ended that only the gateway believed to be over"),
+    ("forged_resets", "forged RSTs found out and dropped"),
     ("window_cured", "connections freed from a window that was moved"),
 )
 """Counts of ``rstguard status`` that are shown as one number."""

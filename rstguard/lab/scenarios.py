@@ -150,9 +150,18 @@ SCENARIOS = (
         seconds=6,
         least_seconds=3,
     ),
+    Scenario(
+        name="forged-resets",
+        summary="RSTs with exact numbers, in either end's name, on innocents' connections",
+        plan=attacks.forged_resets,
+        measure=LOST,
+        limit=0,
+        seconds=6,
+        least_seconds=4,
+    ),
 )
 
-DEMO = ("syn-flood", "slowloris", "idle-hoard", "ssh-brute")
+DEMO = ("syn-flood", "slowloris", "ssh-brute", "forged-resets")
 """The scenarios of ``lab demo``: under two minutes in all."""
 
 

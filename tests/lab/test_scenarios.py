@@ -31,6 +31,7 @@ def test_all_are_there() -> None:
         "forged-proof",
         "poisoned-window",
         "cap",
+        "forged-resets",
     ]
 
 
@@ -75,7 +76,9 @@ def test_the_demo_stays_under_two_minutes() -> None:
 
 
 def test_an_unknown_scenario_is_answered_with_those_there_are() -> None:
-    with pytest.raises(LabError, match=r"no scenario 'syn'; there are syn-flood, .*cap\."):
+    with pytest.raises(
+        LabError, match=r"no scenario 'syn'; there are syn-flood, .*forged-resets\."
+    ):
         find("syn")
 
 
