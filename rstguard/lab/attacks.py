@@ -107,7 +107,7 @@ def ssh_brute(seconds: float) -> Attack:
 
 def forged_proof(seconds: float) -> Attack:
     """ACKs tried out in others' names until the tracker believes in a handshake, then abuse."""
-    forging = own_program("rstguard.lab.forging", "--victims", "3", "--seconds", f"{seconds:g}")
+    forging = own_program("rstguard.lab.forging", "--victims", "2", "--seconds", f"{seconds:g}")
     return Attack((tuple(forging),), idle=10)
 
 
