@@ -13,10 +13,7 @@ from collections.abc import Iterable
 from ipaddress import ip_network
 from itertools import cycle, islice
 from struct import pack, pack_into
-from typing import Any, NamedTuple, Self
-
-from scapy.layers.inet import IP, TCP
-from scapy.layers.inet6 import IPv6
+from typing import NamedTuple, Self
 
 from rstguard.engine.segment import checksum
 from rstguard.engine.wire import ACK, SYN
@@ -66,28 +63,41 @@ def raw_socket(v6: bool = False) -> socket.socket:
 
 def segment(
     one: socket.socket,
-    flags: str,
+    flags: int,
     *,
     ahead: int = 0,
     hops: int = 64,
-    options: tuple[Any, ...] = (),
+    options: tuple[tuple[int, bytes], ...] = (),
     payload: bytes = b"",
 ) -> bytes:
     """Return an IP packet in the name of a socket, `ahead` of the number that it sends next.
 
-    `flags` and `options` are as scapy writes them ("R", "FA").
+    `options` are TCP options, each with its kind and its value.
     """
     sends, expects = numbers(one)
-    source, target = one.getsockname()[:2], one.getpeername()[:2]
-    v6 = ":" in source[0]
-    header = {"hlim" if v6 else "ttl": hops}
-    ip = (IPv6 if v6 else IP)(src=source[0], dst=target[0], **header)
+    (source, port), (target, service) = one.getsockname()[:2], one.getpeername()[:2]
+    listed = b"".join(bytes([kind, 2 + len(value)]) + value for kind, value in options)
+    listed += bytes(-len(listed) % 4)
+    length = (20 + len(listed)) // 4 << 4
     sequence = (sends + ahead) & 0xFFFFFFFF
-    tcp = TCP(
-        sport=source[1], dport=target[1], flags=flags, seq=sequence, ack=expects,
-        options=list(options),
-    )  # fmt: skip
-    return bytes(ip / tcp / payload)
+    head = pack(">HHIIBBHHH", port, service, sequence, expects, length, flags, 512, 0, 0)
+    ends = b"".join(socket.inet_pton(one.family, end) for end in (source, target))
+    return bytes(_whole(ends, head + listed + payload, hops))
+
+
+def _whole(ends: bytes, tcp: bytes, hops: int = 64, service_type: int = 0) -> bytearray:
+    """Put an IP header before a TCP segment, and the checksum into this.
+
+    `ends` are both addresses, 8 or 32 bytes.
+    """
+    even = tcp + bytes(len(tcp) % 2)
+    total = checksum(ends + pack(">HH", 6, len(tcp)) + even)
+    tcp = tcp[:16] + pack(">H", total) + tcp[18:]
+    if len(ends) == 32:
+        return bytearray(pack(">IHBB", 6 << 28, len(tcp), 6, hops) + ends + tcp)
+    fields = (0x45, service_type, 20 + len(tcp), 0, 0x4000, hops, 6)
+    total = checksum(pack(">BBHHHBBH", *fields, 0) + ends)
+    return bytearray(pack(">BBHHHBBH", *fields, total) + ends + tcp)
 
 
 def marked(packet: bytes) -> bytes:
@@ -100,11 +110,11 @@ class Forger:
     """Sends in the name of `source` to one service, many segments fast; it sees no answers."""
 
     def __init__(self, source: str, target: str, port: int, service_type: int = 0) -> None:
-        self._v6 = ":" in target
-        self._raw = raw_socket(self._v6)
+        v6 = ":" in target
+        self._raw = raw_socket(v6)
         self._raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
         self._target, self._port, self._service_type = target, port, service_type
-        family = socket.AF_INET6 if self._v6 else socket.AF_INET
+        family = socket.AF_INET6 if v6 else socket.AF_INET
         self._ends = b"".join(socket.inet_pton(family, one) for one in (source, target))
 
     def __enter__(self) -> Self:
@@ -143,12 +153,7 @@ class Forger:
 
     def _segment(self, port: int, flags: int, sequence: int) -> bytearray:
         tcp = pack(">HHIIBBHHH", port, self._port, sequence, 0, 0x50, flags, 64240, 0, 0)
-        tcp = tcp[:16] + pack(">H", checksum(self._ends + pack(">HH", 6, 20) + tcp)) + tcp[18:]
-        if self._v6:
-            return bytearray(pack(">IHBB", 6 << 28, len(tcp), 6, 64) + self._ends + tcp)
-        kind = self._service_type
-        header = pack(">BBHHHBBH", 0x45, kind, 20 + len(tcp), 0, 0x4000, 64, 6, 0)
-        return bytearray(header + self._ends + tcp)
+        return _whole(self._ends, tcp, service_type=self._service_type)
 
 
 def _abuse(victims: list[Forger], end: float) -> None:
@@ -167,7 +172,7 @@ def main() -> None:
     parser.add_argument("--victims", type=int, required=True, help="of each kind")
     parser.add_argument("--seconds", type=float, required=True)
     options = parser.parse_args()
-    end = time.monotonic() + options.seconds
+    begin = time.monotonic()
     names = [
         str(address)
         for network in (SILENT, INNOCENTS)
@@ -175,8 +180,9 @@ def main() -> None:
     ]
     victims = [Forger(name, SERVER, 80, FORGED) for name in names]
     for victim in victims:
-        victim.handshake(1000)
-    _abuse(victims, end)
+        if time.monotonic() < begin + options.seconds / 2:  # a slow machine deceives with fewer
+            victim.handshake(1000)
+    _abuse(victims, begin + options.seconds)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ import socket
 import time
 from collections.abc import Awaitable, Callable
 from ipaddress import ip_network
+from struct import pack
 
+from rstguard.engine.wire import ACK, FIN, PSH, RST
 from rstguard.lab.forging import raw_socket, segment
 from rstguard.lab.topology import ATTACKERS6, SERVER, SERVER6
 
@@ -25,6 +27,7 @@ _GUESS = b"SSH-2.0-libssh_0.9\r\n"
 
 _SIGNED = 19, bytes(16)
 """A signature (RFC 2385) that the server has no key for: it takes no such segment."""
+_TIME_STAMP = 8
 _CLOCK = 24
 """TCP_TIMESTAMP of linux/tcp.h: the time stamp that a socket would send now."""
 _CONNECTIONS_OF_EACH, _OF_ONE_48 = 5, 24
@@ -33,27 +36,27 @@ _CONNECTIONS_OF_EACH, _OF_ONE_48 = 5, 24
 
 def _short_lived(one: socket.socket) -> list[bytes]:
     """Return a RST that gets no farther than the gateway."""
-    return [segment(one, "R", hops=1)]
+    return [segment(one, RST, hops=1)]
 
 
 def _unheard(one: socket.socket) -> list[bytes]:
     """Return data that gets no farther than the gateway, and a RST behind it."""
     lost = b"never read"
-    return [segment(one, "PA", hops=1, payload=lost), segment(one, "R", ahead=len(lost))]
+    return [segment(one, PSH | ACK, hops=1, payload=lost), segment(one, RST, ahead=len(lost))]
 
 
 def _signed_reset(one: socket.socket) -> list[bytes]:
-    return [segment(one, "R", options=(_SIGNED,))]
+    return [segment(one, RST, options=(_SIGNED,))]
 
 
 def _signed_end(one: socket.socket) -> list[bytes]:
-    return [segment(one, "FA", options=(_SIGNED,))]
+    return [segment(one, FIN | ACK, options=(_SIGNED,))]
 
 
 def _outdated_end(one: socket.socket) -> list[bytes]:
     """Return a FIN with a time stamp of the past, which the server refuses (RFC 7323, 5)."""
     past = (one.getsockopt(socket.IPPROTO_TCP, _CLOCK) - 1_000_000) & 0xFFFFFFFF
-    return [segment(one, "FA", options=(("Timestamp", (past, 0)),))]
+    return [segment(one, FIN | ACK, options=((_TIME_STAMP, pack(">II", past, 0)),))]
 
 
 _TRICKS = (_short_lived, _unheard, _signed_reset, _signed_end, _outdated_end)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
-from typing import Any
 
+from rstguard.engine.wire import RST
 from rstguard.kernel.conntrack import Conntrack
 from rstguard.lab.forging import Forger, segment
 from tests.support.network import ThreeHosts
@@ -24,12 +24,12 @@ def state_of(lab: ThreeHosts, link: Link) -> int | None:
 def forge(
     lab: ThreeHosts,
     link: Link,
-    flags: str = "R",
+    flags: int = RST,
     *,
     name: str = "client",
     ahead: int = 0,
     hops: int = 64,
-    options: tuple[Any, ...] = (),
+    options: tuple[tuple[int, bytes], ...] = (),
 ) -> None:
     """Send a segment in the name of one end, `ahead` of the number that the other end expects.
 
@@ -40,11 +40,11 @@ def forge(
 
 def segment_of(
     link: Link,
-    flags: str,
+    flags: int,
     name: str = "client",
     ahead: int = 0,
     hops: int = 64,
-    options: tuple[Any, ...] = (),
+    options: tuple[tuple[int, bytes], ...] = (),
 ) -> bytes:
     """Return the IP packet that `forge` sends."""
     one = link.client if name == "client" else link.server
@@ -67,7 +67,7 @@ def send_into(lab: ThreeHosts, place: str, *packets: bytes) -> None:
 
 def forge_many(lab: ThreeHosts, link: Link, count: int, *, name: str = "client") -> None:
     """Send as many exact RSTs in one end's name as fast as one can."""
-    send_into(lab, name, *[segment_of(link, "R", name=name)] * count)
+    send_into(lab, name, *[segment_of(link, RST, name=name)] * count)
 
 
 def forger(lab: ThreeHosts, source: str, target: str, port: int) -> Forger:
