@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from rstguard.engine.flow import TcpState
+from rstguard.engine.wire import ACK, FIN
 from rstguard.lab.waiting import wait_until
 from tests.support.forged import forge, state_of
 from tests.support.guard import Guard
@@ -75,7 +76,7 @@ def test_a_forged_fin_ends_nothing_and_an_honest_one_passes(
         links = [web.connect(source(v6)) for _ in range(10)]
         for link in links:
             link.talk()
-            forge(lab, link, "FA", name=name)
+            forge(lab, link, FIN | ACK, name=name)
         wait_until(lambda: counts(guard, "forged_resets") >= len(links))
         for link in links:
             link.talk()
