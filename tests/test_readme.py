@@ -9,6 +9,7 @@ from typer.main import get_command
 
 from rstguard.cli import app
 from rstguard.engine.ruleset import Measure
+from rstguard.lab.scenarios import SCENARIOS
 from rstguard.observe.events import reasons_table
 from rstguard.policy.load import parse
 
@@ -44,6 +45,12 @@ def test_every_command_shown_exists() -> None:
 def test_every_command_is_shown() -> None:
     for name in get_command(app).commands:  # type: ignore[attr-defined]
         assert f"rstguard {name}" in COMMANDS, name
+
+
+def test_every_scenario_of_the_lab_is_in_its_table() -> None:
+    assert re.findall(
+        r"^\| `([a-z-]+)` \|", README.partition("## In its lab")[2], re.MULTILINE
+    ) == [scenario.name for scenario in SCENARIOS]
 
 
 def test_every_page_that_is_named_is_there() -> None:

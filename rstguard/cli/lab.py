@@ -28,7 +28,9 @@ def list_scenarios(as_json: Json = False) -> None:
 
 
 @app.command(
-    "run", epilog="Examples: sudo rstguard lab run all; sudo rstguard lab run syn-flood --json"
+    "run",
+    epilog="Examples: sudo rstguard lab run all; sudo rstguard lab run syn-flood --json; "
+    "sudo rstguard lab run evasion forged-proof poisoned-window cap forged-resets",
 )
 def run_scenarios(
     names: Annotated[list[str], typer.Argument(metavar="SCENARIO...", help="Names, or 'all'.")],

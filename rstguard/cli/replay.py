@@ -82,7 +82,8 @@ def policy_replay(
             data |= {"differences": comparison_data(found, reports[0].start)}
         print_json(data)
         return
-    console = Console(highlight=False)
+    # Of an IPv6 address with ":b:" in it rich would make a picture.
+    console = Console(highlight=False, emoji=False)
     if not console.is_terminal:
         console.width = max(console.width, _WIDTH)
     pieces = [piece for report in reports for piece in shown(report, top, brief=bool(against))]

@@ -22,10 +22,18 @@ PACKAGES = {
 
 
 class Attack(NamedTuple):
-    """Commands to run beside each other in the attacker's namespace, and what to run before."""
+    """Commands to run beside each other in the attacker's namespace, and what to run before.
 
-    commands: tuple[tuple[str, ...], ...]
+    `onlooker` are the options of a `rstguard.lab.onlooker` on the wire, `rules` iptables rules that
+    the gateway has of its own, `idle` and `busy` how many innocents hold a connection each.
+    """
+
+    commands: tuple[tuple[str, ...], ...] = ()
     prepare: tuple[tuple[str, ...], ...] = ()
+    onlooker: tuple[str, ...] = ()
+    rules: tuple[tuple[str, ...], ...] = ()
+    idle: int = 0
+    busy: int = 0
 
     def require_tools(self) -> None:
         """Check that all tools are installed.
@@ -87,9 +95,40 @@ def idle_hoard(seconds: float) -> Attack:
     return Attack((_strike("hoard", seconds, "--rate", "150", "--count", "800"),))
 
 
+def evasion(seconds: float) -> Attack:
+    """The same, each connection hidden from the gateway's tracker as soon as it is there."""
+    return Attack((_strike("hide", seconds, "--rate", "150", "--count", "600"),))
+
+
 def ssh_brute(seconds: float) -> Attack:
     """A password guesser: connect, read the banner, guess, be thrown out, again."""
     return Attack((_strike("brute", seconds, "--rate", "20"),))
+
+
+def forged_proof(seconds: float) -> Attack:
+    """ACKs tried out in others' names until the tracker believes in a handshake, then abuse."""
+    forging = own_program("rstguard.lab.forging", "--victims", "2", "--seconds", f"{seconds:g}")
+    return Attack((tuple(forging),), idle=10)
+
+
+def cap(seconds: float) -> Attack:
+    """First one rule is made to ban one network after the other, then a flood from elsewhere.
+
+    Each of 40 networks connects five times: 24 are of one /48, the others of a /48 each.
+    """
+    spread = _strike("spread", 10, "--rate", "100", "--count", "200")
+    return connection_flood(seconds)._replace(prepare=(spread,))
+
+
+def poisoned_window(_seconds: float) -> Attack:
+    """RSTs inside the windows of innocents, behind a firewall that drops INVALID segments."""
+    strict = ("-A", "FORWARD", "--match", "conntrack", "--ctstate", "INVALID", "-j", "DROP")
+    return Attack(onlooker=("poison",), rules=(strict,), busy=20)
+
+
+def forged_resets(_seconds: float) -> Attack:
+    """RSTs with exact numbers, in the name of either end."""
+    return Attack(onlooker=("reset",), idle=20, busy=20)
 
 
 def _url(path: str) -> str:

@@ -2,8 +2,9 @@
 
 A program of its own (``python -m rstguard.lab.observer``): it writes ``ready``, samples until its
 standard input is closed, and ends with one line of JSON.  Packets are counted by the kernel through
-a packet socket with a filter for the attacker's address (linux/filter.h, packet(7)), connections
-by reading /proc/net/tcp and tcp6.
+a packet socket with a filter for the attacker's address, and for the type of service by which the
+lab's attackers mark what they send in others' names (linux/filter.h, packet(7)), connections by
+reading /proc/net/tcp and tcp6.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from rstguard.lab.forging import FORGED
 from rstguard.lab.topology import ATTACKER
 
 INTERVAL = 0.02
@@ -31,7 +33,7 @@ _SO_ATTACH_FILTER = 26
 _ETH_P_IP = 0x0800
 
 # Operation codes of classic BPF, as in linux/bpf_common.h.
-_LOAD_WORD, _LOAD_BYTE_X, _LOAD_IP_HEADER_LENGTH = 0x20, 0x50, 0xB1
+_LOAD_WORD, _LOAD_BYTE, _LOAD_BYTE_X, _LOAD_IP_HEADER_LENGTH = 0x20, 0x30, 0x50, 0xB1
 _AND, _JUMP_IF_EQUAL, _RETURN = 0x54, 0x15, 0x06
 
 _ESTABLISHED = frozenset({"01", "04", "05", "08"})
@@ -72,9 +74,10 @@ class Observation(NamedTuple):
 
 
 def counter(*, only_syns: bool) -> socket.socket:
-    """Return a packet socket that counts IPv4 packets of the attacker."""
+    """Return a packet socket that counts IPv4 packets of the attacker, forged ones too."""
     address = int.from_bytes(socket.inet_aton(ATTACKER), "big")
-    program = [(_LOAD_WORD, 0, 0, 12), (_JUMP_IF_EQUAL, 0, 5 if only_syns else 1, address)]
+    program = [(_LOAD_WORD, 0, 0, 12), (_JUMP_IF_EQUAL, 2, 0, address)]
+    program += [(_LOAD_BYTE, 0, 0, 1), (_JUMP_IF_EQUAL, 0, 5 if only_syns else 1, FORGED)]
     if only_syns:
         # Byte 13 of the TCP header: SYN set, ACK not set.
         program += [(_LOAD_IP_HEADER_LENGTH, 0, 0, 0), (_LOAD_BYTE_X, 0, 0, 13)]

@@ -6,13 +6,17 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from ipaddress import IPv6Network, ip_network
 from typing import Any
 
 from rich.table import Table
 
 from rstguard.lab.client import Request
-from rstguard.lab.observer import Held, Observation, Sample
-from rstguard.lab.scenarios import HELD, PACKETS, Scenario
+from rstguard.lab.containment import contained_when, held_contained, rate_contained
+from rstguard.lab.innocents import Innocent
+from rstguard.lab.observer import Observation
+from rstguard.lab.scenarios import FAILED, HELD, LOST, Scenario
+from rstguard.lab.topology import ATTACKER, ATTACKERS6
 
 LEAST_SUCCESS = 99.0
 """Percent of legitimate requests that must succeed with the guard."""
@@ -21,8 +25,13 @@ _TOLD = (
     ("verdict.drop", "packets dropped on a worker's word"),
     ("ended_by_ban", "connections ended with their source's ban"),
     ("confirmed", "resets confirmed by the connection table"),
+    ("outlived", "connections ended that only the gateway believed to be over"),
+    ("forged_resets", "forged RSTs found out and dropped"),
+    ("window_cured", "connections freed from a window that was moved"),
 )
 """Counts of ``rstguard status`` that are shown as one number."""
+_MOST_BANS = 10
+"""Bans and shuns that are shown one by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +62,19 @@ class Reached:
 
 
 @dataclass(frozen=True, slots=True)
+class Innocents:
+    """How those fared at whose cost the attack was made.
+
+    Each had a connection: `lost` of these carry no data afterwards, and `refused` innocents get no
+    new one.
+    """
+
+    innocents: int
+    lost: int
+    refused: int
+
+
+@dataclass(frozen=True, slots=True)
 class Guard:
     """What the guard says that it did, and the processor time it used (% of one core)."""
 
@@ -70,6 +92,7 @@ class Half:
     legitimate: Legitimate
     reached: Reached
     guard: Guard | None = None
+    innocents: Innocents | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,13 +134,34 @@ def legitimate(requests: Sequence[Request], begin: float, end: float) -> Legitim
     )
 
 
-def reached(seen: Observation, scenario: Scenario, begin: float, end: float) -> Reached:
+def sum_up(innocents: Sequence[Innocent]) -> Innocents:
+    """Sum up how the innocents fared."""
+    return Innocents(
+        innocents=len(innocents),
+        lost=sum(not one.keeps for one in innocents),
+        refused=sum(not one.served for one in innocents),
+    )
+
+
+def reached(
+    seen: Observation,
+    scenario: Scenario,
+    begin: float,
+    end: float,
+    honest: Legitimate,
+    innocents: Innocents | None = None,
+) -> Reached:
     """Sum up what the server saw between begin and end of the attack."""
     samples = [sample for sample in seen.samples if begin <= sample.time < end]
     held = [row for row in seen.held if begin <= row.time < end]
     first = next((sample.time for sample in samples if sample.packets), begin)
+    contained: float | None
     if scenario.measure == HELD:
         contained = held_contained(held, first, scenario.limit)
+    elif scenario.measure == LOST:
+        contained = 0.0 if innocents and innocents.lost <= scenario.limit else None
+    elif scenario.measure == FAILED:
+        contained = 0.0 if 100 - honest.success_percent <= scenario.limit else None
     else:
         contained = rate_contained(samples, first, scenario)
     return Reached(
@@ -128,41 +172,6 @@ def reached(seen: Observation, scenario: Scenario, begin: float, end: float) -> 
         held_at_end=held[-1].established if held else 0,
         seconds_to_contain=None if contained is None else round(contained, 2),
     )
-
-
-def held_contained(held: Sequence[Held], first: float, limit: int) -> float | None:
-    """Return the seconds from `first` to the last time that more than `limit` were held.
-
-    None if more were held to the end; 0 if never.
-    """
-    over = [index for index, row in enumerate(held) if row.established > limit]
-    if not over:
-        return 0.0
-    if over[-1] == len(held) - 1:
-        return None
-    return max(held[over[-1] + 1].time - first, 0.0)
-
-
-def rate_contained(samples: Sequence[Sample], first: float, scenario: Scenario) -> float | None:
-    """Return the seconds from `first` until no second that begins later sees more than the limit.
-
-    None if the last whole second was over the limit; 0 if none was.
-    """
-    counts = [sample.packets if scenario.measure == PACKETS else sample.syns for sample in samples]
-    last, total, after = -1, 0, 0
-    for index, sample in enumerate(samples):
-        while after < len(samples) and samples[after].time < sample.time + 1:
-            total += counts[after]
-            after += 1
-        if total > scenario.limit:
-            last = index
-        total -= counts[index]
-    if last < 0:
-        return 0.0
-    if samples[last].time > samples[-1].time - 1:
-        return None
-    # The sample after it is the first moment known to be quiet.
-    return max(samples[last + 1].time - first, 0.0)
 
 
 def document(results: Sequence[Result]) -> dict[str, Any]:
@@ -183,13 +192,6 @@ def document(results: Sequence[Result]) -> dict[str, Any]:
     }
 
 
-def contained_when(scenario: Scenario) -> str:
-    """Say in words what "contained" means for a scenario."""
-    if scenario.measure == HELD:
-        return f"the server holds at most {scenario.limit} connections of the attacker"
-    return f"at most {scenario.limit} attack {scenario.measure} a second reach the server"
-
-
 def table(result: Result) -> Table:
     """Return a scenario's figures as a table of two columns: without and with the guard."""
     shown = Table(title=f"{result.scenario.name}: {result.scenario.summary}", title_justify="left")
@@ -204,18 +206,20 @@ def table(result: Result) -> Table:
 
 
 def guard_lines(guard: Guard) -> list[str]:
-    """Return what was reset, shunned and banned, one line each."""
+    """Return what was reset, shunned, banned, gated and capped, one line each."""
     lines = [
         f"{what}: " + ", ".join(f"{count} by {rule}" for rule, count in by_rule.items())
-        for what in ("reset", "shun", "ban")
+        for what in ("reset", "shun", "ban", "gated", "capped")
         if isinstance(by_rule := guard.counts.get(what), dict) and by_rule
     ]
     lines += [f"{text}: {guard.counts[name]:,}" for name, text in _TOLD if guard.counts.get(name)]
     lines += [
         f"{ban.get('kind')}: {ban.get('source')} by {ban.get('rule')}, "
         f"{ban.get('remaining_s')} s to go"
-        for ban in guard.bans
+        for ban in guard.bans[:_MOST_BANS]
     ]
+    if (more := len(guard.bans) - _MOST_BANS) > 0:
+        lines.append(f"and {more} more")
     return lines
 
 
@@ -230,8 +234,18 @@ def _column(half: Half) -> dict[str, str]:
         "attack SYNs at server": f"{seen.syns:,}",
         "attacker held, most / at end": f"{seen.most_held:,} / {seen.held_at_end:,}",
         "attacker half-open, most": f"{seen.most_half_open:,}",
+        **_innocents_rows(half.innocents),
         "contained": _contained(seen.seconds_to_contain),
         "processor time of the guard": f"{half.guard.cpu_percent:.1f} %" if half.guard else "",
+    }
+
+
+def _innocents_rows(fared: Innocents | None) -> dict[str, str]:
+    if fared is None:
+        return {}
+    return {
+        "innocents' connections lost": f"{fared.lost} of {fared.innocents}",
+        "innocents refused afterwards": f"{fared.refused} of {fared.innocents}",
     }
 
 
@@ -256,6 +270,25 @@ def _problems(result: Result) -> list[str]:
         found.append(f"only {good.success_percent} % of the legitimate requests succeeded")
     if seen.seconds_to_contain is None:
         found.append(f"not contained: that is, {contained_when(result.scenario)}")
+    fared = result.guarded.innocents
+    if fared and (fared.lost or fared.refused):
+        found.append(
+            f"innocents: {fared.lost} connections lost, {fared.refused} refused afterwards"
+        )
+    if banned := _banned_wrongly(result.guarded.guard):
+        found.append("banned for what others did: " + ", ".join(banned))
     if result.guarded.guard and result.guarded.guard.leftovers:
         found.append("the guard left behind: " + "; ".join(result.guarded.guard.leftovers))
     return found
+
+
+def _banned_wrongly(guard: Guard | None) -> list[str]:
+    """Return the sources that were banned and are none of the attacker's."""
+    bans = guard.bans if guard else []
+    sources = [str(ban["source"]) for ban in bans if ban["kind"] == "ban"]
+    return [source for source in sources if source != ATTACKER and not _is_attackers6(source)]
+
+
+def _is_attackers6(source: str) -> bool:
+    network = ip_network(source)
+    return isinstance(network, IPv6Network) and network.subnet_of(IPv6Network(ATTACKERS6))

@@ -11,11 +11,13 @@ from collections.abc import Callable
 from rstguard.ipc.requests import ControlError
 from rstguard.kernel.command import own_program
 from rstguard.lab import LabError
+from rstguard.lab.attacks import Attack
 from rstguard.lab.client import Request
 from rstguard.lab.guard import GuardProcess, leftovers
+from rstguard.lab.innocents import Innocent
 from rstguard.lab.network import Network, stop
 from rstguard.lab.observer import Observation
-from rstguard.lab.report import Guard, Half, Result, legitimate, reached
+from rstguard.lab.report import Guard, Half, Innocents, Result, legitimate, reached, sum_up
 from rstguard.lab.scenarios import Scenario
 from rstguard.lab.server import start_server
 from rstguard.lab.topology import Lab
@@ -49,6 +51,8 @@ def run_half(scenario: Scenario, seconds: float, progress: Progress, *, guarded:
     name = f"{scenario.name} {'with rstguard' if guarded else 'without'}"
     progress(f"{name}: building the network", 0)
     with Lab() as lab:
+        for rule in attack.rules:
+            lab.run("gateway", "iptables", "-w", *rule)
         start_server(lab)
         observer = start_program(lab, "server", "observer")
         client = start_program(lab, "client", "client")
@@ -57,6 +61,7 @@ def run_half(scenario: Scenario, seconds: float, progress: Progress, *, guarded:
             guard.start(whole=True)
         for command in attack.prepare:
             lab.run("attacker", *command)
+        others = _Others(lab, attack)
         used = cpu_seconds(guard.pid) if guard else 0.0
         begin = time.monotonic()
         attackers = [
@@ -72,14 +77,39 @@ def run_half(scenario: Scenario, seconds: float, progress: Progress, *, guarded:
         failed = [process.poll() not in (None, 0) for process in attackers]
         for process in attackers:
             stop(process, patience=2)
+        forged, innocents = others.collect()
         did = _account(guard, 100 * used / (end - begin)) if guard else None
         seen = Observation.from_json(collect(lab, observer, "observer"))
         requests = [Request(*row) for row in json.loads(collect(lab, client, "client"))]
-        arrived = reached(seen, scenario, begin, end)
-        if not arrived.packets:
+        honest = legitimate(requests, begin, end)
+        arrived = reached(seen, scenario, begin, end, honest, innocents)
+        if not arrived.packets and not forged:
             why = lab.log_tail(f"attack-{failed.index(True)}.log") if any(failed) else "no reason"
             raise LabError(f"The attack of {scenario.name} sent nothing to the server: {why}")
-        return Half(round(end - begin, 1), legitimate(requests, begin, end), arrived, did)
+        return Half(round(end - begin, 1), honest, arrived, did, innocents)
+
+
+class _Others:
+    """The onlooker and the innocents of an attack that has them; he sees how they connect."""
+
+    def __init__(self, lab: Lab, attack: Attack) -> None:
+        self._lab = lab
+        self._onlooker = self._innocents = None
+        if attack.onlooker:
+            self._onlooker = start_program(lab, "wire", "onlooker", *attack.onlooker)
+        if attack.idle + attack.busy:
+            how_many = ("--idle", str(attack.idle), "--busy", str(attack.busy))
+            self._innocents = start_program(lab, "client", "innocents", *how_many)
+
+    def collect(self) -> tuple[int, Innocents | None]:
+        """Return how many segments the onlooker forged, and then how the innocents fared."""
+        forged, fared = 0, None
+        if self._onlooker:
+            forged = int(collect(self._lab, self._onlooker, "onlooker"))
+        if self._innocents:
+            rows = json.loads(collect(self._lab, self._innocents, "innocents"))
+            fared = sum_up([Innocent(*row) for row in rows])
+        return forged, fared
 
 
 def _account(guard: GuardProcess, cpu_percent: float) -> Guard:

@@ -10,6 +10,8 @@ from rstguard.lab import LabError, attacks
 PACKETS = "packets"
 SYNS = "SYNs"
 HELD = "connections held"
+LOST = "innocents' connections lost"
+FAILED = "percent of legitimate requests failed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +20,10 @@ class Scenario:
 
     The attack counts as contained when what the server sees of `measure` stays at or below `limit`
     for the rest of the attack: attack packets or SYNs within any one second, or connections that
-    the server holds for the attacker.  `seconds` is how long each half lasts unless asked for
-    otherwise, `least_seconds` how long it must last for the guard to have had its turn.
+    the server holds for the attacker; or when at its end no more innocents than `limit` have lost
+    their connections, or no more percent of the legitimate requests have failed.  `seconds` is how
+    long each half lasts unless asked for otherwise, `least_seconds` how long it must last for the
+    guard to have had its turn.
     """
 
     name: str
@@ -110,9 +114,54 @@ SCENARIOS = (
         seconds=8,
         least_seconds=3,
     ),
+    Scenario(
+        name="evasion",
+        summary="600 half requests, each hidden by RSTs or a FIN that the server refuses",
+        plan=attacks.evasion,
+        measure=HELD,
+        limit=100,
+        seconds=12,
+        least_seconds=9,
+    ),
+    Scenario(
+        name="forged-proof",
+        summary="66,077 ACKs tried out in each victim's name, then SYNs in their names",
+        plan=attacks.forged_proof,
+        measure=FAILED,
+        limit=1,
+        seconds=12,
+        least_seconds=12,
+    ),
+    Scenario(
+        name="poisoned-window",
+        summary="RSTs inside innocents' windows, and a firewall that drops INVALID segments",
+        plan=attacks.poisoned_window,
+        measure=LOST,
+        limit=0,
+        seconds=5,
+        least_seconds=4,
+    ),
+    Scenario(
+        name="cap",
+        summary="one rule made to ban more IPv6 networks than it may, then wrk over IPv4",
+        plan=attacks.cap,
+        measure=SYNS,
+        limit=50,
+        seconds=6,
+        least_seconds=3,
+    ),
+    Scenario(
+        name="forged-resets",
+        summary="RSTs with exact numbers, in either end's name, on innocents' connections",
+        plan=attacks.forged_resets,
+        measure=LOST,
+        limit=0,
+        seconds=6,
+        least_seconds=4,
+    ),
 )
 
-DEMO = ("syn-flood", "slowloris", "idle-hoard", "ssh-brute")
+DEMO = ("syn-flood", "slowloris", "ssh-brute", "forged-resets")
 """The scenarios of ``lab demo``: under two minutes in all."""
 
 

@@ -95,7 +95,8 @@ def _progress() -> Iterator[run.Progress]:
 
 
 def _show(result: Result) -> None:
-    console = Console()
+    # Of an IPv6 address with ":b:" in it rich would make a picture.
+    console = Console(emoji=False)
     if result.without:
         console.print(table(result))
     if result.guarded and result.guarded.guard:

@@ -28,14 +28,27 @@ CLIENTS = ("198.51.100.11", "198.51.100.12", "198.51.100.13", "198.51.100.14")
 NEW_CLIENTS = "100.64.0.0/16"
 """Where clients come from that nobody has seen before; they live in the clients' namespace."""
 CLIENTS6 = ("2001:db8:c1::11", "2001:db8:c2::11")
+INNOCENTS = "100.65.0.0/24"
+"""Who holds connections that an attack is aimed at; they live in the clients' namespace, too."""
+SILENT = "100.66.0.0/24"
+"""Hosts that answer nothing."""
+ATTACKERS6 = "2001:db8:ba00::/40"
+"""All 256 networks of 48 bits are the attacker's."""
+CLIENTS_ROUTER, ATTACKERS_ROUTER = "198.51.100.9", "192.0.2.67"
+"""Addresses that are the gateway's next hops: a guard may spare those, and no other of a lab."""
+_ATTACKERS_ROUTER6 = "2001:db8:b0::67"
 
 _HOSTS = {
     "wire": Host(bridge=True),
-    "attacker": Host({"eth0": (f"{ATTACKER}/24",)}, ("192.0.2.1",)),
+    "attacker": Host(
+        {"eth0": (f"{ATTACKER}/24", f"{ATTACKERS_ROUTER}/24", f"{_ATTACKERS_ROUTER6}/64")},
+        ("192.0.2.1", "2001:db8:b0::1"),
+        {"net/ipv6/ip_nonlocal_bind": "1"},
+    ),
     "client": Host(
         {
             "eth0": (
-                *(f"{address}/24" for address in CLIENTS),
+                *(f"{address}/24" for address in (*CLIENTS, CLIENTS_ROUTER)),
                 *(f"{address}/64" for address in CLIENTS6),
             )
         },
@@ -45,7 +58,7 @@ _HOSTS = {
         {
             "eth0": (
                 *("192.0.2.1/24", "198.51.100.1/24"),
-                *("2001:db8:c1::1/64", "2001:db8:c2::1/64"),
+                *("2001:db8:c1::1/64", "2001:db8:c2::1/64", "2001:db8:b0::1/64"),
             ),
             "eth1": ("203.0.113.1/24", "2001:db8:5::1/64"),
         },
@@ -89,8 +102,15 @@ class Lab(Network):
         return super().__enter__()
 
     def build(self) -> None:
-        """Make the hosts and links; what crosses the wire meets no rules there."""
+        """Make the hosts, links and ways; what crosses the wire meets no rules there."""
         super().build()
+        self.ip("client", f"route add local {INNOCENTS} dev lo")
+        self.ip("attacker", f"route add local {ATTACKERS6} dev lo")
+        self.ip(
+            "gateway",
+            *(f"route add {network} via {CLIENTS_ROUTER}" for network in (INNOCENTS, SILENT)),
+            f"route add {ATTACKERS6} via {_ATTACKERS_ROUTER6}",
+        )
         with self.inside("wire"):
             # Settings of a module that is not there are settings that nobody needs.
             there = [name for name in _BRIDGED if Path("/proc/sys", name).exists()]

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from statistics import quantiles
 
+from rstguard.engine.wire import RST
 from rstguard.lab.guard import GuardProcess
 from tests.bench.figures import Figure, at_most, seen
 from tests.bench.gateway import PORT, SERVER, Site, cpu_seconds, milliseconds_since, policy_of
@@ -80,7 +81,7 @@ def _forged(site: Site, guard: GuardProcess, listener: socket.socket) -> Iterato
     links = [_link(site, listener) for _ in range(_CONNECTIONS)]
     for link in links:
         for name in ("client", "server"):
-            send_into(site, name, segment_of(link, "R", name))
+            send_into(site, name, segment_of(link, RST, name))
             link.talk()
     killed = [float(sum(is_dead(link.server) or is_dead(link.client) for link in links))]
     yield at_most(0, f"forged RSTs: killed of {_CONNECTIONS}, each end's name", killed, "")
@@ -97,7 +98,7 @@ def _forged(site: Site, guard: GuardProcess, listener: socket.socket) -> Iterato
             text = policy_of(_RULE).replace("\nrules:", f"\nforged_resets: {how}\nrules:")
             guard.ask("policy-apply", name="held.yaml", text=text)
             aim = _link(site, listener)
-            exact = segment_of(aim, "R")
+            exact = segment_of(aim, RST)
             before = _cpu(guard)
             with _flood(site, [_bent(exact, **change) for change in changes]) as sent:
                 p99[how] = quantiles(_times(links), n=100)[-1]

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from rstguard.engine.wire import RST
 from rstguard.lab.guard import GuardProcess
 from tests.bench.figures import Figure, at_most, seen
 from tests.bench.gateway import PORT, SERVER, Site, policy_of
@@ -93,7 +94,7 @@ def _held(site: Site, guard: GuardProcess, listener: Any) -> Iterator[Figure]:
     server = listener.accept()[0]
     link = Link(client, server)
     link.talk()
-    reset = segment_of(link, "R")
+    reset = segment_of(link, RST)
     site.run("client", "iptables", "-w", "-t", "raw", "-A", "PREROUTING", *_to(), "-j", "DROP")
     packets, size = _drawn(site, [reset])
     note = "three questions, and the RST of the server, which has died of it and is looked after"

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from rstguard.engine.wire import ACK, FIN
+from rstguard.lab.forging import POISON
 from rstguard.lab.waiting import wait_until
 from tests.support.forged import forge, state_of
 from tests.support.guard import Guard
@@ -27,7 +29,6 @@ rules:
 MD5 = 19, bytes(16)
 """A signature (RFC 2385) that the server has no key for: it takes no such segment."""
 CLOSED, ESTABLISHED, FIN_WAIT = 8, 3, 4
-POISON = (60_000, 90_000, 110_000, 128_000)
 
 
 @BOTH_FAMILIES
@@ -59,7 +60,7 @@ def test_a_fin_that_only_the_gateway_believes_hides_nothing(
         hoard = [web.connect(hoarder) for _ in range(20)]
         for link in hoard:
             link.talk()
-            forge(lab, link, "FA", options=(MD5,))
+            forge(lab, link, FIN | ACK, options=(MD5,))
         assert state_of(lab, hoard[-1]) == FIN_WAIT
         guard.apply(POLICY.replace("over: 100", "over: 5"))
         wait_until(lambda: sum(not is_dead(link.server) for link in hoard) == 5)

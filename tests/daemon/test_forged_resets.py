@@ -9,6 +9,7 @@ import socket
 import pytest
 
 from rstguard.engine.flow import TcpState
+from rstguard.engine.wire import ACK, FIN
 from rstguard.lab.waiting import wait_until
 from tests.support.forged import HOLDING, Since, abort, forge, state_of
 from tests.support.guard import Guard
@@ -54,7 +55,7 @@ def test_a_forged_fin_ends_nothing_and_an_honest_one_passes(
     links = [web.connect(source(v6)) for _ in range(10)]
     for link in links:
         link.talk()
-        forge(lab, link, "FA", name=name)
+        forge(lab, link, FIN | ACK, name=name)
     wait_until(lambda: since.counts("forged_resets") >= len(links))
     for link in links:
         link.talk()

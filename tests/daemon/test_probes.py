@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from rstguard.engine.segment import emit, probe
 from rstguard.engine.wire import ACK, Packet
 from rstguard.kernel.inject import Injector
 from rstguard.kernel.marks import Marks
-from tests.support.forged import numbers
+from rstguard.lab.forging import numbers, raw_socket
 from tests.support.guard import Guard
 from tests.support.network import ThreeHosts
 from tests.support.sources import BOTH_FAMILIES, source
@@ -43,8 +42,7 @@ def busy(lab: ThreeHosts, link: Link) -> Iterator[None]:
     # Just behind what was sent already: the tracker takes it, the server has to answer.
     old = emit(Packet(*path, (sends - 20) & 0xFFFFFFFF, expects, ACK, 512, 0))
     with lab.inside("client"):
-        family = socket.AF_INET6 if ":" in there else socket.AF_INET
-        raw = socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_RAW)
+        raw = raw_socket(":" in there)
     over = Event()
 
     def send() -> None:

@@ -14,8 +14,9 @@ import pytest
 from rstguard.engine.address import parse_address
 from rstguard.kernel.conntrack import Conntrack
 from rstguard.kernel.marks import Marks
+from rstguard.lab.forging import GUESSES, Forger
 from rstguard.lab.waiting import wait_until
-from tests.support.forging import GUESSES, Forger
+from tests.support.forged import forger
 from tests.support.guard import Guard
 from tests.support.network import OUTSIDE4, OUTSIDE6, ThreeHosts
 from tests.support.sources import BOTH_FAMILIES, source
@@ -69,10 +70,10 @@ def is_deceived(lab: ThreeHosts, victim: str) -> bool:
     return bool(flows)
 
 
-def flood(forger: Forger, guard: Guard, address: str) -> None:
+def flood(blind: Forger, guard: Guard, address: str) -> None:
     """Forge SYNs until they are too many, and many more; nobody is banned for them."""
     for _ in range(2):
-        forger.syns(range(20_000, 20_400))
+        blind.syns(range(20_000, 20_400))
         wait_until(lambda: guard.block_of(address) is not None)
         assert guard.block_of(address)["kind"] == "shun"
         wait_until(lambda: guard.block_of(address) is None)
@@ -86,11 +87,11 @@ def test_acks_tried_out_prove_nothing(lab: ThreeHosts, guard: Guard, serve: Open
         if trial >= 5 and deceived >= 2:
             break
         victim = silent(v6)
-        with Forger(lab, victim, service.address, PORT) as forger:
-            forger.handshake(1000)
+        with forger(lab, victim, service.address, PORT) as blind:
+            blind.handshake(1000)
             deceived += is_deceived(lab, victim)
             assert not explain(guard, victim)["proven"]
-            flood(forger, guard, victim)
+            flood(blind, guard, victim)
         assert not explain(guard, victim)["proven"]
     assert deceived >= 2, f"{GUESSES} ACKs did not even deceive the tracker"
 
@@ -102,15 +103,15 @@ def test_a_visitor_in_whose_name_acks_are_tried_out_is_served(
     service, visitor = serve(PORT, v6), source(v6)
     link = service.connect(visitor)
     link.talk()
-    with Forger(lab, visitor, service.address, PORT) as forger:
+    with forger(lab, visitor, service.address, PORT) as blind:
         for port in (1000, 1001):
-            forger.handshake(port)
+            blind.handshake(port)
             assert guard.block_of(visitor) is None
             link.talk()
         late = service.connect(visitor)  # a suspect's
         late.talk()
         assert explain(guard, visitor)["proven"]
-        flood(forger, guard, visitor)
+        flood(blind, guard, visitor)
     for one in (link, late):
         one.talk()
     assert not guard.events("ban", "syn-rate")
@@ -122,10 +123,10 @@ def test_handshakes_tried_out_do_not_ban_a_visitor_who_has_some_too(
 ) -> None:
     """Even a rule of some connections an hour bans nobody for connections that he never had."""
     service, visitor = serve(RARE, v6), silent(v6)
-    with Forger(lab, visitor, service.address, RARE) as forger:
+    with forger(lab, visitor, service.address, RARE) as blind:
         shuns = guard.events("shun", "rare")
         for port in range(1000, 1160):
-            forger.handshake(port)
+            blind.handshake(port)
             assert not guard.events("ban", "rare")
             if guard.events("shun", "rare") > shuns:
                 break
@@ -176,8 +177,8 @@ def test_a_wrong_ack_does_not_make_immune(
 ) -> None:
     """Silent connections of a suspect are ended beyond the limit; answered ones ban him."""
     service, attacker = serve(HOARD, v6), source(v6)
-    with Forger(lab, attacker, service.address, HOARD) as forger:
-        forger.acks(999, [1])
+    with forger(lab, attacker, service.address, HOARD) as blind:
+        blind.acks(999, [1])
     links = [service.connect(attacker) for _ in range(6)]
     wait_until(lambda: (guard.block_of(attacker) or {}).get("kind") == "shun")
     links[-1].wait_reset()
@@ -192,13 +193,13 @@ def test_a_forged_ack_does_not_take_a_proof_away(
     lab: ThreeHosts, guard: Guard, serve: Open
 ) -> None:
     service, visitor = serve(PORT), source(False)
-    with Forger(lab, visitor, service.address, PORT) as forger:
-        forger.acks(999, [1])
+    with forger(lab, visitor, service.address, PORT) as blind:
+        blind.acks(999, [1])
         with connect(lab, visitor, service.address, PORT):
             pass
         assert not explain(guard, visitor)["proven"]
         service.accept().close()
         service.connect(visitor).talk()
         assert explain(guard, visitor)["proven"]
-        forger.acks(999, [1])
+        blind.acks(999, [1])
         assert explain(guard, visitor)["proven"]

@@ -22,7 +22,7 @@ def lab(*words: str) -> subprocess.CompletedProcess[str]:
 def test_list_shows_every_scenario() -> None:
     done = lab("list", "--json")
     assert done.returncode == 0, done.stderr
-    assert len(json.loads(done.stdout)) == 8
+    assert len(json.loads(done.stdout)) == 13
 
 
 @pytest.mark.parametrize(
@@ -50,3 +50,16 @@ def test_a_port_scan_is_contained_and_the_clients_do_not_notice() -> None:
     assert guarded["reached"]["seconds_to_contain"] is not None
     assert [ban["source"] for ban in guarded["guard"]["bans"]] == ["192.0.2.66"]
     assert guarded["guard"]["leftovers"] == []
+
+
+@pytest.mark.netns
+def test_innocents_and_other_rules_keep_going_under_attacks_on_the_guard() -> None:
+    done = lab("run", "poisoned-window", "forged-resets", "cap", "--json", "--seconds", "4")
+    assert done.returncode == 0, done.stdout + done.stderr
+    poisoned, forged, cap = json.loads(done.stdout)["scenarios"]
+    for scenario, innocents in ((poisoned, 20), (forged, 40)):
+        assert scenario["without"]["innocents"]["lost"] > innocents // 2
+        assert scenario["with"]["innocents"] == {"innocents": innocents, "lost": 0, "refused": 0}
+    assert cap["with"]["guard"]["counts"]["capped"] == {"ssh-rate": 1}
+    bans = {(row["kind"], row["source"]) for row in cap["with"]["guard"]["bans"]}
+    assert {("ban", "192.0.2.66"), ("shun", "2001:db8:ba00::/48")} <= bans

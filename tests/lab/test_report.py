@@ -3,32 +3,38 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from io import StringIO
 
 import pytest
 from rich.console import Console
 
 from rstguard.lab.client import Request
+from rstguard.lab.containment import held_contained, rate_contained
+from rstguard.lab.innocents import Innocent
 from rstguard.lab.observer import Held, Observation, Sample
 from rstguard.lab.report import (
     Guard,
     Half,
+    Innocents,
     Legitimate,
     Reached,
     Result,
     document,
     guard_lines,
-    held_contained,
     legitimate,
     percentile,
-    rate_contained,
     reached,
+    sum_up,
     table,
 )
 from rstguard.lab.scenarios import find
 
 SYN_FLOOD = find("syn-flood")  # at most 50 SYNs in a second
 HOARD = find("idle-hoard")  # at most 100 connections held
+POISON = find("poisoned-window")  # no connection lost
+PROOF = find("forged-proof")  # at most 1 % of the legitimate requests failed
+NOBODY = Legitimate(0, 0, 0.0, None, None, {})
 
 
 @pytest.mark.parametrize(
@@ -120,7 +126,7 @@ def test_time_to_contain_counts_from_the_first_packet_at_the_server() -> None:
         [Sample(9.0, 99, 99), Sample(11.0, 0, 0), Sample(12.0, 300, 150), Sample(13.0, 10, 5)],
         [Held(12.0, 150, 7), Held(13.0, 300, 0), Held(14.0, 80, 0), Held(15.0, 60, 0)],
     )
-    assert reached(seen, HOARD, 10.0, 15.0) == Reached(
+    assert reached(seen, HOARD, 10.0, 15.0, NOBODY) == Reached(
         packets=310,
         syns=155,
         most_held=300,
@@ -128,6 +134,30 @@ def test_time_to_contain_counts_from_the_first_packet_at_the_server() -> None:
         held_at_end=80,
         seconds_to_contain=2.0,
     )
+
+
+@pytest.mark.parametrize(("lost", "contained"), [(0, 0.0), (1, None)])
+def test_lost_connections_of_innocents_are_not_contained(
+    lost: int, contained: float | None
+) -> None:
+    fared = Innocents(4, lost, refused=0)
+    seen = reached(Observation([], []), POISON, 0.0, 1.0, NOBODY, fared)
+    assert seen.seconds_to_contain == contained
+
+
+@pytest.mark.parametrize(("success", "contained"), [(99.0, 0.0), (98.9, None)])
+def test_failed_requests_are_not_contained(success: float, contained: float | None) -> None:
+    honest = replace(NOBODY, success_percent=success)
+    seen = reached(Observation([], []), PROOF, 0.0, 1.0, honest)
+    assert seen.seconds_to_contain == contained
+
+
+def test_innocents_are_counted_by_what_they_have_and_what_they_get() -> None:
+    fared = [
+        Innocent("a", keeps, served)
+        for keeps, served in ((True, True), (False, True), (False, False))
+    ]
+    assert sum_up(fared) == Innocents(3, lost=2, refused=1)
 
 
 def half(*, success: float, contained: float | None, guard: Guard | None = None) -> Half:
@@ -141,6 +171,18 @@ GUARD = Guard(
     [{"source": "192.0.2.66", "kind": "shun", "rule": "syn-rate", "remaining_s": 9}],
     [],
 )
+
+
+BANS = [
+    {"source": source, "kind": kind}
+    for source, kind in (
+        ("192.0.2.66", "ban"),
+        ("100.65.0.1", "shun"),
+        ("100.66.0.1", "ban"),
+        ("2001:db8:ba01:1::/64", "ban"),
+        ("2001:db8:c1::/64", "ban"),
+    )
+]
 
 
 def test_a_result_without_problems_passes() -> None:
@@ -172,6 +214,16 @@ def test_a_result_without_problems_passes() -> None:
             half(success=100.0, contained=0.1, guard=Guard(1.0, {}, [], ["set rstguard-ban4"])),
             "left behind: set rstguard-ban4",
         ),
+        (
+            None,
+            replace(half(success=100.0, contained=0.0), innocents=Innocents(9, 0, 2)),
+            "0 connections lost, 2 refused",
+        ),
+        (
+            None,
+            half(success=100.0, contained=0.1, guard=Guard(1.0, {}, BANS, [])),
+            "what others did: 100.66.0.1, 2001:db8:c1::/64",
+        ),
     ],
 )
 def test_what_fell_short_is_named(without: float | None, guarded: Half, words: str) -> None:
@@ -201,9 +253,28 @@ def test_the_table_shows_both_halves() -> None:
     assert rows["processor time of the guard"] == ["", "12.5 %"]
 
 
+def test_the_table_shows_how_innocents_fared() -> None:
+    without = replace(half(success=100.0, contained=None), innocents=Innocents(20, 20, 3))
+    guarded = replace(half(success=100.0, contained=0.0), innocents=Innocents(20, 0, 0))
+    console = Console(width=120, file=StringIO())
+    assert isinstance(console.file, StringIO)
+    console.print(table(Result(POISON, without, guarded)))
+    shown = console.file.getvalue()
+    assert "20 of 20" in shown
+    assert "3 of 20" in shown
+    assert "0 of 20" in shown
+
+
 def test_what_the_guard_did_is_told_in_lines() -> None:
     assert guard_lines(GUARD) == [
         "shun: 3 by syn-rate",
         "packets dropped on a worker's word: 1,200",
         "shun: 192.0.2.66 by syn-rate, 9 s to go",
+    ]
+
+
+def test_of_very_many_bans_some_are_shown() -> None:
+    assert guard_lines(replace(GUARD, bans=GUARD.bans * 12))[-2:] == [
+        "shun: 192.0.2.66 by syn-rate, 9 s to go",
+        "and 2 more",
     ]

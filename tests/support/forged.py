@@ -1,4 +1,4 @@
-"""Segments that an attacker makes by hand, with the exact numbers of a connection or near them."""
+"""Segments in others' names, sent from the hosts of a test."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import struct
 import time
 from typing import Any
 
+from rstguard.engine.wire import RST
 from rstguard.kernel.conntrack import Conntrack
+from rstguard.lab.forging import Forger, segment
 from tests.support.guard import Guard
 from tests.support.network import ThreeHosts
 from tests.support.traffic import Link
@@ -22,25 +24,9 @@ rules:
   - {name: resets, measure: reset_rate, over: 1000/s, then: drop}
 """
 """Holds RSTs, and has a worker look at those that pass."""
-_REPAIR, _REPAIR_OFF, _REPAIR_QUEUE, _QUEUE_SEQ = 19, -1, 20, 21
-_RECEIVED, _SENT = 1, 2
 _REPORTED = 0.6
 """Seconds within which a process of the guard has told what it counted."""
 _ETHER_IPV4, _ETHER_IPV6 = 0x0800, 0x86DD
-
-
-def numbers(one: socket.socket) -> tuple[int, int]:
-    """Return the number that a socket sends next, and the one that it expects (TCP_REPAIR)."""
-    tcp = socket.IPPROTO_TCP
-    one.setsockopt(tcp, _REPAIR, 1)
-    try:
-        found = []
-        for queue in (_SENT, _RECEIVED):
-            one.setsockopt(tcp, _REPAIR_QUEUE, queue)
-            found.append(one.getsockopt(tcp, _QUEUE_SEQ) & 0xFFFFFFFF)
-    finally:
-        one.setsockopt(tcp, _REPAIR, _REPAIR_OFF)
-    return found[0], found[1]
 
 
 def state_of(lab: ThreeHosts, link: Link) -> int | None:
@@ -53,12 +39,12 @@ def state_of(lab: ThreeHosts, link: Link) -> int | None:
 def forge(
     lab: ThreeHosts,
     link: Link,
-    flags: str = "R",
+    flags: int = RST,
     *,
     name: str = "client",
     ahead: int = 0,
     hops: int = 64,
-    options: tuple[Any, ...] = (),
+    options: tuple[tuple[int, bytes], ...] = (),
 ) -> None:
     """Send a segment in the name of one end, `ahead` of the number that the other end expects.
 
@@ -69,28 +55,15 @@ def forge(
 
 def segment_of(
     link: Link,
-    flags: str,
+    flags: int,
     name: str = "client",
     ahead: int = 0,
     hops: int = 64,
-    options: tuple[Any, ...] = (),
+    options: tuple[tuple[int, bytes], ...] = (),
 ) -> bytes:
     """Return the IP packet that `forge` sends."""
-    from scapy.layers.inet import IP, TCP
-    from scapy.layers.inet6 import IPv6
-
     one = link.client if name == "client" else link.server
-    sends, expects = numbers(one)
-    source, target = one.getsockname()[:2], one.getpeername()[:2]
-    v6 = ":" in source[0]
-    header = {"hlim" if v6 else "ttl": hops}
-    ip = (IPv6 if v6 else IP)(src=source[0], dst=target[0], **header)
-    sequence = (sends + ahead) & 0xFFFFFFFF
-    segment = TCP(
-        sport=source[1], dport=target[1], flags=flags, seq=sequence, ack=expects,
-        options=list(options),
-    )  # fmt: skip
-    return bytes(ip / segment)
+    return segment(one, flags, ahead=ahead, hops=hops, options=options)
 
 
 def send_into(lab: ThreeHosts, place: str, *packets: bytes) -> None:
@@ -109,7 +82,13 @@ def send_into(lab: ThreeHosts, place: str, *packets: bytes) -> None:
 
 def forge_many(lab: ThreeHosts, link: Link, count: int, *, name: str = "client") -> None:
     """Send as many exact RSTs in one end's name as fast as one can."""
-    send_into(lab, name, *[segment_of(link, "R", name=name)] * count)
+    send_into(lab, name, *[segment_of(link, RST, name=name)] * count)
+
+
+def forger(lab: ThreeHosts, source: str, target: str, port: int) -> Forger:
+    """Return who sends from the client's host in the name of `source`, to one service."""
+    with lab.inside("client"):
+        return Forger(source, target, port)
 
 
 class Since:

@@ -17,11 +17,10 @@ from rstguard.lab.network import stop
 from rstguard.lab.report import Legitimate, legitimate
 from rstguard.lab.run import collect, start_program
 from rstguard.lab.server import start_server
-from rstguard.lab.topology import NEW_CLIENTS, SERVER, Lab
+from rstguard.lab.topology import ATTACKERS_ROUTER, CLIENTS_ROUTER, NEW_CLIENTS, SERVER, Lab
 
 CALM_SECONDS = 2.0
 """Honest traffic alone, before the flood: what a guard learns, it learns here."""
-_CLIENTS_ROUTER, _ATTACKERS_ROUTER = "198.51.100.9", "192.0.2.67"
 _SENT = ("iptables", "-w", "-t", "raw")
 
 
@@ -107,15 +106,10 @@ def measure(flood: Flood, peer: Peer, number: int, seconds: float) -> Run:
 
 
 def _prepare(lab: Lab, flood: Flood) -> None:
-    """Give the new clients a home, forged sources a way that ends nowhere, wrk a counter.
-
-    Next hops have addresses of their own: a guard may spare them, and must not spare an attacker.
-    """
-    lab.ip("client", f"address add {_CLIENTS_ROUTER}/24 dev eth0")
-    lab.ip("attacker", f"address add {_ATTACKERS_ROUTER}/24 dev eth0")
+    """Give the new clients a home, forged sources a way that ends nowhere, wrk a counter."""
     lab.ip("client", f"route add local {NEW_CLIENTS} dev lo")
-    lab.ip("gateway", f"route add {NEW_CLIENTS} via {_CLIENTS_ROUTER}")
-    lab.ip("gateway", f"route add default via {_ATTACKERS_ROUTER}")
+    lab.ip("gateway", f"route add {NEW_CLIENTS} via {CLIENTS_ROUTER}")
+    lab.ip("gateway", f"route add default via {ATTACKERS_ROUTER}")
     if flood.server_cookies:
         lab.set("server", {"net/ipv4/tcp_syncookies": "1"})
     if not flood.sources:
