@@ -14,7 +14,7 @@ from rstguard.control.commands import Commands
 from rstguard.control.protocol import serve
 from rstguard.control.status import Status
 from rstguard.engine.ruleset import RuleSet
-from rstguard.kernel import cookies
+from rstguard.kernel import syn_budget
 from rstguard.kernel.footprint import Footprint
 from rstguard.observe.events import EventLog
 from rstguard.policy.compile import compile_policy
@@ -92,7 +92,7 @@ def build(options: Options) -> tuple[Supervisor, Commands, Service]:
         await asyncio.to_thread(footprint.replace, old, new, divert=not state.panic)
 
     async def pickup(_old: RuleSet, new: RuleSet) -> None:
-        if cookies.in_force(new):
+        if syn_budget.in_force(new):
             await asyncio.to_thread(footprint.forbid_pickup)
 
     followers += [

@@ -36,10 +36,10 @@ def ban_list(runtime_dir: RuntimeDir = DEFAULT_DIR, as_json: Json = False) -> No
         say("nobody is banned or shunned")
         return
     # As plain as can be: there may be a million, and scripts may read this, too.
-    titles = ("source", "kind", "rule")
+    titles = ("source", "kind", "answer", "rule")
     widths = [max(len(title), *(len(row[title]) for row in rows)) for title in titles]
     lines = [(*titles, "seconds left")]
-    lines += [(r["source"], r["kind"], r["rule"], _left(r["remaining_s"])) for r in rows]
+    lines += [(*(r[title] for title in titles), _left(r["remaining_s"])) for r in rows]
     for *words, left in lines:
         cells = [word.ljust(width) for word, width in zip(words, widths, strict=True)]
         say("  ".join([*cells, f"{left:>12}"]))

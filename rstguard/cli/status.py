@@ -22,6 +22,7 @@ def lines(data: Status) -> Iterator[str]:
     yield from _processes(data)
     blocked = data["blocked"]
     yield f"  blocked now: {blocked['ban']} banned, {blocked['shun']} shunned"
+    yield from _shun(data["shun"])
     yield from _budget(data["syn_budget"])
     yield from (f"  {sentence(event)}" for event in data["recent"][-_MOST_EVENTS:])
 
@@ -58,6 +59,17 @@ def _processes(data: Status) -> Iterator[str]:
             f"  learning limits: {learning['productive']} productive sources in "
             f"{learning['seconds']:.0f} s, {left}; take them with `rstguard policy learn --live`"
         )
+
+
+def _shun(shun: Status) -> Iterator[str]:
+    if shun["answer"] == "challenge":
+        known, cookies = len(shun["services"]), shun["cookies"]
+        yield (
+            f"  shunned sources are challenged at the {known} services whose offers are known: "
+            f"{cookies['sent']} cookies sent, {cookies['accepted']} came back"
+        )
+    elif shun["why_not"]:
+        yield f"  shunned sources are blocked, not challenged: {shun['why_not']}"
 
 
 def _budget(budget: Status | None) -> Iterator[str]:

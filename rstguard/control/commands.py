@@ -15,7 +15,7 @@ from rstguard.engine.verdict import Reason
 from rstguard.ipc.messages import Kill
 from rstguard.ipc.requests import ControlError, Request, text_of
 from rstguard.kernel import KernelError
-from rstguard.kernel.elements import MAX_SECONDS
+from rstguard.kernel.elements import MAX_SECONDS, Element
 from rstguard.kernel.footprint import Footprint
 from rstguard.kernel.seam import Kernel
 from rstguard.observe.events import Event
@@ -52,6 +52,7 @@ class Commands:
         self._bans = bans
         self._hearing = hearing
         self._upkeep = upkeep
+        self._status = status
         self._commands: dict[str, Command] = {
             "status": status.answer,
             "policy-show": self._policy_show,
@@ -62,7 +63,9 @@ class Commands:
             "kill": self._kill,
             "panic": self._panic,
             "events": self._events,
-            "explain": Explanations(kernel, guard, protected, hearing.explained).explain,
+            "explain": Explanations(
+                kernel, guard, protected, hearing.explained, lambda: status.challenges
+            ).explain,
             "nearest": Closest(kernel, guard, hearing.nearest).answer,
             **more,
         }
@@ -92,11 +95,18 @@ class Commands:
             {
                 "source": str(element.source),
                 "kind": element.kind,
+                "answer": self._answer_to(element),
                 "rule": element.rule,
                 "remaining_s": element.remaining,
             }
             for element in await self._bans.listed()
         ]
+
+    def _answer_to(self, element: Element) -> str:
+        """Return what the source's SYNs get: `challenge`, or what the policy calls `blocking`."""
+        may_prove = element.kind == "shun" and not element.keep_existing
+        challenged = may_prove and self._status.challenges
+        return "challenge" if challenged else self._guard.ruleset.blocking
 
     async def _ban_add(self, request: Request) -> object:
         source = _prefix(request)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from functools import partial
 
 from rstguard.engine.address import Prefix, address_text, is_v6, parse_address, source_key
@@ -20,8 +21,15 @@ class Explanations:
     """Asks workers and sweeper how a source stands, and the kernel for the rest."""
 
     def __init__(
-        self, kernel: Kernel, guard: Guard, protected: Protected, explained: Inquiry[Explained]
+        self,
+        kernel: Kernel,
+        guard: Guard,
+        protected: Protected,
+        explained: Inquiry[Explained],
+        challenges: Callable[[], bool],
     ) -> None:
+        """`challenges` tells whether a shunned source is answered with SYN cookies now."""
+        self._challenging = challenges
         self._kernel = kernel
         self._guard = guard
         self._protected = protected
@@ -79,7 +87,10 @@ class Explanations:
         for element in elements:
             left = "for ever" if element.remaining is None else f"for {element.remaining} s yet"
             kind = "banned" if element.kind == "ban" else "shunned"
-            return f"{kind} as {element.source} by rule {element.rule}, {left}"
+            sentence = f"{kind} as {element.source} by rule {element.rule}, {left}"
+            if element.kind == "shun" and not element.keep_existing and self._challenging():
+                return f"{sentence}: challenged, who returns a SYN cookie is served"
+            return sentence
         if proven:
             return "free; its address is real: a server has lately answered it with data"
         return "free; whether its address is real is not known: no server has lately answered it"

@@ -9,7 +9,7 @@ from typing import Final
 from rstguard import __version__
 from rstguard.engine.shedding import SHED, Level
 from rstguard.ipc.requests import Request
-from rstguard.kernel.cookies import in_force
+from rstguard.kernel import challenge, syn_budget
 from rstguard.kernel.footprint import Footprint
 from rstguard.kernel.nfqueue import QueueState
 from rstguard.kernel.seam import Kernel
@@ -108,6 +108,7 @@ class Status:
             },
             "asker": self._asker(),
             "blocked": self._blocked,
+            "shun": self._shun(),
             "syn_budget": self._syn_budget(now),
             "productive": self._productive(),
             "learning": self._learning.status,
@@ -154,15 +155,40 @@ class Status:
         least = min((rule.unless.productive for rule in rules if rule.unless), default=0)
         return sum(percent >= least for percent in self._guard.productive.percents.values())
 
+    def _shun(self) -> dict[str, object]:
+        """Return what a shunned source gets: at `services` a challenge; and why not, or ""."""
+        ruleset, footprint = self._guard.ruleset, self._footprint
+        known = [str(one) for one in footprint.known if ruleset.scope.protects(*one)]
+        challenges = self.challenges
+        return {
+            "answer": "challenge" if challenges else ruleset.blocking,
+            "services": known if challenges else [],
+            "cookies": self._cookies if challenges else {},
+            "why_not": self._no_challenge if challenge.in_force(ruleset) else "",
+        }
+
+    @property
+    def challenges(self) -> bool:
+        """Whether SYNs of shunned sources are answered with SYN cookies now."""
+        return challenge.in_force(self._guard.ruleset) and not self._no_challenge
+
+    @property
+    def _cookies(self) -> dict[str, int]:
+        return {**self._budget.counts._asdict(), "late": self._budget.late}
+
+    @property
+    def _no_challenge(self) -> str:
+        return self._footprint.no_challenge or self._budget.problem
+
     def _syn_budget(self, now: float) -> object:
         """Return the state of the SYN budget, or None if the policy has none that acts."""
         budget = self._guard.ruleset.syn_budget
-        if budget is None or not in_force(self._guard.ruleset):
+        if budget is None or not syn_budget.in_force(self._guard.ruleset):
             return None
         since = self._budget.engaged
         return {
             "rate": budget.rate,
-            "cookies": {**self._budget.counts._asdict(), "late": self._budget.late},
+            "cookies": self._cookies,
             "services": [
                 {
                     "service": str(service),

@@ -20,6 +20,9 @@ from rstguard.engine.wire import ACK, FIN, RST, SYN, Malformed, Packet, options,
 
 FORGET_AFTER = 60 * SECOND
 """How long (ns) an answer counts against poorer ones."""
+KEPT_FOR = 600 * SECOND
+"""How long (ns) a service that answers no more keeps its place from others: where there are more
+services than places, the rules must not be rewritten without end."""
 FORGET_SAMPLES = 8
 """Poor answers it takes, besides, to forget a better one."""
 
@@ -93,7 +96,7 @@ class _Known:
 
 
 class Offers:
-    """The offers of at most `most` services; one unseen for longest makes room for a new one."""
+    """The offers of at most `most` services; one unseen for long makes room for a new one."""
 
     def __init__(self, most: int = 256) -> None:
         self._most = most
@@ -113,7 +116,10 @@ class Offers:
         known = self._known.get(service)
         if known is None:
             if len(self._known) >= self._most:
-                del self._known[min(self._known, key=lambda other: self._known[other].seen_at)]
+                oldest = min(self._known, key=lambda other: self._known[other].seen_at)
+                if now - self._known[oldest].seen_at < KEPT_FOR:
+                    return False
+                del self._known[oldest]
             self._known[service] = _Known(offer, now)
             return True
         known.seen_at = now

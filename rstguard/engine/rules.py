@@ -139,16 +139,32 @@ def make_meter(rule: Rule, percents: Mapping[int, int]) -> Meter | None:
         checks, proofs = _rate_checks(rule, counts, percents)
         return Meter(rule, checks, proofs, exhaust, used, nearest)
     if rule.measure in _DISTINCT_MAKERS:
-        distinct = Distinct(rule.limit, rule.within)
-
-        def tried(source: int, now: int) -> float:
-            return distinct.count(key_of(rule, source), now) / max(rule.limit, 1)
-
-        make = _DISTINCT_MAKERS[rule.measure]
-        bans = rule.action is Action.BAN and rule.measure not in NEVER_BANS
-        proofs = make(rule, Distinct(rule.limit, rule.within)) if bans else {}
-        return Meter(rule, make(rule, distinct), proofs, used=tried, nearest=distinct.nearest)
+        return _distinct(rule)
     return Meter(rule, _stalled(rule)) if rule.measure is Measure.STALLED else None
+
+
+def _distinct(rule: Rule) -> Meter:
+    """What clients that returned a SYN cookie try counts apart, as in `_syn_rate`."""
+    usual, returned = (Distinct(rule.limit, rule.within) for _ in range(2))
+    make = _DISTINCT_MAKERS[rule.measure]
+    checks, apart = make(rule, usual), make(rule, returned)
+    forgeable, real = checks[Kind.SYN], apart[Kind.SYN]
+
+    def check(packet: Packet, now: int) -> bool:
+        return real(packet, now) if packet[9] & KNOWN else forgeable(packet, now)
+
+    def used(source: int, now: int) -> float:
+        key = key_of(rule, source)
+        return max(one.count(key, now) for one in (usual, returned)) / max(rule.limit, 1)
+
+    def nearest(most: int, now: int) -> Iterator[list[tuple[int, float]]]:
+        for one in (usual, returned):
+            yield from one.nearest(most, now)
+
+    bans = rule.action is Action.BAN and rule.measure not in NEVER_BANS
+    # The proof is asked first, and to count a target twice is to count it once.
+    proofs = apart if bans else {}
+    return Meter(rule, {**checks, Kind.SYN: check}, proofs, used=used, nearest=nearest)
 
 
 def _limiter(rule: Rule, percents: Mapping[int, int]) -> Limiter:
@@ -291,11 +307,14 @@ def _distinct_hosts(rule: Rule, tried: Distinct) -> dict[Kind, Check]:
 
 
 def _half_open(rule: Rule, pending: Distinct) -> dict[Kind, Check]:
-    """A SYN opens, the first ACK the kernel accepts takes it back."""
+    """A SYN opens, the first ACK the kernel accepts takes it back.
+
+    A SYN of a returned SYN cookie opens nothing: its handshake is over.
+    """
     key = key_function(rule)
 
     def opened(packet: Packet, now: int) -> bool:
-        return pending.over(key(packet), _flow_key(packet), now)
+        return not packet.state & KNOWN and pending.over(key(packet), _flow_key(packet), now)
 
     def completed(packet: Packet, now: int) -> bool:
         pending.forget(key(packet), _flow_key(packet))

@@ -5,9 +5,10 @@ be told from one that is not, and left alone.
 
 Own chains only, each reached by one jump from a built-in chain.  The way of a packet:
 
-- raw PREROUTING drops the SYNs, and all that is not TCP, of banned sources, and the SYNs of
-  shunned ones, before the connection tracker pays for them.  raw OUTPUT keeps our own probes
-  away from the tracker.
+- raw PREROUTING drops the SYNs, and all that is not TCP, of banned sources, and the SYNs of gated
+  and shunned ones, before the connection tracker pays for them; of shunned ones those that are
+  answered with SYN cookies are kept from it (`rstguard.kernel.challenge`).  raw OUTPUT keeps our
+  own probes away from the tracker.
 - mangle PREROUTING tells what a packet is and diverts it into the queue if a rule of the policy
   needs to see it.  Connections that need nothing more leave the chain at its second rule.  It
   comes last in the built-in chain: after the queue a packet goes on at the next hook, and the
@@ -153,7 +154,7 @@ def _blocked(matching: Matching) -> tuple[str, ...]:
     return (
         f"-p tcp -m tcp ! --tcp-flags {SYN_ONLY} -j RETURN",
         f"{matching.hit('ban')} -j DROP",
-        f"-p tcp {matching.hit('shun')} -j DROP",
+        *(f"-p tcp {matching.hit(name)} -j DROP" for name in ("gate", "shun")),
     )
 
 
@@ -163,5 +164,6 @@ def _refused(matching: Matching) -> tuple[str, ...]:
     kind = "tcp-reset" if matching.ruleset.blocking == "reset" else unreachable
     return (
         f"-p tcp {matching.hit('ban')} -j REJECT --reject-with {kind}",
+        f"-p tcp {matching.hit('gate')} -j REJECT --reject-with {kind}",
         f"-p tcp {matching.hit('shun')} -j REJECT --reject-with {kind}",
     )

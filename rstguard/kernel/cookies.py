@@ -1,12 +1,11 @@
-"""The SYN budget: above it the kernel answers a service's SYNs with SYN cookies.  Pure.
+"""SYN cookies: the kernel answers SYNs in a server's place, and passes on who returns one.  Pure.
 
-The way of a connection while its service is over budget (numbers: hook priorities need no knowing):
+Whose SYNs are answered is decided in raw PREROUTING: all of a service that is over its SYN budget
+(`rstguard.kernel.syn_budget`), which are kept from the tracker, and those of shunned sources
+(`rstguard.kernel.challenge`).  From there the way is nearly one:
 
-- raw PREROUTING: hashlimit counts the SYNs of each service.  With --hashlimit-rate-match it is a
-  switch, not a valve (rateinfo_recalc in net/netfilter/xt_hashlimit.c): over the rate within the
-  running second or in the last one, *every* SYN matches.  Those are noted in the set
-  rstguard-engaged and kept from the tracker.
-- filter INPUT and FORWARD: SYNPROXY answers them, and takes the ACKs that carry a cookie.
+- filter INPUT and FORWARD: SYNPROXY answers them (those of shunned sources behind all rules there,
+  in the table "security"), and takes the ACKs that carry a cookie.
 - OUTPUT: for each of those ACKs it opens the connection to the server, with the client's address as
   source.  That SYN is what the engine judges, as a SYN and as a completed handshake in one.
 
@@ -24,90 +23,90 @@ Three things the kernel does not do by itself, each found by trial on 6.18:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from rstguard.engine.address import address_text, is_v6
-from rstguard.engine.offers import Offer, Service
 from rstguard.engine.ruleset import Divert, RuleSet
+from rstguard.kernel import challenge, syn_budget
 from rstguard.kernel.chains import Jump, Plan
-from rstguard.kernel.counting import LARGEST_RATE, gate, syns, table_size
+from rstguard.kernel.counting import syns
 from rstguard.kernel.marks import Labels, Marks
-from rstguard.kernel.matching import SYN_ONLY, interface_names, negated
+from rstguard.kernel.matching import interface_names, negated
 from rstguard.kernel.names import PREFIX, set_name
 from rstguard.kernel.proof import label
+from rstguard.kernel.services import SYN, UNTRACKED, Known, Services
 
-ENGAGED_SECONDS = 60
-"""How long after its last cookie a service's ACKs are still searched for cookies."""
 LOG_GROUP = 5640
 """NFLOG group of the sampled SYN-ACKs, and of the SYNs that came too late for their cookie."""
 _LOG_BYTES = 160  # IPv6 header, one extension header, TCP header with all options
-_BOUND_SECONDS = 2
-"""How long the count of a service without cookies is kept after its last SYN."""
-
-_SYN = f"-p tcp -m tcp --tcp-flags {SYN_ONLY}"
 _SYN_ACK = "-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK SYN,ACK"
 _PLAIN_ACK = "-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK ACK"
 _TIMESTAMP = 8  # TCPOPT_TIMESTAMP
 _NO_SOCKET = "-m owner ! --socket-exists"
 
-Known = Mapping[Service, Offer]
+
+def wanted(ruleset: RuleSet) -> bool:
+    """Tell whether a policy may have cookies given out, for whichever reason."""
+    return syn_budget.in_force(ruleset) or challenge.in_force(ruleset)
 
 
-def in_force(ruleset: RuleSet) -> bool:
-    """Tell whether the policy has a budget that may act: one that observes changes nothing."""
-    return ruleset.syn_budget is not None and ruleset.enforce
-
-
-def engaged_set(family: int) -> str:
-    """Return the name of the set of services that were lately over budget."""
-    return set_name("engaged", family)
-
-
-def with_budget(plan: Plan, ruleset: RuleSet, family: int, known: Known) -> Plan:
-    """Return a policy's plan with its SYN budget, for the services whose offers are known."""
-    if not in_force(ruleset):
+def with_cookies(plan: Plan, ruleset: RuleSet, family: int, known: Known) -> Plan:
+    """Return a policy's plan with what gives out cookies, for services whose offers are known."""
+    if not wanted(ruleset):
         return plan
-    of_family = {s: o for s, o in known.items() if is_v6(s.address) == (family == 6)}
-    build = _Build(ruleset, family, of_family)
+    services = Services(ruleset, family, known)
+    build = _Build(services)
     chains = {table: dict(of_table) for table, of_table in plan.chains.items()}
     raw, mangle, filters = chains["raw"], chains["mangle"], chains["filter"]
-    raw[f"{PREFIX}-raw"] += build.on_interfaces(f"-i {{}} {_SYN} -j {PREFIX}-budget")
-    raw[f"{PREFIX}-budget"] = build.budget()
-    raw[f"{PREFIX}-over"] = build.over()
     raw[f"{PREFIX}-answer"] = build.answer()
     raw[f"{PREFIX}-opening"] = build.opening()
-    *before, last = mangle[f"{PREFIX}-syn"]
-    to_queue = (f"-j {PREFIX}-syns", f"-j {PREFIX}-count")
-    bound = build.bound() if last in to_queue else ()
-    untracked = "-m conntrack --ctstate UNTRACKED -j RETURN"
-    mangle[f"{PREFIX}-syn"] = (untracked, *before, *bound, last)
-    # An ACK with a cookie belongs to no connection yet, and is no stray.
-    mangle[f"{PREFIX}-invalid"] = (
-        f"{_PLAIN_ACK} {build.engaged()} -j RETURN",
-        *mangle[f"{PREFIX}-invalid"],
-    )
     mangle[f"{PREFIX}-proved"] = build.proved()
     if ruleset.kernel_rule:
         mangle[f"{PREFIX}-returned"] = syns(ruleset, family, returned=True)
     mangle[f"{PREFIX}-joined"] = build.joined()
-    mangle[f"{PREFIX}-offers"] = build.on_interfaces(f"-o {{}} -j {PREFIX}-sample")
+    on_interfaces = build.on_interfaces
+    mangle[f"{PREFIX}-offers"] = on_interfaces(f"-o {{}} -j {PREFIX}-sample")
     mangle[f"{PREFIX}-sample"] = build.sample()
-    filters[f"{PREFIX}-cookies"] = build.on_interfaces(f"-i {{}} -j {PREFIX}-proxy")
+    filters[f"{PREFIX}-cookies"] = on_interfaces(f"-i {{}} -j {PREFIX}-proxy")
     filters[f"{PREFIX}-proxy"] = build.proxy()
-    return replace(plan, chains=chains, jumps=(*plan.jumps, *_jumps(build.marks)))
+    if syn_budget.in_force(ruleset):
+        raw[f"{PREFIX}-raw"] += on_interfaces(f"-i {{}} {SYN} -j {PREFIX}-budget")
+        raw[f"{PREFIX}-budget"] = syn_budget.budget(services)
+        raw[f"{PREFIX}-over"] = syn_budget.over(services)
+        *before, last = mangle[f"{PREFIX}-syn"]
+        to_queue = last in (f"-j {PREFIX}-syns", f"-j {PREFIX}-count")
+        bound = syn_budget.bound(services) if to_queue else ()
+        mangle[f"{PREFIX}-syn"] = (f"{UNTRACKED} -j RETURN", *before, *bound, last)
+        # An ACK with a cookie belongs to no connection yet, and is no stray.
+        searched = f"{_PLAIN_ACK} {syn_budget.engaged(family)} -j RETURN"
+        mangle[f"{PREFIX}-invalid"] = (searched, *mangle[f"{PREFIX}-invalid"])
+    if challenge.in_force(ruleset):
+        raw[f"{PREFIX}-blocked"] = challenge.blocked(services)
+        raw[f"{PREFIX}-challenge"] = challenge.challenge(services)
+        raw[f"{PREFIX}-answered"] = challenge.answered(services)
+        mangle[f"{PREFIX}-syn"] = (*challenge.begun(services), *mangle[f"{PREFIX}-syn"])
+        strays = challenge.invalid(services)
+        mangle[f"{PREFIX}-invalid"] = (*strays, *mangle[f"{PREFIX}-invalid"])
+        if (refused := filters.get(f"{PREFIX}-refused")) is not None:
+            filters[f"{PREFIX}-refused"] = challenge.refused(services, refused)
+        chains["security"] = {
+            f"{PREFIX}-shunned": challenge.shunned(services),
+            f"{PREFIX}-give": challenge.give(services),
+        }
+    jumps = _jumps(services.marks, challenge.in_force(ruleset))
+    return replace(plan, chains=chains, jumps=(*plan.jumps, *jumps))
 
 
-def _jumps(marks: Marks) -> tuple[Jump, ...]:
+def _jumps(marks: Marks, challenges: bool) -> tuple[Jump, ...]:
     opening = f"-m mark --mark {marks.to_queue_known}"
     begun = "-m conntrack --ctstate ESTABLISHED --ctdir ORIGINAL"
     unsaved = f"-m conntrack --ctdir ORIGINAL -m mark ! --mark {marks.none}"
     lost = "-p tcp -m tcp --tcp-flags FIN,RST NONE -m conntrack --ctstate INVALID,UNTRACKED"
     template = "-m conntrack --ctstate NEW"
+    last = [Jump("security", hook, SYN, f"{PREFIX}-shunned") for hook in ("INPUT", "FORWARD")]
     return (
         Jump("raw", "OUTPUT", f"{_SYN_ACK} {_NO_SOCKET}", f"{PREFIX}-answer"),
-        Jump("raw", "OUTPUT", f"{_SYN} {template} {_NO_SOCKET}", f"{PREFIX}-opening"),
-        Jump("mangle", "OUTPUT", f"{_SYN} {opening}", f"{PREFIX}-proved", last=True),
+        Jump("raw", "OUTPUT", f"{SYN} {template} {_NO_SOCKET}", f"{PREFIX}-opening"),
+        Jump("mangle", "OUTPUT", f"{SYN} {opening}", f"{PREFIX}-proved", last=True),
         Jump(
             "mangle",
             "OUTPUT",
@@ -119,84 +118,36 @@ def _jumps(marks: Marks) -> tuple[Jump, ...]:
         Jump("mangle", "POSTROUTING", f"-p tcp {unsaved}", f"{PREFIX}-save"),
         Jump("filter", "INPUT", lost, f"{PREFIX}-cookies"),
         Jump("filter", "FORWARD", lost, f"{PREFIX}-cookies"),
+        *(last if challenges else ()),
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _Build:
-    """The budget's rules for one policy and address family."""
+    """The rules of that way, for one policy and address family."""
 
-    ruleset: RuleSet
-    family: int
-    known: Known
+    services: Services
+
+    @property
+    def ruleset(self) -> RuleSet:
+        return self.services.ruleset
+
+    @property
+    def family(self) -> int:
+        return self.services.family
 
     @property
     def marks(self) -> Marks:
-        return Marks(self.ruleset.marks)
+        return self.services.marks
 
     def on_interfaces(self, rule: str) -> tuple[str, ...]:
         return tuple(rule.format(name) for name in interface_names(self.ruleset))
 
-    def engaged(self) -> str:
-        return f"-m set --match-set {engaged_set(self.family)} dst,dst"
-
-    def for_each(self, rule: str, towards: bool = True) -> tuple[str, ...]:
-        """Return a rule for each known service, in the direction towards it or from it."""
-        way, port = ("-d", "--dport") if towards else ("-s", "--sport")
-        return tuple(
-            f"{way} {address_text(s.address)} -p tcp -m tcp {port} {s.port} {rule}"
-            for s in self.known
-        )
-
-    def budget(self) -> tuple[str, ...]:
-        """Only SYNs come here.  Who is blocked or trusted goes the usual way."""
-        budget = self.ruleset.syn_budget
-        assert budget is not None
-        rate = min(budget.rate, LARGEST_RATE)
-        # A table lives on with its old rate under its name: another rate needs another name.
-        table = f"{PREFIX}{self.family}-{rate}"
-        over = (
-            f"-m hashlimit --hashlimit-above {rate}/sec --hashlimit-burst 1"
-            f" --hashlimit-mode dstip,dstport --hashlimit-name {table}"
-            f" --hashlimit-rate-match --hashlimit-rate-interval 1 -j {PREFIX}-over"
-        )
-        rules = self.for_each(over)
-        exempt = []
-        if self.ruleset.scope.trusted:
-            exempt.append("trusted")
-        if self.ruleset.blocking != "drop":  # they are answered later, in the filter table
-            exempt += ["ban", "shun"]
-        names = (set_name(name, self.family) for name in exempt)
-        return (*(f"-m set --match-set {name} src -j RETURN" for name in names), *rules)
-
-    def bound(self) -> tuple[str, ...]:
-        """The SYNs of a service without cookies that are too many for the queue.
-
-        The engine does not see them; they pass or not as when it is overrun.  So do those that are
-        too many for the table.  Where every port is protected a host counts as one service.
-        """
-        budget = self.ruleset.syn_budget
-        assert budget is not None
-        rate = min(budget.rate, LARGEST_RATE)
-        mode = "dstip" if self.ruleset.scope.ports is None else "dstip,dstport"
-        verdict = "RETURN" if self.ruleset.fail_open else "DROP"
-        name = f"{PREFIX}{self.family}-queue"
-        rule = (
-            f"-m hashlimit --hashlimit-above {rate}/sec --hashlimit-burst {rate}"
-            f" --hashlimit-mode {mode} --hashlimit-name {name}-{rate}"
-            f" {table_size(_BOUND_SECONDS)} -j {verdict}"
-        )
-        return (f"{gate(f'{name}-all', _BOUND_SECONDS)} -j {verdict}", rule)
-
-    def over(self) -> tuple[str, ...]:
-        add = f"-j SET --add-set {engaged_set(self.family)} dst,dst --exist"
-        return (f"{add} --timeout {ENGAGED_SECONDS}", "-j CT --notrack")
-
     def answer(self) -> tuple[str, ...]:
-        return self.for_each("-j CT --notrack", towards=False)
+        return self.services.for_each("-j CT --notrack", towards=False)
 
     def opening(self) -> tuple[str, ...]:
-        return self.for_each(f"-j MARK --set-xmark {self.marks.to_queue_known}")
+        return self.services.for_each(f"-j MARK --set-xmark {self.marks.to_queue_known}")
 
     def proved(self) -> tuple[str, ...]:
         """SYNPROXY's SYN, which must begin a new connection in the tracker.
@@ -243,7 +194,7 @@ class _Build:
             "-m conntrack --ctstate DNAT -j RETURN",
         ]
         budget = self.ruleset.syn_budget
-        if budget is not None and budget.ports is not None:
+        if not self.ruleset.challenge and budget is not None and budget.ports is not None:
             rules.append(f"-p tcp -m set ! --match-set {set_name('budget-ports')} src -j RETURN")
         for kind, offers in (("rich", "--tcp-option 3"), ("poor", "! --tcp-option 3")):
             rules.append(
@@ -255,23 +206,17 @@ class _Build:
         return tuple(rules)
 
     def proxy(self) -> tuple[str, ...]:
-        """What belongs to no connection, is neither FIN nor RST, and goes to an engaged service.
+        """What belongs to no connection, is neither FIN nor RST, and may have to do with cookies.
 
-        Of the rest SYNPROXY takes the ACKs that bring a cookie back, and drops the others.
+        It goes to an engaged service, or comes from a challenged source.  Of it SYNPROXY takes the
+        former's SYNs and the ACKs that bring a cookie back, and drops the others.
         """
-        rules = [f"-p tcp {negated(self.engaged())} -j RETURN"]
-        rules += [
-            f"-d {address_text(s.address)} -p tcp -m tcp --dport {s.port} -j SYNPROXY {_options(o)}"
-            for s, o in self.known.items()
-        ]
-        return tuple(rules)
-
-
-def _options(offer: Offer) -> str:
-    """Window scale and SACK travel in the time stamp's cookie: without one they cannot be had."""
-    options = f"--mss {offer.mss}"
-    if offer.timestamps:
-        options += " --timestamp"
-        options += " --sack-perm" if offer.sack else ""
-        options += f" --wscale {offer.scale}" if offer.scale >= 0 else ""
-    return options
+        engaged = ""
+        if syn_budget.in_force(self.ruleset):
+            engaged = f" {negated(syn_budget.engaged(self.family))}"
+        if challenge.in_force(self.ruleset):
+            challenged = f" {negated(challenge.challenged(self.services))}"
+            rules = [f"{SYN}{engaged} -j RETURN", f"-p tcp{engaged}{challenged} -j RETURN"]
+        else:
+            rules = [f"-p tcp{engaged} -j RETURN"]
+        return (*rules, *self.services.for_each_offer("-j SYNPROXY"))

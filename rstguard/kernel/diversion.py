@@ -86,7 +86,7 @@ class Diversion(Matching):
         """New SYNs: from here on their connections are guarded."""
         rules = [*self.unless_trusted(), *self.in_scope()]
         if self.ruleset.blocking != "drop":  # they are answered later, in the filter table
-            rules += [f"{self.hit(name)} -j RETURN" for name in ("ban", "shun")]
+            rules += [f"{self.hit(name)} -j RETURN" for name in ("ban", "gate", "shun")]
         marks = self.marks
         begins = f"-m conntrack --ctstate NEW -m connmark --mark {marks.unguarded}"
         rules.append(f"{begins} -j CONNMARK --set-xmark {marks.guarded}")

@@ -13,7 +13,7 @@ from rstguard.engine.ruleset import RULE_NAME, SECOND
 from rstguard.engine.verdict import Ban, Shun
 from rstguard.kernel import NotPermitted
 from rstguard.kernel.command import Commands
-from rstguard.kernel.names import BAN_SETS, SHUN_SETS
+from rstguard.kernel.names import BAN_SETS, GATE_SETS, SHUN_SETS
 
 Kind = Literal["ban", "shun"]
 
@@ -27,7 +27,8 @@ class Element(NamedTuple):
     `rule` is the policy's rule, a name of 1-48 letters, digits, "-", "_" and "."; it is "" only in
     a listing, for an element that somebody added by hand without a comment.  `remaining` is in
     seconds (1-2,147,483), or None for ever.  `keep_existing` is a ban that drops new SYNs only and
-    leaves the source's connections alone: it lives in the set of the shunned.
+    leaves the source's connections alone, or a shun that drops them whatever they might prove: of
+    a gated network, or in a ban's place.  These live in the set of the gated.
     """
 
     source: Prefix
@@ -39,8 +40,8 @@ class Element(NamedTuple):
     @property
     def set_name(self) -> str:
         """The set that holds the element."""
-        shunned = self.kind == "shun" or self.keep_existing
-        return (SHUN_SETS if shunned else BAN_SETS)[is_v6(self.source.network)]
+        sets = GATE_SETS if self.keep_existing else SHUN_SETS if self.kind == "shun" else BAN_SETS
+        return sets[is_v6(self.source.network)]
 
     @property
     def lasts(self) -> float:
@@ -64,7 +65,7 @@ def element_of(effect: Ban | Shun) -> Element:
     seconds = min(max(1, -(-effect.duration // SECOND)), MAX_SECONDS)
     if isinstance(effect, Ban):
         return Element(effect.source, "ban", effect.rule, seconds, effect.keep_existing)
-    return Element(effect.source, "shun", effect.rule, seconds)
+    return Element(effect.source, "shun", effect.rule, seconds, effect.withheld)
 
 
 def ipset(kernel: Commands, *arguments: str, text: str = "") -> str:

@@ -6,11 +6,23 @@ import logging
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from rstguard.engine.offers import Offer, Service
 from rstguard.engine.ruleset import RuleSet
-from rstguard.kernel import KernelError, chains, clearing, cookies, holding, ipset, iptables, sysctl
+from rstguard.kernel import (
+    KernelError,
+    chains,
+    challenge,
+    clearing,
+    cookies,
+    holding,
+    ipset,
+    iptables,
+    syn_budget,
+    sysctl,
+)
 from rstguard.kernel.diversion import queues_for
 from rstguard.kernel.marks import Marks
 from rstguard.kernel.seam import Kernel
@@ -20,6 +32,7 @@ log = logging.getLogger(__name__)
 RECORD_NAME = "sysctls.json"
 
 _COUNT = "net.netfilter.nf_conntrack_count"
+(_LOOSE,) = sysctl.STRICT_PICKUP
 
 
 class Footprint:
@@ -36,6 +49,8 @@ class Footprint:
         """What is in the kernel since the last `divert`."""
         self._clears = True
         """Whether our bits come off packets before they are routed (`rstguard.kernel.clearing`)."""
+        self.no_challenge = ""
+        """Why shunned sources are dropped though the policy would challenge them, or ""."""
         self._whole = threading.RLock()  # nobody is to see the rules half changed
         self._ended = False
 
@@ -80,8 +95,29 @@ class Footprint:
         """
         with self._changing():
             self._clear(ruleset)
-            self._placed = iptables.apply(self._kernel, self._plans(ruleset))
+            self._placed = self._put(ruleset)
             self._prune(ruleset)
+
+    def _put(self, ruleset: RuleSet) -> dict[int, iptables.Present]:
+        """Without SYN cookies the guard works as well: who is shunned is then dropped."""
+        before, self.no_challenge = self.no_challenge, self._obstacle(ruleset)
+        try:
+            return iptables.apply(self._kernel, self._plans(ruleset))
+        except KernelError as error:
+            optional = challenge.in_force(ruleset) and not syn_budget.in_force(ruleset)
+            if self.no_challenge or not optional:
+                raise
+            self.no_challenge = str(error)
+            placed = iptables.apply(self._kernel, self._plans(ruleset))
+            if not before:
+                log.warning("shunned sources are dropped, not challenged: %s", error)
+            return placed
+
+    def _obstacle(self, ruleset: RuleSet) -> str:
+        """While pure ACKs are taken for older connections no cookie can be told from those."""
+        if not challenge.in_force(ruleset) or self._kernel.read_sysctl(_LOOSE) == "0":
+            return ""
+        return f"connections from before the guard are still taken up ({_LOOSE})"
 
     def _clear(self, ruleset: RuleSet) -> None:
         """Without it the guard works as well; who marks packets for routing must know."""
@@ -167,9 +203,11 @@ class Footprint:
 
     def rules(self, ruleset: RuleSet) -> dict[str, str]:
         """Return the rules of a policy as text, by "IPv4" and "IPv6"."""
-        return rules_text(ruleset, self.queues, self.known)
+        return _texts(self._plans(ruleset))
 
     def _plans(self, ruleset: RuleSet) -> dict[int, chains.Plan]:
+        if self.no_challenge:
+            ruleset = replace(ruleset, challenge=False)
         return _plans(ruleset, self.queues, self.known)
 
     def end(self) -> None:
@@ -227,9 +265,11 @@ def rules_text(
     ruleset: RuleSet, queues: range, known: Mapping[Service, Offer] | None = None
 ) -> dict[str, str]:
     """Return the iptables rules of a policy as iptables-restore reads them, by address family."""
-    return {
-        f"IPv{family}": _text(plan) for family, plan in _plans(ruleset, queues, known or {}).items()
-    }
+    return _texts(_plans(ruleset, queues, known or {}))
+
+
+def _texts(plans: Mapping[int, chains.Plan]) -> dict[str, str]:
+    return {f"IPv{family}": _text(plan) for family, plan in plans.items()}
 
 
 def _text(plan: chains.Plan) -> str:
@@ -250,6 +290,6 @@ def _plans(
     plans = {}
     for family in (4, 6):
         plan = chains.plan(ruleset, family, queues)
-        plan = cookies.with_budget(plan, ruleset, family, known)
+        plan = cookies.with_cookies(plan, ruleset, family, known)
         plans[family] = holding.with_holding(plan, ruleset, family, ours)
     return plans

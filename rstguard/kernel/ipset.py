@@ -4,7 +4,11 @@
 set (4 and 6: per family)   type            holds
 ==========================  ==============  ==================================================
 rstguard-ban4, -ban6        hash:net        banned sources, each with its time and its rule
-rstguard-shun4, -shun6      hash:net        sources whose new SYNs are dropped for a while
+rstguard-gate4, -gate6      hash:net        networks and sources whose new SYNs are dropped, and
+                                            whose connections are left alone
+rstguard-shun4, -shun6      hash:net        sources whose new SYNs are dropped or challenged
+rstguard-challenged4, -challenged6  hash:ip  sources that the kernel lately gave SYN cookies as they
+                                            are shunned; filled by the chains
 rstguard-proven4, -proven6  hash:ip         sources that a server lately answered with data, or that
                                             returned a SYN cookie; filled by the chains
 rstguard-suspect4, -suspect6  hash:ip         sources that lately sent an ACK of no connection;
@@ -33,10 +37,10 @@ from dataclasses import dataclass
 
 from rstguard.engine.address import V6, Prefix, is_v6
 from rstguard.engine.ruleset import Divert, RuleSet
-from rstguard.kernel import InUse, KernelError, cookies, holding, thinning
+from rstguard.kernel import InUse, KernelError, challenge, holding, syn_budget, thinning
 from rstguard.kernel.command import Commands
 from rstguard.kernel.elements import Kind, ipset
-from rstguard.kernel.names import BAN_SETS, SHUN_SETS, is_ours, set_name
+from rstguard.kernel.names import BAN_SETS, BLOCK_SETS, GATE_SETS, is_ours, set_name
 from rstguard.kernel.proof import SUSPECT_SECONDS
 from rstguard.kernel.seam import Kernel
 
@@ -76,6 +80,9 @@ def plan(ruleset: RuleSet, workers: int = 1) -> tuple[SetSpec, ...]:
     """Return the sets that a policy and its workers need.  Pure."""
     scope = ruleset.scope
     everything = (Prefix(0, 0), Prefix(V6, 0))
+    times = {"proven": PROOF_SECONDS, "suspect": SUSPECT_SECONDS}
+    if challenge.in_force(ruleset):
+        times["challenged"] = challenge.CHALLENGED_SECONDS
     specs: list[SetSpec] = []
     for digit, family, width, whole in (
         (4, "inet", ruleset.source_ipv4, 32),
@@ -85,6 +92,7 @@ def plan(ruleset: RuleSet, workers: int = 1) -> tuple[SetSpec, ...]:
         netmask = f" netmask {width}" if width < whole else ""
         specs += [
             SetSpec(set_name("ban", digit), "hash:net", timed, _GROWING),
+            SetSpec(set_name("gate", digit), "hash:net", timed, _GROWING),
             SetSpec(set_name("shun", digit), "hash:net", timed, _GROWING),
             # In a set of a million sources a new one replaces an old one (forceadd).  `ipset list`
             # does not show forceadd in all versions, so it is no option to agree in.
@@ -95,7 +103,7 @@ def plan(ruleset: RuleSet, workers: int = 1) -> tuple[SetSpec, ...]:
                     f"family {family} maxelem {_MAX_ELEMENTS} timeout {seconds}{netmask}",
                     f"{_FIXED} forceadd",
                 )
-                for name, seconds in (("proven", PROOF_SECONDS), ("suspect", SUSPECT_SECONDS))
+                for name, seconds in times.items()
             ),
             _networks(set_name("trusted", digit), family, scope.trusted),
             _networks(set_name("protected", digit), family, scope.protected),
@@ -109,16 +117,16 @@ def plan(ruleset: RuleSet, workers: int = 1) -> tuple[SetSpec, ...]:
             )
             for index in range(workers)
         ]
-        if cookies.in_force(ruleset):
-            engaged = f"family {family} maxelem 65536 timeout {cookies.ENGAGED_SECONDS}"
-            specs.append(SetSpec(cookies.engaged_set(digit), "hash:ip,port", engaged))
+        if syn_budget.in_force(ruleset):
+            engaged = f"family {family} maxelem 65536 timeout {syn_budget.ENGAGED_SECONDS}"
+            specs.append(SetSpec(syn_budget.engaged_set(digit), "hash:ip,port", engaged))
         if holding.in_force(ruleset):
             named = f"family {family} maxelem 65536 timeout {holding.NAMED_SECONDS}"
             name, kind = holding.named_set(digit), "hash:ip,port,ip"
             specs.append(SetSpec(name, kind, named, "hashsize 16384 forceadd"))
             exempt = _networks(set_name("reset-exempt", digit), family, ruleset.reset_exempt)
             specs.append(exempt)
-    budget = ruleset.syn_budget if cookies.in_force(ruleset) else None
+    budget = ruleset.syn_budget if syn_budget.in_force(ruleset) else None
     ports = (
         (set_name("ports"), scope.ports),
         (set_name("close-ports"), ruleset.ports_needing(Divert.CLOSE)),
@@ -177,11 +185,11 @@ def lost(kernel: Commands, ruleset: RuleSet, workers: int = 1) -> list[str]:
 def blocked_by_kind(kernel: Commands) -> dict[Kind, int]:
     """Return how many sources are banned, and how many shunned; quick with very many, too."""
     present = _sets(kernel)
-    held = {name: present[name].entries for name in BAN_SETS + SHUN_SETS if name in present}
-    # A ban that leaves connections alone is kept among the shuns.
+    held = {name: present[name].entries for name in BLOCK_SETS if name in present}
+    # A ban that leaves connections alone is kept among the gated.
     banned = {
         name: ipset(kernel, "save", name).count(' comment "ban ')
-        for name in SHUN_SETS
+        for name in GATE_SETS
         if held.get(name, 0) > 0
     }
     bans = sum(held.get(name, 0) for name in BAN_SETS) + sum(banned.values())
@@ -206,7 +214,7 @@ def destroy(kernel: Kernel, keep_bans: bool = False) -> list[str]:
     Raises:
         KernelError: one is still matched on by a rule, or may not be removed.
     """
-    return _destroy(kernel, {*BAN_SETS, *SHUN_SETS} if keep_bans else set())
+    return _destroy(kernel, set(BLOCK_SETS) if keep_bans else set())
 
 
 @dataclass(frozen=True, slots=True)

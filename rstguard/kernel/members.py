@@ -1,4 +1,4 @@
-"""List what a ban or shun set holds, by netlink alone: a confined process can start no `ipset`.
+"""List what a set of the blocked holds, by netlink alone: a confined process can start no `ipset`.
 
 Requests and answers are those of include/uapi/linux/netfilter/ipset/ip_set.h (IPSET_CMD_LIST); an
 element begins with its address and the length of its prefix (hash_net4_data_list and
@@ -15,7 +15,7 @@ from typing import Final
 from rstguard.engine.address import V6, Prefix, packed
 from rstguard.kernel import KernelError
 from rstguard.kernel.elements import Element, Kind
-from rstguard.kernel.names import SHUN_SETS
+from rstguard.kernel.names import BAN_SETS, GATE_SETS
 from rstguard.kernel.netlink import (
     ATTRIBUTE,
     HEADER,
@@ -36,12 +36,11 @@ _V6_LENGTH: Final = 17
 
 
 def members(netlink: Netlink, name: str, of: Collection[Prefix] | None = None) -> list[Element]:
-    """Return the elements of a ban or shun set, or those of them that `of` names.
+    """Return the elements of a set of the blocked, or those of them that `of` names.
 
     Raises:
         KernelError: there is no such set, or it may not be read; its cause is the OSError.
     """
-    in_shun_set = name in SHUN_SETS
     wanted = None if of is None else {packed(p.network) + bytes((p.length,)) for p in of}
     asked = attribute(_PROTOCOL, bytes((_VERSION,))) + attribute(_SETNAME, name.encode() + b"\0")
     found = []
@@ -51,7 +50,7 @@ def members(netlink: Netlink, name: str, of: Collection[Prefix] | None = None) -
                 for prefix, rest, after in _elements(chunk, start + _HEAD, end):
                     if wanted is None or prefix in wanted:
                         values = {k: chunk[a:b] for k, a, b in _nests(chunk, rest, after)}
-                        found.append(_element(prefix, values, in_shun_set))
+                        found.append(_element(prefix, values, name))
     except (IndexError, struct.error) as error:
         raise KernelError(f"the kernel's list of the set {name} cannot be read: {error}") from None
     return found
@@ -76,13 +75,13 @@ def _nests(chunk: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]
         start += max(length, _SIZE) + 3 & ~3
 
 
-def _element(prefix: bytes, values: Mapping[int, bytes], in_shun_set: bool) -> Element:
+def _element(prefix: bytes, values: Mapping[int, bytes], set_name: str) -> Element:
     number = int.from_bytes(prefix[:-1], "big") | (V6 if len(prefix) == _V6_LENGTH else 0)
     comment = values.get(_COMMENT, b"").rstrip(b"\0").decode(errors="replace")
     kind, _, rule = comment.partition(" ")
     if kind not in ("ban", "shun"):  # somebody added it by hand
-        kind, rule = ("shun" if in_shun_set else "ban"), ""
+        kind, rule = ("ban" if set_name in BAN_SETS else "shun"), ""
     seconds = int.from_bytes(values.get(_TIMEOUT, b""), "big")
     named: Kind = "ban" if kind == "ban" else "shun"
-    keeps = named == "ban" and in_shun_set
+    keeps = set_name in GATE_SETS
     return Element(Prefix(number, prefix[-1]), named, rule, seconds or None, keeps)

@@ -18,6 +18,9 @@ def set_name(what: str, family: int | None = None) -> str:
 
 BAN_SETS: Final = (set_name("ban", 4), set_name("ban", 6))
 SHUN_SETS: Final = (set_name("shun", 4), set_name("shun", 6))
+GATE_SETS: Final = (set_name("gate", 4), set_name("gate", 6))
+BLOCK_SETS: Final = BAN_SETS + GATE_SETS + SHUN_SETS
+"""All that hold whom the guard blocks, the most severe first."""
 
 
 def is_ours(name: str) -> bool:

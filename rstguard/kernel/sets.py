@@ -30,7 +30,7 @@ from rstguard.engine.address import Prefix, is_v6, packed
 from rstguard.kernel import Full, KernelError, NotPermitted, NotThere
 from rstguard.kernel.elements import MAX_SECONDS, Element
 from rstguard.kernel.members import members
-from rstguard.kernel.names import BAN_SETS, SHUN_SETS, set_name
+from rstguard.kernel.names import BLOCK_SETS, set_name
 from rstguard.kernel.netlink import (
     NETLINK_NETFILTER,
     NLM_F_ACK,
@@ -156,7 +156,7 @@ class Sets:
     def list(self) -> list[Element]:
         """Return all elements, bans first, as the kernel holds them now (5,000 in about 40 ms)."""
         found: list[Element] = []
-        for name in BAN_SETS + SHUN_SETS:
+        for name in BLOCK_SETS:
             found += self._members(name)
         return found
 
@@ -221,10 +221,9 @@ class Sets:
             raise refusal(name, problem.errno or 0) from problem
 
 
-def _names(address: int) -> tuple[str, str]:
-    """Return the ban and the shun set of the address's family."""
-    index = 1 if is_v6(address) else 0
-    return BAN_SETS[index], SHUN_SETS[index]
+def _names(address: int) -> tuple[str, ...]:
+    """Return the sets of the blocked of the address's family."""
+    return BLOCK_SETS[is_v6(address) :: 2]
 
 
 def _list_of(elements: Sequence[Element]) -> bytes:

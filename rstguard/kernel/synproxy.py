@@ -7,9 +7,9 @@ from pathlib import Path
 from rstguard.engine.address import parse_address
 from rstguard.engine.offers import Service
 from rstguard.kernel.command import Commands
-from rstguard.kernel.cookies import ENGAGED_SECONDS, engaged_set
 from rstguard.kernel.elements import ipset
 from rstguard.kernel.seam import CookieCounts
+from rstguard.kernel.syn_budget import ENGAGED_SECONDS, engaged_set
 
 _COUNTS = Path("/proc/thread-self/net/stat/synproxy")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import subprocess
 import time
@@ -98,7 +99,7 @@ _FEATURES = (
     ),
     _Feature("exemption from tracking", "raw", "-A OUTPUT -p tcp -j CT --notrack", "xt_CT"),
 )
-_FOR_A_BUDGET = (
+_FOR_COOKIES = (
     _Feature(
         "SYN cookies",
         "filter",
@@ -127,6 +128,7 @@ _FOR_A_BUDGET = (
         "xt_TCPOPTSTRIP",
     ),
     _Feature("packet log", "mangle", "-A OUTPUT -p tcp -j NFLOG --nflog-group 1", "xt_NFLOG"),
+    _Feature("rules behind filters", "security", "-A INPUT -p tcp -j DROP", "iptable_security"),
 )
 
 
@@ -146,7 +148,7 @@ def feature_checks(host: Host, deadline: float) -> list[Check]:
             sentence = "not tried: no network namespace could be made here"
             return [Check("kernel features", Outcome.WARNING, sentence, "unshare --net true")]
         trial = _Trial(host, inside, deadline)
-        tried = (trial.rules, trial.budget, trial.proof, trial.holding)
+        tried = (trial.rules, trial.cookies, trial.proof, trial.holding)
         return [trial.sets(), *(check(family) for family in (4, 6) for check in tried)]
 
 
@@ -187,15 +189,18 @@ class _Trial(NamedTuple):
             return self._failed(name, *self._why_not_even_plain(restore, family))
         return self._each(name, family, _FEATURES)
 
-    def budget(self, family: int) -> Check:
-        """Load the rules that only a policy with a SYN budget needs."""
-        name = f"IPv{family} SYN budget"
+    def cookies(self, family: int) -> Check:
+        """Load the rules that give out SYN cookies."""
+        name = f"IPv{family} SYN cookies"
         if self.host.find(_RESTORE[family]) is None:
             return Check(name, Outcome.WARNING, f"not tried: {_RESTORE[family]} is not installed")
-        found = self._each(name, family, _FOR_A_BUDGET)
+        found = self._each(name, family, _FOR_COOKIES)
         if found.outcome is not Outcome.MISSING:
             return found
-        sentence = f"a policy with syn_budget cannot be used: {found.sentence}"
+        sentence = (
+            "shunned sources are blocked, not challenged, and a policy with syn_budget may be "
+            f"refused: {found.sentence}"
+        )
         return found._replace(outcome=Outcome.WARNING, sentence=sentence)
 
     def proof(self, family: int) -> Check:
@@ -242,7 +247,7 @@ class _Trial(NamedTuple):
             return Check(name, Outcome.OK, f"{restore} --noflush works with {listed}")
         for feature in features:
             if not self._loads(family, (feature,)):
-                module = feature.module.replace("ipt_", "ip6t_" if family == 6 else "ipt_")
+                module = re.sub("^ipt", "ip6t" if family == 6 else "ipt", feature.module)
                 sentence = f"the kernel or {restore} lacks this: {feature.name} (module {module})"
                 return self._failed(name, sentence, self.host.load_module(module))
         return self._failed(name, f"{restore} refuses all rules together, each alone works", "")

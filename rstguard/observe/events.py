@@ -27,7 +27,8 @@ KINDS = MappingProxyType(
         "ban": "a source was banned",
         "import": "a list of bans was imported",
         "unban": "an administrator lifted a ban",
-        "shun": "a source was shunned: what crossed the limit may have been forged in its name",
+        "shun": "a source was shunned (challenged, or kept out): what crossed the limit may have "
+        "been forged in its name",
         "reset": "a connection was condemned, or a SYN refused",
         "forged_reset": "a RST was forged: the end that it names was asked, and did not send it",
         "observed": "a rule that only observes was hit",

@@ -86,9 +86,9 @@ def _resets(data: Snapshot) -> Iterator[Sample]:
 
 
 def _cookies(data: Snapshot) -> Iterator[Sample]:
-    if budget := data["syn_budget"]:
-        for outcome, count in budget["cookies"].items():
-            yield (outcome,), float(count)
+    told = data["syn_budget"] or data["shun"]
+    for outcome, count in told["cookies"].items():
+        yield (outcome,), float(count)
 
 
 def _services(data: Snapshot) -> Iterator[Sample]:

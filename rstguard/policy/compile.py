@@ -48,6 +48,7 @@ def compile_policy(policy: Policy) -> RuleSet:
         inspect_packets=policy.inspect.packets,
         syn_budget=SynBudget(budget.rate, _ports(budget.ports)) if budget else None,
         blocking=policy.blocking,
+        challenge=policy.shun == "challenge",
         shun_duration=policy.shun_for,
         sweep_every=policy.sweep_every,
         bans_per_minute=policy.bans_per_minute,
@@ -152,6 +153,8 @@ def _head(ruleset: RuleSet) -> Iterator[str]:
         )
     shown = {"drop": "silence", "reset": "a RST", "unreachable": "an ICMP error"}
     yield f"  blocked       sees {shown[ruleset.blocking]}; a shun lasts {_time(ruleset)}"
+    if ruleset.challenge:
+        yield "  shunned       SYN cookies where the service's offers are known"
     if ruleset.forged_resets != "off":
         first = {"hold": "before it passes", "observe": "after it has passed"}
         also = "; of FINs as well" if ruleset.forged_fins else ""

@@ -101,6 +101,7 @@ class Policy(Model):
     mode: Literal["enforce", "observe"] = "enforce"
     on_failure: Literal["open", "closed"] = "open"
     blocking: Literal["drop", "reset", "unreachable"] = "drop"
+    shun: Literal["challenge", "drop"] = "challenge"
     shun_for: Annotated[int, PlainValidator(duration(SECOND, 10 * MINUTE))] = 10 * SECOND
     forged_resets: Literal["hold", "observe", "off"] = "off"
     forged_fins: Literal["hold", "off"] = "off"

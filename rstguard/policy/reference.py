@@ -25,6 +25,8 @@ MEANINGS = MappingProxyType(
         "close takes a round trip longer",
         "reset_exempt": "networks whose RSTs are not asked for, such as those of a middlebox that "
         "resets in others' names",
+        "shun": "`challenge` (the default): a shunned source's SYNs are answered with SYN cookies "
+        "where they can be had; or `drop`",
         "shun_for": "how long a shun lasts, `1s` to `10m`, by default `10s`",
         "offload": "`auto` (the default): the kernel counts what it counts as the engine does; "
         "or `never`",

@@ -14,12 +14,13 @@ import math
 from itertools import compress
 from typing import Final
 
-from rstguard.engine.address import Prefix
+from rstguard.engine.address import Prefix, is_v6
 from rstguard.engine.capping import MOST_MEMBERS, Members
 from rstguard.engine.verdict import Reason
 from rstguard.ipc.messages import Blocked, Recheck
 from rstguard.kernel import KernelError
 from rstguard.kernel.elements import Element
+from rstguard.kernel.names import BLOCK_SETS
 from rstguard.kernel.placing import Placed, place
 from rstguard.kernel.seam import Kernel
 from rstguard.observe.events import Event
@@ -156,7 +157,7 @@ class Bans:
         """
         now = asyncio.get_running_loop().time()
         wanted = {
-            Element(network, "shun", ban.element.rule, math.ceil(until - now)): ban.reason
+            Element(network, "shun", ban.element.rule, math.ceil(until - now), True): ban.reason
             for network, (ban, until) in self._gates.items()
             if until > now
         }
@@ -180,10 +181,12 @@ class Bans:
 
     def _replace(self, element: Element) -> None:
         """Place a ban instead of whatever blocks its source by now, also in another set."""
-        other = element._replace(keep_existing=not element.keep_existing)
+        mine = BLOCK_SETS[is_v6(element.source.network) :: 2]
         with self._kernel.sets() as sets:
             sets.add([element], shorten=True)
-            sets.take(other.set_name, [element.source])
+            for name in mine:
+                if name != element.set_name:
+                    sets.take(name, [element.source])
 
     def _lift(self, source: Prefix) -> bool:
         with self._kernel.sets() as sets:

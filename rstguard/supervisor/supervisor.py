@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from rstguard.ipc.requests import Answer
-from rstguard.kernel import KernelError, cookies
+from rstguard.kernel import KernelError, syn_budget
 from rstguard.kernel.footprint import Footprint
 from rstguard.observe.events import Event
 from rstguard.observe.sinks import Journal, JsonLines
@@ -134,7 +134,7 @@ class Supervisor:
         tracking = await asyncio.to_thread(parts.footprint.prepare, guard.ruleset)
         await parts.record.bring_back()
         # A pure ACK with a cookie must not be taken for an older connection.
-        if tracking or cookies.in_force(guard.ruleset):
+        if tracking or syn_budget.in_force(guard.ruleset):
             await asyncio.to_thread(parts.footprint.forbid_pickup)
         for child in guard.children:
             processes.create_task(child.live(), name=child.name)
@@ -190,6 +190,8 @@ class Supervisor:
         await asyncio.sleep(_PICKUP_SECONDS)
         try:
             await asyncio.to_thread(self._parts.footprint.forbid_pickup)
+            if self._parts.footprint.no_challenge:  # from now on a cookie is known by its ACK
+                await self._parts.upkeep.rewrite()
         except KernelError as error:
             log.error("%s", error)
 

@@ -1,7 +1,8 @@
-"""The SYN budget's part that is not the kernel's: learn what servers offer, tell who is over.
+"""What the kernel needs to answer SYNs by cookies: what servers offer, and who is over budget.
 
-The kernel engages and disengages by itself, service by service.  Here the samples of the servers'
-SYN-ACKs are read, the rules rewritten when a service offers something new, and the changes noted.
+For the SYN budget and for shuns that challenge alike.  The kernel engages and disengages by itself,
+service by service and source by source.  Here the samples of the servers' SYN-ACKs are read, the
+rules rewritten when a service offers something new, and the changes noted.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from rstguard.engine.offers import Offers, Service, read_offer
 from rstguard.engine.ruleset import RuleSet
 from rstguard.engine.segment import cookie_rst
 from rstguard.engine.wire import ACK, SYN, Packet, parse
-from rstguard.kernel import KernelError, cookies
+from rstguard.kernel import KernelError, cookies, syn_budget
 from rstguard.kernel.footprint import Footprint
 from rstguard.kernel.marks import Marks
 from rstguard.kernel.seam import CookieCounts, Kernel, PacketCopies, PacketSender
@@ -26,12 +27,14 @@ log = logging.getLogger(__name__)
 _LOOK_EVERY = 1.0
 _REWRITE_AFTER = 0.05
 """Seconds in which samples that come together lead to one change of the rules."""
+_REWRITE_EVERY = 1.0
+"""Seconds from one change of the rules to the next, at least."""
 _OVER_SECONDS = 5
 """A service is told as disengaged when it was below budget for so long."""
 
 
 class Budget:
-    """Watches the SYN budget of one guard while its policy has one."""
+    """Watches the SYN cookies of one guard while its policy may have some given out."""
 
     def __init__(
         self,
@@ -50,8 +53,11 @@ class Budget:
         self._offers = Offers()
         self._log: PacketCopies | None = None
         self._injector: PacketSender | None = None
+        self.problem = ""
+        """Why nothing can be learned, though the policy does without a SYN budget; or ""."""
         self.late = 0
         """Clients whose connection could not go on behind their cookie, and who were told so."""
+        self._has_budget = False
         self._changed = asyncio.Event()
         self._counted = CookieCounts(0, 0, 0)
 
@@ -59,17 +65,28 @@ class Budget:
         """Begin to watch, or stop, as the policy in force says.
 
         Raises:
-            KernelError: what the rules log cannot be received.
+            KernelError: what the rules log cannot be received, and there is a SYN budget.
         """
-        if not cookies.in_force(ruleset):
+        self.problem = ""
+        self._has_budget = syn_budget.in_force(ruleset)
+        if not self._has_budget:
+            self.engaged.clear()
+        if not cookies.wanted(ruleset):
             self.stop()
         elif self._log is None:
             self._injector = self._injector or self._kernel.injector(Marks(ruleset.marks))
-            self._log = self._kernel.packet_log(cookies.LOG_GROUP)
+            try:
+                self._log = self._kernel.packet_log(cookies.LOG_GROUP)
+            except KernelError as error:
+                if self._has_budget:
+                    raise
+                self.problem = str(error)
+                log.warning("shunned sources are dropped, not challenged: %s", error)
+                return
             asyncio.get_running_loop().add_reader(self._log.fileno(), self._receive)
 
     def stop(self) -> None:
-        """Stop watching; what was learned is kept for another policy with a budget."""
+        """Stop watching; what was learned is kept for another policy."""
         if self._log is not None:
             asyncio.get_running_loop().remove_reader(self._log.fileno())
             self._log.close()
@@ -113,6 +130,7 @@ class Budget:
             for service, offer in known.items():
                 if before.get(service) != offer:
                     self._events.add(Event("learned", str(service), detail=str(offer)))
+            await asyncio.sleep(_REWRITE_EVERY - _REWRITE_AFTER)
 
     async def look(self) -> None:
         """Tell when a service goes over budget, and when it has been below for some seconds.
@@ -125,11 +143,11 @@ class Budget:
                 continue
             try:
                 counted = await asyncio.to_thread(self._kernel.cookie_counts)
-                if self.engaged or counted.sent != self._counted.sent:
+                if self._has_budget and (self.engaged or counted.sent != self._counted.sent):
                     self._note(await asyncio.to_thread(self._kernel.seconds_since_over))
                 self._counted = counted
             except KernelError as error:
-                log.error("the state of the SYN budget cannot be read: %s", error)
+                log.error("the state of the SYN cookies cannot be read: %s", error)
 
     def _note(self, since_over: dict[Service, int]) -> None:
         now = asyncio.get_running_loop().time()

@@ -122,13 +122,14 @@ STATUS = {
     "problems": [EVIL], "nearest": [], "learning": None,
     "policy": {"name": EVIL, "mode": "enforce", "confirm_s": None}, "workers": [],
     "sweeper": {"pid": 1, "restarts": 0}, "blocked": {"ban": 0, "shun": 0}, "counts": {},
+    "shun": {"answer": "drop", "services": [], "why_not": EVIL, "cookies": {}},
     "syn_budget": None, "recent": [EVENT],
 }  # fmt: skip
 ENTRY = {
     "number": 7, "time": 1.0, "who": EVIL, "action": "apply", "name": EVIL, "file": EVIL,
     "text": EVIL, "state": "kept", "in_force": True,
 }  # fmt: skip
-BANNED = {"source": EVIL, "kind": "ban", "rule": EVIL, "remaining_s": 5}
+BANNED = {"source": EVIL, "kind": "ban", "answer": "drop", "rule": EVIL, "remaining_s": 5}
 STANDS = {
     "source": EVIL, "state": EVIL, "connections": 0, "productive_percent": None,
     "rules": [{"name": EVIL, "used_percent": 1.0, "says": EVIL}],

@@ -30,6 +30,7 @@ SUBNET, REFUSE, BAN, KEEP, SHUN, OBSERVE, PROVEN, RESET, WORSE, WIDE, HELD = ran
 POLICY = f"""
 version: 1
 name: actions
+shun: drop
 shun_for: 2s
 protect: {{interfaces: [out]}}
 rules:

@@ -28,6 +28,7 @@ POLICY = f"""
 version: 1
 name: measures
 protect: {{interfaces: [out]}}
+shun: drop
 shun_for: 60s
 rules:
   - {{name: half-open, measure: half_open, ports: [{HALF_OPEN}], over: 5, then: ban, for: 60s}}

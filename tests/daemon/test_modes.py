@@ -81,7 +81,7 @@ def test_observe_reports_and_changes_nothing(
 def test_what_a_blocked_client_sees(
     lab: ThreeHosts, guard: Guard, serve: Open, v6: bool, blocking: str, kind: str
 ) -> None:
-    guard.apply(policy(f"blocking: {blocking}\n{PROTECT}"))
+    guard.apply(policy(f"blocking: {blocking}\nshun: drop\n{PROTECT}"))
     service = serve(SHUN, v6)
     address, free = source(v6), source(v6)
     if kind == "ban":

@@ -230,6 +230,32 @@ def test_forged_syns_in_a_visitors_name_do_not_ban_him() -> None:
     assert set(found) == {Shun}
 
 
+@pytest.mark.parametrize("action", [Action.DROP, Action.RESET, Action.BAN])
+@pytest.mark.parametrize(
+    "measure",
+    [Measure.SYN_RATE, Measure.DISTINCT_PORTS, Measure.DISTINCT_HOSTS, Measure.HALF_OPEN],
+)
+def test_a_returned_cookie_passes_whatever_is_forged(measure: Measure, action: Action) -> None:
+    """Its owner must not be refused, or blocked once more, for SYNs that are not his."""
+    engine = Engine(ruleset(rule(measure, action, limit=10, burst=10, within=60 * SECOND)))
+    for number in range(100):
+        forged = packet(source_port=number, port=number, destination=f"192.0.2.{number}")
+        last = engine.decide(forged, number * MILLISECOND)
+    assert last.verdict is not Verdict.ACCEPT
+    for number in range(5):
+        own = packet(source_port=5000 + number, port=101 + number, state=COOKIE)
+        decision = engine.decide(own, 100 * MILLISECOND)
+        assert (decision.verdict, decision.effects) == (Verdict.ACCEPT, ())
+
+
+def test_who_scans_by_returned_cookies_is_banned() -> None:
+    policy = ruleset(rule(Measure.DISTINCT_PORTS, Action.BAN, limit=10, within=60 * SECOND))
+    engine = Engine(policy)
+    scanned = (packet(port=port, state=COOKIE) for port in range(11))
+    found = [type(effect) for seen in scanned for effect in engine.decide(seen, 0).effects]
+    assert found == [Ban]
+
+
 def test_a_flood_that_returns_cookies_is_banned() -> None:
     engine = Engine(ruleset(banning(burst=10)))
     found = effects_at(engine, list(range(12)), COOKIE)

@@ -12,6 +12,7 @@ from rstguard.engine.address import parse_address
 from rstguard.engine.offers import (
     FORGET_AFTER,
     FORGET_SAMPLES,
+    KEPT_FOR,
     Offer,
     Offers,
     Service,
@@ -141,13 +142,14 @@ def test_a_smaller_mss_counts_only_after_a_minute_without_the_larger() -> None:
     assert offers.known[V4] == FULL
 
 
-def test_the_service_unseen_for_longest_makes_room() -> None:
+def test_the_service_unseen_for_long_makes_room() -> None:
     offers = Offers(most=2)
     other = Service(V4.address, 81)
     offers.learn(V4, FULL, 0)
     offers.learn(other, FULL, 1)
     offers.learn(V4, FULL, 2)
-    offers.learn(V6, FULL, 3)
+    assert not offers.learn(V6, FULL, KEPT_FOR)
+    assert offers.learn(V6, FULL, KEPT_FOR + 1)
     assert list(offers.known) == [V4, V6]
 
 

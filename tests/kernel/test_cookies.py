@@ -13,6 +13,7 @@ from rstguard.engine.verdict import Action
 from rstguard.kernel import chains, cookies, ipset, iptables
 from rstguard.kernel.chains import Plan
 from rstguard.kernel.linux import Linux
+from rstguard.kernel.services import Known
 
 SYN_RATE = Rule("syn-rate", Measure.SYN_RATE, Action.BAN, 100, SECOND, 200)
 RULESET = RuleSet(
@@ -22,6 +23,7 @@ RULESET = RuleSet(
     scope=Scope(("eth0", "wan*"), (), frozenset({80, 443}), ()),
     rules=(SYN_RATE,),
     syn_budget=SynBudget(20_000, frozenset({80})),
+    challenge=False,
 )
 WEB4 = Service(parse_address("192.0.2.1"), 80)
 WEB6 = Service(parse_address("2001:db8::1"), 80)
@@ -31,8 +33,8 @@ LINUX = Linux()
 QUEUES = range(5640, 5641)
 
 
-def planned(ruleset: RuleSet = RULESET, family: int = 4, known: cookies.Known = KNOWN) -> Plan:
-    return cookies.with_budget(chains.plan(ruleset, family, QUEUES), ruleset, family, known)
+def planned(ruleset: RuleSet = RULESET, family: int = 4, known: Known = KNOWN) -> Plan:
+    return cookies.with_cookies(chains.plan(ruleset, family, QUEUES), ruleset, family, known)
 
 
 def text(plan: Plan) -> str:
@@ -95,7 +97,8 @@ def test_what_is_too_much_for_the_queue_goes_as_on_failure_says(
 
 def test_a_blocked_source_gets_no_cookie_where_it_is_to_be_refused() -> None:
     rules = planned(replace(RULESET, blocking="reset")).chains["raw"]["rstguard-budget"]
-    assert [rule.split()[3] for rule in rules[:2]] == ["rstguard-ban4", "rstguard-shun4"]
+    names = [rule.split()[3] for rule in rules[:3]]
+    assert names == ["rstguard-ban4", "rstguard-gate4", "rstguard-shun4"]
 
 
 @pytest.mark.netns

@@ -9,7 +9,7 @@ import pytest
 from rstguard.engine.ruleset import SECOND, Measure, Rule, RuleSet, Scope, SynBudget
 from rstguard.engine.verdict import Action
 from rstguard.kernel.chains import plan
-from rstguard.kernel.cookies import with_budget
+from rstguard.kernel.cookies import with_cookies
 from rstguard.kernel.counting import syns
 
 TABLE = 1 << 20
@@ -59,7 +59,7 @@ def test_the_table_cannot_be_full(limit: int, period: int, burst: int) -> None:
 
 def test_the_count_of_services_without_cookies_cannot_be_full() -> None:
     budgeted = replace(ruleset(), syn_budget=SynBudget(300, None))
-    whole = with_budget(plan(budgeted, 4, range(1)), budgeted, 4, {})
+    whole = with_cookies(plan(budgeted, 4, range(1)), budgeted, 4, {})
     gate, bound = whole.chains["mangle"]["rstguard-syn"][-3:-1]
     assert gate.endswith(" -j RETURN")
     assert "--hashlimit-mode dstip " in bound

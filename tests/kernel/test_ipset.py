@@ -17,6 +17,7 @@ from rstguard.engine.verdict import Action, Ban, Reason, Shun
 from rstguard.kernel import Full, InUse, KernelError, NotThere, ipset
 from rstguard.kernel.elements import MAX_SECONDS, Element, element_of
 from rstguard.kernel.linux import Linux
+from rstguard.kernel.names import BLOCK_SETS
 from rstguard.kernel.netlink import PATIENCE
 from rstguard.kernel.sets import Sets
 from tests.support.network import ThreeHosts
@@ -37,8 +38,9 @@ RULESET = RuleSet(
 CONFIG = ("ban4", "ban6", "shun4", "shun6", "proven4", "proven6", "trusted4", "trusted6")
 THIN = ("thin4-0", "thin6-0")
 PROTECTED = ("protected4", "protected6")
-SUSPECT = ("suspect4", "suspect6")
-ALWAYS = {f"rstguard-{name}" for name in (*CONFIG, *SUSPECT, "dst4", "dst6", *PROTECTED, *THIN)}
+SUSPECT = ("suspect4", "suspect6", "challenged4", "challenged6")
+MORE = ("gate4", "gate6", "dst4", "dst6")
+ALWAYS = {f"rstguard-{name}" for name in (*CONFIG, *SUSPECT, *MORE, *PROTECTED, *THIN)}
 
 
 def with_scope(**changes: object) -> RuleSet:
@@ -162,7 +164,7 @@ def test_an_effect_lasts_whole_seconds_rounded_up(nanoseconds: int, seconds: int
     assert element_of(effect) == shun("192.0.2.1", seconds)
 
 
-@pytest.mark.parametrize(("keep", "name"), [(False, "rstguard-ban4"), (True, "rstguard-shun4")])
+@pytest.mark.parametrize(("keep", "name"), [(False, "rstguard-ban4"), (True, "rstguard-gate4")])
 def test_a_ban_that_keeps_connections_only_drops_syns(keep: bool, name: str) -> None:
     source = parse_prefix("192.0.2.1")
     element = element_of(Ban(source, SECOND, "syn-rate", Reason.SYN_RATE, keep))
@@ -264,7 +266,7 @@ def test_destroy_takes_all_of_ours_and_nothing_else(sets: Sets) -> None:
     shell("ipset", "create", "rstguard-of-another-version", "hash:ip")
     sets.add([ban("192.0.2.1")])
     ipset.destroy(LINUX, keep_bans=True)
-    assert names() == {"other", *(f"rstguard-{kind}{n}" for kind in ("ban", "shun") for n in "46")}
+    assert names() == {"other", *BLOCK_SETS}
     assert sets.contains(parse_address("192.0.2.1"))
     ipset.destroy(LINUX)
     assert names() == {"other"}

@@ -29,6 +29,8 @@ QUEUES = range(5640, 5642)
 ACCT = "net.netfilter.nf_conntrack_acct"
 LOOSE = "net.netfilter.nf_conntrack_tcp_loose"
 MINUTE = 60
+SERVICE = Service(parse_address("203.0.113.10"), 80)
+OFFER = Offer(1460, 7, sack=True, timestamps=True)
 
 
 def ruleset(name: str = "web", **changes: object) -> RuleSet:
@@ -111,6 +113,44 @@ def test_a_guard_comes_up_and_leaves_nothing_behind(
     assert not (tmp_path / RECORD_NAME).exists()
     assert done[0] == "chains and jumps removed"
     assert footprint.remove() == []
+
+
+def test_shunned_sources_are_challenged_once_cookies_can_be_told(
+    footprint: Footprint, kernel: FakeKernel
+) -> None:
+    footprint.prepare(WEB)
+    kernel.sysctls[LOOSE] = "1"
+    footprint.known = {SERVICE: OFFER}
+    footprint.divert(WEB)
+    assert LOOSE in footprint.no_challenge
+    assert "SYNPROXY" not in "".join(rules(kernel))
+    assert footprint.lost(WEB) == []
+    footprint.forbid_pickup()
+    footprint.divert(WEB)
+    assert footprint.no_challenge == ""
+    assert "SYNPROXY" in "".join(rules(kernel))
+    assert footprint.lost(WEB) == []
+
+
+def test_a_kernel_without_cookies_drops_what_is_shunned(
+    footprint: Footprint, kernel: FakeKernel, caplog: pytest.LogCaptureFixture
+) -> None:
+    footprint.prepare(WEB)
+    footprint.forbid_pickup()
+    footprint.known = {SERVICE: OFFER}
+    kernel.faults.fail("run", KernelError("no SYNPROXY"), None, naming="SYNPROXY")
+    for _ in range(2):
+        footprint.divert(WEB)
+    assert footprint.no_challenge.startswith("no SYNPROXY; ")
+    warnings = [one.message for one in caplog.records if "not challenged" in one.message]
+    assert len(warnings) == 1
+    assert any("rstguard-shun4" in rule and rule.endswith("-j DROP") for rule in rules(kernel))
+    assert footprint.lost(WEB) == []
+    with pytest.raises(KernelError):
+        footprint.divert(BUDGET)
+    kernel.faults.clear()
+    footprint.divert(WEB)
+    assert footprint.no_challenge == ""
 
 
 def test_connections_that_are_tracked_already_are_told(

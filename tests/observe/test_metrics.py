@@ -37,6 +37,7 @@ SNAPSHOT: dict[str, Any] = {
     ],
     "sweeper": {"restarts": 4},
     "blocked": {"ban": 2, "shun": 1},
+    "shun": {"answer": "challenge", "services": [], "why_not": "", "cookies": {}},
     "syn_budget": {
         "cookies": {"sent": 30, "accepted": 20, "refused": 1, "late": 5},
         "services": [

@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from rstguard.kernel import ipset
 from rstguard.kernel.footprint import Footprint
+from rstguard.kernel.names import BLOCK_SETS
 from rstguard.supervisor.child import READY_SECONDS, State
 from rstguard.supervisor.health import Condition, health
 from tests.simulation.ledger import SLACK, Ledger
@@ -15,6 +16,7 @@ from tests.simulation.world import QUEUE, Broken, Incarnation, World
 from tests.support.fake_kernel import FakeKernel
 
 _BACK_OFF: Final = 5.0
+_LOOSE: Final = "net.netfilter.nf_conntrack_tcp_loose"
 _PATIENCE: Final = {"asker": 3.0, "worker": 3.0, "sweeper": 62.0}
 """Seconds after which the guard is to have noticed that a process hangs: see health.py for a
 worker, child.py for the sweeper."""
@@ -92,6 +94,8 @@ def rules_are_those_of_the_policy(world: World, one: Incarnation) -> None:
     footprint = Footprint(fresh, directory, queues)
     footprint.known = dict(one.parts.footprint.known)
     footprint.prepare(one.guard.ruleset)
+    # Whether a cookie's ACK is told from an older connection's was seen when the rules were put.
+    fresh.sysctls[_LOOSE] = "1" if one.parts.footprint.no_challenge else "0"
     footprint.divert(one.guard.ruleset)
     for family in (4, 6):
         for table, chains in fresh.iptables[family].tables.items():
@@ -105,7 +109,10 @@ def rules_are_those_of_the_policy(world: World, one: Incarnation) -> None:
         holds(name in world.kernel.ipsets.names, "a set of the policy is missing", name)
         wanted, held_set = fresh.ipsets.get(name), world.kernel.ipsets.get(name)
         holds(wanted.header == held_set.header, "a set has other options", name)
-        if not any(part in name for part in ("ban", "shun", "proven", "engaged", "thin")):
+        if not any(
+            part in name
+            for part in ("ban", "gate", "shun", "proven", "engaged", "challenged", "thin")
+        ):
             holds(wanted.members.keys() == held_set.members.keys(), "a set holds others", name)
 
 
@@ -219,7 +226,7 @@ def nothing_is_left(world: World) -> None:
             for chain, rules in chains.items():
                 ours = chain.startswith("rstguard") or any("rstguard" in rule for rule in rules)
                 holds(not ours, "a rule is left after the end", f"{table} {chain}")
-    keeps = ("rstguard-ban", "rstguard-shun") if world.keep_bans else ()
+    keeps = BLOCK_SETS if world.keep_bans else ()
     left = [n for n in kernel.ipsets.names if n.startswith("rstguard") and not n.startswith(keeps)]
     holds(not left or (keeps and not left), "a set is left after the end", left)
     fresh = FakeKernel()

@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from rstguard.kernel.names import BAN_SETS, SHUN_SETS
+from rstguard.kernel.names import BLOCK_SETS
 from rstguard.state.database import BUSY_SECONDS
 from tests.simulation.world import Incarnation, World
 
@@ -128,7 +128,7 @@ class Ledger:
     def note_untold(self) -> None:
         """A process dies: it may have blocked somebody, and not have been heard any more."""
         told = {source for source, _ in self.bans}
-        for name in (*BAN_SETS, *SHUN_SETS):
+        for name in BLOCK_SETS:
             if name in self._world.kernel.ipsets.names:
                 held = self._world.kernel.ipsets.get(name).members
                 self.untold |= {str(source) for source in held} - told

@@ -7,10 +7,11 @@ import random
 from collections.abc import Callable
 from typing import Final
 
+from rstguard.kernel.names import BLOCK_SETS
 from tests.simulation.ledger import Ledger
 from tests.simulation.world import World
 
-_BAN_SETS: Final = ("rstguard-ban4", "rstguard-shun4", "rstguard-ban6", "rstguard-shun6")
+_BAN_SETS: Final = BLOCK_SETS
 
 
 class OtherPrograms:

@@ -15,6 +15,7 @@ from rstguard.engine.flow import Flow, TcpState, Tuple
 from rstguard.engine.wire import ACK, FIN, SYN, Packet, parse
 from rstguard.kernel import KernelError
 from rstguard.kernel.marks import Marks
+from rstguard.kernel.names import BAN_SETS, BLOCK_SETS
 from tests.simulation.ledger import Ledger
 from tests.simulation.loop import Dead
 from tests.simulation.processes import Process
@@ -82,7 +83,7 @@ class Traffic:
         if not self.diverts("raw") and not self.diverts("mangle"):
             return False
         sets = self._kernel.ipsets
-        names = ("rstguard-ban4", "rstguard-shun4") if syn else ("rstguard-ban4",)
+        names = BLOCK_SETS[::2] if syn else BAN_SETS[:1]
         return any(name in sets.names and sets.get(name).covers(source) for name in names)
 
     def diverts(self, table: str = "mangle") -> bool:

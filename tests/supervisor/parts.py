@@ -13,8 +13,12 @@ from tests.supervisor.children import Stage, Told
 
 
 def policy(name: str = "first", more: str = "", rules: str = "[]") -> Loaded:
-    """Return a policy that protects eth0."""
-    text = f"version: 1\nname: {name}\n{more}\nprotect: {{interfaces: [eth0]}}\nrules: {rules}\n"
+    """Return a policy that protects eth0 and has no SYN cookies given out.
+
+    For that a real loop would have to wait for what the fake kernel logs.
+    """
+    head = f"version: 1\nname: {name}\nshun: drop\n{more}\n"
+    text = f"{head}protect: {{interfaces: [eth0]}}\nrules: {rules}\n"
     return parse(text, f"{name}.yaml")
 
 

@@ -178,7 +178,7 @@ async def test_a_network_of_which_many_are_banned_is_gated(
 
 async def test_a_gate_that_is_refused_keeps_no_other_waiting(tmp_path: Path) -> None:
     async with site(tmp_path) as here:
-        here.kernel.ipsets.get("rstguard-shun4").options["maxelem"] = "0"
+        here.kernel.ipsets.get("rstguard-gate4").options["maxelem"] = "0"
         for number in range(17):
             here.ban(f"198.51.100.{number}")
         await asyncio.sleep(0.5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import socket
 import subprocess
 import sys
@@ -89,6 +90,19 @@ class Service:
     def accept(self) -> socket.socket:
         """Return the server's end of the oldest connection that waits; it is the caller's."""
         return self._listener.accept()[0]
+
+    def waiting(self) -> int:
+        """Take in all connections that wait; return how many there were."""
+        self._listener.settimeout(0)
+        try:
+            for count in itertools.count():
+                try:
+                    self._listener.accept()[0].close()
+                except BlockingIOError:
+                    return count
+        finally:
+            self._listener.settimeout(5)
+        raise AssertionError
 
     def close(self) -> None:
         """Close the port and all its connections."""

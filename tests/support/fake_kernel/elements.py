@@ -9,7 +9,7 @@ from typing import Self
 
 from rstguard.engine.address import Prefix, is_v6
 from rstguard.kernel.elements import MAX_SECONDS, Element
-from rstguard.kernel.names import BAN_SETS, SHUN_SETS
+from rstguard.kernel.names import BAN_SETS, BLOCK_SETS, GATE_SETS
 from rstguard.kernel.sets import refusal
 from tests.support.fake_kernel.ipsets import IpSets
 from tests.support.fake_kernel.members import KernelSet, Member, Refused
@@ -87,21 +87,21 @@ class FakeSets:
 
     def list(self) -> list[Element]:
         """Return who is banned or shunned, bans first."""
-        with self._around("sets.list", " ".join(BAN_SETS + SHUN_SETS)):
+        with self._around("sets.list", " ".join(BLOCK_SETS)):
             return [
-                self._element(prefix, member, name in SHUN_SETS)
-                for name in BAN_SETS + SHUN_SETS
+                self._element(prefix, member, name)
+                for name in BLOCK_SETS
                 for prefix, member in self._get(name).members.items()
                 if isinstance(prefix, Prefix)
             ]
 
-    def _element(self, prefix: Prefix, member: Member, in_shun_set: bool) -> Element:
+    def _element(self, prefix: Prefix, member: Member, name: str) -> Element:
         kind, _, rule = member.comment.partition(" ")
         if kind not in ("ban", "shun"):  # somebody added it by hand
-            kind, rule = ("shun" if in_shun_set else "ban"), ""
+            kind, rule = ("ban" if name in BAN_SETS else "shun"), ""
         banned = kind == "ban"
         left = self._sets.left(member) or None
-        return Element(prefix, "ban" if banned else "shun", rule, left, banned and in_shun_set)
+        return Element(prefix, "ban" if banned else "shun", rule, left, name in GATE_SETS)
 
     def contains(self, address: int) -> bool:
         """Tell whether a tagged address is banned or shunned, itself or in a wider prefix."""
@@ -151,6 +151,5 @@ def _check(element: Element) -> None:
     assert element.comment
 
 
-def _names(address: int) -> tuple[str, str]:
-    index = 1 if is_v6(address) else 0
-    return BAN_SETS[index], SHUN_SETS[index]
+def _names(address: int) -> tuple[str, ...]:
+    return BLOCK_SETS[is_v6(address) :: 2]
