@@ -16,6 +16,7 @@ from rich.console import Console
 from tests.bench.blocks import blocks
 from tests.bench.engine_speed import engine
 from tests.bench.figures import Benchmark, Figure, as_data, table
+from tests.bench.forged import forged
 from tests.bench.held import held
 from tests.bench.kills import kills
 from tests.bench.messages import messages
@@ -42,6 +43,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     bulk,
     connections,
     sources,
+    forged,
     sweeps,
     million,
     replays,

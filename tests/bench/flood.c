@@ -2,9 +2,10 @@
  *
  *   flood INTERFACE GATEWAY_MAC DESTINATION PORT SECONDS RATE SEED FLAGS...
  *
- * RATE 0 is flat out.  FLAGS are values of the TCP flag byte, used in turn.  No source is repeated
- * before 2^30 segments: sources are 32.0.0.0-95.255.255.255 in the order of a full-period linear
- * congruential generator that begins at SEED.
+ * RATE 0 is flat out.  FLAGS are values of the TCP flag byte, used in turn.  PORT may be a range,
+ * FIRST-LAST, whose ports are used in turn.  No source is repeated before 2^30 segments: sources are
+ * 32.0.0.0-95.255.255.255 in the order of a full-period linear congruential generator that begins at
+ * SEED.  If SEED is an address it is the source of all segments.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -109,16 +110,21 @@ int main(int count, char **words)
 	}
 
 	double began = now(), seconds = atof(words[5]), rate = atof(words[6]);
+	int batch = rate > 0 && rate < 100 * BATCH ? 1 : BATCH, first = 0, last = 0;
+	uint32_t only = strchr(words[7], '.') ? ntohl(inet_addr(words[7])) : 0;
+
+	if (sscanf(words[4], "%d-%d", &first, &last) == 1)
+		last = first;
 
 	while (now() - began < seconds) {
-		for (int i = 0; i < BATCH; i++) {
+		for (int i = 0; i < batch; i++) {
 			random = (random * 1664525u + 1013904223u) & 0x3fffffff;
-			lay_out(frames[i], 0x20000000 + random, target, atoi(words[4]),
-				flags[number % kinds], number);
+			lay_out(frames[i], only ? only : 0x20000000 + random, target,
+				first + number % (last - first + 1), flags[number % kinds], number);
 			number++;
 		}
-		for (int done = 0; done < BATCH;) {
-			int sent = sendmmsg(link, messages + done, BATCH - done, 0);
+		for (int done = 0; done < batch;) {
+			int sent = sendmmsg(link, messages + done, batch - done, 0);
 			done += sent > 0 ? sent : 1;
 		}
 		while (rate > 0 && number > (now() - began) * rate)

@@ -1,0 +1,223 @@
+"""What becomes of a visitor in whose name SYNs are forged, under the samples' policies.
+
+And of a flooder who owns his address and returns SYN cookies: he is contained all the same.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from statistics import median
+
+from rstguard.lab.guard import GuardProcess
+from rstguard.lab.waiting import wait_until
+from tests.bench.figures import Figure, at_least, at_most, seen
+from tests.bench.gateway import ROOT, SERVER, Site, milliseconds_since
+
+PORT = 443
+SCANNED = "8000-8100"
+"""Ports that both samples protect, and where nothing listens."""
+FLOODS, SCANS = (1_000, 20_000, 100_000), (2, 20, 1_000)
+_SAMPLES = ("web-edge", "strict-gateway")
+_SECONDS = 20
+_REQUESTS = 10
+"""A second: a visitor in a hurry, and below every limit."""
+_PATIENCE = 5.0
+_HURRIES = 4
+_OBSERVER = "198.51.100.250"
+
+
+def forged() -> Iterator[Figure]:
+    """Requests served of a visitor, and of a newcomer, while SYNs are forged in his name."""
+    for sample in _SAMPLES:
+        # Each victim is alone in a /28, which is one source of strict-gateway.
+        victims = (f"198.51.100.{16 * number + 1}" for number in range(1, 15))
+        with Site() as site, _answering(site), _guarded(site, sample) as guard:
+            for what, ports, rates in (("flood", str(PORT), FLOODS), ("scan", SCANNED, SCANS)):
+                for rate in rates:
+                    for who in ("visitor", "newcomer"):
+                        run = _Run(site, next(victims), known=who == "visitor")
+                        name = f"{sample}: forged {what} of {rate:,}/s: {who}"
+                        yield from run.figures(name, guard, ports, rate)
+            yield from _hurried(site, guard, sample, next(victims))
+
+
+@contextmanager
+def _guarded(site: Site, sample: str) -> Iterator[GuardProcess]:
+    """Run the sample, but for interface and addresses, until it knows what the server offers."""
+    text = (ROOT / f"policies/{sample}.yaml").read_text()
+    for key, value in (("interfaces", "out"), ("destinations", SERVER)):
+        text, count = re.subn(rf"{key}: \[[^]]*\]", f"{key}: [{value}]", text)
+        assert count == 1
+    # Where something is connected already the tracker is known to have seen all there is.
+    with _request(site, _OBSERVER):
+        guard = site.guard(text)
+    try:
+        _request(site, _OBSERVER).close()
+        wait_until(lambda: bool(guard.status()["shun"]["services"]))
+        yield guard
+    finally:
+        guard.stop()
+
+
+@contextmanager
+def _answering(site: Site) -> Iterator[None]:
+    """Have the server send back what it is sent, until the client closes."""
+
+    def serve(one: socket.socket) -> None:
+        with one, suppress(OSError):
+            while data := one.recv(100):
+                one.sendall(data)
+
+    def accept() -> None:
+        with suppress(OSError):
+            while True:
+                one, _ = listener.accept()
+                threading.Thread(target=serve, args=(one,), daemon=True).start()
+
+    with site.listen("server", PORT) as listener:
+        threading.Thread(target=accept, daemon=True).start()
+        yield
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+def _request(site: Site, source: str) -> socket.socket:
+    """Return a connection of a source on which the server has answered.
+
+    Raises:
+        OSError: it did not.
+    """
+    one = site.client_socket(source)
+    try:
+        one.settimeout(_PATIENCE)
+        one.connect((SERVER, PORT))
+        _talk(one)
+    except BaseException:
+        one.close()
+        raise
+    return one
+
+
+def _talk(one: socket.socket) -> None:
+    one.sendall(b"hello")
+    if one.recv(5) != b"hello":
+        raise OSError("the connection was closed")
+
+
+@dataclass
+class _Run:
+    """One flood in the name of a victim, and what he sees of it; `known`: he had come before."""
+
+    site: Site
+    victim: str
+    known: bool
+    times: list[float] = field(default_factory=list)
+    failed: int = 0
+
+    def figures(self, name: str, guard: GuardProcess, ports: str, rate: int) -> Iterator[Figure]:
+        """Yield what was measured."""
+        banned = _banned(guard)
+        old = [_request(self.site, self.victim) for _ in range(5 if self.known else 0)]
+        with _syns_at_server(self.site, self.victim) as arrived:
+            sent, broken = self._go(ports, rate, old)
+            reached = arrived() - len(self.times) - self.failed
+        for one in old:
+            one.close()
+        note = f"{_REQUESTS} requests a second for {_SECONDS} s"
+        served = 100 * len(self.times) / (len(self.times) + self.failed)
+        yield at_least(99, f"{name}: served", [served], "%", note)
+        times = sorted(self.times) or [0.0]
+        yield seen(f"{name}: request p50", [median(times)], "ms")
+        yield seen(f"{name}: request p99", [times[int(0.99 * (len(times) - 1))]], "ms")
+        if self.known:
+            yield at_most(0, f"{name}: old connections broken", [broken], "")
+        yield at_most(0, f"{name}: bans", [_banned(guard) - banned], "")
+        yield seen(f"{name}: SYNs forged", [sent / _SECONDS], "/s")
+        yield seen(f"{name}: of them at the server", [100 * max(0, reached) / sent], "%")
+
+    def _go(self, ports: str, rate: int, old: list[socket.socket]) -> tuple[int, int]:
+        """Return how many SYNs were forged, and how many old connections broke."""
+        site, words = self.site, (ports, str(_SECONDS), str(rate), self.victim, "2")
+        flood = [site.compiled("flood.c"), "eth0", site.gateway_mac(), SERVER, *words]
+        with site.inside("client"):
+            sender = subprocess.Popen(flood, stdout=subprocess.PIPE, text=True)
+        threads, began, broken = [], time.monotonic(), 0
+        for number in range(_SECONDS * _REQUESTS):
+            time.sleep(max(0.0, began + number / _REQUESTS - time.monotonic()))
+            threads.append(threading.Thread(target=self._one))
+            threads[-1].start()
+            if number % _REQUESTS == 0:
+                broken += sum(map(_is_broken, old))
+        said, _ = sender.communicate()
+        for thread in threads:
+            thread.join()
+        return int(said.split()[0]), broken
+
+    def _one(self) -> None:
+        began = time.monotonic_ns()
+        try:
+            _request(self.site, self.victim).close()
+            self.times.append(milliseconds_since(began))
+        except OSError:
+            self.failed += 1
+
+
+def _is_broken(one: socket.socket) -> bool:
+    try:
+        _talk(one)
+    except OSError:
+        return True
+    return False
+
+
+def _banned(guard: GuardProcess) -> int:
+    return sum(guard.status()["counts"].get("ban", {}).values())
+
+
+@contextmanager
+def _syns_at_server(site: Site, source: str) -> Iterator[Callable[[], int]]:
+    """Count the SYNs of a source that come to the server."""
+    chain = ("PREROUTING", "-s", source, "-p", "tcp", "--syn")
+    site.run("server", "iptables", "-t", "raw", "-A", *chain)
+
+    def arrived() -> int:
+        lines = site.run("server", "iptables", "-t", "raw", "-vnxL", "PREROUTING").splitlines()
+        return next(int(line.split()[0]) for line in lines if f" {source} " in line)
+
+    yield arrived
+    site.run("server", "iptables", "-t", "raw", "-D", *chain)
+
+
+def _hurried(site: Site, guard: GuardProcess, sample: str, source: str) -> Iterator[Figure]:
+    """A flooder who returns his cookies: how soon he is banned, and what the server had of him."""
+    attempts, over = [0] * _HURRIES, threading.Event()
+
+    def hurry(index: int) -> None:
+        while not over.is_set():
+            with site.client_socket(source) as one, suppress(OSError):
+                one.settimeout(0.05)
+                attempts[index] += 1
+                one.connect((SERVER, PORT))
+
+    threads = [threading.Thread(target=hurry, args=(index,)) for index in range(_HURRIES)]
+    with _syns_at_server(site, source) as arrived:
+        began = time.monotonic_ns()
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: any(row["kind"] == "ban" for row in guard.ask("ban-list")))
+        took, made = milliseconds_since(began), sum(attempts)
+        over.set()
+        for thread in threads:
+            thread.join()
+        reached = arrived()
+    name = f"{sample}: a real flooder"
+    yield seen(f"{name}: banned after", [took], "ms", "from his first SYN on; each of his "
+               "connections returns its cookie")  # fmt: skip
+    yield seen(f"{name}: his connections until then", [made], "")
+    yield seen(f"{name}: his SYNs at the server", [reached], "")
