@@ -196,6 +196,7 @@ class Status:
                     "engaged_s": round(now - since[service], 1) if service in since else None,
                 }
                 for service, offer in self._footprint.known.items()
+                if budget.ports is None or service.port in budget.ports
             ],
         }
 
