@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 import pytest
 
 from rstguard.lab.waiting import wait_until
-from tests.support.forging import Forger
+from tests.support.forged import forger
 from tests.support.guard import Guard
 from tests.support.network import OUTSIDE4, OUTSIDE6, SERVER4, ThreeHosts
 from tests.support.sources import BOTH_FAMILIES, source
@@ -84,8 +84,8 @@ def fifty(number: int) -> Iterable[int]:
 def flooded(lab: ThreeHosts, guard: Guard, victim: str, service: Service) -> Iterator[None]:
     """Forge some thousand SYNs a second in the victim's name while the context lasts."""
     with (
-        Forger(lab, victim, service.address, service.port) as forger,
-        meanwhile(lambda number: forger.syns(fifty(number))),
+        forger(lab, victim, service.address, service.port) as blind,
+        meanwhile(lambda number: blind.syns(fifty(number))),
     ):
         wait_until(lambda: guard.block_of(victim) is not None)
         yield
@@ -124,8 +124,8 @@ def test_a_newcomer_in_whose_name_ports_are_scanned_is_served(
     service, victim, banned = learned(guard, serve(PORT, v6)), source(v6), bans(guard)
 
     def scan(number: int) -> None:
-        with Forger(lab, victim, service.address, 9000 + number) as forger:
-            forger.syns([20_000 + number])
+        with forger(lab, victim, service.address, 9000 + number) as blind:
+            blind.syns([20_000 + number])
 
     with meanwhile(scan):
         wait_until(lambda: guard.block_of(victim) is not None)
