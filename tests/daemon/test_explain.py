@@ -101,7 +101,7 @@ def test_however_many_look_the_processes_are_asked_once() -> None:
 
         child = SimpleNamespace(serves=True, send=answer)
         starting = SimpleNamespace(serves=False, send=answer)
-        guard = SimpleNamespace(children=[child, starting], ruleset=ruleset())
+        guard = SimpleNamespace(judges=[child, starting], ruleset=ruleset())
         closest = Closest(Linux(), guard, inquiry)  # type: ignore[arg-type]
         return await asyncio.gather(*(closest.answer({}) for _ in range(50)))
 
