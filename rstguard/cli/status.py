@@ -22,6 +22,7 @@ def lines(data: Status) -> Iterator[str]:
     yield from _processes(data)
     blocked = data["blocked"]
     yield f"  blocked now: {blocked['ban']} banned, {blocked['shun']} shunned"
+    yield from _untracked(data["untracked"])
     yield from _budget(data["syn_budget"])
     yield from (f"  {sentence(event)}" for event in data["recent"][-_MOST_EVENTS:])
 
@@ -58,6 +59,20 @@ def _processes(data: Status) -> Iterator[str]:
             f"  learning limits: {learning['productive']} productive sources in "
             f"{learning['seconds']:.0f} s, {left}; take them with `rstguard policy learn --live`"
         )
+
+
+def _untracked(data: Status) -> Iterator[str]:
+    """Tell what was dropped before the tracker, if there was any."""
+    if data["low_ttl"]:
+        yield f"  TTL below {data['least_ttl']}: {data['low_ttl']} segments dropped"
+    if not data["spoofed"] + data["spoofed_passed"]:
+        return
+    left = data["drops_spoofed_in_s"]
+    then = f"; dropped from {left:.0f} s on" if left is not None else ""
+    yield (
+        f"  from outside in the name of inside addresses: {data['spoofed']} segments dropped, "
+        f"{data['spoofed_passed']} only counted{then}"
+    )
 
 
 def _budget(budget: Status | None) -> Iterator[str]:

@@ -13,9 +13,11 @@ from rstguard.kernel.cookies import in_force
 from rstguard.kernel.footprint import Footprint
 from rstguard.kernel.nfqueue import QueueState
 from rstguard.kernel.seam import Kernel
+from rstguard.kernel.untracked import LOW_TTL, SPOOFED, SPOOFED_PASSED
 from rstguard.supervisor.child import Child
 from rstguard.supervisor.guard import Guard
 from rstguard.supervisor.health import health
+from rstguard.supervisor.ingress import Ingress
 from rstguard.supervisor.learning import Learning
 from rstguard.supervisor.policies import Policies
 from rstguard.supervisor.protected import Protected
@@ -40,6 +42,7 @@ class Status:
         learning: Learning,
         upkeep: Upkeep,
         budget: Budget,
+        ingress: Ingress,
     ) -> None:
         """Tell of these parts."""
         self._kernel = kernel
@@ -50,6 +53,7 @@ class Status:
         self._learning = learning
         self._upkeep = upkeep
         self._budget = budget
+        self._ingress = ingress
         self._blocked: dict[str, int] = {"ban": 0, "shun": 0}
         self._counting: asyncio.Task[None] | None = None
         self._current: asyncio.Task[object] | None = None
@@ -109,6 +113,7 @@ class Status:
             "asker": self._asker(),
             "blocked": self._blocked,
             "syn_budget": self._syn_budget(now),
+            "untracked": self._untracked(),
             "productive": self._productive(),
             "learning": self._learning.status,
             "counts": {
@@ -153,6 +158,16 @@ class Status:
         rules = self._guard.ruleset.rules
         least = min((rule.unless.productive for rule in rules if rule.unless), default=0)
         return sum(percent >= least for percent in self._guard.productive.percents.values())
+
+    def _untracked(self) -> object:
+        """Return what was dropped before the tracker, in segments since the guard began."""
+        ruleset, counts, left = self._guard.ruleset, self._ingress.counts, self._ingress.drops_in
+        return {
+            "least_ttl": ruleset.least_ttl if ruleset.enforce else 0,
+            **{name: counts[name] for name in (LOW_TTL, SPOOFED, SPOOFED_PASSED)},
+            "drops_spoofed": ruleset.drops_spoofed and ruleset.enforce,
+            "drops_spoofed_in_s": None if left is None else round(left, 1),
+        }
 
     def _syn_budget(self, now: float) -> object:
         """Return the state of the SYN budget, or None if the policy has none that acts."""

@@ -30,10 +30,11 @@ from dataclasses import dataclass, replace
 from rstguard.engine.address import address_text, is_v6
 from rstguard.engine.offers import Offer, Service
 from rstguard.engine.ruleset import Divert, RuleSet
-from rstguard.kernel.chains import Jump, Plan
+from rstguard.kernel.chains import Plan
 from rstguard.kernel.counting import LARGEST_RATE, gate, syns, table_size
+from rstguard.kernel.jumps import Jump
 from rstguard.kernel.marks import Labels, Marks
-from rstguard.kernel.matching import SYN_ONLY, interface_names, negated
+from rstguard.kernel.matching import SYN_ACK, SYN_ONLY, interface_names, negated
 from rstguard.kernel.names import PREFIX, set_name
 from rstguard.kernel.proof import label
 
@@ -46,7 +47,6 @@ _BOUND_SECONDS = 2
 """How long the count of a service without cookies is kept after its last SYN."""
 
 _SYN = f"-p tcp -m tcp --tcp-flags {SYN_ONLY}"
-_SYN_ACK = "-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK SYN,ACK"
 _PLAIN_ACK = "-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK ACK"
 _TIMESTAMP = 8  # TCPOPT_TIMESTAMP
 _NO_SOCKET = "-m owner ! --socket-exists"
@@ -105,7 +105,7 @@ def _jumps(marks: Marks) -> tuple[Jump, ...]:
     lost = "-p tcp -m tcp --tcp-flags FIN,RST NONE -m conntrack --ctstate INVALID,UNTRACKED"
     template = "-m conntrack --ctstate NEW"
     return (
-        Jump("raw", "OUTPUT", f"{_SYN_ACK} {_NO_SOCKET}", f"{PREFIX}-answer"),
+        Jump("raw", "OUTPUT", f"{SYN_ACK} {_NO_SOCKET}", f"{PREFIX}-answer"),
         Jump("raw", "OUTPUT", f"{_SYN} {template} {_NO_SOCKET}", f"{PREFIX}-opening"),
         Jump("mangle", "OUTPUT", f"{_SYN} {opening}", f"{PREFIX}-proved", last=True),
         Jump(
@@ -115,7 +115,7 @@ def _jumps(marks: Marks) -> tuple[Jump, ...]:
             f"{PREFIX}-joined",
             last=True,
         ),
-        Jump("mangle", "POSTROUTING", _SYN_ACK, f"{PREFIX}-offers", last=True),
+        Jump("mangle", "POSTROUTING", SYN_ACK, f"{PREFIX}-offers", last=True),
         Jump("mangle", "POSTROUTING", f"-p tcp {unsaved}", f"{PREFIX}-save"),
         Jump("filter", "INPUT", lost, f"{PREFIX}-cookies"),
         Jump("filter", "FORWARD", lost, f"{PREFIX}-cookies"),
