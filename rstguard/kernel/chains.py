@@ -49,6 +49,8 @@ def plan(ruleset: RuleSet, family: int, queues: range) -> Plan:
     matching = Matching(ruleset, family)
     entering = ingress.Ingress(ruleset, family)
     diversion = Diversion(ruleset, family, queues)
+    diverting = diversion.chains()
+    diverting[f"{PREFIX}-in"] = (*entering.served(), *diverting[f"{PREFIX}-in"])
     chains = {
         "raw": {
             f"{PREFIX}-raw": (
@@ -60,7 +62,7 @@ def plan(ruleset: RuleSet, family: int, queues: range) -> Plan:
             f"{PREFIX}-probe": ("-j CT --notrack",),
         },
         "mangle": {
-            **diversion.chains(),
+            **diverting,
             **entering.mangle(),
             f"{PREFIX}-save": _save(matching.marks),
         },

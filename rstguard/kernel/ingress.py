@@ -130,10 +130,11 @@ class Ingress(Matching):
             f"{PREFIX}-inside": (*outside, learn),
             f"{PREFIX}-closed": (closed,),
             f"{PREFIX}-doubt": doubt,
+            f"{PREFIX}-served": self.served(),
         }
 
-    def jumps(self) -> tuple[Jump, ...]:
-        """Return the jumps to those chains: for answers of others, and of this host."""
+    def served(self) -> tuple[str, ...]:
+        """Return the rules for what servers send, whichever way it comes: it leads to no queue."""
         if not self.ruleset.enforce:
             return ()
         answer = f"{SYN_ACK} -m conntrack --ctdir REPLY"
@@ -141,11 +142,13 @@ class Ingress(Matching):
         fin = "-p tcp -m tcp --tcp-flags FIN,RST FIN -m conntrack --ctstate ESTABLISHED"
         bits = self.marks.closing.value | self.marks.established.value
         closing = f"--ctdir REPLY -m connmark --mark {Bits(bits, bits)}"
-        return tuple(
-            Jump("mangle", hook, match, chain, last=True)
-            for hook in ("PREROUTING", "OUTPUT")
-            for match, chain in (
-                (f"{answer} {guarded}", f"{PREFIX}-inside"),
-                (f"{fin} {closing}", f"{PREFIX}-closed"),
-            )
+        return (
+            f"{answer} {guarded} -j {PREFIX}-inside",
+            f"{fin} {closing} -j {PREFIX}-closed",
         )
+
+    def jumps(self) -> tuple[Jump, ...]:
+        """Return the jump to the same rules for what this host sends itself."""
+        if not self.ruleset.enforce:
+            return ()
+        return (Jump("mangle", "OUTPUT", "-p tcp", f"{PREFIX}-served"),)
