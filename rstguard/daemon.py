@@ -25,6 +25,7 @@ from rstguard.supervisor.change import Change, Follower
 from rstguard.supervisor.guard import Guard
 from rstguard.supervisor.health import health
 from rstguard.supervisor.hearing import Hearing
+from rstguard.supervisor.ingress import Ingress
 from rstguard.supervisor.learning import Learning
 from rstguard.supervisor.options import Options
 from rstguard.supervisor.policies import Policies
@@ -85,6 +86,7 @@ def build(options: Options) -> tuple[Supervisor, Commands, Service]:
     followers: list[Follower] = []
     change = Change(state, protected, followers)
     bans = Bans(kernel, state, record, capped := Capped(state, change))
+    ingress = Ingress(kernel, state, change, footprint.hits)
     hearing = Hearing(state, bans, learning)
     processes = Processes(state, record, learning, hearing.hear, options)
 
@@ -104,22 +106,24 @@ def build(options: Options) -> tuple[Supervisor, Commands, Service]:
         Follower("the learning of limits", learning.follow),
     ]
     policies = Policies(state, change, record, protected)
-    loop = asyncio.get_running_loop()
-
-    def summary() -> str:
-        workers = "1 worker" if len(state.workers) == 1 else f"{len(state.workers)} workers"
-        how = health(state, loop.time())
-        return f"{how}; policy {state.ruleset.name} ({state.mode}), {workers}"
-
-    service = Service(options.file, summary)
+    service = Service(options.file, lambda: _summary(state))
     parts = Parts(
         state, processes, footprint, record, protected, change, bans, capped, policies, upkeep,
-        budget, service,
+        budget, ingress, service,
     )  # fmt: skip
-    status = Status(kernel, state, footprint, protected, policies, learning, upkeep, budget)
+    status = Status(
+        kernel, state, footprint, protected, policies, learning, upkeep, budget, ingress
+    )
     more = {**policies.commands, **learning.commands}
     commands = Commands(kernel, state, footprint, protected, bans, hearing, upkeep, status, more)
     return Supervisor(options, parts), commands, service
+
+
+def _summary(state: Guard) -> str:
+    """Return the line that the service manager shows."""
+    workers = "1 worker" if len(state.workers) == 1 else f"{len(state.workers)} workers"
+    how = health(state, asyncio.get_running_loop().time())
+    return f"{how}; policy {state.ruleset.name} ({state.mode}), {workers}"
 
 
 def _threads() -> ThreadPoolExecutor:

@@ -23,6 +23,7 @@ def lines(data: Status) -> Iterator[str]:
     blocked = data["blocked"]
     yield f"  blocked now: {blocked['ban']} banned, {blocked['shun']} shunned"
     yield from _shun(data["shun"])
+    yield from _untracked(data["untracked"])
     yield from _budget(data["syn_budget"])
     yield from (f"  {sentence(event)}" for event in data["recent"][-_MOST_EVENTS:])
 
@@ -70,6 +71,20 @@ def _shun(shun: Status) -> Iterator[str]:
         )
     elif shun["why_not"]:
         yield f"  shunned sources are blocked, not challenged: {shun['why_not']}"
+
+
+def _untracked(data: Status) -> Iterator[str]:
+    """Tell what was dropped before the tracker, if there was any."""
+    if data["low_ttl"]:
+        yield f"  TTL below {data['least_ttl']}: {data['low_ttl']} segments dropped"
+    if not data["spoofed"] + data["spoofed_passed"]:
+        return
+    left = data["drops_spoofed_in_s"]
+    then = f"; dropped from {left:.0f} s on" if left is not None else ""
+    yield (
+        f"  from outside in the name of inside addresses: {data['spoofed']} segments dropped, "
+        f"{data['spoofed_passed']} only counted{then}"
+    )
 
 
 def _budget(budget: Status | None) -> Iterator[str]:

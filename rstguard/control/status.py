@@ -13,9 +13,11 @@ from rstguard.kernel import challenge, syn_budget
 from rstguard.kernel.footprint import Footprint
 from rstguard.kernel.nfqueue import QueueState
 from rstguard.kernel.seam import Kernel
+from rstguard.kernel.untracked import LOW_TTL, SPOOFED, SPOOFED_PASSED
 from rstguard.supervisor.child import Child
 from rstguard.supervisor.guard import Guard
 from rstguard.supervisor.health import health
+from rstguard.supervisor.ingress import Ingress
 from rstguard.supervisor.learning import Learning
 from rstguard.supervisor.policies import Policies
 from rstguard.supervisor.protected import Protected
@@ -40,6 +42,7 @@ class Status:
         learning: Learning,
         upkeep: Upkeep,
         budget: Budget,
+        ingress: Ingress,
     ) -> None:
         """Tell of these parts."""
         self._kernel = kernel
@@ -50,6 +53,7 @@ class Status:
         self._learning = learning
         self._upkeep = upkeep
         self._budget = budget
+        self._ingress = ingress
         self._blocked: dict[str, int] = {"ban": 0, "shun": 0}
         self._counting: asyncio.Task[None] | None = None
         self._current: asyncio.Task[object] | None = None
@@ -110,6 +114,7 @@ class Status:
             "blocked": self._blocked,
             "shun": self._shun(),
             "syn_budget": self._syn_budget(now),
+            "untracked": self._untracked(),
             "productive": self._productive(),
             "learning": self._learning.status,
             "counts": {
@@ -179,6 +184,16 @@ class Status:
     @property
     def _no_challenge(self) -> str:
         return self._footprint.no_challenge or self._budget.problem
+
+    def _untracked(self) -> object:
+        """Return what was dropped before the tracker, in segments since the guard began."""
+        ruleset, counts, left = self._guard.ruleset, self._ingress.counts, self._ingress.drops_in
+        return {
+            "least_ttl": ruleset.least_ttl if ruleset.enforce else 0,
+            **{name: counts[name] for name in (LOW_TTL, SPOOFED, SPOOFED_PASSED)},
+            "drops_spoofed": ruleset.drops_spoofed and ruleset.enforce,
+            "drops_spoofed_in_s": None if left is None else round(left, 1),
+        }
 
     def _syn_budget(self, now: float) -> object:
         """Return the state of the SYN budget, or None if the policy has none that acts."""

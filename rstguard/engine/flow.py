@@ -23,6 +23,15 @@ class TcpState(IntEnum):
     SYN_SENT2 = 9
 
 
+HALF_CLOSED = frozenset(
+    {TcpState.FIN_WAIT, TcpState.CLOSE_WAIT, TcpState.LAST_ACK, TcpState.TIME_WAIT}
+)
+"""States that a connection comes to by FINs of its client alone: the tracker takes the second for
+its server's, also if it is the first once more (tcp_conntracks in nf_conntrack_proto_tcp.c)."""
+
+BOTH_FINS = frozenset({TcpState.LAST_ACK, TcpState.TIME_WAIT})
+"""Those to which it takes two."""
+
 LIVE = frozenset({TcpState.ESTABLISHED, TcpState.FIN_WAIT, TcpState.CLOSE_WAIT})
 """States in which an established connection is still to be judged."""
 
@@ -49,7 +58,8 @@ class Flow(NamedTuple):
     other's mirror.  Bytes and packets are counted by the kernel since the connection began
     (IP headers included), and are 0 while accounting is off.  `age` is in nanoseconds, or -1 while
     the kernel does not stamp connections.  `timeout` is what the entry has left, in seconds.
-    `labels` has a bit for each connection label that is set.
+    `labels` has a bit for each connection label that is set.  `server_first`: the first FIN was the
+    server's.
     """
 
     ident: int
@@ -66,6 +76,7 @@ class Flow(NamedTuple):
     timeout: int
     zone: int
     labels: int = 0
+    server_first: bool = False
 
 
 def endpoint(address: int, port: int) -> str:

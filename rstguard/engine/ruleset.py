@@ -22,6 +22,11 @@ DEFAULT_LABELS = 124
 LIKELY, CONFIRMED, ADOPTED = range(3)
 """The labels, counted from that one (`rstguard.kernel.marks`)."""
 
+DEFAULT_LEAST_TTL = 4
+"""Hops that a segment must have left: enough for servers behind two routers more."""
+DEFAULT_SPOOFED_AFTER = 600 * SECOND
+"""How long segments in the name of an inside address are counted before they are dropped."""
+
 RULE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,47}")
 """The name of a rule or of a policy: it is also kept beside a ban in the kernel's set."""
 
@@ -243,6 +248,9 @@ class RuleSet:
     passes, after it has passed, or not at all; RSTs that come from `reset_exempt` always pass.
     With `forged_fins` FINs are treated like them.
     `inspect_packets` caps how many early packets of a connection may pass through the queue.
+    Segments with fewer than `least_ttl` hops left are dropped, 0: none.  What comes from outside in
+    the name of an address that answers from inside is dropped after `spoofed_after` nanoseconds,
+    None: never; `drops_spoofed` says that it is so far.
     """
 
     name: str
@@ -265,6 +273,9 @@ class RuleSet:
     forged_resets: str = "off"
     forged_fins: bool = False
     reset_exempt: tuple[Prefix, ...] = ()
+    least_ttl: int = DEFAULT_LEAST_TTL
+    spoofed_after: int | None = DEFAULT_SPOOFED_AFTER
+    drops_spoofed: bool = False
 
     @property
     def diverts(self) -> frozenset[Divert]:

@@ -199,7 +199,7 @@ class Sweep:
         # Unpacked at once: this runs for every connection at every sweep.
         (
             _, original, _, _, _, _,
-            client_packets, client_bytes, server_packets, server_bytes, _, timeout, _, _,
+            client_packets, client_bytes, server_packets, server_bytes, _, timeout, _, _, _,
         ) = flow  # fmt: skip
         packets, total = client_packets + server_packets, client_bytes + server_bytes
         expires = now + timeout * SECOND

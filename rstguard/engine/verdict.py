@@ -62,6 +62,8 @@ class Reason(Enum):
     OVERLOAD = "the worker was overrun, and the source sent a great share of what held it up"
     OUTLIVED = "the connection went on at its server after a RST that the gateway had believed"
     FORGED_RESET = "the end that the RST names holds the connection: it did not send it"
+    LOW_TTL = "the segment had too few hops left to reach its server"
+    SPOOFED = "the segment came from outside in the name of an address that answers from inside"
     BANNED = "the source was banned, and its connections end with it"
     KILLED = "an administrator asked for it"
 

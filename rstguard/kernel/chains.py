@@ -5,10 +5,11 @@ be told from one that is not, and left alone.
 
 Own chains only, each reached by one jump from a built-in chain.  The way of a packet:
 
-- raw PREROUTING drops the SYNs, and all that is not TCP, of banned sources, and the SYNs of gated
-  and shunned ones, before the connection tracker pays for them; of shunned ones those that are
-  answered with SYN cookies are kept from it (`rstguard.kernel.challenge`).  raw OUTPUT keeps our
-  own probes away from the tracker.
+- raw PREROUTING drops what the tracker would believe and the server would not hear, or has not
+  sent (`rstguard.kernel.ingress`), and the SYNs, and all that is not TCP, of banned sources, and
+  the SYNs of gated and shunned ones, before the connection tracker pays for them; of shunned ones
+  those that are answered with SYN cookies are kept from it (`rstguard.kernel.challenge`).  raw
+  OUTPUT keeps our own probes away from the tracker.
 - mangle PREROUTING tells what a packet is and diverts it into the queue if a rule of the policy
   needs to see it.  Connections that need nothing more leave the chain at its second rule.  It
   comes last in the built-in chain: after the queue a packet goes on at the next hook, and the
@@ -25,26 +26,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from rstguard.engine.ruleset import RuleSet
+from rstguard.kernel import ingress
 from rstguard.kernel.diversion import Diversion
+from rstguard.kernel.jumps import Jump
 from rstguard.kernel.marks import Bits, Marks
 from rstguard.kernel.matching import SYN_ONLY, Matching
 from rstguard.kernel.names import PREFIX
-
-
-@dataclass(frozen=True, slots=True)
-class Jump:
-    """The one rule by which a built-in chain reaches one of ours."""
-
-    table: str
-    builtin: str
-    match: str
-    chain: str
-    last: bool = False
-
-    @property
-    def rule(self) -> str:
-        """The rule as iptables-save prints it, less the ``-A CHAIN``."""
-        return f"{self.match} -j {self.chain}".strip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,21 +48,33 @@ def plan(ruleset: RuleSet, family: int, queues: range) -> Plan:
     `queues` are the NFQUEUE numbers of the workers, one each; their count is a power of two.
     """
     matching = Matching(ruleset, family)
+    entering = ingress.Ingress(ruleset, family)
     diversion = Diversion(ruleset, family, queues)
+    diverting = diversion.chains()
+    diverting[f"{PREFIX}-in"] = (*entering.served(), *diverting[f"{PREFIX}-in"])
     chains = {
         "raw": {
-            f"{PREFIX}-raw": matching.on_interfaces(f"{PREFIX}-blocked", outbound=False),
+            f"{PREFIX}-raw": (
+                *entering.entrance(),
+                *matching.on_interfaces(f"{PREFIX}-blocked", outbound=False),
+            ),
+            **entering.raw(),
             f"{PREFIX}-blocked": _blocked(matching),
             f"{PREFIX}-probe": ("-j CT --notrack",),
         },
-        "mangle": {**diversion.chains(), f"{PREFIX}-save": _save(matching.marks)},
+        "mangle": {
+            **diverting,
+            **entering.mangle(),
+            f"{PREFIX}-save": _save(matching.marks),
+        },
         "filter": {f"{PREFIX}-condemned": condemned(matching.marks)},
     }
     if ruleset.blocking != "drop":
         refuse = matching.on_interfaces(f"{PREFIX}-refused", outbound=False, tcp=True)
         chains["filter"][f"{PREFIX}-refuse"] = refuse
         chains["filter"][f"{PREFIX}-refused"] = _refused(matching)
-    return Plan(chains, _jumps(ruleset, diversion.watches_outbound))
+    jumps = _jumps(ruleset, diversion.watches_outbound)
+    return Plan(chains, (*entering.jumps(), *jumps))
 
 
 def _jumps(ruleset: RuleSet, outbound: bool) -> tuple[Jump, ...]:

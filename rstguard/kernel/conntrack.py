@@ -177,6 +177,17 @@ class Conntrack:
             self.delete([now])
         return now is not None and now.state == TcpState.ESTABLISHED
 
+    def set_timeout(self, flows: Sequence[Flow], seconds: int) -> list[int]:
+        """Have connections forgotten so much later; an errno for each.
+
+        The next packet sets the time anew, to what the tracker gives the connection's state.
+
+        Raises:
+            KernelError: the kernel could not be asked.
+        """
+        attributes = entry.timeout_attributes(seconds)
+        return [answer.error for answer in self._ask(_NEW, flows, attributes)]
+
     def set_labels(self, flows: Sequence[Flow], bits: int, mask: int) -> list[int]:
         """Give connections the labels (old & ~mask) | bits; return an errno for each, or 0.
 

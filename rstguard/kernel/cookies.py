@@ -27,10 +27,11 @@ from dataclasses import dataclass, replace
 
 from rstguard.engine.ruleset import Divert, RuleSet
 from rstguard.kernel import challenge, syn_budget
-from rstguard.kernel.chains import Jump, Plan
+from rstguard.kernel.chains import Plan
 from rstguard.kernel.counting import syns
+from rstguard.kernel.jumps import Jump
 from rstguard.kernel.marks import Labels, Marks
-from rstguard.kernel.matching import interface_names, negated
+from rstguard.kernel.matching import SYN_ACK, interface_names, negated
 from rstguard.kernel.names import PREFIX, set_name
 from rstguard.kernel.proof import label
 from rstguard.kernel.services import SYN, UNTRACKED, Known, Services
@@ -38,7 +39,6 @@ from rstguard.kernel.services import SYN, UNTRACKED, Known, Services
 LOG_GROUP = 5640
 """NFLOG group of the sampled SYN-ACKs, and of the SYNs that came too late for their cookie."""
 _LOG_BYTES = 160  # IPv6 header, one extension header, TCP header with all options
-_SYN_ACK = "-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK SYN,ACK"
 _PLAIN_ACK = "-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK ACK"
 _TIMESTAMP = 8  # TCPOPT_TIMESTAMP
 _NO_SOCKET = "-m owner ! --socket-exists"
@@ -104,7 +104,7 @@ def _jumps(marks: Marks, challenges: bool) -> tuple[Jump, ...]:
     template = "-m conntrack --ctstate NEW"
     last = [Jump("security", hook, SYN, f"{PREFIX}-shunned") for hook in ("INPUT", "FORWARD")]
     return (
-        Jump("raw", "OUTPUT", f"{_SYN_ACK} {_NO_SOCKET}", f"{PREFIX}-answer"),
+        Jump("raw", "OUTPUT", f"{SYN_ACK} {_NO_SOCKET}", f"{PREFIX}-answer"),
         Jump("raw", "OUTPUT", f"{SYN} {template} {_NO_SOCKET}", f"{PREFIX}-opening"),
         Jump("mangle", "OUTPUT", f"{SYN} {opening}", f"{PREFIX}-proved", last=True),
         Jump(
@@ -114,7 +114,7 @@ def _jumps(marks: Marks, challenges: bool) -> tuple[Jump, ...]:
             f"{PREFIX}-joined",
             last=True,
         ),
-        Jump("mangle", "POSTROUTING", _SYN_ACK, f"{PREFIX}-offers", last=True),
+        Jump("mangle", "POSTROUTING", SYN_ACK, f"{PREFIX}-offers", last=True),
         Jump("mangle", "POSTROUTING", f"-p tcp {unsaved}", f"{PREFIX}-save"),
         Jump("filter", "INPUT", lost, f"{PREFIX}-cookies"),
         Jump("filter", "FORWARD", lost, f"{PREFIX}-cookies"),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from rstguard.engine.address import is_v6
 from rstguard.engine.ruleset import Divert, Per, RuleSet
-from rstguard.kernel import counting, proof, thinning
+from rstguard.kernel import counting, ingress, proof, thinning
 from rstguard.kernel.matching import SYN_ONLY, Matching
 from rstguard.kernel.names import PREFIX, set_name
 from rstguard.kernel.proof import PLAIN_ACK
@@ -90,6 +90,7 @@ class Diversion(Matching):
         marks = self.marks
         begins = f"-m conntrack --ctstate NEW -m connmark --mark {marks.unguarded}"
         rules.append(f"{begins} -j CONNMARK --set-xmark {marks.guarded}")
+        rules += ingress.replacing(self)
         counted = self.ruleset.kernel_rule
         if counted or Divert.SYN in self.ruleset.diverts:
             # Another program may have copied the bits of a connection onto its packets.
@@ -111,6 +112,7 @@ class Diversion(Matching):
         rules = [*proof.suspects(self, wrong), f"{wrong} -j RETURN"]
         first = f"-m connmark --mark {marks.guarded}"
         rules += proof.likely(self, first)
+        rules += ingress.translated(self, first)
         rules.append(f"{first} -j CONNMARK --set-xmark {marks.proven}")
         if Divert.HANDSHAKE in self.ruleset.diverts:
             # While nobody answers, a connection tries again with each packet, up to this many.
@@ -144,18 +146,19 @@ class Diversion(Matching):
         return [f"-j MARK --set-xmark {self.marks.to_queue_bare}", *proof.bits(self)]
 
     def doubt(self) -> str:
-        """A RST that the tracker took may not have reached the server, or not been believed there.
+        """A RST or FIN that the tracker took may not have reached the server, or not been believed.
 
-        The sweeper looks what became of the connection (`rstguard.sweeper.doubts`).  Only in the
-        client's name must a RST bear the exact number to end the entry: in the server's, behind a
-        SYN in the client's, any will do (tcp_packet in nf_conntrack_proto_tcp.c), and whoever
-        forged the two would have the guard finish an innocent's connection.
+        The sweeper looks what became of the connection (`rstguard.sweeper.doubts`), unless the
+        server closes it (`rstguard.kernel.ingress`).  Only in the client's name must a RST bear the
+        exact number to end the entry: in the server's, behind a SYN in the client's, any will do
+        (tcp_packet in nf_conntrack_proto_tcp.c), and whoever forged the two would have the guard
+        finish an innocent's connection.
         """
         marks = self.marks
         return (
-            f"-p tcp -m tcp --tcp-flags SYN,RST RST -m connmark --mark {marks.established}"
+            f"-p tcp -m tcp ! --tcp-flags FIN,RST NONE -m connmark --mark {marks.established}"
             f" -m conntrack --ctstate ESTABLISHED --ctdir ORIGINAL"
-            f" -j CONNMARK --set-xmark {marks.closing}"
+            f" -j {PREFIX}-doubt"
         )
 
     def reset_out(self) -> tuple[str, ...]:

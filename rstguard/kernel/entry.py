@@ -28,7 +28,7 @@ TUPLE_IP, TUPLE_PROTO = 1, 2
 IP_V4_SRC, IP_V4_DST, IP_V6_SRC, IP_V6_DST = 1, 2, 3, 4
 PROTO_NUM, PROTO_SRC_PORT, PROTO_DST_PORT = 1, 2, 3
 PROTOINFO_TCP, TCP_STATE, TCP_FLAGS_ORIGINAL, TCP_FLAGS_REPLY = 1, 1, 4, 5
-BE_LIBERAL = 8
+CLOSE_INIT, BE_LIBERAL = 4, 8
 COUNTER_PACKETS, COUNTER_BYTES = 1, 2
 TIMESTAMP_START = 1
 FILTER_ORIG_FLAGS, FILTER_PROTO_NUM = 1, 1 << 3
@@ -66,6 +66,7 @@ class Fields(NamedTuple):
     start: int = 0
     zone: int = 0
     labels: int = 0
+    reply_flags: int = 0
 
 
 def _tuple_paths(outer: int, first: int) -> dict[Path, int]:
@@ -96,6 +97,7 @@ WHERE: Final[dict[Path, int]] = {
     (TIMESTAMP, TIMESTAMP_START): 18,
     (ZONE,): 19,
     (LABELS,): 20,
+    (PROTOINFO, PROTOINFO_TCP, TCP_FLAGS_REPLY): 21,
 }
 """Which attribute gives which of `Fields`."""
 
@@ -217,7 +219,7 @@ class Reader:
             source, destination, source_port, destination_port,
             reply_source, reply_destination, reply_source_port, reply_destination_port,
             protocol, status, state, mark, ident, timeout,
-            client_packets, client_bytes, server_packets, server_bytes, began, zone, labels,
+            client_packets, client_bytes, server_packets, server_bytes, began, zone, labels, flags,
         ) = layout.values(data, start)  # fmt: skip
         if protocol != TCP:
             return None
@@ -231,9 +233,14 @@ class Reader:
             bool(status & IPS_SEEN_REPLY),
             client_packets, client_bytes, server_packets, server_bytes,
             max(self._now - began, 0) if began else -1, timeout, zone,
-            _labels(labels) if labels else 0,
+            _labels(labels) if labels else 0, _server_first(flags),
         )  # fmt: skip
         return _new(Flow, values)
+
+
+def _server_first(flags: int) -> bool:
+    """Read struct nf_ct_tcp_flags, whose first byte has the flags of the server's direction."""
+    return bool(flags >> 8 & CLOSE_INIT)
 
 
 def _labels(bits: int | bytes) -> int:
@@ -264,6 +271,7 @@ def flow_of(found: Fields, now: int) -> Flow | None:
         timeout=found.timeout,
         zone=found.zone,
         labels=found.labels,
+        server_first=_server_first(found.reply_flags),
     )
 
 
@@ -330,6 +338,11 @@ def reopened_attributes(seconds: int) -> bytes:
     inner += attribute(TCP_FLAGS_ORIGINAL, flags) + attribute(TCP_FLAGS_REPLY, flags)
     timeout = attribute(TIMEOUT, seconds.to_bytes(4, "big"))
     return nest(PROTOINFO, nest(PROTOINFO_TCP, inner)) + timeout
+
+
+def timeout_attributes(seconds: int) -> bytes:
+    """Return the attribute that says how long an entry lives without a packet."""
+    return attribute(TIMEOUT, seconds.to_bytes(4, "big"))
 
 
 def labels_attributes(bits: int, mask: int) -> bytes:

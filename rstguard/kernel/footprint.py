@@ -26,6 +26,7 @@ from rstguard.kernel import (
 from rstguard.kernel.diversion import queues_for
 from rstguard.kernel.marks import Marks
 from rstguard.kernel.seam import Kernel
+from rstguard.kernel.untracked import Hits
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,8 @@ class Footprint:
         """Whether our bits come off packets before they are routed (`rstguard.kernel.clearing`)."""
         self.no_challenge = ""
         """Why shunned sources are dropped though the policy would challenge them, or ""."""
+        self.hits = Hits()
+        """What the rules have dropped before the tracker."""
         self._whole = threading.RLock()  # nobody is to see the rules half changed
         self._ended = False
 
@@ -95,7 +98,9 @@ class Footprint:
         """
         with self._changing():
             self._clear(ruleset)
+            self.hits.look(self._kernel)
             self._placed = self._put(ruleset)
+            self.hits.look(self._kernel)
             self._prune(ruleset)
 
     def _put(self, ruleset: RuleSet) -> dict[int, iptables.Present]:

@@ -18,8 +18,9 @@ from typing import Final
 
 from rstguard.engine.ruleset import Divert, RuleSet
 from rstguard.kernel import proof
-from rstguard.kernel.chains import Jump, Plan
+from rstguard.kernel.chains import Plan
 from rstguard.kernel.counting import table_size
+from rstguard.kernel.jumps import Jump
 from rstguard.kernel.matching import Matching
 from rstguard.kernel.names import PREFIX, set_name
 

@@ -25,6 +25,9 @@ rstguard-budget-ports       bitmap:port     ports of the SYN budget, unless it m
 rstguard-named4, -named6    hash:ip,port,ip  connections of which a RST is held, in both directions;
                                             filled by the chains
 rstguard-reset-exempt4, -6  hash:net        the policy's `reset_exempt`
+rstguard-inside4, -inside6  hash:ip         addresses that answer from inside; filled by the chains
+rstguard-translated4, -6    hash:ip,port    services whose target is translated here; likewise
+rstguard-doubt4, -doubt6    hash:ip,port,ip  connections for which a RST or FIN has just come in
 rstguard-thin4-0, -thin6-0  hash:net        everything while worker 0 is overrun, else nothing;
 (-1, …: other workers)                      filled by the worker (`rstguard.kernel.thinning`)
 ==========================  ==============  ==================================================
@@ -37,7 +40,7 @@ from dataclasses import dataclass
 
 from rstguard.engine.address import V6, Prefix, is_v6
 from rstguard.engine.ruleset import Divert, RuleSet
-from rstguard.kernel import InUse, KernelError, challenge, holding, syn_budget, thinning
+from rstguard.kernel import InUse, KernelError, challenge, holding, ingress, syn_budget, thinning
 from rstguard.kernel.command import Commands
 from rstguard.kernel.elements import Kind, ipset
 from rstguard.kernel.names import BAN_SETS, BLOCK_SETS, GATE_SETS, is_ours, set_name
@@ -117,6 +120,8 @@ def plan(ruleset: RuleSet, workers: int = 1) -> tuple[SetSpec, ...]:
             )
             for index in range(workers)
         ]
+        if ruleset.enforce:
+            specs += _inside(digit, family)
         if syn_budget.in_force(ruleset):
             engaged = f"family {family} maxelem 65536 timeout {syn_budget.ENGAGED_SECONDS}"
             specs.append(SetSpec(syn_budget.engaged_set(digit), "hash:ip,port", engaged))
@@ -134,6 +139,18 @@ def plan(ruleset: RuleSet, workers: int = 1) -> tuple[SetSpec, ...]:
     )
     specs += [_ports(name, members) for name, members in ports if members is not None]
     return tuple(specs)
+
+
+def _inside(digit: int, family: str) -> list[SetSpec]:
+    """Return the sets of `rstguard.kernel.ingress`."""
+    options = f"family {family} maxelem {ingress.MOST_INSIDE} timeout {ingress.INSIDE_SECONDS}"
+    brief = f"family {family} maxelem {ingress.MOST_INSIDE} timeout {ingress.DOUBT_SECONDS}"
+    sizing = f"hashsize {ingress.MOST_INSIDE // 4} forceadd"
+    return [
+        SetSpec(ingress.inside_set(digit), "hash:ip", options, sizing),
+        SetSpec(ingress.translated_set(digit), "hash:ip,port", options, sizing),
+        SetSpec(ingress.doubt_set(digit), "hash:ip,port,ip", brief, sizing),
+    ]
 
 
 def apply(kernel: Commands, ruleset: RuleSet, workers: int = 1) -> None:

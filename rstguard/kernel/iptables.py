@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from rstguard.kernel import KernelError
-from rstguard.kernel.chains import Jump, Plan
+from rstguard.kernel.chains import Plan
+from rstguard.kernel.jumps import Jump
 from rstguard.kernel.names import PREFIX
 from rstguard.kernel.seam import Kernel
 

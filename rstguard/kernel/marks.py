@@ -3,14 +3,9 @@
 Eight adjacent bits of the mark, chosen by the policy's key `marks` (`DEFAULT_MARKS`); every other
 bit belongs to other software and is never changed.  Four labels beside them (`Labels`).
 
-On a connection (connmark), from the lowest bit; what the engine, the rules and later measures need
-would take nine bits one by one, and eight are enough by two decisions:
-
-- GUARDED, PROVEN and TRUSTED are *stages*: who is trusted has proved itself, and who has proved
-  itself is guarded.  Two bits hold the three.  A stage only rises, and each rule that raises it
-  asks for the one below: so a late verdict takes nothing back.
-- SYN_ACK_SEEN matters before the handshake is over, CLOSING only after it: they share a bit.  The
-  rule that makes a connection PROVEN is the one to clear it, once a rule sets SYN_ACK_SEEN.
+On a connection (connmark), GUARDED, PROVEN and TRUSTED are *stages*: who is trusted has proved
+itself, and who has proved itself is guarded.  Two bits hold the three.  A stage only rises, and
+each rule that raises it asks for the one below: so a late verdict takes nothing back.
 
 A mark bit is what a dump filters by, what a rule clears again, and what must work for connections
 that are older than the guard.  A label is what is only ever set, and only on connections that began
@@ -40,7 +35,7 @@ from rstguard.engine.verdict import Ends
 
 _GUARDED, _PROVEN, _TRUSTED = 1, 2, 3
 _STAGE = 3
-_CLOSING = _SYN_ACK_SEEN = 1 << 2
+_CLOSING = 1 << 2
 _CONDEMNED_SOURCE, _CONDEMNED_DESTINATION = 1 << 3, 1 << 4
 _HELD = 1 << 5
 _RST_SENT_SOURCE, _RST_SENT_DESTINATION = 1 << 6, 1 << 7
@@ -82,11 +77,8 @@ PLAN: Final = (
     ),
     Meaning(
         _ON_CONNECTION, "CLOSING", _CLOSING,
-        "a RST came in its client's name: the sweeper looks what became of its ends",
-    ),
-    Meaning(
-        _ON_CONNECTION, "SYN_ACK_SEEN", _SYN_ACK_SEEN,
-        "guarded but not proven: the server has answered its SYN", reserved=True,
+        "a RST or FIN came in its client's name, and its server has not closed it: the sweeper"
+        " looks what became of its ends; or its SYN took the place of one of which this is true",
     ),
     Meaning(
         _ON_CONNECTION, "CONDEMNED_SOURCE", _CONDEMNED_SOURCE,
@@ -201,7 +193,7 @@ class Marks:
         self.half_open = Bits(self.guarded.value, self.guarded.mask | alive)
         self.unfinished = Bits(alive, alive | self.rst_sent.mask)
         """Condemned, and no end was sent its RST yet."""
-        # A RST for it came in, that is not held back, and nobody has looked since.
+        # A RST or FIN for it came in, that is not held back.
         self.doubted = Bits(self.closing.value, self.closing.mask | self.held.mask | alive)
 
         # A packet's.

@@ -10,6 +10,7 @@ from rstguard.kernel.marks import Marks
 from rstguard.kernel.names import set_name
 
 SYN_ONLY = "FIN,SYN,RST,ACK SYN"
+SYN_ACK = "-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK SYN,ACK"
 
 
 @dataclass(frozen=True, slots=True)

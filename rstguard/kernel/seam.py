@@ -112,6 +112,9 @@ class Connections(Closing, Protocol):
     def can_reopen(self) -> bool:
         """Try, without touching any connection, whether `reopen` does what it should."""
 
+    def set_timeout(self, flows: Sequence[Flow], seconds: int) -> list[int]:
+        """Have connections forgotten so much later; an errno for each, 0 for success."""
+
     def delete(self, flows: Sequence[Flow]) -> list[int]:
         """Take connections out, if `ident` is theirs; return an errno for each, 0 for success."""
 

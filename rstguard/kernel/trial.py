@@ -97,8 +97,28 @@ _FEATURES = (
         "-A PREROUTING -m statistic --mode nth --every 16 --packet 0 -j RETURN",
         "xt_statistic",
     ),
+    _Feature(
+        "match on the route back",
+        "raw",
+        "-A PREROUTING -p tcp -m rpfilter --invert -j DROP",
+        "ipt_rpfilter",
+    ),
+    _Feature(
+        "match on local addresses",
+        "raw",
+        "-A PREROUTING -p tcp -m addrtype --dst-type LOCAL -j RETURN",
+        "xt_addrtype",
+    ),
     _Feature("exemption from tracking", "raw", "-A OUTPUT -p tcp -j CT --notrack", "xt_CT"),
 )
+_HOPS = {
+    4: _Feature(
+        "match on the TTL", "raw", "-A PREROUTING -p tcp -m ttl --ttl-lt 4 -j DROP", "xt_hl"
+    ),
+    6: _Feature(
+        "match on the hop limit", "raw", "-A PREROUTING -p tcp -m hl --hl-lt 4 -j DROP", "xt_hl"
+    ),
+}
 _FOR_COOKIES = (
     _Feature(
         "SYN cookies",
@@ -187,7 +207,7 @@ class _Trial(NamedTuple):
         self._succeeds(["ipset", "create", target, "hash:net", "family", family_name])
         if not self._loads(family, (_PLAIN,)):
             return self._failed(name, *self._why_not_even_plain(restore, family))
-        return self._each(name, family, _FEATURES)
+        return self._each(name, family, (*_FEATURES, _HOPS[family]))
 
     def cookies(self, family: int) -> Check:
         """Load the rules that give out SYN cookies."""

@@ -45,6 +45,9 @@ KINDS = MappingProxyType(
         "capped": "a rule banned in too many networks in a minute, and shuns instead for a while",
         "rearmed": "a rule that was capped bans again",
         "gated": "so many sources of a network are banned that its other SYNs are dropped as well",
+        "low_ttl": "segments that would not have reached their server begin to be dropped",
+        "spoofed": "segments begin to come from outside in the name of an address that answers "
+        "from inside: counted, then dropped",
         "panic": "all traffic passes on an administrator's word, or no longer",
         "left_out": "events of the last second that were not written, by their number",
     }

@@ -91,6 +91,11 @@ def _cookies(data: Snapshot) -> Iterator[Sample]:
         yield (outcome,), float(count)
 
 
+def _untracked(data: Snapshot) -> Iterator[Sample]:
+    for name in ("low_ttl", "spoofed", "spoofed_passed"):
+        yield (name,), float(data["untracked"][name])
+
+
 def _services(data: Snapshot) -> Iterator[Sample]:
     if budget := data["syn_budget"]:
         for service in budget["services"]:
@@ -157,6 +162,10 @@ TABLE: tuple[Row, ...] = (
             ((outcome,), float(data["counts"].get(f"{outcome}_resets", 0)))
             for outcome in ("held", "forged", "honest", "unconfirmed", "crowded", "lost")
         ]),
+    Row("rstguard_untracked_total", "counter", ("what",),
+        "Segments that the rules before the connection tracker found: low_ttl (dropped: they would "
+        "not have reached their server), spoofed (dropped: from outside, in the name of an address "
+        "that answers from inside), spoofed_passed (the same, only counted).", _untracked),
     Row("rstguard_failures_total", "counter", ("what",),
         "What went wrong, and the log tells of: failed (a packet or a sweep could not be judged), "
         "block_failed (a ban or shun was not set), lost_reports (a process was not heard in time).",

@@ -57,6 +57,9 @@ def compile_policy(policy: Policy) -> RuleSet:
         forged_resets=policy.forged_resets,
         forged_fins=policy.forged_fins == "hold",
         reset_exempt=policy.reset_exempt,
+        least_ttl=policy.least_ttl,
+        spoofed_after=policy.drop_spoofed_after,
+        drops_spoofed=policy.drop_spoofed_after == 0,
     )
     return offload(ruleset) if policy.offload == "auto" else ruleset
 
@@ -161,6 +164,22 @@ def _head(ruleset: RuleSet) -> Iterator[str]:
         yield f"  RSTs          the sender is asked {first[ruleset.forged_resets]}{also}"
         if ruleset.reset_exempt:
             yield f"  not asked     {_prefixes(ruleset.reset_exempt)}"
+    yield f"  untracked     {', '.join(_untracked(ruleset)) or 'nothing'}"
+
+
+def _untracked(ruleset: RuleSet) -> Iterator[str]:
+    """Say what is dropped before the connection tracker sees it."""
+    if not ruleset.enforce:
+        return
+    if ruleset.least_ttl:
+        yield f"TTL below {ruleset.least_ttl} dropped"
+    if ruleset.spoofed_after is None:
+        yield "spoofed inside addresses counted"
+    else:
+        wait = duration_text(ruleset.spoofed_after)
+        yield "spoofed inside addresses dropped" + (
+            f" after {wait}" if ruleset.spoofed_after else ""
+        )
 
 
 def _time(ruleset: RuleSet) -> str:

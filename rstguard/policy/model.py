@@ -13,12 +13,19 @@ from typing import Annotated, Final, Literal
 from pydantic import AfterValidator, Field, PlainValidator, model_validator
 
 from rstguard.engine.address import V6, Prefix
-from rstguard.engine.ruleset import DEFAULT_LABELS, DEFAULT_MARKS, SECOND
+from rstguard.engine.ruleset import (
+    DEFAULT_LABELS,
+    DEFAULT_LEAST_TTL,
+    DEFAULT_MARKS,
+    DEFAULT_SPOOFED_AFTER,
+    SECOND,
+)
 from rstguard.policy.base import Model, Name, Ports, Widths, not_empty
 from rstguard.policy.quantities import (
     MINUTE,
     count,
     duration,
+    duration_or_never,
     mark_bits,
     network,
     rate_per_second,
@@ -111,6 +118,10 @@ class Policy(Model):
     bans_per_minute: Annotated[int, PlainValidator(count(1, 1_000_000))] = 1000
     marks: Annotated[int, PlainValidator(mark_bits)] = DEFAULT_MARKS
     labels: Annotated[int, PlainValidator(count(0, DEFAULT_LABELS))] = DEFAULT_LABELS
+    least_ttl: Annotated[int, PlainValidator(count(0, 64))] = DEFAULT_LEAST_TTL
+    drop_spoofed_after: Annotated[
+        int | None, PlainValidator(duration_or_never(0, 24 * 60 * MINUTE))
+    ] = DEFAULT_SPOOFED_AFTER
     protect: Protect = Field(examples=["{interfaces: [eth0]}"])
     trusted: tuple[Trusted, ...] = Field(default=(), max_length=1000)
     source: Widths = Widths()

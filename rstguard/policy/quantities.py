@@ -140,6 +140,16 @@ def duration(low: int, high: int, advice: str = "") -> Callable[[object], int]:
     return read
 
 
+def duration_or_never(low: int, high: int) -> Callable[[object], int | None]:
+    """Return a reader of times from `low` to `high` (nanoseconds) or `never`, which is None."""
+    timed = duration(low, high, ", or never")
+
+    def read(value: object) -> int | None:
+        return None if value == "never" else timed(value)
+
+    return read
+
+
 def _duration(value: object) -> int:
     if isinstance(value, int) and not isinstance(value, bool):
         raise ValueError(f"{show(value)} has no unit: write {show(f'{value}s')[1:-1]} for seconds")

@@ -37,6 +37,11 @@ MEANINGS = MappingProxyType(
         "changed only by a restart",
         "labels": "the first of the four connection labels that are the guard's, by default 124; "
         "changed only by a restart",
+        "least_ttl": "hops (TTL, hop limit) that a segment to a server behind this gateway must "
+        "have left, or it is dropped: 0 to 64, by default 4; 0: none is",
+        "drop_spoofed_after": "what comes from outside in the name of an address that answers "
+        "from inside is counted for so long, and then dropped: `0s` to `24h`, by default `10m`, or "
+        "`never`",
         "protect": "what is guarded",
         "trusted": "networks that are never counted, reset, shunned or banned",
         "source": "how wide one source is: by default `{ipv4: 32, ipv6: 64}`",

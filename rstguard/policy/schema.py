@@ -38,6 +38,7 @@ _BY_READER: Mapping[str, dict[str, Any]] = MappingProxyType(
         "byte_rate": _BYTE_RATE,
         "count": {"type": "integer"},
         "duration": _DURATION,
+        "duration_or_never": _DURATION | {"pattern": r"^([0-9. smhdwy]+|never)$"},
         "percent": {"type": "string", "pattern": "^[0-9]{1,3} ?%$", "examples": ["80%"]},
         "ports": {"type": ["integer", "string"], "examples": [443, "8000-8100"]},
         "rate": _RATE,

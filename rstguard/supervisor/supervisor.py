@@ -21,6 +21,7 @@ from rstguard.supervisor.capped import Capped
 from rstguard.supervisor.change import Change
 from rstguard.supervisor.child import StartFailed
 from rstguard.supervisor.guard import Guard
+from rstguard.supervisor.ingress import Ingress
 from rstguard.supervisor.options import Options
 from rstguard.supervisor.policies import Policies
 from rstguard.supervisor.processes import Processes
@@ -51,6 +52,7 @@ class Parts(NamedTuple):
     policies: Policies
     upkeep: Upkeep
     budget: Budget
+    ingress: Ingress
     service: Service
 
 
@@ -168,6 +170,7 @@ class Supervisor:
             parts.upkeep.watch_panic(),
             parts.budget.apply(),
             parts.budget.look(),
+            parts.ingress.watch(),
             parts.service.attend(parts.policies.reload),
         ]
         if self._options.web is not None:

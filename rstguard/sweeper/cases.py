@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final, NamedTuple
 
-from rstguard.engine.flow import Flow, TcpState, Tuple
+from rstguard.engine.flow import BOTH_FINS, Flow, TcpState, Tuple
 from rstguard.engine.segment import opening
 from rstguard.engine.verdict import Ends, Reason
 from rstguard.kernel.marks import Marks
@@ -40,6 +40,22 @@ STRICT_AFTER: Final = 3
 
 OVER: Final = frozenset({TcpState.TIME_WAIT, TcpState.CLOSE})
 """States in which no end will send data any more."""
+
+
+def held_on(flow: Flow, marks: Marks) -> bool:
+    """Tell whether only FINs of its client have ended a connection, which its server may hold.
+
+    The tracker takes the second for the server's (`HALF_CLOSED` in `rstguard.engine.flow`).
+    """
+    by_client = bool(flow.mark & marks.closing.mask) and not flow.server_first
+    return by_client and flow.state != TcpState.CLOSE
+
+
+def as_held(flow: Flow, marks: Marks) -> Flow:
+    """Return a connection as its server holds it: half-closed, if it has not closed it."""
+    if flow[3] in BOTH_FINS and held_on(flow, marks):
+        return flow._replace(state=TcpState.FIN_WAIT)
+    return flow
 
 
 class Target(NamedTuple):
@@ -114,7 +130,8 @@ class Case:
             return self.result(Outcome.RESET, now)
         # Other software has changed the mark; it may have taken RST_SENT bits with it.
         self.disturbed |= self.condemned and not seen.mark & self.marks.condemned.mask
-        if seen.state in OVER and not seen.mark & self.marks.rst_sent.mask and not self.disturbed:
+        over = seen.state in OVER and not held_on(seen, self.marks)
+        if over and not seen.mark & self.marks.rst_sent.mask and not self.disturbed:
             # The kernel reports the mark before the state, and a RST may pass in between: only the
             # second such reading is proof.
             if self.closed_before or not seen.mark & self.marks.condemned.mask:

@@ -1,4 +1,4 @@
-"""What became of a connection after a RST that the tracker believed.
+"""What became of a connection after a RST or FIN that the tracker believed.
 
 The tracker stands between the ends and may believe a segment that the server never gets or never
 takes: one whose hops run out behind the gateway, whose signature is wrong, whose number was exact
@@ -6,13 +6,25 @@ for the gateway alone.  A hoarder could so hide each connection from the tracker
 holds it; and a RST inside the window, but not exact, moves the tracker's idea of it (td_end in
 nf_conntrack_proto_tcp.c) so far that no real segment of that end is taken any more.
 
-Each RST that comes in from outside in the client's name, for a guarded connection whose handshake
-is over, leaves a bit on it.  Here the connections with this bit are looked at:
+Each RST or FIN that comes in from outside in the client's name, for a guarded connection whose
+handshake is over, leaves a bit on it; a FIN of the server takes it away.  Here the connections with
+this bit are looked at:
 
 - Closed: the server's end is condemned and provoked.  A server that is through with the connection
   answers a probe with a RST, or not at all.  One that holds it answers with an ACK, which draws the
   RST that it must accept.  So the connection ends where it counts, whatever trick was used.
-- Not closed: the RST was not exact, and may have moved the window.  From now on the tracker takes
+- Half-closed: the client sent a FIN, the server did not.  Until it does the server holds the
+  connection, and it counts (`rstguard.sweeper.sweeping`).  But a silent one would be forgotten
+  after one or two minutes.  Shortly before that it is given the time of an open one: nobody is
+  harmed who asks, shuts down, and waits for a long answer.
+- Half-closed, and over for the tracker (TIME_WAIT): the client's FIN came twice.  One of them may
+  have been late, behind the server's own, so it cannot be told from a trick by sight; shortly
+  before it is forgotten it is treated as a closed one.
+- Replaced: what the tracker takes for over it forgets as soon as a SYN of the same ends comes.  A
+  SYN that a server answers began a new connection; one that is not answered within a second may
+  stand for an old one, which is treated as a closed one.
+- The server closed first: nothing is in doubt, and the bit goes.
+- Still open: the RST was not exact, and may have moved the window.  From now on the tracker takes
   segments of any number of this connection, as the ends judge them by themselves (RFC 9293,
   3.10.7.4), and a RST still only with the exact one.
 
@@ -25,10 +37,9 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable
-from itertools import islice
 from typing import Final
 
-from rstguard.engine.flow import Flow, TcpState, Tuple
+from rstguard.engine.flow import HALF_CLOSED, Flow, TcpState, Tuple
 from rstguard.engine.ruleset import SECOND, RuleSet
 from rstguard.engine.segment import probe
 from rstguard.engine.verdict import Ends, Reason
@@ -50,7 +61,11 @@ _MOST: Final = 2_000
 """Connections taken in one look.  The rest keep their bit, and their turn comes with the next.
 
 A closed one is known for three looks: so many times three are known at most."""
+_MOST_SETTLED: Final = 20_000
+"""Connections whose bit is taken away in one look, which costs little."""
 _MOST_TOLD: Final = 20
+_SOON: Final = 20
+"""Seconds before it is forgotten that a half-closed connection is looked after."""
 
 _Key = tuple[Tuple, int]
 
@@ -70,11 +85,18 @@ class Doubts:
         counts: Counter[str],
         clock: Callable[[], int],
         draw: Callable[[], int] | None = None,
+        patience: int = 432_000,
     ) -> None:
-        """Tell by `channel`, count in `counts`; `draw` draws the numbers of probes, 32 bits."""
+        """Tell by `channel`, count in `counts`; `draw` draws the numbers of probes, 32 bits.
+
+        `patience` is how long the tracker keeps a silent open connection, in seconds.
+        """
         self._channel, self._table, self._sender = channel, table, sender
         self._marks, self._counts, self._clock = marks, counts, clock
         self._draw = draw or _random_number
+        self._patience = patience
+        self._half_closed: dict[_Key, Flow] = {}
+        """Half-closed connections that were there at the last look."""
         self._asked: dict[_Key, tuple[Flow, int]] = {}
         """Connections whose server was provoked, and how many probes are still due."""
         self._active = False
@@ -104,23 +126,63 @@ class Doubts:
         self._look_at = now + max(_LOOK_EVERY, _SHARE * (self._clock() - now))
 
     def _take(self) -> None:
-        """Take up the connections for which a RST came in since the last look."""
+        """Take up the connections for which a RST or FIN came in since the last look."""
+        closed, moved, settled, lasting = self._sort()
         marks = self._marks
-        # Bounded before it is read on: the bits of those left are still there.
-        found = list(islice(self._table.dump(*marks.doubted), _MOST))
-        closed = [flow for flow in found if flow.state == TcpState.CLOSE]
-        moved = [flow for flow in found if flow.state != TcpState.CLOSE]
-        if found:
-            self._table.set_liberal(found)
-        if moved:
-            self._counts["window_cured"] += len(moved)
-            self._table.set_mark(moved, 0, marks.closing.mask)
+        if closed or moved:
+            self._table.set_liberal(closed + moved)
+        if lasting:
+            self._table.set_timeout(lasting, self._patience)
+        if settled:
+            self._table.set_mark(settled, 0, marks.closing.mask)
         if closed:
             bits = marks.condemned_destination.value
             codes = self._table.set_mark(closed, bits, bits | marks.closing.mask)
             there = [flow for flow, code in zip(closed, codes, strict=True) if code == 0]
             self._asked |= {(flow.original, flow.zone): (flow, _PROBES) for flow in there}
             self._probe()
+
+    def _sort(self) -> tuple[list[Flow], list[Flow], list[Flow], list[Flow]]:
+        """Return which are closed, have their window moved, need no look, or are to last longer.
+
+        Each list is bounded; what is left out still has its bit the next time.
+        """
+        closed, moved, settled, lasting = list[Flow](), list[Flow](), list[Flow](), list[Flow]()
+        seen, self._half_closed = self._half_closed, {}
+        for flow in self._table.dump(*self._marks.doubted):
+            soon = flow.timeout < _SOON
+            if flow.state == TcpState.CLOSE or _in_its_place(flow):
+                closed.append(flow)
+            elif flow.state == TcpState.SYN_SENT:
+                continue
+            elif flow.state not in HALF_CLOSED:
+                if len(moved) < _MOST:
+                    self._counts["window_cured"] += 1
+                    moved.append(flow)
+                    settled.append(flow)
+            elif flow.server_first:
+                settled.append(flow)
+            elif flow.state == TcpState.TIME_WAIT and soon:
+                closed.append(flow)
+            else:
+                if soon:
+                    lasting.append(flow)
+                key = flow.original, flow.zone
+                # Its FIN may have come with a RST that moved the window: nobody can tell.
+                if key in seen or len(moved) < _MOST:
+                    self._half_closed[key] = flow
+                    moved += [] if key in seen else [flow]
+        closed += self._replaced(seen)
+        return closed[:_MOST], moved, settled[:_MOST_SETTLED], lasting[:_MOST]
+
+    def _replaced(self, before: dict[_Key, Flow]) -> list[Flow]:
+        """Return what has taken the place of half-closed connections, and was not answered."""
+        gone = [flow for key, flow in before.items() if key not in self._half_closed]
+        found = []
+        for flow, now in zip(gone, self._table.read(gone) if gone else [], strict=True):
+            if now is not None and now.ident != flow.ident and now.state == TcpState.SYN_SENT:
+                found.append(now)
+        return found
 
     def _review(self) -> None:
         """See which servers have answered, and ask the others again."""
@@ -159,6 +221,11 @@ class Doubts:
         for flow in outlived[:_MOST_TOLD]:
             ends, reason = Ends.DESTINATION, Reason.OUTLIVED
             self._channel.send(Reset(flow.original, ends, OUTLIVED, reason, by_worker=False))
+
+
+def _in_its_place(flow: Flow) -> bool:
+    """Tell whether a SYN took the place of another connection, and was not answered."""
+    return flow.state == TcpState.SYN_SENT and not 0 <= flow.age < SECOND
 
 
 def _random_number() -> int:

@@ -16,6 +16,7 @@ from rstguard.kernel.elements import Element
 from rstguard.kernel.marks import Marks
 from rstguard.kernel.seam import Connections, ElementSets
 from rstguard.sweeper import targets
+from rstguard.sweeper.cases import as_held
 from rstguard.sweeper.condemner import MOST_PENDING, Condemner, Target
 from rstguard.sweeper.condemner import select as chosen
 from rstguard.sweeper.kills import MOST_TOLD, Kills
@@ -153,7 +154,11 @@ class Ending:
 
     def _kill(self, kill: Kill, now: int) -> None:
         flows = chosen(
-            self._table.dump(), kill.source, kill.source_port, kill.destination, kill.port
+            (as_held(flow, self._marks) for flow in self._table.dump()),
+            kill.source,
+            kill.source_port,
+            kill.destination,
+            kill.port,
         )
         answers = self._kills.ask(kill, flows)
         self._kill_all(flows, now)

@@ -49,6 +49,7 @@ log = logging.getLogger(__name__)
 
 _MILLISECOND: Final = SECOND // 1000
 _REPORT_EVERY: Final = SECOND
+_PATIENCE: Final = "net.netfilter.nf_conntrack_tcp_timeout_established"
 _MOST_WAIT: Final = SECOND // 2
 _AFTER_FAILURE: Final = SECOND // 10
 """How long the kernel is left alone when it refused something."""
@@ -89,7 +90,8 @@ class Sweeper:
         self._sweeping = Sweeping(
             channel, table, sets, self._ending, self._counts, start.ruleset, cpu_clock
         )
-        self._doubts = Doubts(channel, table, injector, marks, self._counts, clock, draw)
+        patience = int(kernel.read_sysctl(_PATIENCE))
+        self._doubts = Doubts(channel, table, injector, marks, self._counts, clock, draw, patience)
         self._sweep_at = self._report_at = self._rests_until = 0
         self._running = True
         self._follow(start.ruleset)

@@ -19,7 +19,7 @@ from rstguard.ipc.messages import FoundProductive, Observed, Productive, Reset, 
 from rstguard.kernel.marks import Marks
 from rstguard.kernel.placing import place
 from rstguard.kernel.seam import Connections, ElementSets
-from rstguard.sweeper.cases import Target
+from rstguard.sweeper.cases import Target, as_held
 from rstguard.sweeper.ending import Ending
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,8 @@ class Sweeping:
         began = self._cpu_clock()
         gc.disable()  # a sweep makes hundreds of thousands of objects, and no cycle
         try:
-            flows = list(self._table.dump(*self._marks.swept))
+            marks = self._marks
+            flows = [as_held(flow, marks) for flow in self._table.dump(*marks.swept)]
             judgement = self.sweep.judge(flows, now)
         finally:
             gc.enable()

@@ -123,7 +123,8 @@ STATUS = {
     "policy": {"name": EVIL, "mode": "enforce", "confirm_s": None}, "workers": [],
     "sweeper": {"pid": 1, "restarts": 0}, "blocked": {"ban": 0, "shun": 0}, "counts": {},
     "shun": {"answer": "drop", "services": [], "why_not": EVIL, "cookies": {}},
-    "syn_budget": None, "recent": [EVENT],
+    "untracked": {"low_ttl": 0, "spoofed": 0, "spoofed_passed": 0}, "syn_budget": None,
+    "recent": [EVENT],
 }  # fmt: skip
 ENTRY = {
     "number": 7, "time": 1.0, "who": EVIL, "action": "apply", "name": EVIL, "file": EVIL,

@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
+import socket
+import struct
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rstguard.engine.wire import ACK, FIN
+from rstguard.engine.wire import ACK, FIN, RST, SYN
 from rstguard.lab.forging import POISON
 from rstguard.lab.waiting import wait_until
-from tests.support.forged import forge, state_of
+from tests.support.forged import MD5, forge, state_of
 from tests.support.guard import Guard
 from tests.support.network import ThreeHosts
 from tests.support.sources import BOTH_FAMILIES, source
-from tests.support.traffic import Open, is_dead
+from tests.support.traffic import FREE_BIND, Link, Open, is_dead
 
 pytestmark = pytest.mark.netns
 
 POLICY = """\
 version: 1
 name: doubts
+least_ttl: 0
 protect: {interfaces: [out]}
 sweep_every: 500ms
 rules:
   - {name: hoarder, measure: connections, over: 100, then: reset}
 """
-MD5 = 19, bytes(16)
-"""A signature (RFC 2385) that the server has no key for: it takes no such segment."""
-CLOSED, ESTABLISHED, FIN_WAIT = 8, 3, 4
+SYN_SENT, CLOSED, ESTABLISHED, FIN_WAIT = 1, 8, 3, 4
 
 
 @BOTH_FAMILIES
@@ -44,10 +46,57 @@ def test_a_connection_that_only_the_gateway_believes_to_be_over_ends_at_the_serv
         for link in hoard:
             link.talk()
             forge(lab, link, **trick)
-        assert state_of(lab, hoard[0]) == CLOSED
-        assert not any(is_dead(link.server) for link in hoard)
+        assert state_of(lab, hoard[-1]) == CLOSED
+        assert not is_dead(hoard[-1].server)
         wait_until(lambda: all(is_dead(link.server) for link in hoard))
         wait_until(lambda: guard.status()["counts"].get("outlived", 0) >= len(hoard))
+
+
+@BOTH_FAMILIES
+@pytest.mark.parametrize("flags", [(RST,), (FIN | ACK, FIN | ACK, ACK)], ids=["RST", "FINs"])
+def test_a_syn_behind_it_does_not_wipe_out_the_traces(
+    lab: ThreeHosts, serve: Open, tmp_path: Path, v6: bool, flags: tuple[int, ...]
+) -> None:
+    """The tracker forgets what it takes for over as soon as a SYN of the same ends comes."""
+    web = serve(8505, v6)
+    with Guard(lab, POLICY, tmp_path / "guard") as guard:
+        hoard = [web.connect(source(v6)) for _ in range(10)]
+        for link in hoard:
+            link.talk()
+            for flag in (*flags, SYN):
+                forge(lab, link, flag, ahead=int(flag == ACK), options=(MD5,))
+        assert state_of(lab, hoard[-1]) == SYN_SENT
+        assert not is_dead(hoard[-1].server)
+        wait_until(lambda: all(is_dead(link.server) for link in hoard))
+        wait_until(lambda: guard.status()["counts"].get("outlived", 0) >= len(hoard))
+
+
+@BOTH_FAMILIES
+def test_a_port_may_be_used_again_at_once(
+    lab: ThreeHosts, serve: Open, tmp_path: Path, v6: bool
+) -> None:
+    web = serve(8506, v6)
+    with Guard(lab, POLICY, tmp_path / "guard") as guard:
+        who = source(v6)
+        first = web.connect(who)
+        first.talk()
+        port = first.port
+        first.client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        first.client.close()
+        with lab.inside("client"):
+            again = socket.socket(socket.AF_INET6 if v6 else socket.AF_INET)
+        again.settimeout(5)
+        again.setsockopt(*FREE_BIND[v6], 1)
+        again.bind((who, port))
+        began = time.monotonic()
+        again.connect((web.address, web.port))
+        assert time.monotonic() - began < 0.5
+        link = Link(again, web.accept())
+        swept = guard.status()["counts"].get("sweeps", 0)
+        wait_until(lambda: guard.status()["counts"].get("sweeps", 0) > swept + 5)
+        link.talk()
+        link.close()
+        assert guard.status()["counts"].get("outlived", 0) == 0
 
 
 @BOTH_FAMILIES

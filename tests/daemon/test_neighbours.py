@@ -91,9 +91,10 @@ def guard(
 
 
 def rule_count(lab: ThreeHosts, tool: str, table: str, chain: str, rule: int) -> int:
-    """Return how many packets a rule (from 1) has seen."""
-    listed = lab.run("gateway", tool, "-w", "-t", table, "-L", chain, str(rule), "-vnx")
-    return int(listed.split()[0])
+    """Return how many packets a rule (from 1, those of the guard left out) has seen."""
+    listed = lab.run("gateway", tool, "-w", "-t", table, "-L", chain, "-vnx").splitlines()[2:]
+    own = [line for line in listed if "rstguard" not in line]
+    return int(own[rule - 1].split()[0])
 
 
 @BOTH_FAMILIES

@@ -52,7 +52,8 @@ def message(flow: Flow, protocol: int = 6, parts: frozenset[str] = frozenset()) 
     if flow.mark:
         body += number(8, flow.mark, 4)
     body += number(12, flow.ident, 4) + number(11, 1, 4) + number(7, flow.timeout, 4)
-    body += nest(4, nest(1, number(1, flow.state, 1), number(2, 10, 1), number(4, 0x2300, 2)))
+    tcp = number(1, flow.state, 1), number(2, 10, 1), number(4, 0x2700, 2)
+    body += nest(4, nest(1, *tcp, number(5, 0x2700 if flow.server_first else 0x2300, 2)))
     if "counters" in parts:
         for kind, packets, octets in (
             (9, flow.client_packets, flow.client_bytes),
@@ -94,7 +95,7 @@ flows = st.builds(
     ),
     addresses, st.tuples(ports, ports, ports, ports), words, st.integers(0, 9), words,
     st.booleans(), longs, longs, longs, longs, st.integers(-1, NOW - 1), words, ports,
-    st.integers(0, (1 << 128) - 1),
+    st.integers(0, (1 << 128) - 1), st.booleans(),
 )  # fmt: skip
 parts = st.frozensets(st.sampled_from(["counters"]))
 

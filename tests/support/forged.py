@@ -27,6 +27,8 @@ rules:
 _REPORTED = 0.6
 """Seconds within which a process of the guard has told what it counted."""
 _ETHER_IPV4, _ETHER_IPV6 = 0x0800, 0x86DD
+MD5 = 19, bytes(16)
+"""A signature (RFC 2385) that the server has no key for: it takes no such segment."""
 
 
 def state_of(lab: ThreeHosts, link: Link) -> int | None:
@@ -118,3 +120,20 @@ def abort(one: socket.socket) -> None:
     """Have a socket's own kernel send a RST."""
     one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     one.close()
+
+
+def blind_close(lab: ThreeHosts, link: Link) -> None:
+    """Have the tracker take a connection for closed, in both names, without knowing its numbers.
+
+    The server takes no SYN with a signature that it has no key for, but the tracker does; the RST
+    that answers it may have any number (nf_conntrack_proto_tcp.c).
+    """
+    from scapy.layers.inet import IP, TCP
+    from scapy.layers.inet6 import IPv6
+
+    (own, port), (there, service) = link.client.getsockname()[:2], link.client.getpeername()[:2]
+    ip = IPv6 if ":" in own else IP
+    syn = TCP(sport=port, dport=service, flags="S", seq=1_000_000, options=[MD5])
+    rst = TCP(sport=service, dport=port, flags="RA", seq=123_456, ack=1_000_001)
+    packets = (ip(src=own, dst=there) / syn, ip(src=there, dst=own) / rst)
+    send_into(lab, "client", *map(bytes, packets))

@@ -67,6 +67,10 @@ def random_ruleset(random: Random) -> RuleSet:
             for number, rule in enumerate(random.sample(_RULES, random.randint(0, 4)))
         ],
     }
+    if random.random() < 0.3:
+        policy["least_ttl"] = random.choice((0, 2, 64))
+    if random.random() < 0.3:
+        policy["drop_spoofed_after"] = random.choice(("0s", "1m", "never"))
     if random.random() < 0.4:
         policy["syn_budget"] = {"rate": random.choice(("300/s", "20000/s")), "ports": [80]}
         if random.random() < 0.3:

@@ -53,6 +53,12 @@ class Table:
         self.liberal += flows
         return [0] * len(flows)
 
+    def set_timeout(self, flows: Sequence[Flow], seconds: int) -> list[int]:
+        for flow in flows:
+            key = (flow.original, flow.zone)
+            self.flows[key] = self.flows[key]._replace(timeout=seconds)
+        return [0] * len(flows)
+
     def delete(self, flows: Sequence[Flow]) -> list[int]:
         gone = [self.flows.pop((flow.original, flow.zone), None) for flow in flows]
         return [0 if flow else errno.ENOENT for flow in gone]

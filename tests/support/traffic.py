@@ -14,8 +14,8 @@ from rstguard.lab.waiting import wait_until
 from tests.support.network import ThreeHosts
 from tests.support.sources import server_address
 
-_FREE = {False: (socket.IPPROTO_IP, 15), True: (socket.IPPROTO_IPV6, 78)}
-"""IP_FREEBIND and IPV6_FREEBIND: how to bind to an address that no interface has."""
+FREE_BIND = {False: (socket.IPPROTO_IP, 15), True: (socket.IPPROTO_IPV6, 78)}
+"""IPFREE_BINDBIND and IPV6FREE_BINDBIND: how to bind to an address that no interface has."""
 CLOSED = 7
 """TCP_CLOSE, as the first byte of TCP_INFO."""
 SILENCE = 0.4
@@ -27,11 +27,9 @@ class Link:
 
     def __init__(self, client: socket.socket, server: socket.socket) -> None:
         self.client, self.server = client, server
-
-    @property
-    def port(self) -> int:
-        """The client's port."""
-        return int(self.client.getsockname()[1])
+        own = client.getsockname()
+        self.source, self.port = str(own[0]), int(own[1])
+        """The client's address and port."""
 
     @property
     def dead(self) -> bool:
@@ -139,7 +137,7 @@ def connect(
 
 def bind(one: socket.socket, address: str) -> None:
     """Bind a socket to one of the client's many addresses."""
-    level, option = _FREE[":" in address]
+    level, option = FREE_BIND[":" in address]
     one.setsockopt(level, option, 1)
     one.bind((address, 0))
 

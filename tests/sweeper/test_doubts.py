@@ -104,6 +104,71 @@ def test_what_is_held_back_or_has_no_reset_is_not_looked_at(mark: int) -> None:
     assert not watched.table.liberal
 
 
+def half_closed(number: int = 1, state: int = TcpState.CLOSE_WAIT, left: int = 60) -> Flow:
+    return closed(number)._replace(state=state, timeout=left)
+
+
+@pytest.mark.parametrize("state", [TcpState.FIN_WAIT, TcpState.CLOSE_WAIT, TcpState.LAST_ACK])
+def test_a_half_closed_connection_lasts_as_long_as_an_open_one(state: TcpState) -> None:
+    watched = Watched(half_closed(state=state), half_closed(2, state, left=10))
+    watched.look(3)
+    first, second = watched.table.flows.values()
+    assert (first.timeout, second.timeout) == (60, 432_000)
+    assert {first.mark, second.mark} == {CAME}
+    assert len(watched.table.liberal) == 2
+    assert not watched.table.probes
+
+
+def test_one_that_the_tracker_takes_for_over_is_asked_for_before_it_goes() -> None:
+    flow = half_closed(state=TcpState.TIME_WAIT)
+    watched = Watched(flow)
+    watched.look(2)
+    assert not watched.table.probes
+    watched.table.set_timeout([flow], 10)
+    watched.look(2)
+    assert watched.counts["outlived"] == 1
+
+
+@pytest.mark.parametrize("state", [TcpState.LAST_ACK, TcpState.TIME_WAIT])
+def test_what_its_server_closed_first_needs_no_look(state: TcpState) -> None:
+    watched = Watched(half_closed(state=state, left=10)._replace(server_first=True))
+    watched.look(2)
+    (flow,) = watched.table.flows.values()
+    assert (flow.mark, flow.timeout) == (MARKS.proven.value, 10)
+    assert not watched.table.probes
+
+
+def begun(number: int, age: int) -> Flow:
+    mark = MARKS.guarded.value | MARKS.closing.value
+    return closed(number)._replace(state=TcpState.SYN_SENT, mark=mark, age=age)
+
+
+def test_a_syn_that_is_not_answered_stands_for_the_connection_before_it() -> None:
+    watched = Watched(begun(1, age=0), begun(2, age=2 * SECOND))
+    watched.look(2)
+    assert [one.destination_port for one in watched.table.probes] == [80]
+    assert watched.counts["outlived"] == 1
+
+
+def test_what_takes_the_place_of_a_half_closed_connection_is_looked_at() -> None:
+    watched = Watched(half_closed(state=TcpState.TIME_WAIT), half_closed(2))
+    watched.look()
+    new = half_closed()._replace(ident=77, state=TcpState.SYN_SENT, mark=MARKS.guarded.value)
+    watched.table.flows[new.original, new.zone] = new
+    watched.table.delete([half_closed(2)])
+    watched.look(2)
+    assert watched.counts["outlived"] == 1
+
+
+def test_many_half_closed_ones_keep_nobody_waiting() -> None:
+    many = [half_closed(number) for number in range(1, 5001)]
+    watched = Watched(*many, closed(6000))
+    watched.look(2)
+    assert watched.counts["outlived"] == 1
+    watched.look(2)
+    assert len({one.original for one in watched.table.liberal}) == 5001
+
+
 def test_a_policy_that_observes_changes_nothing() -> None:
     watched = Watched(closed(), enforce=False)
     watched.look(3)

@@ -136,6 +136,17 @@ class FakeConnections:
         with self._around("table.can_reopen", ""):
             return self._table.reopens
 
+    def set_timeout(self, flows: Sequence[Flow], seconds: int) -> list[int]:
+        """Say how long connections have left."""
+        with self._around("table.set_timeout", ""):
+            codes = []
+            for flow in flows:
+                there = self._table.get(flow.original, flow.zone) is not None
+                if there:
+                    self._table.change(flow.original, flow.zone, timeout=seconds)
+                codes.append(0 if there else GONE)
+            return codes
+
     def delete(self, flows: Sequence[Flow]) -> list[int]:
         """Take connections out, if `ident` is theirs; return an errno for each, 0 for success."""
         with self._around("table.delete", ""):

@@ -144,7 +144,7 @@ class FakeKernel:
                 raise NotThere(f"the fake kernel has no command {arguments[0]}")
             netfilter = self.iptables[_BASE_NAMES[base]]
             if how == "save":
-                return netfilter.save()
+                return netfilter.save(arguments)
             if how == "restore":
                 netfilter.restore(arguments, text)
             else:

@@ -1,0 +1,77 @@
+"""Reads how many segments the rules of `rstguard.kernel.ingress` were hit by."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from typing import Final
+
+from rstguard.kernel.names import PREFIX
+from rstguard.kernel.seam import Kernel
+
+LOW_TTL: Final = "low_ttl"
+SPOOFED: Final = "spoofed"
+SPOOFED_PASSED: Final = "spoofed_passed"
+"""What is counted: dropped for its few hops; spoofed and dropped; spoofed and only counted."""
+
+_RULES: Final = {
+    (f"{PREFIX}-low-ttl", "DROP"): LOW_TTL,
+    (f"{PREFIX}-spoofed", "DROP"): SPOOFED,
+    (f"{PREFIX}-spoofed", "RETURN"): SPOOFED_PASSED,
+}
+
+
+class Hits:
+    """Adds up what the kernel counts anew whenever the rules are replaced.
+
+    So a look right before such a change and one right after it are needed
+    (`rstguard.kernel.footprint`).
+    """
+
+    def __init__(self) -> None:
+        self._whole = threading.Lock()  # who looks in between would count twice
+        self._untold: Counter[str] = Counter()
+        self._seen: Counter[tuple[int, str]] = Counter()
+        self.total: Counter[str] = Counter()
+        """By `LOW_TTL`, `SPOOFED` and `SPOOFED_PASSED`."""
+
+    def news(self, kernel: Kernel) -> Counter[str]:
+        """Return what has come since this was last asked, in packets.
+
+        Raises:
+            KernelError: the kernel could not be asked.
+        """
+        self.look(kernel)
+        with self._whole:
+            news, self._untold = self._untold, Counter()
+            return news
+
+    def look(self, kernel: Kernel) -> None:
+        """Count what has come.
+
+        Raises:
+            KernelError: the kernel could not be asked.
+        """
+        with self._whole:
+            self._untold += (came := self._look(kernel))
+            self.total += came
+
+    def _look(self, kernel: Kernel) -> Counter[str]:
+        commands = (["iptables-save", "-c", "-t", "raw"], ["ip6tables-save", "-c", "-t", "raw"])
+        news: Counter[str] = Counter()
+        for number, printed in enumerate(kernel.run_each(commands)):
+            for what, packets in _counted(printed).items():
+                last = self._seen[number, what]
+                news[what] += packets - last if packets >= last else packets
+                self._seen[number, what] = packets
+        return news
+
+
+def _counted(printed: str) -> Counter[str]:
+    """Read lines as ``[12:720] -A rstguard-low-ttl -j DROP``; the rule that counts is the last."""
+    found: Counter[str] = Counter()
+    for line in printed.splitlines():
+        words = line.split()
+        if len(words) == 5 and words[1] == "-A" and (words[2], words[4]) in _RULES:
+            found[_RULES[words[2], words[4]]] = int(words[0][1:].partition(":")[0])
+    return found
