@@ -68,8 +68,9 @@ def test_bare_acks_tell_that_an_end_lives(
     for link, name in links:
         link.talk()
         forge(lab, link, name=name)
-    wait_until(lambda: sum(since(guard, before)) == len(links))
-    assert since(guard, before) == (len(links), 0, 0)
+    # At least: one that still waits in the queue may be asked for as if it were lost as well.
+    wait_until(lambda: since(guard, before)[0] >= len(links))
+    assert since(guard, before)[1:] == (0, 0)
     for link, _ in links:
         link.talk()
 
@@ -88,8 +89,8 @@ def test_a_dead_end_says_so_at_once(serve: Open, guard: Guard, v6: bool, name: s
         wait_until(lambda other=ends[1]: is_dead(other))  # type: ignore[misc]
     waited = (time.monotonic_ns() - began) // len(links)
     assert waited < PATIENCE // 2, f"{waited / SECOND} s each"
-    wait_until(lambda: sum(since(guard, before)) == len(links))
-    assert since(guard, before) == (0, len(links), 0)
+    wait_until(lambda: since(guard, before)[1] >= len(links))
+    assert since(guard, before)[2] == 0
 
 
 @BOTH_FAMILIES

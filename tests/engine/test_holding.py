@@ -81,6 +81,11 @@ def test_what_a_segment_tells(
     assert ASKED.weigh(packet, block, NUMBER) is evidence
 
 
+def test_a_bare_ack_counts_where_no_number_is_known() -> None:
+    assert ASKED.weigh(segment(ORIGINAL, ACK), None, None) is Evidence.BARE
+    assert ASKED.weigh(segment(ORIGINAL, ACK, payload=1), None, None) is Evidence.NOTHING
+
+
 def test_who_was_not_asked_tells_nothing() -> None:
     assert Asked().weigh(segment(ORIGINAL, ACK), None, NUMBER) is Evidence.NOTHING
     assert Asked().weigh(segment(ORIGINAL, RST, 900), None, NUMBER) is Evidence.NOTHING
@@ -258,6 +263,31 @@ def test_an_orphan_is_asked_for_and_takes_no_place_of_another() -> None:
     one = outcome(table)
     assert one is not None
     assert (one.outcome, one.numbers, one.hops) == (Outcome.FORGED, (), -1)
+
+
+def test_a_bare_ack_says_that_an_orphan_lives_even_if_a_reset_joins_it_later() -> None:
+    table = holding()
+    assert table.orphan(flow(), START)
+    assert table.heard(segment(ORIGINAL, ACK), None, 60, START)
+    assert table.join(5, reset(flow()))
+    table.work(START + PATIENCE)
+    one = outcome(table)
+    assert one is not None
+    assert (one.outcome, one.numbers) == (Outcome.FORGED, (5,))
+
+
+@pytest.mark.parametrize("by_client", [True, False])
+def test_a_connection_waits_until_all_of_it_is_decided(by_client: bool) -> None:
+    table, (probe, _) = held(by_client)
+    one = flow()
+    assert table.waits(one)
+    table.hold(2, reset(one, not by_client), 60, False, one, START)
+    sender = ORIGINAL if by_client else REPLY
+    block = probe.sequence, probe.sequence + 1
+    table.heard(segment(sender, ACK), block, 61, START)
+    assert table.waits(one)
+    table.release_all(START)
+    assert not table.waits(one)
 
 
 def test_all_are_released_when_it_ends() -> None:
