@@ -207,6 +207,7 @@ class Asker:
         """Read RSTs; tell whether more wait."""
         batch = self._held.receive(MOST, _WHOLE)
         fresh: list[tuple[Queued, Read]] = []
+        answers: list[Flow] = []
         for queued in batch:
             self._active_until = now + _ACTIVE
             read = _read(queued[2])
@@ -214,13 +215,22 @@ class Asker:
                 self._settle(queued, passes=True)
             elif not self._holding.heard(read[0], None, read[2], now):
                 self._settle(queued, passes=False)
+                answers.append(_named(read[0]))
             elif (joins := self._holding.join(queued[0], read[0])) is None:
                 fresh.append((queued, read))
             else:
                 self._wait_or_drop(queued, joins)
         if fresh:
             self._hold(fresh, now)
+        if answers:
+            self._unmark(answers)
         return len(batch) == MOST
+
+    def _unmark(self, named: list[Flow]) -> None:
+        """Take off the mark that an answer has set which the tracker took for a RST like any."""
+        flows = [flow for flow in self._table.read(named) if flow and not self._holding.waits(flow)]
+        if flows:
+            self._table.set_mark(flows, 0, self._marks.held.mask)
 
     def _hold(self, fresh: list[tuple[Queued, Read]], now: int) -> None:
         """Look up the connections of RSTs, and have those wait that are known.
