@@ -228,8 +228,8 @@ class Asker:
 
     def _unmark(self, named: list[Flow]) -> None:
         """Take off the mark that an answer has set which the tracker took for a RST like any."""
-        flows = [flow for flow in self._table.read(named) if flow and not self._holding.waits(flow)]
-        if flows:
+        known = [flow for flow in self._table.read(named) if flow is not None]
+        if flows := [flow for flow in known if not self._holding.waits_for(flow)]:
             self._table.set_mark(flows, 0, self._marks.held.mask)
 
     def _hold(self, fresh: list[tuple[Queued, Read]], now: int) -> None:

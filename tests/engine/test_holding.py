@@ -309,14 +309,14 @@ def test_a_bare_ack_says_that_an_orphan_lives_even_if_a_reset_joins_it_later() -
 def test_a_connection_waits_until_all_of_it_is_decided(by_client: bool) -> None:
     table, (probe, _) = held(by_client)
     one = flow()
-    assert table.waits(one)
+    assert table.waits_for(one)
     table.hold(2, reset(one, not by_client), 60, False, one, START)
     sender = ORIGINAL if by_client else REPLY
     block = probe.sequence, probe.sequence + 1
     table.heard(segment(sender, ACK), block, 61, START)
-    assert table.waits(one)
+    assert table.waits_for(one)
     table.release_all(START)
-    assert not table.waits(one)
+    assert not table.waits_for(one)
 
 
 def test_all_are_released_when_it_ends() -> None:

@@ -25,9 +25,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import median
 
+from rstguard.lab.forging import numbers
 from rstguard.lab.waiting import wait_until
-from tests.daemon.test_forged_resets import POLICY, abort, counts
-from tests.support.forged import numbers, send_into
+from tests.support.forged import HOLDING, Since, abort, send_into
 from tests.support.guard import Guard
 from tests.support.network import SERVER4, ThreeHosts
 from tests.support.sources import give_sources, source
@@ -68,13 +68,11 @@ class _Stack:
     @contextmanager
     def told(self, what: str) -> Iterator[list[str]]:
         """Print what happens, and what was counted meanwhile."""
-        time.sleep(_REPORTED)
-        before = [counts(self.guard, name) for name in _OUTCOMES]
+        since = Since(self.guard)
         said: list[str] = []
         yield said
         time.sleep(_REPORTED)
-        found = zip(_OUTCOMES, before, strict=True)
-        said += [f"{name}: {counts(self.guard, name) - then}" for name, then in found]
+        said += [f"{name}: {since.counts(name)}" for name in _OUTCOMES]
         print(f"{what}: {', '.join(said)}", flush=True)
 
     def forge(self, one: socket.socket, name: str, odd: bool = False) -> None:
@@ -166,7 +164,7 @@ def main(kind: str, *program: str) -> None:
         lab.ip("gateway", f"route add 10.72.0.0/24 via {SERVER4}")
         lab.start("server", *(_WORDS.get(word, word) for word in program), log="stack")
         wait_until(lambda: "ready" in lab.log_tail("stack"))
-        with Guard(lab, POLICY, Path(scratch) / "guard") as guard:
+        with Guard(lab, HOLDING, Path(scratch) / "guard") as guard:
             stack = _Stack(lab, guard)
             _forged(stack)
             _honest(stack)
