@@ -101,7 +101,14 @@ class Asker:
         self._counts: Counter[str] = Counter()
         self._holding = Holding(draw or _random_number)
         self._carrying = Carrying(
-            channel, self._table, self._held, self._marks, self._counts, self._worker, lifetime
+            channel,
+            self._table,
+            self._held,
+            self._marks,
+            self._counts,
+            self._worker,
+            self._holding.waits_for,
+            lifetime,
         )
         self._report_at = self._look_at = 0
         self._active_until = clock() + _ACTIVE
@@ -152,6 +159,7 @@ class Asker:
         now = self._clock()
         try:
             more = self._hear(now)
+            self._finish(now)  # takes marks off, and what is read next may need them
             more = self._take(now) or more
             self._holding.work(now)
             self._finish(now)  # before the look: what is decided is no orphan
@@ -199,6 +207,7 @@ class Asker:
         """Read RSTs; tell whether more wait."""
         batch = self._held.receive(MOST, _WHOLE)
         fresh: list[tuple[Queued, Read]] = []
+        answers: list[Flow] = []
         for queued in batch:
             self._active_until = now + _ACTIVE
             read = _read(queued[2])
@@ -206,17 +215,31 @@ class Asker:
                 self._settle(queued, passes=True)
             elif not self._holding.heard(read[0], None, read[2], now):
                 self._settle(queued, passes=False)
+                answers.append(_named(read[0]))
             elif (joins := self._holding.join(queued[0], read[0])) is None:
                 fresh.append((queued, read))
             else:
                 self._wait_or_drop(queued, joins)
         if fresh:
             self._hold(fresh, now)
+        if answers:
+            self._unmark(answers)
         return len(batch) == MOST
 
+    def _unmark(self, named: list[Flow]) -> None:
+        """Take off the mark that an answer has set which the tracker took for a RST like any."""
+        known = [flow for flow in self._table.read(named) if flow is not None]
+        if flows := [flow for flow in known if not self._holding.waits_for(flow)]:
+            self._table.set_mark(flows, 0, self._marks.held.mask)
+
     def _hold(self, fresh: list[tuple[Queued, Read]], now: int) -> None:
-        """Look up the connections of RSTs, and have those wait that are known."""
+        """Look up the connections of RSTs, and have those wait that are known.
+
+        A RST marks its connection when it comes into the queue; the end of another case may have
+        cleared that since.
+        """
         named = [_named(read[0]) for _, read in fresh]
+        unmarked = []
         for (queued, read), flow in zip(fresh, self._table.read(named), strict=True):
             packet, _, hops = read
             number, mark, _ = queued
@@ -229,10 +252,14 @@ class Asker:
                 inside = not mark & self._marks.to_queue_over.mask
                 self._counts["held_resets"] += 1
                 self._holding.hold(number, packet, hops, inside, flow, now)
+                if not flow.mark & self._marks.held.mask:
+                    unmarked.append(flow)
                 if self._carrying.waits:
                     self._carrying.held[number] = mark
                 else:
                     self._carrying.settle(number, mark, True, flow)
+        if unmarked:
+            self._table.set_mark(unmarked, self._marks.held.value, self._marks.held.mask)
 
     def _wait_or_drop(self, queued: Queued, waits: bool) -> None:
         if waits and self._carrying.waits:

@@ -33,6 +33,7 @@ class Carrying:
         marks: Marks,
         counts: Counter[str],
         hand_over: Callable[[Flow], int],
+        waiting: Callable[[Flow], bool],
         lifetime: int,
     ) -> None:
         """Take what is needed.
@@ -44,10 +45,12 @@ class Carrying:
             marks: where the bits are.
             counts: what is counted, by outcome.
             hand_over: returns the queue of the worker that a connection's client belongs to.
+            waiting: tells whether more of a connection is still to be decided.
             lifetime: seconds that the tracker keeps an established connection without a segment.
         """
         self._channel, self._table, self._queue, self._marks = channel, table, queue, marks
         self._counts, self._hand_over, self._lifetime = counts, hand_over, lifetime
+        self._waiting = waiting
         self._told, self._told_at = 0, 0
         self.held: dict[int, int] = {}
         self.waits = True
@@ -71,10 +74,20 @@ class Carrying:
     def _entries(self, decided: list[Decided]) -> None:
         """Repair the entries of forged RSTs, and take the mark off all others.
 
+        Where another RST of the connection waits, the mark stays: without it no answer would come
+        here, and silence lets a RST pass.
+        """
+        for waiting in (False, True):
+            of_these = [d for d in decided if self._waiting(d.flow) is waiting]
+            self._change(of_these, 0 if waiting else self._marks.held.mask)
+
+    def _change(self, decided: list[Decided], held: int) -> None:
+        """Change entries and clear the bits `held` of their marks.
+
         Behind an honest RST in its client's name the sweeper has a look at the server's end, as
         behind those that nobody held.
         """
-        held, closing = self._marks.held.mask, self._marks.closing
+        closing = self._marks.closing
         forged = [d.flow for d in decided if d.outcome is Outcome.FORGED and self.waits]
         if forged:
             self._table.reopen(forged, self._lifetime, 0, held | closing.mask)

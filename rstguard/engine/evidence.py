@@ -65,7 +65,7 @@ class Asked:
             start, end = block
             whole = start in self.probes and (end - start) % _MODULUS == 1
             return Evidence.ALIVE if whole else Evidence.NOTHING
-        if packet.payload_length or packet.sequence != following:
+        if packet.payload_length or following not in (None, packet.sequence):
             return Evidence.NOTHING
         return Evidence.BARE
 

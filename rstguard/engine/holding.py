@@ -6,17 +6,21 @@ only asks for the exact number).  So it waits here, while the end that it names 
 =====  =============================================  ==========================================
 ms     asked                                          why
 =====  =============================================  ==========================================
-0      the named sender: two bytes, half a sequence   one of the two is old for it, whatever its
-       space apart                                    number is
+0      the named sender: two bytes, both numbers of   one of the two is old for it, whatever its
+       them half a space apart                        number is; and some stacks only answer what
+                                                      acknowledges more than they have sent
 100    the other end, likewise, if nothing came       it tells both numbers, which are needed for
                                                       a sender behind a firewall that drops what
                                                       does not fit
 200    the other end: a SYN, or, if it has opened     if it is behind such a firewall as well
        the connection, a SYN+ACK
 then   the named sender: one byte within its window   every firewall lets it pass
+1,050  the named sender: two bytes, as at first, if   a stack that answers odd segments once a
+       it has kept silent                             second, and whose answer the forger has used
+                                                      up right before his RST
 =====  =============================================  ==========================================
 
-So one RST draws at most three packets to its sender and three to the other end.  The answers
+So one RST draws at most five packets to its sender and three to the other end.  The answers
 (`rstguard.engine.evidence`) decide:
 
 ==============================  =========================================================
@@ -29,7 +33,7 @@ until the end
 nothing until the end           unconfirmed: the RST goes on
 ==============================  =========================================================
 
-The end comes after a second, or three times what an answer took.  A RST that was lost on its way
+The end comes after 1.3 seconds, or three times what an answer took.  A RST that was lost on its way
 here, in a full queue, beyond a limit or with a process that died, leaves its connection marked: it
 is asked for as an *orphan*, without a RST to be released.
 
@@ -60,7 +64,9 @@ MOST_OF_ONE: Final = 8
 """RSTs of one connection and direction that are kept; the rest are dropped."""
 AGAIN: Final = SECOND // 10
 """When the other end is asked, if the named sender has not answered."""
-PATIENCE: Final = SECOND
+LAST: Final = SECOND * 21 // 20
+"""When the named sender is asked once more, if it has kept silent."""
+PATIENCE: Final = SECOND * 13 // 10
 """How long is waited for answers; longer where an answer is known to take longer."""
 _ROUNDS: Final = 3
 _FIRST: Final = 2
@@ -152,6 +158,8 @@ class _Case:
     """Bare ACKs of the other end since it was asked."""
     opened: bool = False
     """Whether the other end was sent a SYN."""
+    insisted: bool = False
+    """Whether the sender was asked once more, in the end."""
 
     @property
     def by_client(self) -> bool:
@@ -299,10 +307,10 @@ class Holding:
     def _ask(self, asked: Asked, sends: Tuple) -> None:
         """Ask an end whose segments are `sends`, of whose numbers nothing is known."""
         first, nonce = self._draw(), self._draw()
-        for sequence in (first, first ^ _HALF):
-            asked.probes.append(sequence)
-            self.probes.append(Probe(_turned(sends), sequence, nonce))
-        asked.nonces.append(nonce)
+        for half in (0, _HALF):
+            asked.probes.append(first ^ half)
+            asked.nonces.append(nonce ^ half)
+            self.probes.append(Probe(_turned(sends), first ^ half, nonce ^ half))
 
     def _ask_exactly(self, case: _Case, answer: Packet) -> None:
         """Ask the named sender once more, by the numbers that the other end has told."""
@@ -326,6 +334,9 @@ class Holding:
                 acknowledgement = self._draw() if case.other == case.flow.original else None
                 opening = Probe(_turned(case.other), self._draw(), acknowledgement, opens=True)
                 self.probes.append(opening)
+            if now >= case.began + LAST and not case.insisted and case.bare_hops < 0:
+                case.insisted = True
+                self._ask(case.of_sender, case.sender)
             if now >= case.ends:
                 alive = case.bare_hops >= 0
                 outcome = Outcome.FORGED if alive else Outcome.UNCONFIRMED

@@ -93,6 +93,36 @@ def test_a_flood_of_exact_resets_neither_kills_nor_hangs(
     assert since.counts("held_resets") < 1_000
 
 
+@pytest.fixture
+def strict_client(lab: ThreeHosts) -> Iterator[None]:
+    """Have the client behind a firewall of its own that drops what fits no connection."""
+    rule = ("INPUT", "-m", "conntrack", "--ctstate", "INVALID", "-j", "DROP")
+    for tool in ("iptables", "ip6tables"):
+        lab.run("client", tool, "-w", "-I", *rule)
+    yield
+    for tool in ("iptables", "ip6tables"):
+        lab.run("client", tool, "-w", "-D", *rule)
+
+
+@BOTH_FAMILIES
+@pytest.mark.usefixtures("strict_client")
+def test_resets_in_both_names_at_once_end_nothing(
+    lab: ThreeHosts, serve: Open, holding: Guard, v6: bool
+) -> None:
+    """One is decided at once, the other when the client has been asked what it cannot ignore."""
+    web = serve(8609, v6)
+    since = Since(holding)
+    links = [web.connect(source(v6)) for _ in range(10)]
+    for link in links:
+        link.talk()
+        forge(lab, link)
+        forge(lab, link, name="server")
+    wait_until(lambda: since.counts("forged_resets") >= 2 * len(links))
+    for link in links:
+        link.talk()
+    assert since.counts("unconfirmed_resets") == 0
+
+
 @BOTH_FAMILIES
 def test_bulk_data_that_forged_resets_chase_arrives(
     lab: ThreeHosts, serve: Open, holding: Guard, v6: bool

@@ -9,7 +9,16 @@ import pytest
 from rstguard.engine.address import parse_address
 from rstguard.engine.evidence import Asked, Evidence, first_block
 from rstguard.engine.flow import Flow, Tuple
-from rstguard.engine.holding import AGAIN, MOST_OF_ONE, PATIENCE, Decided, Holding, Outcome, Probe
+from rstguard.engine.holding import (
+    AGAIN,
+    LAST,
+    MOST_OF_ONE,
+    PATIENCE,
+    Decided,
+    Holding,
+    Outcome,
+    Probe,
+)
 from rstguard.engine.ruleset import SECOND
 from rstguard.engine.wire import ACK, FIN, PSH, RST, SYN, Packet
 
@@ -81,6 +90,11 @@ def test_what_a_segment_tells(
     assert ASKED.weigh(packet, block, NUMBER) is evidence
 
 
+def test_a_bare_ack_counts_where_no_number_is_known() -> None:
+    assert ASKED.weigh(segment(ORIGINAL, ACK), None, None) is Evidence.BARE
+    assert ASKED.weigh(segment(ORIGINAL, ACK, payload=1), None, None) is Evidence.NOTHING
+
+
 def test_who_was_not_asked_tells_nothing() -> None:
     assert Asked().weigh(segment(ORIGINAL, ACK), None, NUMBER) is Evidence.NOTHING
     assert Asked().weigh(segment(ORIGINAL, RST, 900), None, NUMBER) is Evidence.NOTHING
@@ -97,7 +111,9 @@ def test_the_named_sender_is_asked_by_two_bytes_half_a_space_apart(by_client: bo
     _, (first, second) = held(by_client)
     assert first.path == second.path == (REPLY if by_client else ORIGINAL)
     assert first.sequence ^ second.sequence == 1 << 31
-    assert first.acknowledgement == second.acknowledgement
+    assert first.acknowledgement is not None
+    assert second.acknowledgement is not None
+    assert first.acknowledgement ^ second.acknowledgement == 1 << 31
     assert not first.opens
 
 
@@ -188,13 +204,31 @@ def test_an_end_behind_a_strict_firewall_is_asked_by_what_passes_it(by_client: b
     assert passed == [False, True]
 
 
-def test_no_end_is_asked_more_than_three_times() -> None:
+@pytest.mark.parametrize("bare", [True, False])
+def test_no_end_is_asked_more_than_five_times(bare: bool) -> None:
     table, asked = held()
+    if bare:
+        table.heard(segment(ORIGINAL, ACK), None, 60, START)
     for step in range(1, 30):
         table.work(START + step * AGAIN // 2)
         table.heard(segment(REPLY, ACK, 77_000, NUMBER), None, 60, START + step * AGAIN // 2)
     ends = [probe.path for probe in [*asked, *table.probes]]
-    assert (ends.count(REPLY), ends.count(ORIGINAL)) == (3, 3)
+    assert (ends.count(REPLY), ends.count(ORIGINAL)) == (3 if bare else 5, 3)
+
+
+def test_a_sender_that_answers_once_a_second_is_asked_again_after_that() -> None:
+    """A forger can use up its one answer, but not both."""
+    table, _ = held()
+    for step in range(1, 11):
+        table.work(START + step * AGAIN)
+    table.probes.clear()
+    table.work(START + LAST)
+    assert [probe.path for probe in table.probes] == [REPLY, REPLY]
+    table.heard(segment(ORIGINAL, ACK), None, 60, START + LAST + SECOND // 50)
+    table.work(START + PATIENCE)
+    one = outcome(table)
+    assert one is not None
+    assert one.outcome is Outcome.FORGED
 
 
 def test_an_other_end_that_knows_no_connection_makes_it_honest() -> None:
@@ -258,6 +292,31 @@ def test_an_orphan_is_asked_for_and_takes_no_place_of_another() -> None:
     one = outcome(table)
     assert one is not None
     assert (one.outcome, one.numbers, one.hops) == (Outcome.FORGED, (), -1)
+
+
+def test_a_bare_ack_says_that_an_orphan_lives_even_if_a_reset_joins_it_later() -> None:
+    table = holding()
+    assert table.orphan(flow(), START)
+    assert table.heard(segment(ORIGINAL, ACK), None, 60, START)
+    assert table.join(5, reset(flow()))
+    table.work(START + PATIENCE)
+    one = outcome(table)
+    assert one is not None
+    assert (one.outcome, one.numbers) == (Outcome.FORGED, (5,))
+
+
+@pytest.mark.parametrize("by_client", [True, False])
+def test_a_connection_waits_until_all_of_it_is_decided(by_client: bool) -> None:
+    table, (probe, _) = held(by_client)
+    one = flow()
+    assert table.waits_for(one)
+    table.hold(2, reset(one, not by_client), 60, False, one, START)
+    sender = ORIGINAL if by_client else REPLY
+    block = probe.sequence, probe.sequence + 1
+    table.heard(segment(sender, ACK), block, 61, START)
+    assert table.waits_for(one)
+    table.release_all(START)
+    assert not table.waits_for(one)
 
 
 def test_all_are_released_when_it_ends() -> None:

@@ -1,0 +1,89 @@
+"""The asker on the fake kernel: what comes while something else is decided."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+from scapy.layers.inet import IP, TCP
+
+from rstguard.asker.asker import Asker
+from rstguard.engine import wire
+from rstguard.engine.address import parse_address
+from rstguard.engine.flow import Flow, TcpState, Tuple
+from rstguard.engine.ruleset import SECOND
+from rstguard.engine.wire import Packet
+from rstguard.ipc.channel import child_end, pair
+from rstguard.ipc.messages import Start
+from rstguard.kernel.holding import queues_of
+from rstguard.kernel.marks import Marks
+from tests.support.fake_kernel.kernel import FakeKernel
+from tests.support.packets import ruleset
+
+CLIENT, SERVER = "198.51.100.7", "203.0.113.10"
+NUMBER = 1_000_000
+QUEUE = 5640
+
+
+class Driven:
+    """An asker, its kernel with one connection that a RST has closed, and a clock."""
+
+    def __init__(self) -> None:
+        self.now = SECOND
+        self.kernel = FakeKernel(lambda: self.now)
+        rules = replace(ruleset(), forged_resets="hold")
+        self.marks, self.queues = Marks(rules.marks), queues_of(range(QUEUE, QUEUE + 1))
+        self.ends = pair()
+        channel, start = child_end(self.ends[1]), Start(rules, QUEUE, 1)
+        self.asker = Asker(channel, start, self.kernel, lambda: self.now)
+        self.path = Tuple(parse_address(CLIENT), parse_address(SERVER), 40000, 443)
+        back = Tuple(self.path.destination, self.path.source, 443, 40000)
+        mark = self.marks.trusted.value | self.marks.held.value
+        self.kernel.connections.put(
+            Flow(1, self.path, back, 8, mark, True, 3, 300, 3, 300, SECOND, TcpState.CLOSE, 0)
+        )
+
+    @property
+    def held(self) -> bool:
+        """Whether answers of the connection would come to the asker."""
+        flow = self.kernel.connections.get(self.path)
+        return flow is not None and bool(flow.mark & self.marks.held.mask)
+
+    def asked(self) -> Packet:
+        """Return the last probe."""
+        found = wire.parse(self.kernel.packets.sent[-1])
+        assert isinstance(found, Packet)
+        return found
+
+    def send(self, queue: int, flags: str, *options: tuple[str, object]) -> None:
+        """Put a segment of the client into a queue."""
+        segment = TCP(sport=40000, dport=443, flags=flags, seq=NUMBER, options=list(options))
+        self.kernel.packets.queue(queue, bytes(IP(src=CLIENT, dst=SERVER) / segment))
+
+
+@pytest.fixture
+def driven() -> Iterator[Driven]:
+    made = Driven()
+    yield made
+    for end in made.ends:
+        end.close()
+
+
+def test_a_reset_that_comes_as_another_is_decided_is_asked_for(driven: Driven) -> None:
+    """The end of the first clears the mark by which the answers to the second come here."""
+    driven.send(driven.queues.held, "R")
+    driven.asker.turn()
+    sequence = driven.asked().sequence
+    driven.send(driven.queues.answers, "A", ("SAck", (sequence, sequence + 1)))
+    driven.send(driven.queues.held, "R")
+    driven.asker.turn()
+    judged = [(one.queue, one.passed) for one in driven.kernel.packets.judged]
+    assert judged == [(driven.queues.answers, False), (driven.queues.held, False)]
+    assert driven.asked().sequence != sequence
+    assert driven.held
+    sequence = driven.asked().sequence
+    driven.send(driven.queues.answers, "A", ("SAck", (sequence, sequence + 1)))
+    driven.asker.turn()
+    assert not driven.kernel.packets.queues[driven.queues.held].waiting
+    assert not driven.held
