@@ -97,9 +97,9 @@ def _held(site: Site, guard: GuardProcess, listener: Any) -> Iterator[Figure]:
     reset = segment_of(link, RST)
     site.run("client", "iptables", "-w", "-t", "raw", "-A", "PREROUTING", *_to(), "-j", "DROP")
     packets, size = _drawn(site, [reset])
-    note = "three questions, and the RST of the server, which has died of it and is looked after"
+    note = "five questions, and the RST of the server, which has died of it and is looked after"
     name = "reflected: a RST that is held, its sender silent"
-    yield at_most(4, f"{name}, packets", [packets], "", note)
-    yield at_most(4.1, f"{name}, bytes", [size], "", note)
+    yield at_most(6, f"{name}, packets", [packets], "", note)
+    yield at_most(6.2, f"{name}, bytes", [size], "", note)
     client.close()
     server.close()
