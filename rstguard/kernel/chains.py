@@ -24,14 +24,19 @@ Own chains only, each reached by one jump from a built-in chain.  The way of a p
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Final
 
 from rstguard.engine.ruleset import RuleSet
 from rstguard.kernel import ingress
+from rstguard.kernel.counting import table_size
 from rstguard.kernel.diversion import Diversion
 from rstguard.kernel.jumps import Jump
 from rstguard.kernel.marks import Bits, Marks
 from rstguard.kernel.matching import SYN_ONLY, Matching
 from rstguard.kernel.names import PREFIX
+
+REFUSALS: Final = 100
+"""RSTs or ICMP errors a second to one address that is blocked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +78,7 @@ def plan(ruleset: RuleSet, family: int, queues: range) -> Plan:
         refuse = matching.on_interfaces(f"{PREFIX}-refused", outbound=False, tcp=True)
         chains["filter"][f"{PREFIX}-refuse"] = refuse
         chains["filter"][f"{PREFIX}-refused"] = _refused(matching)
+        chains["filter"][f"{PREFIX}-refusal"] = _refusal(matching)
     jumps = _jumps(ruleset, diversion.watches_outbound)
     return Plan(chains, (*entering.jumps(), *jumps))
 
@@ -158,11 +164,18 @@ def _blocked(matching: Matching) -> tuple[str, ...]:
 
 
 def _refused(matching: Matching) -> tuple[str, ...]:
-    """What a blocked source's SYN gets if the policy says more than silence."""
+    """Whose SYN gets more than silence if the policy says so: who is blocked."""
+    blocked = ("ban", "gate", "shun")
+    return tuple(f"-p tcp {matching.hit(name)} -j {PREFIX}-refusal" for name in blocked)
+
+
+def _refusal(matching: Matching) -> tuple[str, ...]:
+    """What it gets; a SYN can bear anybody's address, who is not to be flooded with answers."""
     unreachable = "icmp-admin-prohibited" if matching.family == 4 else "icmp6-adm-prohibited"
     kind = "tcp-reset" if matching.ruleset.blocking == "reset" else unreachable
-    return (
-        f"-p tcp {matching.hit('ban')} -j REJECT --reject-with {kind}",
-        f"-p tcp {matching.hit('gate')} -j REJECT --reject-with {kind}",
-        f"-p tcp {matching.hit('shun')} -j REJECT --reject-with {kind}",
+    rate = (
+        f"-p tcp -m hashlimit --hashlimit-upto {REFUSALS}/sec --hashlimit-burst {REFUSALS}"
+        f" --hashlimit-mode srcip --hashlimit-name {PREFIX}{matching.family}-refusal"
+        f" {table_size(1)}"
     )
+    return f"{rate} -j REJECT --reject-with {kind}", "-j DROP"

@@ -18,7 +18,7 @@ MEANINGS = MappingProxyType(
         "mode": "`enforce` (the default), or `observe`: decide, count and report, change nothing",
         "on_failure": "`open` (the default) or `closed`: what passes while the engine is down",
         "blocking": "what a blocked source sees: `drop` (silence, the default), `reset`, "
-        "`unreachable`",
+        "`unreachable`, at most 100 a second to one address",
         "forged_resets": "`off` (the default), `hold`: a RST passes once its sender was asked if "
         "it is true; or `observe`: it passes at once, and what was forged is told",
         "forged_fins": "`off` (the default), or `hold`: FINs are asked for as RSTs are, and each "

@@ -76,7 +76,7 @@ def test_who_is_banned_or_gated_gets_no_cookie() -> None:
 def test_where_a_policy_refuses_only_what_is_answered_is_not_refused() -> None:
     plan = planned(replace(RULESET, blocking="reset"))
     ban, gate, answered, shun = plan.chains["filter"]["rstguard-refused"]
-    assert all(rule.endswith("--reject-with tcp-reset") for rule in (ban, gate, shun))
+    assert all(rule.endswith("-j rstguard-refusal") for rule in (ban, gate, shun))
     assert answered == "-d 192.0.2.1 -p tcp -m tcp --dport 80 -j RETURN"
     # Above the valve there is no answer of any kind.
     assert plan.chains["raw"]["rstguard-challenge"][-1].endswith("--dport 80 -j DROP")
