@@ -54,12 +54,21 @@ def _processes(data: Status) -> Iterator[str]:
         f"  sweeper {sweeper['pid']}: {flows} connections at the last sweep, "
         f"{sweeper['restarts']} restarts"
     )
+    if asker := data["asker"]:
+        yield f"  asker {asker['pid']}: {_weighed(data['counts'])}, {asker['restarts']} restarts"
     if learning := data["learning"]:
         left = f"{learning['left_s']:.0f} s to go" if learning["left_s"] else "done"
         yield (
             f"  learning limits: {learning['productive']} productive sources in "
             f"{learning['seconds']:.0f} s, {left}; take them with `rstguard policy learn --live`"
         )
+
+
+def _weighed(counts: Status) -> str:
+    """Tell what became of the RSTs that were asked for."""
+    kinds = ("held", "forged", "honest", "unconfirmed")
+    held, *rest = (f"{counts.get(f'{kind}_resets', 0)} {kind}" for kind in kinds)
+    return f"{held} RSTs, {', '.join(rest)}"
 
 
 def _shun(shun: Status) -> Iterator[str]:

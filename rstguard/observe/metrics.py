@@ -71,6 +71,8 @@ def _restarts(data: Snapshot) -> Iterator[Sample]:
     for worker in data["workers"]:
         yield (f"worker (queue {worker['queue']})",), float(worker["restarts"])
     yield ("sweeper",), float(data["sweeper"]["restarts"])
+    if data["asker"]:
+        yield ("asker",), float(data["asker"]["restarts"])
 
 
 def _events(data: Snapshot) -> Iterator[Sample]:
