@@ -69,7 +69,12 @@ def run(
     runtime_dir: RuntimeDir = DEFAULT_DIR,
     state_dir: StateDir = DEFAULT_STATE_DIR,
     queue: Annotated[
-        int, typer.Option(min=0, max=65535, help="Number of the first NFQUEUE to use.")
+        int,
+        typer.Option(
+            min=0,
+            max=65000,
+            help="Number of the first NFQUEUE to use: one for each worker, two more for held RSTs.",
+        ),
     ] = DEFAULT_NUMBER,
     workers: Annotated[
         int | None,
