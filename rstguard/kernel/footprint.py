@@ -25,6 +25,7 @@ from rstguard.kernel import (
 )
 from rstguard.kernel.diversion import queues_for
 from rstguard.kernel.marks import Marks
+from rstguard.kernel.names import PREFIX
 from rstguard.kernel.seam import Kernel
 from rstguard.kernel.untracked import Hits
 
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 
 RECORD_NAME = "sysctls.json"
 
+_KEPT = "-p tcp -m conntrack --ctstate INVALID,UNTRACKED -j SYNPROXY --mss 1460"
 _COUNT = "net.netfilter.nf_conntrack_count"
 (_LOOSE,) = sysctl.STRICT_PICKUP
 
@@ -52,6 +54,8 @@ class Footprint:
         """Whether our bits come off packets before they are routed (`rstguard.kernel.clearing`)."""
         self.no_challenge = ""
         """Why shunned sources are dropped though the policy would challenge them, or ""."""
+        self._proxied: set[int] = set()
+        """Families in which there is a rule with SYNPROXY since this guard began."""
         self.hits = Hits()
         """What the rules have dropped before the tracker."""
         self._whole = threading.RLock()  # nobody is to see the rules half changed
@@ -100,6 +104,7 @@ class Footprint:
             self._clear(ruleset)
             self.hits.look(self._kernel)
             self._placed = self._put(ruleset)
+            self._proxied |= {f for f, plan in self._plans(ruleset).items() if _proxies(plan)}
             self.hits.look(self._kernel)
             self._prune(ruleset)
 
@@ -213,7 +218,20 @@ class Footprint:
     def _plans(self, ruleset: RuleSet) -> dict[int, chains.Plan]:
         if self.no_challenge:
             ruleset = replace(ruleset, challenge=False)
-        return _plans(ruleset, self.queues, self.known)
+        plans = _plans(ruleset, self.queues, self.known)
+        return {family: self._keeping(family, plan) for family, plan in plans.items()}
+
+    def _keeping(self, family: int, plan: chains.Plan) -> chains.Plan:
+        """Add a rule with SYNPROXY that no packet comes to, if there was one and would be none.
+
+        With the last one the kernel takes its hook functions away, and with any hook function all
+        that waits in a queue (nf_queue_nf_hook_drop in __nf_unregister_net_hook): SYNs would be
+        lost because a policy changes.
+        """
+        if family not in self._proxied or _proxies(plan):
+            return plan
+        filters = {**plan.chains["filter"], f"{PREFIX}-kept": (_KEPT,)}
+        return replace(plan, chains={**plan.chains, "filter": filters})
 
     def end(self) -> None:
         """Take the chains away for good: whoever wants to change something yet, comes too late.
@@ -271,6 +289,14 @@ def rules_text(
 ) -> dict[str, str]:
     """Return the iptables rules of a policy as iptables-restore reads them, by address family."""
     return _texts(_plans(ruleset, queues, known or {}))
+
+
+def _proxies(plan: chains.Plan) -> bool:
+    """Tell whether a plan has a rule with SYNPROXY."""
+    rules = (
+        rule for of_table in plan.chains.values() for rules in of_table.values() for rule in rules
+    )
+    return any(" -j SYNPROXY" in rule for rule in rules)
 
 
 def _texts(plans: Mapping[int, chains.Plan]) -> dict[str, str]:

@@ -29,7 +29,9 @@ SOON = 0.1
 ANSWER = {
     "state": "filtering", "filtering": True, "version": "1", "workers": [],
     "policy": {"name": "p", "mode": "enforce"}, "counts": {}, "resets": [],
-    "sweeper": {"restarts": 0}, "blocked": {"ban": 0, "shun": 0}, "syn_budget": None,
+    "sweeper": {"restarts": 0}, "asker": None, "blocked": {"ban": 0, "shun": 0},
+    "shun": {"answer": "drop", "services": [], "why_not": "", "cookies": {}},
+    "untracked": {"low_ttl": 0, "spoofed": 0, "spoofed_passed": 0}, "syn_budget": None,
     "productive": 0, "uptime_s": 1.0, "recent": [], "panic": False, "capped": [],
 }  # fmt: skip
 
