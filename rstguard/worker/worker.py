@@ -123,7 +123,13 @@ class Worker:
             wait = self.turn(channel in ready)
 
     def begin(self) -> None:
-        """Say that the queue is read from now on: `turn` is to follow."""
+        """Say that the queue is read from now on: `turn` is to follow.
+
+        What came with the order to start comes first: packets may wait already, and a ban is to
+        last as long as earlier offences make it.
+        """
+        for message in self._channel.receive():
+            self._obey(message)
         self._channel.send(Ready(0, self._queue.reader))
 
     def turn(self, heard: bool = True) -> int | None:
