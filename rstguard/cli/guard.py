@@ -63,19 +63,21 @@ HttpAnywhere = Annotated[
     bool, typer.Option("--http-anywhere", help="Let --http be other than loopback.")
 ]
 
+FirstQueue = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        max=65000,
+        help="Number of the first NFQUEUE to use: one for each worker, two more for held RSTs.",
+    ),
+]
+
 
 def run(
     policy: Annotated[Path, typer.Option("--policy", help="Policy file (YAML).")],
     runtime_dir: RuntimeDir = DEFAULT_DIR,
     state_dir: StateDir = DEFAULT_STATE_DIR,
-    queue: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            max=65000,
-            help="Number of the first NFQUEUE to use: one for each worker, two more for held RSTs.",
-        ),
-    ] = DEFAULT_NUMBER,
+    queue: FirstQueue = DEFAULT_NUMBER,
     workers: Annotated[
         int | None,
         typer.Option(
