@@ -13,6 +13,7 @@ import select
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from typing import Final, assert_never
 
@@ -99,7 +100,7 @@ class Asker:
         self._held = kernel.queue(queues.held, False, self._marks)
         self._answers = kernel.queue(queues.answers, True, self._marks)
         self._counts: Counter[str] = Counter()
-        self._holding = Holding(draw or _random_number)
+        self._holding = Holding(draw or partial(random.getrandbits, 32))
         self._carrying = Carrying(
             channel,
             self._table,
@@ -237,10 +238,19 @@ class Asker:
 
         A RST marks its connection when it comes into the queue; the end of another case may have
         cleared that since.
+
+        Raises:
+            KernelError: they cannot be looked up.  They are dropped, and their connections, which
+                are marked, asked for as those whose RST was lost.
         """
-        named = [_named(read[0]) for _, read in fresh]
+        try:
+            flows = self._table.read([_named(read[0]) for _, read in fresh])
+        except KernelError:
+            for queued, _ in fresh:
+                self._settle(queued, passes=False)
+            raise
         unmarked = []
-        for (queued, read), flow in zip(fresh, self._table.read(named), strict=True):
+        for (queued, read), flow in zip(fresh, flows, strict=True):
             packet, _, hops = read
             number, mark, _ = queued
             joins = self._holding.join(number, packet)  # two of one connection in one batch
@@ -332,7 +342,3 @@ def _named(packet: Packet) -> Flow:
     """Return a connection by one of its names, to be looked up."""
     path = Tuple(*packet[:4])
     return Flow(0, path, path, 0, 0, True, 0, 0, 0, 0, -1, 0, 0)
-
-
-def _random_number() -> int:
-    return random.getrandbits(32)

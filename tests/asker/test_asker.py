@@ -87,3 +87,16 @@ def test_a_reset_that_comes_as_another_is_decided_is_asked_for(driven: Driven) -
     driven.asker.turn()
     assert not driven.kernel.packets.queues[driven.queues.held].waiting
     assert not driven.held
+
+
+def test_a_reset_whose_connection_cannot_be_looked_up_has_its_verdict(driven: Driven) -> None:
+    """It would else wait in the queue for as long as the process lives; its connection is asked."""
+    driven.kernel.faults.fail("table.read", times=1)
+    driven.send(driven.queues.held, "R")
+    driven.asker.turn()
+    judged = [(one.queue, one.passed) for one in driven.kernel.packets.judged]
+    assert judged == [(driven.queues.held, False)]
+    assert not driven.kernel.packets.sent
+    driven.now += 2 * SECOND
+    driven.asker.turn()
+    assert driven.asked().destination == driven.path.source
