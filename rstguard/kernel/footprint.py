@@ -102,10 +102,13 @@ class Footprint:
         """
         with self._changing():
             self._clear(ruleset)
-            self.hits.look(self._kernel)
+            counted = bool(self._placed)  # before the first rules nothing is
+            if counted:
+                self.hits.look(self._kernel)
             self._placed = self._put(ruleset)
             self._proxied |= {f for f, plan in self._plans(ruleset).items() if _proxies(plan)}
-            self.hits.look(self._kernel)
+            if counted:
+                self.hits.look(self._kernel)
             self._prune(ruleset)
 
     def _put(self, ruleset: RuleSet) -> dict[int, iptables.Present]:

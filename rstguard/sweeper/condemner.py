@@ -16,6 +16,7 @@ import errno
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Final, NamedTuple, Protocol
 
 from rstguard.engine.address import Prefix
@@ -104,7 +105,7 @@ class Condemner:
         self._marks = marks
         self._deadline = deadline
         self._most = most
-        self._draw = draw or _random_number
+        self._draw = draw or partial(random.getrandbits, 32)
         self._cases: dict[tuple[Tuple, int], Case] = {}
         self._finished: list[Result] = []
         self._again: deque[tuple[int, int, Target]] = deque(maxlen=most)
@@ -262,7 +263,3 @@ def select(
 
 def _hits(prefix: Prefix | None, wanted: int | None, address: int, port: int) -> bool:
     return (prefix is None or prefix.covers(address)) and (wanted is None or wanted == port)
-
-
-def _random_number() -> int:
-    return random.getrandbits(32)

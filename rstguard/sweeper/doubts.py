@@ -37,6 +37,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from rstguard.engine.flow import HALF_CLOSED, Flow, TcpState, Tuple
@@ -93,7 +94,7 @@ class Doubts:
         """
         self._channel, self._table, self._sender = channel, table, sender
         self._marks, self._counts, self._clock = marks, counts, clock
-        self._draw = draw or _random_number
+        self._draw = draw or partial(random.getrandbits, 32)
         self._patience = patience
         self._half_closed: dict[_Key, Flow] = {}
         """Half-closed connections that were there at the last look."""
@@ -226,7 +227,3 @@ class Doubts:
 def _in_its_place(flow: Flow) -> bool:
     """Tell whether a SYN took the place of another connection, and was not answered."""
     return flow.state == TcpState.SYN_SENT and not 0 <= flow.age < SECOND
-
-
-def _random_number() -> int:
-    return random.getrandbits(32)
