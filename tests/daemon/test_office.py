@@ -155,7 +155,8 @@ def test_without_standing_the_same_page_views_are_an_attack(
 ) -> None:
     (office,) = neighbours(v6=False, count=1)
     with Guard(lab, POLICY, tmp_path / "guard", workers=1) as guard:
-        # Its burst of 100 takes it to the shun, the same once more by SYN cookies to the ban.
-        assert asyncio.run(page(lab, office, 6 * AT_ONCE)) < 6 * AT_ONCE
+        # Its burst of 100 takes it to the shun, the same once more by SYN cookies to the ban: how
+        # many it is served until then is for its speed to say, and to how soon the ban comes.
+        wait_until(lambda: asyncio.run(page(lab, office, 2 * AT_ONCE)) < 2 * AT_ONCE, 30)
         assert guard.events("shun", "syn-rate")
         wait_until(lambda: (guard.block_of(office) or {}).get("kind") == "ban")

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from rstguard.kernel.conntrack import Conntrack
 from rstguard.lab.waiting import wait_until
-from tests.support.forged import blind_close, forge
+from tests.support.forged import blind_close, forge, state_of
 from tests.support.guard import Guard
 from tests.support.network import SERVER4, SERVER6, ThreeHosts
 from tests.support.sources import BOTH_FAMILIES, source
@@ -25,13 +24,6 @@ protect: {interfaces: [out]}
 rules: []
 """
 ESTABLISHED, CLOSED = 3, 8
-
-
-def state_of(lab: ThreeHosts, link: Link) -> int | None:
-    """Return the state in which the gateway has a connection, or None."""
-    with lab.inside("gateway"), Conntrack() as table:
-        states = [f.state for f in table.dump() if f.original.source_port == link.port]
-    return states[0] if states else None
 
 
 def counted(guard: Guard, what: str) -> int:

@@ -12,12 +12,12 @@ from rstguard.engine.address import parse_address
 from rstguard.engine.flow import TcpState
 from rstguard.engine.segment import emit
 from rstguard.engine.wire import SYN, Packet
-from rstguard.kernel.conntrack import Conntrack
 from rstguard.kernel.inject import Injector
 from rstguard.kernel.marks import Marks
 from rstguard.kernel.nfqueue import states
 from rstguard.lab.waiting import wait_until
 from tests.support.budget import over_budget, state_of
+from tests.support.forged import entry_state
 from tests.support.guard import Guard
 from tests.support.network import SERVER4, ThreeHosts
 from tests.support.sources import BOTH_FAMILIES, neighbours, network_of, source
@@ -196,18 +196,16 @@ def test_nobody_within_the_limits_has_to_ask_twice(
     for _ in range(4):
         link = service.connect(address)
         assert retransmissions(link.server) == retransmissions(link.client) == 0
-        closed = partial(over, lab, link.port)
+        closed = partial(over, lab, link)
         link.client.close()
         assert link.server.recv(1) == b""
         link.server.close()
         wait_until(closed)
 
 
-def over(lab: ThreeHosts, port: int) -> bool:
-    """Tell whether the tracker calls the connection from a port closed."""
-    with lab.inside("gateway"), Conntrack() as table:
-        flows = [flow for flow in table.dump() if flow.original.source_port == port]
-    return {flow.state for flow in flows} == {TcpState.TIME_WAIT}
+def over(lab: ThreeHosts, link: Link) -> bool:
+    """Tell whether the tracker calls a connection closed."""
+    return entry_state(lab, link.source, link.port) == TcpState.TIME_WAIT
 
 
 def test_who_returned_a_syn_cookie_is_counted(lab: ThreeHosts, tier: Tier, serve: Open) -> None:

@@ -8,6 +8,7 @@ import struct
 import time
 from typing import Any
 
+from rstguard.engine.address import parse_address
 from rstguard.engine.wire import RST
 from rstguard.kernel.conntrack import Conntrack
 from rstguard.lab.forging import Forger, segment
@@ -33,9 +34,18 @@ MD5 = 19, bytes(16)
 
 def state_of(lab: ThreeHosts, link: Link) -> int | None:
     """Return the state in which the gateway has a connection, or None."""
+    return entry_state(lab, link.source, link.port)
+
+
+def entry_state(lab: ThreeHosts, source: str, port: int) -> int | None:
+    """Return the state in which the gateway has the connection of a client's address and port.
+
+    The port alone does not tell: clients of tests before have used others of the same range.
+    """
+    client = parse_address(source), port
     with lab.inside("gateway"), Conntrack() as table:
-        states = [f.state for f in table.dump() if f.original.source_port == link.port]
-    return states[0] if states else None
+        originals = [(flow.original, flow.state) for flow in table.dump()]
+    return next((s for o, s in originals if (o.source, o.source_port) == client), None)
 
 
 def forge(
