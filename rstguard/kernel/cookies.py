@@ -187,9 +187,11 @@ class _Build:
 
         Apart, lest a flood of poor SYNs hide what the server offers others.  A service behind a
         destination translation is not sampled and so never answered for: the connection that
-        SYNPROXY opens would not be translated.
+        SYNPROXY opens would not be translated.  Nor are SYN-ACKs of no connection, which connmark
+        does not match: SYNPROXY's own would confirm what is believed already.
         """
         rules = [
+            "-m conntrack ! --ctstate ESTABLISHED -j RETURN",
             f"-m connmark --mark {self.marks.unguarded} -j RETURN",
             "-m conntrack --ctstate DNAT -j RETURN",
         ]
@@ -219,4 +221,5 @@ class _Build:
             rules = [f"{SYN}{engaged} -j RETURN", f"-p tcp{engaged}{challenged} -j RETURN"]
         else:
             rules = [f"-p tcp{engaged} -j RETURN"]
-        return (*rules, *self.services.for_each_offer("-j SYNPROXY"))
+        trusted = self.services.unless_trusted()  # they are given none
+        return (*trusted, *rules, *self.services.for_each_offer("-j SYNPROXY"))
