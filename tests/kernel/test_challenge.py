@@ -58,7 +58,7 @@ def test_an_answer_comes_behind_the_rules_of_others() -> None:
     answer, last = plan.chains["security"]["rstguard-give"]
     assert "--ctstate NEW -j SYNPROXY --mss 1460" in answer
     assert last == "-j DROP"
-    syn, *_ = plan.chains["filter"]["rstguard-proxy"]
+    _, syn, *_ = plan.chains["filter"]["rstguard-proxy"]  # behind trusted sources
     assert syn == "-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK SYN -j RETURN"
 
 
