@@ -239,8 +239,9 @@ class RuleSet:
 
     `enforce` False means: decide, count and report, but change nothing.  `fail_open` is what
     passes while the engine is down or overrun.  `blocking` is what a banned or shunned source
-    sees: "drop", "reset" or "unreachable".  `challenge` has shunned sources answered with SYN
-    cookies where those can be had.  `shun_duration` and `sweep_every` are nanoseconds.
+    sees: "drop", "reset" or "unreachable".  `covers_all` blocks a source from
+    everything, else from protected targets alone.  `challenge` has shunned sources answered with
+    SYN cookies where those can be had.  `shun_duration` and `sweep_every` are nanoseconds.
     A rule that bans in more than `bans_per_minute` wide prefixes (`rstguard.engine.capping`) a
     minute is `capped`: it shuns instead for a while.  `marks` are the mark bits, `labels` is the
     first of the connection labels that the guard may use.
@@ -263,6 +264,7 @@ class RuleSet:
     inspect_packets: int = 8
     syn_budget: SynBudget | None = None
     blocking: str = "drop"
+    covers_all: bool = True
     challenge: bool = True
     shun_duration: int = 10 * SECOND
     sweep_every: int = 2 * SECOND

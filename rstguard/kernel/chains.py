@@ -153,10 +153,12 @@ def _blocked(matching: Matching) -> tuple[str, ...]:
     """Other segments of a banned source go on: its connections are to hear their RST."""
     if matching.ruleset.blocking != "drop":
         return (
+            *matching.covered(),
             "-p tcp -j RETURN",
             f"{matching.hit('ban')} -j DROP",
         )
     return (
+        *matching.covered(),
         f"-p tcp -m tcp ! --tcp-flags {SYN_ONLY} -j RETURN",
         f"{matching.hit('ban')} -j DROP",
         *(f"-p tcp {matching.hit(name)} -j DROP" for name in ("gate", "shun")),
@@ -166,7 +168,10 @@ def _blocked(matching: Matching) -> tuple[str, ...]:
 def _refused(matching: Matching) -> tuple[str, ...]:
     """Whose SYN gets more than silence if the policy says so: who is blocked."""
     blocked = ("ban", "gate", "shun")
-    return tuple(f"-p tcp {matching.hit(name)} -j {PREFIX}-refusal" for name in blocked)
+    # By now the target may have been translated; its SYN was guarded if it was protected.
+    guarded = f"-m connmark ! --mark {matching.marks.unguarded} "
+    covered = "" if matching.ruleset.covers_all else guarded
+    return tuple(f"-p tcp {covered}{matching.hit(name)} -j {PREFIX}-refusal" for name in blocked)
 
 
 def _refusal(matching: Matching) -> tuple[str, ...]:

@@ -51,10 +51,11 @@ def blocked(services: Services) -> tuple[str, ...]:
     to_challenge = f"-p tcp {hit('shun')} -g {PREFIX}-challenge"
     if drops:
         gate = f"-p tcp {hit('gate')} -j DROP"
-        return (no_syn, f"{hit('ban')} -j DROP", gate, to_challenge)
+        return (*services.covered(), no_syn, f"{hit('ban')} -j DROP", gate, to_challenge)
     # They are refused in the filter table, all but those that are answered.
     refused = tuple(f"-p tcp {hit(name)} -j RETURN" for name in ("ban", "gate"))
-    return (no_syn, *refused, to_challenge, "-p tcp -j RETURN", f"{hit('ban')} -j DROP")
+    covered = services.covered()
+    return (*covered, no_syn, *refused, to_challenge, "-p tcp -j RETURN", f"{hit('ban')} -j DROP")
 
 
 def challenge(services: Services) -> tuple[str, ...]:
@@ -83,7 +84,8 @@ def begun(services: Services) -> tuple[str, ...]:
 def shunned(services: Services) -> tuple[str, ...]:
     """SYNs that all other rules have let pass."""
     names = interface_names(services.ruleset)
-    return tuple(f"-i {name} {services.hit('shun')} -g {PREFIX}-give" for name in names)
+    shun = (f"-i {name} {services.hit('shun')} -g {PREFIX}-give" for name in names)
+    return (*services.covered(), *shun)
 
 
 def give(services: Services) -> tuple[str, ...]:

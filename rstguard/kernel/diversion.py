@@ -76,6 +76,7 @@ class Diversion(Matching):
             "-m conntrack --ctstate ESTABLISHED --ctdir REPLY -j RETURN",
             f"-m connmark ! --mark {marks.uncondemned} -j RETURN",
             *self.unless_trusted(),
+            *self.covered(),
             f"{self.hit('ban')} -j DROP",
             f"-m conntrack --ctstate INVALID,NEW -g {PREFIX}-invalid",
         ]
@@ -85,11 +86,14 @@ class Diversion(Matching):
     def syn(self) -> tuple[str, ...]:
         """New SYNs: from here on their connections are guarded."""
         rules = [*self.unless_trusted(), *self.in_scope()]
-        if self.ruleset.blocking != "drop":  # they are answered later, in the filter table
-            rules += [f"{self.hit(name)} -j RETURN" for name in ("ban", "gate", "shun")]
         marks = self.marks
         begins = f"-m conntrack --ctstate NEW -m connmark --mark {marks.unguarded}"
-        rules.append(f"{begins} -j CONNMARK --set-xmark {marks.guarded}")
+        guard = [f"{begins} -j CONNMARK --set-xmark {marks.guarded}"]
+        if self.ruleset.blocking != "drop":  # they are answered later, in the filter table
+            blocked = [f"{self.hit(name)} -j RETURN" for name in ("ban", "gate", "shun")]
+            rules += [*blocked, *guard] if self.ruleset.covers_all else [*guard, *blocked]
+        else:
+            rules += guard
         rules += ingress.replacing(self)
         counted = self.ruleset.kernel_rule
         if counted or Divert.SYN in self.ruleset.diverts:

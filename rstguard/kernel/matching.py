@@ -55,6 +55,10 @@ class Matching:
         """Return the rule by which trusted sources leave the chain, if there are any."""
         return [f"{self.in_set('trusted')} -j RETURN"] if self.trusts else []
 
+    def covered(self) -> list[str]:
+        """Return rules by which leaves the chain what a ban or shun does not cover."""
+        return [] if self.ruleset.covers_all else ["! -p tcp -j RETURN", *self.in_scope()]
+
     def in_scope(self) -> list[str]:
         """Return rules that leave the chain if the target is not protected."""
         scope = self.ruleset.scope

@@ -48,6 +48,7 @@ def compile_policy(policy: Policy) -> RuleSet:
         inspect_packets=policy.inspect.packets,
         syn_budget=SynBudget(budget.rate, _ports(budget.ports)) if budget else None,
         blocking=policy.blocking,
+        covers_all=policy.ban_covers == "everything",
         challenge=policy.shun == "challenge",
         shun_duration=policy.shun_for,
         sweep_every=policy.sweep_every,
@@ -156,6 +157,8 @@ def _head(ruleset: RuleSet) -> Iterator[str]:
         )
     shown = {"drop": "silence", "reset": "a RST", "unreachable": "an ICMP error"}
     yield f"  blocked       sees {shown[ruleset.blocking]}; a shun lasts {_time(ruleset)}"
+    if not ruleset.covers_all:
+        yield "  not blocked   what goes to targets that are not protected, and what is not TCP"
     if ruleset.challenge:
         yield "  shunned       SYN cookies where the service's offers are known"
     if ruleset.forged_resets != "off":

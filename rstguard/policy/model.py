@@ -108,6 +108,7 @@ class Policy(Model):
     mode: Literal["enforce", "observe"] = "enforce"
     on_failure: Literal["open", "closed"] = "open"
     blocking: Literal["drop", "reset", "unreachable"] = "drop"
+    ban_covers: Literal["everything", "protected"] = "everything"
     shun: Literal["challenge", "drop"] = "challenge"
     shun_for: Annotated[int, PlainValidator(duration(SECOND, 10 * MINUTE))] = 10 * SECOND
     forged_resets: Literal["hold", "observe", "off"] = "off"

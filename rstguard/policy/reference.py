@@ -19,6 +19,9 @@ MEANINGS = MappingProxyType(
         "on_failure": "`open` (the default) or `closed`: what passes while the engine is down",
         "blocking": "what a blocked source sees: `drop` (silence, the default), `reset`, "
         "`unreachable`, at most 100 a second to one address",
+        "ban_covers": "what is kept out of a blocked source's packets that come in on a protected "
+        "interface: `everything` (the default; of a banned one also what is not TCP), or "
+        "`protected`: TCP to protected targets alone",
         "forged_resets": "`off` (the default), `hold`: a RST passes once its sender was asked if "
         "it is true; or `observe`: it passes at once, and what was forged is told",
         "forged_fins": "`off` (the default), or `hold`: FINs are asked for as RSTs are, and each "

@@ -15,7 +15,7 @@ from tests.support.traffic import Open, answer, connect, segments
 
 pytestmark = [pytest.mark.netns, BOTH_FAMILIES]
 
-DROP, RESET, BAN, IDLE, SHUN = range(8001, 8006)
+DROP, RESET, BAN, IDLE, SHUN, OTHER = range(8001, 8007)
 
 
 def policy(head: str) -> str:
@@ -139,3 +139,19 @@ def test_what_is_not_protected_is_not_looked_at(
     assert answer(lab, address, inside.address, DROP) == "silence"
     for link in links:
         link.talk()
+
+
+@pytest.mark.parametrize("blocking", ["drop", "reset"])
+def test_a_ban_covers_what_the_policy_says(
+    lab: ThreeHosts, guard: Guard, serve: Open, v6: bool, blocking: str
+) -> None:
+    protect = f"protect: {{interfaces: [out], ports: [{BAN}]}}"
+    service, other = serve(BAN, v6), serve(OTHER, v6)
+    address, answers = source(v6), {"drop": "silence", "reset": "ECONNREFUSED"}[blocking]
+    for covers, elsewhere in (("everything", answers), ("protected", "connected")):
+        head = f"blocking: {blocking}\nban_covers: {covers}\n{protect}"
+        guard.apply(f"version: 1\n{head}\nrules: []\n")
+        assert guard.cli("ban", "add", address, "--for", "1m").returncode == 0
+        assert answer(lab, address, service.address, BAN, 2) == answers
+        assert answer(lab, address, other.address, OTHER, 2) == elsewhere
+        assert guard.cli("ban", "remove", address).returncode == 0

@@ -50,6 +50,7 @@ def variants() -> Iterator[tuple[str, RuleSet]]:
                 forged_resets="hold",
                 forged_fins=True,
                 fail_open=not ruleset.fail_open,
+                covers_all=path.stem != "strict-gateway",
                 blocking="reset" if ruleset.blocking == "drop" else "drop",
                 challenge=True,
                 drops_spoofed=True,
@@ -198,7 +199,8 @@ class Place:
         trusted = any(prefix.covers(seen.source) for prefix in scope.trusted)
         if trusted:
             return False
-        if seen.source in (at["banned"], at["shunned"], at["gated"]):
+        blocked = seen.source in (at["banned"], at["shunned"], at["gated"])
+        if blocked and self.ruleset.covers_all:
             return True
         spoofed = seen.source == self.servers["served"] and not seen.reverse_path
         return seen.tcp and (spoofed or scope.protects(seen.destination, seen.destination_port))

@@ -28,7 +28,9 @@ PACKETS: Final = 1000
 """Of each address family, by each policy."""
 SEED: Final = 7
 _COUNTED: Final = re.compile(r"\[(\d+):\d+\] (-A .*)")
-_OF_ALL: Final = re.compile("-A ((PREROUTING|OUTPUT|POSTROUTING) -j|rstguard-raw -i out -j)")
+_OF_ALL: Final = re.compile(
+    "-A ((PREROUTING|OUTPUT|POSTROUTING) -j|rstguard-raw -i out -j|rstguard-blocked ! -p tcp)"
+)
 """Rules that what neighbours say to each other meets as well."""
 _STRAY: Final = (SYN, SYN, SYN, SYN | ACK, ACK, ACK | PSH, RST, FIN | ACK, 0)
 _OF_CONNECTION: Final = (ACK, ACK | PSH, FIN | ACK, RST)
