@@ -14,7 +14,6 @@ from rstguard.control.commands import Commands
 from rstguard.control.protocol import serve
 from rstguard.control.status import Status
 from rstguard.engine.ruleset import RuleSet
-from rstguard.kernel import syn_budget
 from rstguard.kernel.footprint import Footprint
 from rstguard.observe.events import EventLog
 from rstguard.policy.compile import compile_policy
@@ -93,13 +92,8 @@ def build(options: Options) -> tuple[Supervisor, Commands, Service]:
     async def rules(old: RuleSet, new: RuleSet) -> None:
         await asyncio.to_thread(footprint.replace, old, new, divert=not state.panic)
 
-    async def pickup(_old: RuleSet, new: RuleSet) -> None:
-        if syn_budget.in_force(new):
-            await asyncio.to_thread(footprint.forbid_pickup)
-
     followers += [
         Follower("the processes", processes.adopt),
-        Follower("the connection tracker", pickup),
         Follower("rules and sets", rules),
         Follower("the SYN budget", budget.follow),
         Follower("the protected addresses", protected.follow),

@@ -34,6 +34,7 @@ from rstguard.kernel.jumps import Jump
 from rstguard.kernel.marks import Bits, Marks
 from rstguard.kernel.matching import SYN_ONLY, Matching
 from rstguard.kernel.names import PREFIX
+from rstguard.kernel.tracker import USUAL, Tracker
 
 REFUSALS: Final = 100
 """RSTs or ICMP errors a second to one address that is blocked."""
@@ -47,14 +48,15 @@ class Plan:
     jumps: tuple[Jump, ...] = field(default=())
 
 
-def plan(ruleset: RuleSet, family: int, queues: range) -> Plan:
+def plan(ruleset: RuleSet, family: int, queues: range, tracker: Tracker = USUAL) -> Plan:
     """Return the chains for a policy in one address family (4 or 6).
 
     `queues` are the NFQUEUE numbers of the workers, one each; their count is a power of two.
+    `tracker` says how the connection tracker is set.
     """
     matching = Matching(ruleset, family)
     entering = ingress.Ingress(ruleset, family)
-    diversion = Diversion(ruleset, family, queues)
+    diversion = Diversion(ruleset, family, queues, tracker)
     diverting = diversion.chains()
     diverting[f"{PREFIX}-in"] = (*entering.served(), *diverting[f"{PREFIX}-in"])
     chains = {
@@ -79,11 +81,10 @@ def plan(ruleset: RuleSet, family: int, queues: range) -> Plan:
         chains["filter"][f"{PREFIX}-refuse"] = refuse
         chains["filter"][f"{PREFIX}-refused"] = _refused(matching)
         chains["filter"][f"{PREFIX}-refusal"] = _refusal(matching)
-    jumps = _jumps(ruleset, diversion.watches_outbound)
-    return Plan(chains, (*entering.jumps(), *jumps))
+    return Plan(chains, (*entering.jumps(), *_jumps(ruleset)))
 
 
-def _jumps(ruleset: RuleSet, outbound: bool) -> tuple[Jump, ...]:
+def _jumps(ruleset: RuleSet) -> tuple[Jump, ...]:
     marks = Marks(ruleset.marks)
     probe = f"-m mark --mark {marks.probe}"
     saved = f"-m mark ! --mark {marks.none} -m connmark ! --mark {marks.unguarded}"
@@ -94,12 +95,11 @@ def _jumps(ruleset: RuleSet, outbound: bool) -> tuple[Jump, ...]:
         Jump("mangle", "PREROUTING", "", f"{PREFIX}-in", last=True),
         Jump("mangle", "INPUT", saved, f"{PREFIX}-save"),
         Jump("mangle", "FORWARD", saved, f"{PREFIX}-save"),
+        Jump("mangle", "POSTROUTING", "", f"{PREFIX}-out", last=True),
     ]
     jumps += [
         Jump("filter", hook, dead, f"{PREFIX}-condemned") for hook in ("INPUT", "FORWARD", "OUTPUT")
     ]
-    if outbound:
-        jumps.append(Jump("mangle", "POSTROUTING", "", f"{PREFIX}-out", last=True))
     if ruleset.blocking != "drop":
         jumps += [
             Jump("filter", hook, f"-p tcp -m tcp --tcp-flags {SYN_ONLY}", f"{PREFIX}-refuse")

@@ -19,6 +19,13 @@ Three things the kernel does not do by itself, each found by trial on 6.18:
   and whoever waits for the server's first word waits a second or more.  Hence no time stamp in it.
 - A packet of SYNPROXY is known by what no other has: no socket, and a SYN also a connection
   template before the tracker has seen it, which matches as state NEW in the raw table.
+- The ACK that brings a cookie back is the first that the tracker sees of its connection: INVALID
+  with tcp_loose=0, and NEW where it takes up connections that it has not seen begin.
+
+In the latter case a segment of an older connection, whose entry was lost, looks the same, and
+SYNPROXY would drop it.  A cookie comes in a bare ACK; so segments with data pass beside it, a few a
+second of each source that was proven lately.  The data of a new connection that arrives while its
+server is still asked fits no state of the entry there is: it is INVALID, and SYNPROXY's.
 """
 
 from __future__ import annotations
@@ -26,14 +33,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from rstguard.engine.ruleset import Divert, RuleSet
-from rstguard.kernel import challenge, syn_budget
+from rstguard.kernel import challenge, forgotten, syn_budget
 from rstguard.kernel.chains import Plan
 from rstguard.kernel.counting import syns
 from rstguard.kernel.jumps import Jump
 from rstguard.kernel.marks import Labels, Marks
 from rstguard.kernel.matching import SYN_ACK, interface_names, negated
 from rstguard.kernel.names import PREFIX, set_name
-from rstguard.kernel.proof import label
+from rstguard.kernel.proof import has_payload, label
 from rstguard.kernel.services import SYN, UNTRACKED, Known, Services
 
 LOG_GROUP = 5640
@@ -101,6 +108,7 @@ def _jumps(marks: Marks, challenges: bool) -> tuple[Jump, ...]:
     begun = "-m conntrack --ctstate ESTABLISHED --ctdir ORIGINAL"
     unsaved = f"-m conntrack --ctdir ORIGINAL -m mark ! --mark {marks.none}"
     lost = "-p tcp -m tcp --tcp-flags FIN,RST NONE -m conntrack --ctstate INVALID,UNTRACKED"
+    taken_up = f"{_PLAIN_ACK} -m conntrack --ctstate NEW"
     template = "-m conntrack --ctstate NEW"
     last = [Jump("security", hook, SYN, f"{PREFIX}-shunned") for hook in ("INPUT", "FORWARD")]
     return (
@@ -116,8 +124,11 @@ def _jumps(marks: Marks, challenges: bool) -> tuple[Jump, ...]:
         ),
         Jump("mangle", "POSTROUTING", SYN_ACK, f"{PREFIX}-offers", last=True),
         Jump("mangle", "POSTROUTING", f"-p tcp {unsaved}", f"{PREFIX}-save"),
-        Jump("filter", "INPUT", lost, f"{PREFIX}-cookies"),
-        Jump("filter", "FORWARD", lost, f"{PREFIX}-cookies"),
+        *(
+            Jump("filter", hook, match, f"{PREFIX}-cookies")
+            for hook in ("INPUT", "FORWARD")
+            for match in (lost, taken_up)
+        ),
         *(last if challenges else ()),
     )
 
@@ -221,5 +232,9 @@ class _Build:
             rules = [f"{SYN}{engaged} -j RETURN", f"-p tcp{engaged}{challenged} -j RETURN"]
         else:
             rules = [f"-p tcp{engaged} -j RETURN"]
+        older = (
+            f"{_PLAIN_ACK} -m conntrack --ctstate NEW {self.services.in_set('proven')}"
+            f" {has_payload(self.family)} {forgotten.few(self.family, 'beside')} -j RETURN"
+        )
         trusted = self.services.unless_trusted()  # they are given none
-        return (*trusted, *rules, *self.services.for_each_offer("-j SYNPROXY"))
+        return (*trusted, *rules, older, *self.services.for_each_offer("-j SYNPROXY"))

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from rstguard.engine.address import is_v6
 from rstguard.engine.ruleset import Divert, Per, RuleSet
 from rstguard.kernel import counting, ingress, proof, thinning
+from rstguard.kernel.forgotten import Forgotten
 from rstguard.kernel.matching import SYN_ONLY, Matching
 from rstguard.kernel.names import PREFIX, set_name
 from rstguard.kernel.proof import PLAIN_ACK
+from rstguard.kernel.tracker import Tracker
 
 # All combinations that nf_conntrack_proto_tcp.c does not list in tcp_valid_flags.
 _IMPOSSIBLE = (
@@ -27,11 +29,12 @@ class Diversion(Matching):
     """The rules of each chain; `queues` are the NFQUEUE numbers of the workers."""
 
     queues: range
+    tracker: Tracker
 
     @property
-    def watches_outbound(self) -> bool:
-        """Whether some rule needs to see what a server answers, or how it ends a connection."""
-        return self.ruleset.bans or Divert.CLOSE in self.ruleset.diverts
+    def forgotten(self) -> Forgotten:
+        """The rules for what the tracker does not know any more."""
+        return Forgotten(self.ruleset, self.family, self.tracker)
 
     def chains(self) -> dict[str, tuple[str, ...]]:
         """Return the chains by name."""
@@ -46,8 +49,9 @@ class Diversion(Matching):
             f"{PREFIX}-window": self.window(),
             f"{PREFIX}-queue": self.queue("source"),
             **self.narrowed(),
+            **self.forgotten.chains(),
         }
-        out: tuple[str, ...] = ()
+        out = self.on_interfaces(f"{PREFIX}-adopt", outbound=True, tcp=True)
         if self.ruleset.bans:
             out += self.on_interfaces(f"{PREFIX}-answers", outbound=True, tcp=True)
             found |= proof.chains(self)
@@ -55,8 +59,7 @@ class Diversion(Matching):
             out += self.on_interfaces(f"{PREFIX}-reset-out", outbound=True, tcp=True)
             found[f"{PREFIX}-reset-out"] = self.reset_out()
             found[f"{PREFIX}-queue-out"] = self.queue("destination")
-        if self.watches_outbound:
-            found[f"{PREFIX}-out"] = out
+        found[f"{PREFIX}-out"] = out
         return found
 
     def classify(self) -> tuple[str, ...]:
@@ -115,7 +118,8 @@ class Diversion(Matching):
         wrong = "-m conntrack ! --ctstatus ASSURED"
         rules = [*proof.suspects(self, wrong), f"{wrong} -j RETURN"]
         first = f"-m connmark --mark {marks.guarded}"
-        rules += proof.likely(self, first)
+        if not self.tracker.liberal:  # or any number would have done
+            rules += proof.likely(self, first)
         rules += ingress.translated(self, first)
         rules.append(f"{first} -j CONNMARK --set-xmark {marks.proven}")
         if Divert.HANDSHAKE in self.ruleset.diverts:
@@ -209,15 +213,11 @@ class Diversion(Matching):
 
     def invalid(self) -> tuple[str, ...]:
         """The tracker calls a segment INVALID for its flags or because it fits no connection."""
-        diverts = self.ruleset.diverts
         rules = proof.suspects(self)
-        if rules or Divert.STRAY in diverts or Divert.BAD_FLAGS in diverts:
-            rules = [*self.in_scope(), *rules]
-        if Divert.BAD_FLAGS in diverts and Divert.STRAY not in diverts:
-            rules += [f"-p tcp -m tcp --tcp-flags {f} -j {PREFIX}-strays" for f in _IMPOSSIBLE]
-        if Divert.STRAY in diverts:
-            rules.append(f"-j {PREFIX}-strays")
-        return tuple(rules)
+        if Divert.BAD_FLAGS in self.ruleset.diverts:
+            rules += [f"-p tcp -m tcp --tcp-flags {f} -g {PREFIX}-strays" for f in _IMPOSSIBLE]
+        rules += self.forgotten.strays()
+        return (*self.in_scope(), *rules) if rules else ()
 
     def queue(self, client: str) -> tuple[str, ...]:
         """One queue per worker, chosen by bits of the client's address ("source" or "destination").

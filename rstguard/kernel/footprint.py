@@ -22,6 +22,7 @@ from rstguard.kernel import (
     iptables,
     syn_budget,
     sysctl,
+    tracker,
 )
 from rstguard.kernel.diversion import queues_for
 from rstguard.kernel.marks import Marks
@@ -32,10 +33,9 @@ from rstguard.kernel.untracked import Hits
 log = logging.getLogger(__name__)
 
 RECORD_NAME = "sysctls.json"
+_MOVED = "what nf_conntrack_max and nf_conntrack_tcp_be_liberal were when the rules were made"
 
 _KEPT = "-p tcp -m conntrack --ctstate INVALID,UNTRACKED -j SYNPROXY --mss 1460"
-_COUNT = "net.netfilter.nf_conntrack_count"
-(_LOOSE,) = sysctl.STRICT_PICKUP
 
 
 class Footprint:
@@ -56,6 +56,8 @@ class Footprint:
         """Why shunned sources are dropped though the policy would challenge them, or ""."""
         self._proxied: set[int] = set()
         """Families in which there is a rule with SYNPROXY since this guard began."""
+        self._tracker = tracker.USUAL
+        """How the connection tracker was set when rules were last put in place."""
         self.hits = Hits()
         """What the rules have dropped before the tracker."""
         self._whole = threading.RLock()  # nobody is to see the rules half changed
@@ -68,29 +70,16 @@ class Footprint:
                 raise KernelError("the guard is stopping, and changes nothing any more")
             yield
 
-    def prepare(self, ruleset: RuleSet) -> bool:
+    def prepare(self, ruleset: RuleSet) -> None:
         """Set sysctls and make the sets.  Nothing is diverted yet.
-
-        Returns False if the connection tracker had been idle: connections that are established
-        now are unknown to it, and `forbid_pickup` should wait until it has met them.
 
         Raises:
             KernelError: something was refused.
         """
         with self._changing():
-            tracking = self._kernel.read_sysctl(_COUNT) != "0"
             sysctl.apply(self._kernel, sysctl.TRACKING, self._record)
             ipset.apply(self._kernel, ruleset, len(self.queues))
-            return tracking
-
-    def forbid_pickup(self) -> None:
-        """From now on a connection is known only from its SYN on; other segments are strays.
-
-        Raises:
-            KernelError: a sysctl could not be set.
-        """
-        with self._changing():
-            sysctl.apply(self._kernel, {**sysctl.TRACKING, **sysctl.STRICT_PICKUP}, self._record)
+            ipset.forget_services(self._kernel)
 
     def divert(self, ruleset: RuleSet) -> None:
         """Put the chains in place, or exchange them for those of another policy.
@@ -101,6 +90,7 @@ class Footprint:
             KernelError: iptables refused.
         """
         with self._changing():
+            self._tracker = tracker.look(self._kernel)
             self._clear(ruleset)
             counted = bool(self._placed)  # before the first rules nothing is
             if counted:
@@ -113,24 +103,17 @@ class Footprint:
 
     def _put(self, ruleset: RuleSet) -> dict[int, iptables.Present]:
         """Without SYN cookies the guard works as well: who is shunned is then dropped."""
-        before, self.no_challenge = self.no_challenge, self._obstacle(ruleset)
+        before, self.no_challenge = self.no_challenge, ""
         try:
             return iptables.apply(self._kernel, self._plans(ruleset))
         except KernelError as error:
-            optional = challenge.in_force(ruleset) and not syn_budget.in_force(ruleset)
-            if self.no_challenge or not optional:
+            if not challenge.in_force(ruleset) or syn_budget.in_force(ruleset):
                 raise
             self.no_challenge = str(error)
             placed = iptables.apply(self._kernel, self._plans(ruleset))
             if not before:
                 log.warning("shunned sources are dropped, not challenged: %s", error)
             return placed
-
-    def _obstacle(self, ruleset: RuleSet) -> str:
-        """While pure ACKs are taken for older connections no cookie can be told from those."""
-        if not challenge.in_force(ruleset) or self._kernel.read_sysctl(_LOOSE) == "0":
-            return ""
-        return f"connections from before the guard are still taken up ({_LOOSE})"
 
     def _clear(self, ruleset: RuleSet) -> None:
         """Without it the guard works as well; who marks packets for routing must know."""
@@ -172,6 +155,8 @@ class Footprint:
                 ipset.apply(self._kernel, new, len(self.queues))
                 if divert:
                     self.divert(new)
+                if old.scope != new.scope:
+                    ipset.forget_services(self._kernel)
             except KernelError:
                 ipset.apply(self._kernel, old, len(self.queues))
                 if divert:
@@ -190,7 +175,8 @@ class Footprint:
             marks = Marks(ruleset.marks)
             uncleared = clearing.missing(self._kernel, marks) if self._clears else []
             rules = iptables.missing(self._kernel, self._plans(ruleset), self._placed)
-            return [*uncleared, *rules]
+            moved = tracker.look(self._kernel) != self._tracker and bool(self._placed)
+            return [*uncleared, *rules, *([_MOVED] if moved else [])]
 
     def lost(self, ruleset: RuleSet) -> list[str]:
         """Return which rules and sets others have taken away, in words.
@@ -221,7 +207,7 @@ class Footprint:
     def _plans(self, ruleset: RuleSet) -> dict[int, chains.Plan]:
         if self.no_challenge:
             ruleset = replace(ruleset, challenge=False)
-        plans = _plans(ruleset, self.queues, self.known)
+        plans = _plans(ruleset, self.queues, self.known, self._tracker)
         return {family: self._keeping(family, plan) for family, plan in plans.items()}
 
     def _keeping(self, family: int, plan: chains.Plan) -> chains.Plan:
@@ -291,7 +277,7 @@ def rules_text(
     ruleset: RuleSet, queues: range, known: Mapping[Service, Offer] | None = None
 ) -> dict[str, str]:
     """Return the iptables rules of a policy as iptables-restore reads them, by address family."""
-    return _texts(_plans(ruleset, queues, known or {}))
+    return _texts(_plans(ruleset, queues, known or {}, tracker.USUAL))
 
 
 def _proxies(plan: chains.Plan) -> bool:
@@ -317,13 +303,13 @@ def _text(plan: chains.Plan) -> str:
 
 
 def _plans(
-    ruleset: RuleSet, queues: range, known: Mapping[Service, Offer]
+    ruleset: RuleSet, queues: range, known: Mapping[Service, Offer], how: tracker.Tracker
 ) -> dict[int, chains.Plan]:
     ours = holding.queues_of(queues)
     queues = queues_for(ruleset, queues)
     plans = {}
     for family in (4, 6):
-        plan = chains.plan(ruleset, family, queues)
+        plan = chains.plan(ruleset, family, queues, how)
         plan = cookies.with_cookies(plan, ruleset, family, known)
         plans[family] = holding.with_holding(plan, ruleset, family, ours)
     return plans

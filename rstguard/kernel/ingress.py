@@ -24,6 +24,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from rstguard.kernel import forgotten
 from rstguard.kernel.jumps import Jump
 from rstguard.kernel.marks import Bits
 from rstguard.kernel.matching import SYN_ACK, Matching, interface_names, negated
@@ -116,10 +117,11 @@ class Ingress(Matching):
         return chains
 
     def mangle(self) -> dict[str, tuple[str, ...]]:
-        """Return what is learned from servers: their addresses are inside; they close, too."""
-        if not self.ruleset.enforce:
-            return {}
+        """Return what is learned from servers: who serves, and is inside; they close, too."""
         outside = (f"-i {name} -j RETURN" for name in interface_names(self.ruleset))
+        serves = forgotten.serving(self.family)
+        if not self.ruleset.enforce:
+            return {f"{PREFIX}-inside": (*outside, serves), f"{PREFIX}-served": self.served()}
         learn = f"-j SET --add-set {inside_set(self.family)} src --exist"
         closed = f"-j CONNMARK --set-xmark {Bits(0, self.marks.closing.mask)}"
         doubt = (
@@ -127,7 +129,7 @@ class Ingress(Matching):
             f"-j SET --add-set {doubt_set(self.family)} src,src,dst --exist",
         )
         return {
-            f"{PREFIX}-inside": (*outside, learn),
+            f"{PREFIX}-inside": (*outside, serves, learn),
             f"{PREFIX}-closed": (closed,),
             f"{PREFIX}-doubt": doubt,
             f"{PREFIX}-served": self.served(),
@@ -135,10 +137,10 @@ class Ingress(Matching):
 
     def served(self) -> tuple[str, ...]:
         """Return the rules for what servers send, whichever way it comes: it leads to no queue."""
-        if not self.ruleset.enforce:
-            return ()
         answer = f"{SYN_ACK} -m conntrack --ctdir REPLY"
         guarded = f"-m connmark ! --mark {self.marks.unguarded}"
+        if not self.ruleset.enforce:
+            return (f"{answer} {guarded} -j {PREFIX}-inside",)
         fin = "-p tcp -m tcp --tcp-flags FIN,RST FIN -m conntrack --ctstate ESTABLISHED"
         bits = self.marks.closing.value | self.marks.established.value
         closing = f"--ctdir REPLY -m connmark --mark {Bits(bits, bits)}"
@@ -149,6 +151,4 @@ class Ingress(Matching):
 
     def jumps(self) -> tuple[Jump, ...]:
         """Return the jump to the same rules for what this host sends itself."""
-        if not self.ruleset.enforce:
-            return ()
         return (Jump("mangle", "OUTPUT", "-p tcp", f"{PREFIX}-served"),)

@@ -28,6 +28,11 @@ rstguard-reset-exempt4, -6  hash:net        the policy's `reset_exempt`
 rstguard-inside4, -inside6  hash:ip         addresses that answer from inside; filled by the chains
 rstguard-translated4, -6    hash:ip,port    services whose target is translated here; likewise
 rstguard-doubt4, -doubt6    hash:ip,port,ip  connections for which a RST or FIN has just come in
+rstguard-serving4, -6       hash:ip,port    services that have answered a client; filled by the
+                                            chains
+rstguard-lost4, -lost6      hash:ip         sources that lately sent a segment of no connection, and
+rstguard-grace4, -grace6                    those whose first one has just come; likewise
+rstguard-answered4, -6      hash:ip         sources of such segments that a server answered; likewise
 rstguard-thin4-0, -thin6-0  hash:net        everything while worker 0 is overrun, else nothing;
 (-1, …: other workers)                      filled by the worker (`rstguard.kernel.thinning`)
 ==========================  ==============  ==================================================
@@ -40,7 +45,16 @@ from dataclasses import dataclass
 
 from rstguard.engine.address import V6, Prefix, is_v6
 from rstguard.engine.ruleset import Divert, RuleSet
-from rstguard.kernel import InUse, KernelError, challenge, holding, ingress, syn_budget, thinning
+from rstguard.kernel import (
+    InUse,
+    KernelError,
+    challenge,
+    forgotten,
+    holding,
+    ingress,
+    syn_budget,
+    thinning,
+)
 from rstguard.kernel.command import Commands
 from rstguard.kernel.elements import Kind, ipset
 from rstguard.kernel.names import BAN_SETS, BLOCK_SETS, GATE_SETS, is_ours, set_name
@@ -120,6 +134,7 @@ def plan(ruleset: RuleSet, workers: int = 1) -> tuple[SetSpec, ...]:
             )
             for index in range(workers)
         ]
+        specs += _forgotten(digit, family, ruleset)
         if ruleset.enforce:
             specs += _inside(digit, family)
         if syn_budget.in_force(ruleset):
@@ -139,6 +154,35 @@ def plan(ruleset: RuleSet, workers: int = 1) -> tuple[SetSpec, ...]:
     )
     specs += [_ports(name, members) for name, members in ports if members is not None]
     return tuple(specs)
+
+
+def _forgotten(digit: int, family: str, ruleset: RuleSet) -> list[SetSpec]:
+    """Return the sets of `rstguard.kernel.forgotten`."""
+    options = f"family {family} maxelem {forgotten.MOST_SERVING} timeout"
+    sizing = f"hashsize {forgotten.MOST_SERVING // 4} forceadd"
+    serving = f"{options} {forgotten.SERVING_SECONDS}"
+    specs = [SetSpec(forgotten.serving_set(digit), "hash:ip,port", serving, sizing)]
+    if Divert.STRAY in ruleset.diverts:
+        large = f"family {family} maxelem {_MAX_ELEMENTS} timeout"
+        names = {
+            "answered": f"{options} {forgotten.ANSWERED_SECONDS}",
+            "lost": f"{large} {forgotten.LOST_SECONDS}",
+            "grace": f"{large} {forgotten.GRACE_SECONDS}",
+        }
+        for name, its_options in names.items():
+            its_sizing = sizing if name == "answered" else f"{_FIXED} forceadd"
+            specs.append(SetSpec(set_name(name, digit), "hash:ip", its_options, its_sizing))
+    return specs
+
+
+def forget_services(kernel: Commands) -> None:
+    """Forget which services have answered: they may not be protected any more.
+
+    Raises:
+        KernelError: the kernel refused.
+    """
+    for family in (4, 6):
+        ipset(kernel, "flush", forgotten.serving_set(family))
 
 
 def _inside(digit: int, family: str) -> list[SetSpec]:

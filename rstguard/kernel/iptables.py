@@ -160,7 +160,7 @@ def _lacking(
                     lacking.append(f"the chain {chain} in {table} (IPv{family})")
                 elif says not in (rules, before.get((table, chain), says)):
                     lacking.append(f"what the chain {chain} in {table} says (IPv{family})")
-    return lacking
+    return list(dict.fromkeys(lacking))
 
 
 def remove(kernel: Kernel) -> bool:

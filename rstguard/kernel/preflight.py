@@ -162,7 +162,7 @@ def _reader(host: Host) -> Check:
 
 
 def _tracking(host: Host) -> Check:
-    names = ("acct", "timestamp", "tcp_be_liberal", "tcp_loose")
+    names = ("acct", "timestamp")
     base = Path("/proc/sys/net/netfilter")
     missing = [name for name in names if not (base / f"nf_conntrack_{name}").exists()]
     if missing:

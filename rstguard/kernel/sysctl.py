@@ -28,20 +28,18 @@ TRACKING: Mapping[str, str] = MappingProxyType(
     {
         "net.netfilter.nf_conntrack_acct": "1",
         "net.netfilter.nf_conntrack_timestamp": "1",
-        "net.netfilter.nf_conntrack_tcp_be_liberal": "0",
     }
 )
-"""What the guard needs of the connection tracker at any time: bytes, ages, and window checks."""
+"""What the guard needs of the connection tracker at any time: bytes and ages."""
 
-STRICT_PICKUP: Mapping[str, str] = MappingProxyType({"net.netfilter.nf_conntrack_tcp_loose": "0"})
-"""Only a SYN begins a connection, so that a forged ACK proves nothing.
+FORMER: frozenset[str] = frozenset(
+    {"net.netfilter.nf_conntrack_tcp_be_liberal", "net.netfilter.nf_conntrack_tcp_loose"}
+)
+"""What earlier versions changed: they decide for all traffic of the host, whose connections would
+not outlive a flush of the table.  From a record that such a version left they are given back."""
 
-Not without thought: connections that are older than tracking in this namespace become INVALID for
-good.  Set it where tracking is on already, or where nothing was forwarded before.
-"""
-
-CHANGED: frozenset[str] = frozenset({**TRACKING, **STRICT_PICKUP})
-"""All that the guard ever changes; a record that names another is not of its making."""
+CHANGED: frozenset[str] = frozenset(TRACKING) | FORMER
+"""All that a guard ever changed; a record that names another is not of its making."""
 
 _VALUE = re.compile("[0-9]|[1-9][0-9]|1[0-9][0-9]|2[0-4][0-9]|25[0-5]")
 """These settings are bytes in the kernel (nf_conntrack_standalone.c)."""
@@ -81,13 +79,15 @@ def apply(kernel: Kernel, wanted: Mapping[str, str], record: Path) -> list[Chang
     """Set sysctls to the wanted values, having recorded what they were.
 
     May be called again, with other values too, and after a crash: a value that is still what an
-    earlier call made it is never taken for an old one.
+    earlier call made it is never taken for an old one.  What is `FORMER` is given back.
 
     Raises:
         KernelError: a sysctl does not exist or may not be written, or the record cannot be kept.
             Nothing has been changed then that the record does not tell.
     """
     saved = _load(record)
+    for name in FORMER & saved.keys():
+        _give_back(kernel, name, saved.pop(name))
     found = {name: kernel.read_sysctl(name) for name in wanted}
     for name, value in wanted.items():
         earlier = saved.pop(name, None)
@@ -112,21 +112,21 @@ def restore(kernel: Kernel, record: Path) -> list[Change]:
     Raises:
         KernelError: the record cannot be read, or a value cannot be written; the record stays.
     """
-    changes = []
-    for name, saved in _load(record).items():
-        try:
-            now = kernel.read_sysctl(name)
-        except NotThere:
-            changes.append(Change(name, saved.ours, saved.before, Outcome.GONE))
-            continue
-        if now == saved.ours:
-            _write(kernel, name, saved.before)
-            changes.append(Change(name, now, saved.before, Outcome.RESTORED))
-        else:
-            outcome = Outcome.UNCHANGED if now == saved.before else Outcome.LEFT
-            changes.append(Change(name, saved.before, now, outcome))
+    changes = [_give_back(kernel, name, saved) for name, saved in _load(record).items()]
     record.unlink(missing_ok=True)
     return changes
+
+
+def _give_back(kernel: Kernel, name: str, saved: _Saved) -> Change:
+    try:
+        now = kernel.read_sysctl(name)
+    except NotThere:
+        return Change(name, saved.ours, saved.before, Outcome.GONE)
+    if now == saved.ours:
+        _write(kernel, name, saved.before)
+        return Change(name, now, saved.before, Outcome.RESTORED)
+    outcome = Outcome.UNCHANGED if now == saved.before else Outcome.LEFT
+    return Change(name, saved.before, now, outcome)
 
 
 def _write(kernel: Kernel, name: str, value: str) -> None:

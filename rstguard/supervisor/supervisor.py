@@ -7,10 +7,10 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 from rstguard.ipc.requests import Answer
-from rstguard.kernel import KernelError, syn_budget
+from rstguard.kernel import KernelError
 from rstguard.kernel.footprint import Footprint
 from rstguard.observe.events import Event
 from rstguard.observe.sinks import Journal, JsonLines
@@ -31,9 +31,6 @@ from rstguard.supervisor.syn_budget import Budget
 from rstguard.supervisor.upkeep import Upkeep
 
 log = logging.getLogger(__name__)
-
-_PICKUP_SECONDS: Final = 120.0
-"""How long connections that an idle tracker could not know may still be taken up."""
 
 Serve = Callable[[Path, Answer], Awaitable[asyncio.Server]]
 
@@ -133,11 +130,8 @@ class Supervisor:
         await parts.protected.look()
         guard.ruleset = parts.protected.within(compile_policy(guard.loaded.policy))
         await parts.protected.follow(guard.ruleset, guard.ruleset)
-        tracking = await asyncio.to_thread(parts.footprint.prepare, guard.ruleset)
+        await asyncio.to_thread(parts.footprint.prepare, guard.ruleset)
         await parts.record.bring_back()
-        # A pure ACK with a cookie must not be taken for an older connection.
-        if tracking or syn_budget.in_force(guard.ruleset):
-            await asyncio.to_thread(parts.footprint.forbid_pickup)
         for child in guard.children:
             processes.create_task(child.live(), name=child.name)
         parts.processes.asking.begin(processes)
@@ -159,7 +153,6 @@ class Supervisor:
         parts = self._parts
         works: list[Coroutine[Any, Any, None]] = [
             self._until_stopped(),
-            self._forbid_pickup(),
             parts.record.keep(),
             parts.processes.watch(),
             parts.protected.watch(parts.change.rules),
@@ -187,16 +180,6 @@ class Supervisor:
     async def _until_stopped(self) -> None:
         await self._stop.wait()
         raise _Stopped
-
-    async def _forbid_pickup(self) -> None:
-        """Connections that an idle tracker could not know are taken up for a while only."""
-        await asyncio.sleep(_PICKUP_SECONDS)
-        try:
-            await asyncio.to_thread(self._parts.footprint.forbid_pickup)
-            if self._parts.footprint.no_challenge:  # from now on a cookie is known by its ACK
-                await self._parts.upkeep.rewrite()
-        except KernelError as error:
-            log.error("%s", error)
 
     async def _take_down(self) -> None:
         parts = self._parts

@@ -130,7 +130,6 @@ def _of_guard(random: Random, rulesets: Sequence[RuleSet]) -> Operation:
         "withdraw": lambda side: side.footprint.withdraw(),
         "restore": lambda side: side.footprint.restore(old),
         "lost": lambda side: side.footprint.lost(old),
-        "forbid_pickup": lambda side: side.footprint.forbid_pickup(),
         "blocked": lambda side: side.kernel.blocked_by_kind(),
         "remove": lambda side: side.footprint.remove(keep),
     }

@@ -70,7 +70,7 @@ def test_an_unknown_service_is_answered_by_nobody() -> None:
     ],
 )
 def test_what_is_offered_is_what_the_server_offers(offer: Offer, options: str) -> None:
-    (_, proxy) = planned(known={WEB4: offer}).chains["filter"]["rstguard-proxy"]
+    (*_, proxy) = planned(known={WEB4: offer}).chains["filter"]["rstguard-proxy"]
     assert proxy.endswith(f"-j SYNPROXY {options}")
 
 

@@ -39,7 +39,16 @@ CONFIG = ("ban4", "ban6", "shun4", "shun6", "proven4", "proven6", "trusted4", "t
 THIN = ("thin4-0", "thin6-0")
 PROTECTED = ("protected4", "protected6")
 SUSPECT = ("suspect4", "suspect6", "challenged4", "challenged6")
-INSIDE = ("inside4", "inside6", "translated4", "translated6", "doubt4", "doubt6")
+INSIDE = (
+    "inside4",
+    "inside6",
+    "translated4",
+    "translated6",
+    "doubt4",
+    "doubt6",
+    "serving4",
+    "serving6",
+)
 MORE = ("gate4", "gate6", "dst4", "dst6", *PROTECTED, *THIN)
 ALWAYS = {f"rstguard-{name}" for name in (*CONFIG, *SUSPECT, *INSIDE, *MORE)}
 

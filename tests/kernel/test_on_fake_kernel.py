@@ -27,7 +27,7 @@ from tests.support.fake_kernel import FakeKernel
 
 QUEUES = range(5640, 5642)
 ACCT = "net.netfilter.nf_conntrack_acct"
-LOOSE = "net.netfilter.nf_conntrack_tcp_loose"
+STAMP = "net.netfilter.nf_conntrack_timestamp"
 MINUTE = 60
 SERVICE = Service(parse_address("203.0.113.10"), 80)
 OFFER = Offer(1460, 7, sack=True, timestamps=True)
@@ -101,11 +101,10 @@ def test_a_guard_comes_up_and_leaves_nothing_behind(
     footprint: Footprint, kernel: FakeKernel, tmp_path: Path
 ) -> None:
     before = dict(kernel.sysctls)
-    assert not footprint.prepare(WEB)  # no connection is tracked yet
+    footprint.prepare(WEB)
     footprint.divert(WEB)
-    footprint.forbid_pickup()
     assert footprint.lost(WEB) == []
-    assert kernel.sysctls[LOOSE] == "0"
+    assert all(kernel.sysctls[name] == before[name] for name in sysctl.FORMER)
     done = footprint.remove()
     assert rules(kernel) == []
     assert kernel.ipsets.names == []
@@ -115,28 +114,10 @@ def test_a_guard_comes_up_and_leaves_nothing_behind(
     assert footprint.remove() == []
 
 
-def test_shunned_sources_are_challenged_once_cookies_can_be_told(
-    footprint: Footprint, kernel: FakeKernel
-) -> None:
-    footprint.prepare(WEB)
-    kernel.sysctls[LOOSE] = "1"
-    footprint.known = {SERVICE: OFFER}
-    footprint.divert(WEB)
-    assert LOOSE in footprint.no_challenge
-    assert "SYNPROXY" not in "".join(rules(kernel))
-    assert footprint.lost(WEB) == []
-    footprint.forbid_pickup()
-    footprint.divert(WEB)
-    assert footprint.no_challenge == ""
-    assert "SYNPROXY" in "".join(rules(kernel))
-    assert footprint.lost(WEB) == []
-
-
 def test_a_kernel_without_cookies_drops_what_is_shunned(
     footprint: Footprint, kernel: FakeKernel, caplog: pytest.LogCaptureFixture
 ) -> None:
     footprint.prepare(WEB)
-    footprint.forbid_pickup()
     footprint.known = {SERVICE: OFFER}
     kernel.faults.fail("run", KernelError("no SYNPROXY"), None, naming="SYNPROXY")
     for _ in range(2):
@@ -151,13 +132,6 @@ def test_a_kernel_without_cookies_drops_what_is_shunned(
     kernel.faults.clear()
     footprint.divert(WEB)
     assert footprint.no_challenge == ""
-
-
-def test_connections_that_are_tracked_already_are_told(
-    footprint: Footprint, kernel: FakeKernel
-) -> None:
-    kernel.connections.put(flow())
-    assert footprint.prepare(WEB)
 
 
 def test_bans_stay_if_asked(footprint: Footprint, kernel: FakeKernel) -> None:
@@ -224,7 +198,7 @@ def test_offers_that_were_learned_change_the_rules(
     service = Service(parse_address("192.0.2.1"), 80)
     footprint.known = {service: Offer(1460, 7, sack=True, timestamps=True)}
     footprint.divert(BUDGET)
-    (proxy,) = (rule for rule in rules(kernel) if "SYNPROXY" in rule)
+    proxy, _give = (rule for rule in rules(kernel) if "SYNPROXY" in rule)
     assert proxy.endswith("SYNPROXY --sack-perm --timestamp --wscale 7 --mss 1460")
     assert footprint.lost(BUDGET) == []
 
@@ -274,9 +248,10 @@ def test_where_a_change_fails_the_old_policy_is_in_force(
     footprint.prepare(WEB)
     footprint.divert(WEB)
     before = everything(kernel)
-    kernel.faults.fail("run", naming=naming)
+    kernel.faults.fail("run", naming=naming, times=2)  # once more without challenges
     with pytest.raises(KernelError, match="a fault of the test"):
         footprint.replace(WEB, OTHER)
+    kernel.faults.clear()
     footprint.restore(WEB)
     assert footprint.lost(WEB) == []
     assert everything(kernel) == before
@@ -290,7 +265,7 @@ def test_what_was_done_though_the_answer_was_lost_is_undone(
     footprint.prepare(WEB)
     footprint.divert(WEB)
     before = everything(kernel)[:2]
-    kernel.faults.fail("run", naming="iptables-restore", after=True)
+    kernel.faults.fail("run", naming="iptables-restore", times=2, after=True)
     with pytest.raises(KernelError):
         footprint.replace(WEB, OTHER)
     assert everything(kernel)[:2] == before
@@ -328,7 +303,7 @@ def test_a_rule_of_others_on_one_of_our_sets_is_waited_for_but_not_for_ever(
 
 def test_a_sysctl_that_the_kernel_no_longer_has_is_told(kernel: FakeKernel, tmp_path: Path) -> None:
     record = tmp_path / RECORD_NAME
-    sysctl.apply(kernel, {ACCT: "1", LOOSE: "0"}, record)
+    sysctl.apply(kernel, {ACCT: "1", STAMP: "1"}, record)
     del kernel.sysctls[ACCT]
     gone, restored = sysctl.restore(kernel, record)
     assert gone.outcome is Outcome.GONE
@@ -345,11 +320,11 @@ def test_what_was_changed_before_a_refusal_is_in_the_record(
     kernel: FakeKernel, tmp_path: Path
 ) -> None:
     record = tmp_path / RECORD_NAME
-    kernel.faults.fail("write_sysctl", naming=LOOSE)
+    kernel.faults.fail("write_sysctl", naming=STAMP)
     with pytest.raises(KernelError):
-        sysctl.apply(kernel, {ACCT: "1", LOOSE: "0"}, record)
+        sysctl.apply(kernel, {ACCT: "1", STAMP: "1"}, record)
     assert kernel.sysctls[ACCT] == "1"
-    assert json.loads(record.read_text())["sysctls"].keys() == {ACCT, LOOSE}
+    assert json.loads(record.read_text())["sysctls"].keys() == {ACCT, STAMP}
     sysctl.restore(kernel, record)
     assert kernel.sysctls[ACCT] == "0"
 
@@ -515,7 +490,6 @@ def test_after_the_end_nothing_comes_back(footprint: Footprint, kernel: FakeKern
         lambda: footprint.restore(WEB),
         lambda: footprint.divert(WEB),
         lambda: footprint.prepare(WEB),
-        footprint.forbid_pickup,
     )
     for change in late:
         with pytest.raises(KernelError, match="stopping"):

@@ -16,6 +16,7 @@ from rstguard.kernel.sysctl import Outcome
 LINUX = Linux()
 ACCT = "net.netfilter.nf_conntrack_acct"
 LOOSE = "net.netfilter.nf_conntrack_tcp_loose"
+LIBERAL = "net.netfilter.nf_conntrack_tcp_be_liberal"
 STAMP = "net.netfilter.nf_conntrack_timestamp"
 RETRANSMISSIONS = "net.netfilter.nf_conntrack_tcp_max_retrans"
 """Takes more values than the two that the guard's own do."""
@@ -39,27 +40,50 @@ def outcomes(changes: list[sysctl.Change]) -> dict[str, Outcome]:
 
 def test_values_are_set_and_given_back(record: Path) -> None:
     put(ACCT, "0")
-    put(LOOSE, "1")
     put(STAMP, "1")
-    changes = sysctl.apply(LINUX, {ACCT: "1", LOOSE: "0", STAMP: "1"}, record)
-    assert outcomes(changes) == {
-        ACCT: Outcome.SET,
-        LOOSE: Outcome.SET,
-        STAMP: Outcome.UNCHANGED,
-    }
-    assert [LINUX.read_sysctl(name) for name in (ACCT, LOOSE, STAMP)] == ["1", "0", "1"]
-    assert outcomes(sysctl.restore(LINUX, record)) == {
-        ACCT: Outcome.RESTORED,
-        LOOSE: Outcome.RESTORED,
-    }
-    assert [LINUX.read_sysctl(name) for name in (ACCT, LOOSE, STAMP)] == ["0", "1", "1"]
+    changes = sysctl.apply(LINUX, {ACCT: "1", STAMP: "1"}, record)
+    assert outcomes(changes) == {ACCT: Outcome.SET, STAMP: Outcome.UNCHANGED}
+    assert [LINUX.read_sysctl(name) for name in (ACCT, STAMP)] == ["1", "1"]
+    assert outcomes(sysctl.restore(LINUX, record)) == {ACCT: Outcome.RESTORED}
+    assert [LINUX.read_sysctl(name) for name in (ACCT, STAMP)] == ["0", "1"]
     assert not record.exists()
     assert sysctl.restore(LINUX, record) == []
 
 
+def former(record: Path) -> None:
+    """What an earlier version has left that was killed."""
+    put(LOOSE, "0")
+    put(LIBERAL, "0")
+    put(ACCT, "1")
+    found = {LOOSE: ("1", "0"), LIBERAL: ("1", "0"), ACCT: ("0", "1")}
+    entries = {name: {"before": b, "ours": ours} for name, (b, ours) in found.items()}
+    record.write_text(json.dumps({"version": 1, "sysctls": entries}))
+
+
+@pytest.mark.parametrize("starts", [False, True])
+def test_what_an_earlier_version_changed_is_given_back(record: Path, starts: bool) -> None:
+    former(record)
+    if starts:
+        sysctl.apply(LINUX, sysctl.TRACKING, record)
+        assert json.loads(record.read_text())["sysctls"].keys() == {ACCT, STAMP}
+        assert LINUX.read_sysctl(ACCT) == "1"
+    else:
+        sysctl.restore(LINUX, record)
+        assert LINUX.read_sysctl(ACCT) == "0"
+    assert (LINUX.read_sysctl(LOOSE), LINUX.read_sysctl(LIBERAL)) == ("1", "1")
+
+
+def test_what_somebody_else_has_changed_since_an_earlier_version_stays(record: Path) -> None:
+    former(record)
+    put(LOOSE, "1")
+    changes = {change.name: change.outcome for change in sysctl.restore(LINUX, record)}
+    assert changes[LOOSE] is Outcome.UNCHANGED
+    assert (LINUX.read_sysctl(LOOSE), LINUX.read_sysctl(LIBERAL)) == ("1", "1")
+
+
 def test_what_the_guard_needs_exists_in_every_namespace(record: Path) -> None:
-    sysctl.apply(LINUX, {**sysctl.TRACKING, **sysctl.STRICT_PICKUP}, record)
-    for name, value in {**sysctl.TRACKING, **sysctl.STRICT_PICKUP}.items():
+    sysctl.apply(LINUX, sysctl.TRACKING, record)
+    for name, value in sysctl.TRACKING.items():
         assert LINUX.read_sysctl(name) == value
 
 

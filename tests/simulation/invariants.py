@@ -16,7 +16,6 @@ from tests.simulation.world import QUEUE, Broken, Incarnation, World
 from tests.support.fake_kernel import FakeKernel
 
 _BACK_OFF: Final = 5.0
-_LOOSE: Final = "net.netfilter.nf_conntrack_tcp_loose"
 _PATIENCE: Final = {"asker": 3.0, "worker": 3.0, "sweeper": 62.0}
 """Seconds after which the guard is to have noticed that a process hangs: see health.py for a
 worker, child.py for the sweeper."""
@@ -94,8 +93,6 @@ def rules_are_those_of_the_policy(world: World, one: Incarnation) -> None:
     footprint = Footprint(fresh, directory, queues)
     footprint.known = dict(one.parts.footprint.known)
     footprint.prepare(one.guard.ruleset)
-    # Whether a cookie's ACK is told from an older connection's was seen when the rules were put.
-    fresh.sysctls[_LOOSE] = "1" if one.parts.footprint.no_challenge else "0"
     footprint.divert(one.guard.ruleset)
     for family in (4, 6):
         for table, chains in fresh.iptables[family].tables.items():

@@ -31,7 +31,6 @@ _HOSTS = {
             "net/ipv6/conf/all/forwarding": "1",
             "net/netfilter/nf_conntrack_acct": "1",
             "net/netfilter/nf_conntrack_timestamp": "1",
-            "net/netfilter/nf_conntrack_tcp_loose": "0",
         },
     ),
     "server": Host({"eth0": (f"{SERVER4}/24", f"{SERVER6}/64")}, (INSIDE4, INSIDE6)),

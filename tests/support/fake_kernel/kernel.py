@@ -33,6 +33,7 @@ _DEFAULTS = {
     "timestamp": "0",
     "tcp_be_liberal": "0",
     "tcp_loose": "1",
+    "max": "262144",
 }
 _BASE_NAMES = {"iptables": 4, "ip6tables": 6}
 
