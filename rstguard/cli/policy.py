@@ -266,6 +266,11 @@ def policy_explain(
         return
     say(f"{told['source']}: {told['state']}")
     say(f"  {told['connections']} connections in the kernel's table")
+    if told["adopted"]:
+        say(
+            f"  {told['adopted']} of them were forgotten by it and taken up again: their age and "
+            "window scale are not known, ages count from then on"
+        )
     if told["productive_percent"] is not None:
         say(f"  {told['productive_percent']}% of its completed connections are productive")
     for row in told["rules"]:

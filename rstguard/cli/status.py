@@ -24,6 +24,7 @@ def lines(data: Status) -> Iterator[str]:
     yield f"  blocked now: {blocked['ban']} banned, {blocked['shun']} shunned"
     yield from _shun(data["shun"])
     yield from _untracked(data["untracked"])
+    yield from _forgotten(data["forgotten"])
     yield from _budget(data["syn_budget"])
     yield from (f"  {sentence(event)}" for event in data["recent"][-_MOST_EVENTS:])
 
@@ -94,6 +95,18 @@ def _untracked(data: Status) -> Iterator[str]:
         f"  from outside in the name of inside addresses: {data['spoofed']} segments dropped, "
         f"{data['spoofed_passed']} only counted{then}"
     )
+
+
+def _forgotten(data: Status) -> Iterator[str]:
+    """Tell what the tracker did not know any more, if there was any."""
+    if data["adopted"]:
+        yield (
+            f"  forgotten by the connection tracker and taken up again: {data['adopted']} "
+            "connections, whose age and window scale are not known"
+        )
+    if data["dropped"]:
+        count = f"{data['dropped']} segments of no connection"
+        yield f"  beyond what the connection table is to hold: {count} dropped"
 
 
 def _budget(budget: Status | None) -> Iterator[str]:

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from functools import partial
 
 from rstguard.engine.address import Prefix, address_text, is_v6, parse_address, source_key
+from rstguard.engine.flow import Flow
 from rstguard.ipc.messages import Explain, Explained
 from rstguard.ipc.requests import ControlError, Request
 from rstguard.kernel.elements import Element
+from rstguard.kernel.marks import Labels
 from rstguard.kernel.seam import Kernel
 from rstguard.policy.compile import describe_rule
 from rstguard.supervisor.guard import Guard
@@ -45,13 +47,15 @@ class Explanations:
         guard, kernel = self._guard, self._kernel
         used = await self._used(source)
         used |= await asyncio.to_thread(kernel.explain, guard.ruleset, source)
-        elements, connections, proven = await asyncio.to_thread(_in_kernel, kernel, source)
         ruleset = guard.ruleset
+        adopted = 1 << Labels(ruleset.labels).adopted
+        elements, flows, proven = await asyncio.to_thread(_in_kernel, kernel, source)
         key = source_key(source, ruleset.source_ipv4, ruleset.source_ipv6)
         return {
             "source": address_text(source),
             "state": self._state(source, elements, proven),
-            "connections": connections,
+            "connections": len(flows),
+            "adopted": sum(bool(flow.labels & adopted) for flow in flows),
             "proven": proven,
             "productive_percent": guard.productive.percents.get(key),
             "rules": [
@@ -96,12 +100,12 @@ class Explanations:
         return "free; whether its address is real is not known: no server has lately answered it"
 
 
-def _in_kernel(kernel: Kernel, source: int) -> tuple[list[Element], int, bool]:
-    """Return who blocks a source, how many connections it has, and whether it proved itself."""
+def _in_kernel(kernel: Kernel, source: int) -> tuple[list[Element], list[Flow], bool]:
+    """Return who blocks a source, its connections, and whether it proved itself."""
     with kernel.sets() as sets:
         elements = [one for one in sets.list() if one.source.covers(source)]
         proven = sets.proven(source)
     whole = Prefix(source, 128 if is_v6(source) else 32)
     with kernel.table() as table:
-        connections = sum(1 for flow in table.dump() if whole.covers(flow.original.source))
-    return elements, connections, proven
+        flows = [flow for flow in table.dump() if whole.covers(flow.original.source)]
+    return elements, flows, proven

@@ -13,7 +13,7 @@ from rstguard.kernel import challenge, syn_budget
 from rstguard.kernel.footprint import Footprint
 from rstguard.kernel.nfqueue import QueueState
 from rstguard.kernel.seam import Kernel
-from rstguard.kernel.untracked import LOW_TTL, SPOOFED, SPOOFED_PASSED
+from rstguard.kernel.untracked import ADOPTED, LOW_TTL, SPOOFED, SPOOFED_PASSED, STRAYS
 from rstguard.supervisor.child import Child
 from rstguard.supervisor.guard import Guard
 from rstguard.supervisor.health import health
@@ -115,6 +115,10 @@ class Status:
             "shun": self._shun(),
             "syn_budget": self._syn_budget(now),
             "untracked": self._untracked(),
+            "forgotten": {
+                "adopted": self._ingress.counts[ADOPTED],
+                "dropped": self._ingress.counts[STRAYS],
+            },
             "productive": self._productive(),
             "learning": self._learning.status,
             "counts": {

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from rstguard.engine.address import V6
 from rstguard.engine.flow import Flow
 from rstguard.engine.rules import PROOFS
-from rstguard.engine.ruleset import CONFIRMED, LIKELY
+from rstguard.engine.ruleset import ADOPTED, CONFIRMED, LIKELY
 
 _LONGEST4, _LONGEST6 = 80, 100
 """Bytes of a segment without data, at most: IP header (without options), TCP header with all."""
@@ -22,10 +22,18 @@ class Grades:
 
     def __init__(self, labels: int) -> None:
         self._likely, self._confirmed = 1 << labels + LIKELY, 1 << labels + CONFIRMED
+        self._adopted = 1 << labels + ADOPTED
 
     def is_real(self, flow: Flow) -> bool:
         """Tell whether it is likely or confirmed."""
         return bool(flow.labels & self._likely) or self._is_confirmed(flow)
+
+    def is_doubtful(self, flow: Flow) -> bool:
+        """Tell whether it was adopted, and its server has sent no data since.
+
+        To a stray ACK in anybody's name a server with a half-open connection answers as well.
+        """
+        return bool(flow.labels & self._adopted) and not self._is_confirmed(flow)
 
     def real(self, flows: Iterable[Flow]) -> int:
         """Return how many are."""

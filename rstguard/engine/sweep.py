@@ -253,11 +253,13 @@ class Sweep:
         for source, of_source in held.items():
             limit = limit_of(rule, source, percents)
             if len(of_source) > limit:
-                if rule.action is Action.BAN:  # what may have been forged goes first
+                # What may have been forged goes first.
+                if rule.action is Action.BAN:
                     real = self._grades.is_real
                     of_source.sort(key=lambda one: (not real(one[0]), one[1].began))
                 else:
-                    of_source.sort(key=lambda one: one[1].began)
+                    doubtful = self._grades.is_doubtful
+                    of_source.sort(key=lambda one: (doubtful(one[0]), one[1].began))
                 beyond += [flow for flow, _ in of_source[limit:]]
         return beyond
 

@@ -63,6 +63,7 @@ class Reason(Enum):
     OUTLIVED = "the connection went on at its server after a RST that the gateway had believed"
     FORGED_RESET = "the end that the RST names holds the connection: it did not send it"
     LOW_TTL = "the segment had too few hops left to reach its server"
+    STRAYS = "more segments of no connection came than the connection table is to hold"
     SPOOFED = "the segment came from outside in the name of an address that answers from inside"
     BANNED = "the source was banned, and its connections end with it"
     KILLED = "an administrator asked for it"

@@ -174,9 +174,8 @@ class _Build:
             f"{begun} -j DROP",
             f"-m connmark --mark {marks.unguarded} -j CONNMARK --set-xmark {marks.proven}",
         ]
-        if self.ruleset.bans:
-            rules.append(f"-j SET --add-set {set_name('proven', self.family)} src --exist")
-            rules.append(label(Labels(self.ruleset.labels).confirmed, add=True))
+        rules.append(f"-j SET --add-set {set_name('proven', self.family)} src --exist")
+        rules.append(label(Labels(self.ruleset.labels).confirmed, add=True))
         if self.ruleset.kernel_rule:
             rules.append(f"-j {PREFIX}-returned")
         if {Divert.SYN, Divert.HANDSHAKE} & self.ruleset.diverts:

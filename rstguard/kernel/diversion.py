@@ -52,9 +52,8 @@ class Diversion(Matching):
             **self.forgotten.chains(),
         }
         out = self.on_interfaces(f"{PREFIX}-adopt", outbound=True, tcp=True)
-        if self.ruleset.bans:
-            out += self.on_interfaces(f"{PREFIX}-answers", outbound=True, tcp=True)
-            found |= proof.chains(self)
+        out += self.on_interfaces(f"{PREFIX}-answers", outbound=True, tcp=True)
+        found |= proof.chains(self)
         if Divert.CLOSE in self.ruleset.diverts:
             out += self.on_interfaces(f"{PREFIX}-reset-out", outbound=True, tcp=True)
             found[f"{PREFIX}-reset-out"] = self.reset_out()

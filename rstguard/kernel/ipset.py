@@ -30,9 +30,9 @@ rstguard-translated4, -6    hash:ip,port    services whose target is translated 
 rstguard-doubt4, -doubt6    hash:ip,port,ip  connections for which a RST or FIN has just come in
 rstguard-serving4, -6       hash:ip,port    services that have answered a client; filled by the
                                             chains
-rstguard-lost4, -lost6      hash:ip         sources that lately sent a segment of no connection, and
-rstguard-grace4, -grace6                    those whose first one has just come; likewise
-rstguard-answered4, -6      hash:ip         sources of such segments that a server answered; likewise
+rstguard-lost4, -lost6      hash:ip         sources that lately sent a segment of no connection,
+rstguard-grace4, -grace6                    those whose first one has just come, and those that a
+rstguard-answered4, -6                      server has answered; filled by the chains
 rstguard-thin4-0, -thin6-0  hash:net        everything while worker 0 is overrun, else nothing;
 (-1, …: other workers)                      filled by the worker (`rstguard.kernel.thinning`)
 ==========================  ==============  ==================================================

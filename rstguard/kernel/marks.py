@@ -53,8 +53,6 @@ class Meaning(NamedTuple):
     name: str
     value: int
     says: str
-    reserved: bool = False
-    """Whether nothing sets or reads it yet."""
 
 
 _ON_CONNECTION, _INTO, _BACK, _LABEL = (
@@ -110,7 +108,7 @@ PLAN: Final = (
     ),
     Meaning(
         _LABEL, "ADOPTED", ADOPTED,
-        "taken up in mid-life: its age and its window scale are not known", reserved=True,
+        "taken up in mid-life: its age and its window scale are not known",
     ),
     Meaning(_INTO, "KNOWN", _TO_QUEUE_KNOWN, "the tracker calls the connection established"),
     Meaning(

@@ -25,6 +25,9 @@ from rstguard.kernel.names import PREFIX, set_name
 
 SUSPECT_SECONDS: Final = 600
 """How long a bare handshake proves nothing after an ACK that fitted no connection."""
+_RENEWING: Final = 256
+"""One in so many packets of servers to proven sources renews the proof, so that the client of a
+long upload is still known when the tracker forgets it."""
 PLAIN_ACK: Final = "-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK ACK"
 
 # Classic BPF, as `-m bpf --bytecode` takes it: the number of instructions, then code, jt, jf, k of
@@ -114,14 +117,14 @@ def chains(matching: Matching) -> dict[str, tuple[str, ...]]:
     confirmed = Labels(matching.ruleset.labels).confirmed
     answer = "-p tcp -m tcp --tcp-flags SYN,RST,ACK ACK"
     known = "-m conntrack --ctstate ESTABLISHED --ctdir REPLY"
+    prove = f"-j SET --add-set {set_name('proven', matching.family)} dst --exist"
+    one_in_many = f"-m statistic --mode nth --every {_RENEWING} --packet 0"
     return {
         f"{PREFIX}-answers": (
             f"-m connmark --mark {marks.unguarded} -j RETURN",
-            f"{label(confirmed)} -j RETURN",
+            f"{label(confirmed)} -g {PREFIX}-renew",
             f"{answer} {known} {has_payload(matching.family)} -j {PREFIX}-confirm",
         ),
-        f"{PREFIX}-confirm": (
-            f"-j SET --add-set {set_name('proven', matching.family)} dst --exist",
-            label(confirmed, add=True),
-        ),
+        f"{PREFIX}-confirm": (prove, label(confirmed, add=True)),
+        f"{PREFIX}-renew": (f"{one_in_many} {prove}",),
     }

@@ -224,7 +224,7 @@ class _Trial(NamedTuple):
         return found._replace(outcome=Outcome.WARNING, sentence=sentence)
 
     def proof(self, family: int) -> Check:
-        """Load the rules that only a policy with a rule that bans needs."""
+        """Load the rules that know proven sources and adopted connections."""
         name = f"IPv{family} proof of address"
         if self.host.find(_RESTORE[family]) is None:
             return Check(name, Outcome.WARNING, f"not tried: {_RESTORE[family]} is not installed")
@@ -234,11 +234,7 @@ class _Trial(NamedTuple):
             _Feature("connection labels", "mangle", labels, "xt_connlabel"),
             _Feature("packets with payload", "mangle", payload, "xt_bpf"),
         )
-        found = self._each(name, family, features)
-        if found.outcome is not Outcome.MISSING:
-            return found
-        sentence = f"a policy that bans cannot be used: {found.sentence}"
-        return found._replace(outcome=Outcome.WARNING, sentence=sentence)
+        return self._each(name, family, features)
 
     def holding(self, family: int) -> Check:
         """Load the rules that only a policy with `forged_resets` needs."""

@@ -1,4 +1,7 @@
-"""Reads how many segments the rules of `rstguard.kernel.ingress` were hit by."""
+"""Reads how many segments were hit by rules of which `status` tells.
+
+Those of `rstguard.kernel.ingress`, before the tracker, and of `rstguard.kernel.forgotten`.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,23 @@ from rstguard.kernel.seam import Kernel
 LOW_TTL: Final = "low_ttl"
 SPOOFED: Final = "spoofed"
 SPOOFED_PASSED: Final = "spoofed_passed"
-"""What is counted: dropped for its few hops; spoofed and dropped; spoofed and only counted."""
+STRAYS: Final = "strays"
+ADOPTED: Final = "adopted"
+"""What is counted: dropped for its few hops; spoofed and dropped; spoofed and only counted; of no
+connection, and dropped; and connections that were adopted."""
 
 _RULES: Final = {
     (f"{PREFIX}-low-ttl", "DROP"): LOW_TTL,
     (f"{PREFIX}-spoofed", "DROP"): SPOOFED,
     (f"{PREFIX}-spoofed", "RETURN"): SPOOFED_PASSED,
+    (f"{PREFIX}-valve", "DROP"): STRAYS,
+    (f"{PREFIX}-adopted", "CONNMARK"): ADOPTED,
 }
+_COMMANDS: Final = tuple(
+    [tool, "-c", "-t", table]
+    for tool in ("iptables-save", "ip6tables-save")
+    for table in ("raw", "mangle")
+)
 
 
 class Hits:
@@ -33,7 +46,7 @@ class Hits:
         self._untold: Counter[str] = Counter()
         self._seen: Counter[tuple[int, str]] = Counter()
         self.total: Counter[str] = Counter()
-        """By `LOW_TTL`, `SPOOFED` and `SPOOFED_PASSED`."""
+        """By `LOW_TTL`, `SPOOFED`, `SPOOFED_PASSED`, `STRAYS` and `ADOPTED`."""
 
     def news(self, kernel: Kernel) -> Counter[str]:
         """Return what has come since this was last asked, in packets.
@@ -57,9 +70,8 @@ class Hits:
             self.total += came
 
     def _look(self, kernel: Kernel) -> Counter[str]:
-        commands = (["iptables-save", "-c", "-t", "raw"], ["ip6tables-save", "-c", "-t", "raw"])
         news: Counter[str] = Counter()
-        for number, printed in enumerate(kernel.run_each(commands)):
+        for number, printed in enumerate(kernel.run_each(_COMMANDS)):
             for what, packets in _counted(printed).items():
                 last = self._seen[number, what]
                 news[what] += packets - last if packets >= last else packets
@@ -68,10 +80,10 @@ class Hits:
 
 
 def _counted(printed: str) -> Counter[str]:
-    """Read lines as ``[12:720] -A rstguard-low-ttl -j DROP``; the rule that counts is the last."""
+    """Read lines as ``[12:720] -A rstguard-low-ttl -j DROP``: the rule that counts has no match."""
     found: Counter[str] = Counter()
     for line in printed.splitlines():
         words = line.split()
-        if len(words) == 5 and words[1] == "-A" and (words[2], words[4]) in _RULES:
+        if words[1:2] == ["-A"] and words[3:4] == ["-j"] and (words[2], words[4]) in _RULES:
             found[_RULES[words[2], words[4]]] = int(words[0][1:].partition(":")[0])
     return found

@@ -46,6 +46,10 @@ KINDS = MappingProxyType(
         "rearmed": "a rule that was capped bans again",
         "gated": "so many sources of a network are banned that its other SYNs are dropped as well",
         "low_ttl": "segments that would not have reached their server begin to be dropped",
+        "strays": "more segments of no connection come than the connection table is to hold: the "
+        "rest is dropped",
+        "adopted": "the connection tracker had forgotten connections whose servers go on: they are "
+        "taken up again",
         "spoofed": "segments begin to come from outside in the name of an address that answers "
         "from inside: counted, then dropped",
         "panic": "all traffic passes on an administrator's word, or no longer",

@@ -98,6 +98,11 @@ def _untracked(data: Snapshot) -> Iterator[Sample]:
         yield (name,), float(data["untracked"][name])
 
 
+def _forgotten(data: Snapshot) -> Iterator[Sample]:
+    for name, count in data["forgotten"].items():
+        yield (name,), float(count)
+
+
 def _services(data: Snapshot) -> Iterator[Sample]:
     if budget := data["syn_budget"]:
         for service in budget["services"]:
@@ -168,6 +173,10 @@ TABLE: tuple[Row, ...] = (
         "Segments that the rules before the connection tracker found: low_ttl (dropped: they would "
         "not have reached their server), spoofed (dropped: from outside, in the name of an address "
         "that answers from inside), spoofed_passed (the same, only counted).", _untracked),
+    Row("rstguard_forgotten_total", "counter", ("what",),
+        "What the connection tracker did not know any more: adopted (connections that were taken "
+        "up again as their server spoke), dropped (segments of no connection beyond what its table "
+        "is to hold).", _forgotten),
     Row("rstguard_failures_total", "counter", ("what",),
         "What went wrong, and the log tells of: failed (a packet or a sweep could not be judged), "
         "block_failed (a ban or shun was not set), lost_reports (a process was not heard in time).",

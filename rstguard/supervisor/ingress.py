@@ -1,5 +1,7 @@
 """What is dropped before the tracker: counted, told, and when spoofed segments begin to be dropped.
 
+So is what the tracker does not know: dropped beyond the valve, or adopted.
+
 Whatever seems to be spoofed is counted for some time first, so that who has routes that nobody
 thought of can read of it before it hurts.  No number of such segments keeps them from being dropped
 when that time is over: anybody can send them, and would so switch the measure off.
@@ -18,7 +20,7 @@ from rstguard.engine.verdict import Reason
 from rstguard.ipc.requests import ControlError
 from rstguard.kernel import KernelError
 from rstguard.kernel.seam import Kernel
-from rstguard.kernel.untracked import LOW_TTL, SPOOFED, SPOOFED_PASSED, Hits
+from rstguard.kernel.untracked import ADOPTED, LOW_TTL, SPOOFED, SPOOFED_PASSED, STRAYS, Hits
 from rstguard.observe.events import Event
 from rstguard.supervisor.change import Change
 from rstguard.supervisor.guard import Guard
@@ -32,6 +34,7 @@ _REASONS: Final = {
     LOW_TTL: Reason.LOW_TTL,
     SPOOFED: Reason.SPOOFED,
     SPOOFED_PASSED: Reason.SPOOFED,
+    STRAYS: Reason.STRAYS,
 }
 
 
@@ -65,8 +68,6 @@ class Ingress:
         """Count, tell, and drop when it is time; does not end by itself."""
         while True:
             await asyncio.sleep(LOOK_SECONDS)
-            if not self._guard.ruleset.enforce:
-                continue
             try:
                 self._tell(await asyncio.to_thread(self._hits.news, self._kernel))
                 await self._drop_when_due()
@@ -79,10 +80,11 @@ class Ingress:
             if not packets:
                 continue
             if now - self._came.get(what, -CALM_SECONDS) >= CALM_SECONDS:
+                reason = _REASONS.get(what)
                 event = Event(
-                    _REASONS[what].code,
+                    reason.code if reason else what,
                     "outside",
-                    reason=_REASONS[what],
+                    reason=reason,
                     detail=_detail(what, packets),
                     enforced=what != SPOOFED_PASSED,
                 )
@@ -111,7 +113,11 @@ class Ingress:
 
 
 def _detail(what: str, packets: int) -> str:
+    if what == ADOPTED:
+        return f"{packets} connection{'s' * (packets != 1)}: age and window scale are not known"
     count = f"{packets} segment" + "s" * (packets != 1)
+    if what == STRAYS:
+        return f"{count} dropped"
     if what == SPOOFED_PASSED:
         return f"{count}, only counted so far"
     return f"{count} dropped before the connection tracker"

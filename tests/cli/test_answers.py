@@ -125,6 +125,7 @@ STATUS = {
     "blocked": {"ban": 0, "shun": 0}, "counts": {},
     "shun": {"answer": "drop", "services": [], "why_not": EVIL, "cookies": {}},
     "untracked": {"low_ttl": 0, "spoofed": 0, "spoofed_passed": 0}, "syn_budget": None,
+    "forgotten": {"adopted": 0, "dropped": 0},
     "recent": [EVENT],
 }  # fmt: skip
 ENTRY = {

@@ -21,8 +21,7 @@ def table() -> str:
     lines = ["| where | bit or number | name | meaning |", "|---|---|---|---|"]
     for line in PLAN:
         number = f"`+{line.value}`" if line.place.startswith("label") else f"`0x{line.value:02x}`"
-        says = f"{line.says} (reserved)" if line.reserved else line.says
-        lines.append(f"| {line.place} | {number} | {line.name} | {says} |")
+        lines.append(f"| {line.place} | {number} | {line.name} | {line.says} |")
     return "\n".join(lines) + "\n"
 
 

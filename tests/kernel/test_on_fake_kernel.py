@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -485,7 +486,7 @@ def test_after_the_end_nothing_comes_back(footprint: Footprint, kernel: FakeKern
     footprint.prepare(WEB)
     footprint.divert(WEB)
     footprint.end()
-    late = (
+    late: tuple[Callable[[], object], ...] = (
         lambda: footprint.replace(WEB, OTHER),
         lambda: footprint.restore(WEB),
         lambda: footprint.divert(WEB),
