@@ -6,11 +6,13 @@ Beside every offender an honest client does the like of it, within the limits, a
 from __future__ import annotations
 
 import contextlib
+import itertools
 import socket
 import struct
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 
@@ -162,15 +164,23 @@ def test_out_of_state(lab: ThreeHosts, guard: Guard, serve: Open, v6: bool, flag
     segments(lab, attacker, service.address, STRAY, flags, 6)
     for _ in range(6):
         service.connect(honest).talk()
+    assert guard.block_of(attacker) is None  # a tracker may have forgotten its connections
+    ports = itertools.count(21_000, 6)
+    go_on = partial(segments, lab, attacker, service.address, STRAY, flags, 6)
+
+    def blocked() -> bool:
+        go_on(first_port=next(ports))
+        return guard.block_of(attacker) is not None
+
+    wait_until(blocked)
     await_block(guard, attacker, "shun", "stray")
     assert guard.block_of(honest) is None
 
 
 def test_out_of_state_by_hping(lab: ThreeHosts, guard: Guard) -> None:
     address = "10.255.255.9"
-    hping(
-        lab, "-A", "-c", "8", "-i", "u1000", "-a", address, "-p", str(STRAY), server_address(False)
-    )
+    go_on = ("-A", "-c", "80", "-i", "u50000", "-a", address, "-p", str(STRAY))
+    hping(lab, *go_on, server_address(False))
     await_block(guard, address, "shun", "stray")
 
 
