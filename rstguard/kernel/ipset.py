@@ -51,12 +51,12 @@ from rstguard.kernel import (
     challenge,
     forgotten,
     holding,
-    ingress,
     syn_budget,
     thinning,
 )
 from rstguard.kernel.command import Commands
 from rstguard.kernel.elements import Kind, ipset
+from rstguard.kernel.filled import FIXED, MOST, SetSpec, learned
 from rstguard.kernel.names import BAN_SETS, BLOCK_SETS, GATE_SETS, is_ours, set_name
 from rstguard.kernel.proof import SUSPECT_SECONDS
 from rstguard.kernel.seam import Kernel
@@ -64,33 +64,12 @@ from rstguard.kernel.seam import Kernel
 PROOF_SECONDS = 600
 """How long an answered connection proves a source's address, in seconds."""
 
-_MAX_ELEMENTS = 1_048_576
 _GROWING = "hashsize 1024"
-# A set that rules fill cannot grow: only an addition from user space makes the kernel rehash
-# (mtype_add in ip_set_hash_gen.h; tried on 6.18: hashsize 64 stopped at 64 x 12 elements).  One
-# MiB of empty buckets holds a million sources with 12 places each.
-_FIXED = "hashsize 131072"
 _FRESH = "-new"
 _VALUED = ("family", "maxelem", "timeout", "netmask", "range")
 # iptables' nft back end gives up its references to a set a moment after it has answered.
 _RELEASE_SECONDS = 2.0
 _RELEASE_LOOK = 0.02
-
-
-@dataclass(frozen=True, slots=True)
-class SetSpec:
-    """One set as it should be.
-
-    `options` are those of `ipset create` in which a present set must agree, `sizing` those in
-    which it need not.  `members` are exactly what it should hold, as `ipset add` takes them;
-    None if what it holds now is to be kept.
-    """
-
-    name: str
-    type: str
-    options: str
-    sizing: str = ""
-    members: tuple[str, ...] | None = None
 
 
 def plan(ruleset: RuleSet, workers: int = 1) -> tuple[SetSpec, ...]:
@@ -105,20 +84,21 @@ def plan(ruleset: RuleSet, workers: int = 1) -> tuple[SetSpec, ...]:
         (4, "inet", ruleset.source_ipv4, 32),
         (6, "inet6", ruleset.source_ipv6, 128),
     ):
-        timed = f"family {family} maxelem {_MAX_ELEMENTS} timeout 0 comment"
+        timed = f"family {family} maxelem {MOST} timeout 0 comment"
         netmask = f" netmask {width}" if width < whole else ""
         specs += [
-            SetSpec(set_name("ban", digit), "hash:net", timed, _GROWING),
-            SetSpec(set_name("gate", digit), "hash:net", timed, _GROWING),
-            SetSpec(set_name("shun", digit), "hash:net", timed, _GROWING),
+            *(
+                SetSpec(set_name(name, digit), "hash:net", timed, _GROWING)
+                for name in ("ban", "gate", "shun")
+            ),
             # In a set of a million sources a new one replaces an old one (forceadd).  `ipset list`
             # does not show forceadd in all versions, so it is no option to agree in.
             *(
                 SetSpec(
                     set_name(name, digit),
                     "hash:ip",
-                    f"family {family} maxelem {_MAX_ELEMENTS} timeout {seconds}{netmask}",
-                    f"{_FIXED} forceadd",
+                    f"family {family} maxelem {MOST} timeout {seconds}{netmask}",
+                    f"{FIXED} forceadd",
                 )
                 for name, seconds in times.items()
             ),
@@ -134,9 +114,7 @@ def plan(ruleset: RuleSet, workers: int = 1) -> tuple[SetSpec, ...]:
             )
             for index in range(workers)
         ]
-        specs += _forgotten(digit, family, ruleset)
-        if ruleset.enforce:
-            specs += _inside(digit, family)
+        specs += learned(digit, family, ruleset)
         if syn_budget.in_force(ruleset):
             engaged = f"family {family} maxelem 65536 timeout {syn_budget.ENGAGED_SECONDS}"
             specs.append(SetSpec(syn_budget.engaged_set(digit), "hash:ip,port", engaged))
@@ -156,25 +134,6 @@ def plan(ruleset: RuleSet, workers: int = 1) -> tuple[SetSpec, ...]:
     return tuple(specs)
 
 
-def _forgotten(digit: int, family: str, ruleset: RuleSet) -> list[SetSpec]:
-    """Return the sets of `rstguard.kernel.forgotten`."""
-    options = f"family {family} maxelem {forgotten.MOST_SERVING} timeout"
-    sizing = f"hashsize {forgotten.MOST_SERVING // 4} forceadd"
-    serving = f"{options} {forgotten.SERVING_SECONDS}"
-    specs = [SetSpec(forgotten.serving_set(digit), "hash:ip,port", serving, sizing)]
-    if Divert.STRAY in ruleset.diverts:
-        large = f"family {family} maxelem {_MAX_ELEMENTS} timeout"
-        names = {
-            "answered": f"{options} {forgotten.ANSWERED_SECONDS}",
-            "lost": f"{large} {forgotten.LOST_SECONDS}",
-            "grace": f"{large} {forgotten.GRACE_SECONDS}",
-        }
-        for name, its_options in names.items():
-            its_sizing = sizing if name == "answered" else f"{_FIXED} forceadd"
-            specs.append(SetSpec(set_name(name, digit), "hash:ip", its_options, its_sizing))
-    return specs
-
-
 def forget_services(kernel: Commands) -> None:
     """Forget which services have answered: they may not be protected any more.
 
@@ -183,18 +142,6 @@ def forget_services(kernel: Commands) -> None:
     """
     for family in (4, 6):
         ipset(kernel, "flush", forgotten.serving_set(family))
-
-
-def _inside(digit: int, family: str) -> list[SetSpec]:
-    """Return the sets of `rstguard.kernel.ingress`."""
-    options = f"family {family} maxelem {ingress.MOST_INSIDE} timeout {ingress.INSIDE_SECONDS}"
-    brief = f"family {family} maxelem {ingress.MOST_INSIDE} timeout {ingress.DOUBT_SECONDS}"
-    sizing = f"hashsize {ingress.MOST_INSIDE // 4} forceadd"
-    return [
-        SetSpec(ingress.inside_set(digit), "hash:ip", options, sizing),
-        SetSpec(ingress.translated_set(digit), "hash:ip,port", options, sizing),
-        SetSpec(ingress.doubt_set(digit), "hash:ip,port,ip", brief, sizing),
-    ]
 
 
 def apply(kernel: Commands, ruleset: RuleSet, workers: int = 1) -> None:

@@ -21,6 +21,22 @@ def lab() -> Iterator[ThreeHosts]:
         yield lab
 
 
+@pytest.fixture(params=["as usual", "strict", "liberal", "strict about SYNs alone"])
+def tracker(lab: ThreeHosts, request: pytest.FixtureRequest) -> Iterator[str]:
+    """Have the connection tracker set in each way that an administrator may choose."""
+    strict = {"tcp_loose": "0"} if "strict" in request.param else {}
+    liberal = {"tcp_be_liberal": "1"} if request.param not in ("as usual", "strict") else {}
+    usual = {"tcp_loose": "1", "tcp_be_liberal": "0"}
+    set_tracker(lab, usual | strict | liberal)
+    yield request.param
+    set_tracker(lab, usual)
+
+
+def set_tracker(lab: ThreeHosts, values: dict[str, str]) -> None:
+    """Set sysctls of the gateway's connection tracker."""
+    lab.set("gateway", {f"net/netfilter/nf_conntrack_{n}": v for n, v in values.items()})
+
+
 @pytest.fixture(scope="module")
 def holding(lab: ThreeHosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guard]:
     """A guard for all tests of a module, which holds RSTs."""

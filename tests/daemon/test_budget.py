@@ -82,6 +82,7 @@ def accepted(guard: Guard) -> int:
     return int(guard.status()["syn_budget"]["cookies"]["accepted"])
 
 
+@pytest.mark.usefixtures("tracker")
 @BOTH_FAMILIES
 @pytest.mark.parametrize("place", ["server", "gateway"])
 def test_clients_connect_while_their_service_is_over_budget(
@@ -219,6 +220,7 @@ def test_completed_cookies_are_judged_as_handshakes(
         wait_until(lambda: guard.events("observed", "joined") > before)
 
 
+@pytest.mark.usefixtures("tracker")
 @BOTH_FAMILIES
 def test_a_flood_of_returned_cookies_is_banned(
     lab: ThreeHosts, guard: Guard, opened: list[Service], v6: bool

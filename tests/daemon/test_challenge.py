@@ -100,6 +100,7 @@ def bans(guard: Guard) -> int:
     return sum(guard.status()["counts"].get("ban", {}).values())
 
 
+@pytest.mark.usefixtures("tracker")
 @BOTH_FAMILIES
 @pytest.mark.parametrize("place", ["server", "gateway"])
 def test_a_visitor_in_whose_name_syns_are_forged_is_served(

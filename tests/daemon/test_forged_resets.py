@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import socket
@@ -19,15 +20,17 @@ from tests.support.traffic import Link, Open, is_dead
 
 pytestmark = pytest.mark.netns
 
+_ports = itertools.count(8610)
 NAMES = pytest.mark.parametrize("name", ["client", "server"])
 
 
+@pytest.mark.usefixtures("tracker")
 @BOTH_FAMILIES
 @NAMES
 def test_a_forged_reset_ends_nothing(
     lab: ThreeHosts, serve: Open, holding: Guard, v6: bool, name: str
 ) -> None:
-    web = serve(8601, v6)
+    web = serve(next(_ports), v6)
     since = Since(holding)
     links = [web.connect(source(v6)) for _ in range(20)]
     for link in links:
@@ -71,12 +74,13 @@ def test_a_forged_fin_ends_nothing_and_an_honest_one_passes(
     holding.apply(HOLDING)
 
 
+@pytest.mark.usefixtures("tracker")
 @BOTH_FAMILIES
 @NAMES
 def test_an_honest_reset_passes(
     lab: ThreeHosts, serve: Open, holding: Guard, v6: bool, name: str
 ) -> None:
-    web = serve(8602, v6)
+    web = serve(next(_ports), v6)
     since = Since(holding)
     links = [web.connect(source(v6)) for _ in range(20)]
     for link in links:

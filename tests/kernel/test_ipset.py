@@ -16,6 +16,7 @@ from rstguard.engine.ruleset import SECOND, Measure, Rule, RuleSet, Scope
 from rstguard.engine.verdict import Action, Ban, Reason, Shun
 from rstguard.kernel import Full, InUse, KernelError, NotThere, ipset
 from rstguard.kernel.elements import MAX_SECONDS, Element, element_of
+from rstguard.kernel.filled import SetSpec
 from rstguard.kernel.linux import Linux
 from rstguard.kernel.names import BLOCK_SETS
 from rstguard.kernel.netlink import PATIENCE
@@ -78,7 +79,7 @@ def members(name: str) -> set[str]:
     return {line.split()[2] for line in shell("ipset", "save", name).splitlines()[1:]}
 
 
-def spec(ruleset: RuleSet, name: str) -> ipset.SetSpec:
+def spec(ruleset: RuleSet, name: str) -> SetSpec:
     return next(spec for spec in ipset.plan(ruleset) if spec.name == f"rstguard-{name}")
 
 
