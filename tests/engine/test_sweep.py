@@ -8,7 +8,16 @@ import pytest
 
 from rstguard.engine.address import parse_address, parse_prefix
 from rstguard.engine.flow import Flow, TcpState
-from rstguard.engine.ruleset import DEFAULT_LABELS, LIKELY, SECOND, Measure, Per, Rule
+from rstguard.engine.ruleset import (
+    ADOPTED,
+    CONFIRMED,
+    DEFAULT_LABELS,
+    LIKELY,
+    SECOND,
+    Measure,
+    Per,
+    Rule,
+)
 from rstguard.engine.sweep import Judgement, Sweep
 from rstguard.engine.verdict import Action, Ban, Reason, Shun
 from tests.support.flows import START, flow
@@ -364,3 +373,17 @@ def test_nothing_is_remembered_of_connections_that_are_gone() -> None:
 
 def test_no_connections_no_objections() -> None:
     assert Sweep(ruleset(SLOW, BYTES)).judge([], START) == Judgement((), (), ())
+
+
+ADOPTED_ONE = 1 << DEFAULT_LABELS + ADOPTED
+
+
+def test_what_was_adopted_and_may_be_forged_is_ended_first() -> None:
+    """A server with a half-open connection answers a stray ACK in anybody's name."""
+    hoarder = resets(Measure.CONNECTIONS, 10)
+    own = [flow(n, age=1) for n in range(10)]
+    forged = [flow(100 + n, age=9, labels=ADOPTED_ONE) for n in range(20)]
+    assert condemned(hoarder, (0, [*forged, *own])) == [list(range(100, 120))]
+    # Its server has sent data since: it counts as any other.
+    uploads = [one._replace(labels=ADOPTED_ONE | 1 << DEFAULT_LABELS + CONFIRMED) for one in forged]
+    assert condemned(hoarder, (0, [*uploads, *own])) == [[*range(10), *range(110, 120)]]
