@@ -17,6 +17,7 @@ from tests.bench.blocks import blocks
 from tests.bench.engine_speed import engine
 from tests.bench.figures import Benchmark, Figure, as_data, table
 from tests.bench.forged import forged
+from tests.bench.forgetful import forgetful
 from tests.bench.held import held
 from tests.bench.kills import kills
 from tests.bench.messages import messages
@@ -44,6 +45,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     connections,
     sources,
     forged,
+    forgetful,
     sweeps,
     million,
     replays,

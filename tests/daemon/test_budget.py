@@ -220,7 +220,6 @@ def test_completed_cookies_are_judged_as_handshakes(
         wait_until(lambda: guard.events("observed", "joined") > before)
 
 
-@pytest.mark.usefixtures("tracker")
 @BOTH_FAMILIES
 def test_a_flood_of_returned_cookies_is_banned(
     lab: ThreeHosts, guard: Guard, opened: list[Service], v6: bool
