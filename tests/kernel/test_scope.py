@@ -123,6 +123,7 @@ class Place:
         fill("proven", (whole["proven"],), (whole["shunned"],))
         fill("challenged", (whole["shunned"],))
         fill("inside", (one(served),))
+        fill("serving", *((one(served), port) for port in self.serving))
         fill("translated", (one(served), 80))
         fill("engaged", (one(served), 80), (one(served), 443))
         fill("trusted", *((p,) for p in scope.trusted if (p.network >> 128) == (self.family == 6)))
@@ -184,6 +185,12 @@ class Place:
         return seen
 
     @property
+    def serving(self) -> list[int]:
+        """Ports at which the protected server has answered clients."""
+        scope, served = self.ruleset.scope, self.servers["served"]
+        return [port for port in (22, 80, 443) if scope.protects(served, port)]
+
+    @property
     def marks(self) -> Marks:
         return Marks(self.ruleset.marks)
 
@@ -194,6 +201,8 @@ class Place:
             return True  # a connection that is guarded, or condemned by hand
         if not seen.has_socket and seen.way == "output" and seen.tcp:
             return True  # what SYNPROXY sends
+        if self.is_answer(seen):
+            return True
         if seen.came_in != self.outside:
             return False
         trusted = any(prefix.covers(seen.source) for prefix in scope.trusted)
@@ -204,6 +213,14 @@ class Place:
             return True
         spoofed = seen.source == self.servers["served"] and not seen.reverse_path
         return seen.tcp and (spoofed or scope.protects(seen.destination, seen.destination_port))
+
+    def is_answer(self, seen: Seen) -> bool:
+        """Tell whether a protected server speaks to a client whose connection was forgotten."""
+        if seen.tracked and not seen.reply:
+            return False  # the server has begun it
+        served = seen.source == self.servers["served"] and seen.source_port in self.serving
+        trusted = any(prefix.covers(seen.destination) for prefix in self.ruleset.scope.trusted)
+        return seen.tcp and seen.goes_out == self.outside and served and not trusted
 
 
 def one(value: int) -> Prefix:
@@ -265,6 +282,9 @@ LIMITS: Final = (
     ("-A rstguard-classify -p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK ACK", "connmark !"),
     ("-A rstguard-invalid -m set ! --match-set rstguard-dst4 dst -j RETURN", ""),
     ("-A rstguard-invalid -p tcp -m set ! --match-set rstguard-ports dst -j RETURN", ""),
+    ("-A rstguard-adopt -p tcp -m tcp --tcp-flags SYN,RST,ACK ACK", "--match-set rst"),
+    ("-A rstguard-out -o eth0 -p tcp -j rstguard-adopt", "-o eth0"),
+    ("-A rstguard-spoke -m set --match-set rstguard-trusted4 dst -j RETURN", ""),
     ("-A rstguard-answers -m connmark --mark 0x0/0x3000000 -j RETURN", ""),
     ("-A rstguard-reset-out -m connmark ! --mark 0x2000000/0x2000000 -j RETURN", ""),
     ("-A rstguard-proxy -m set --match-set rstguard-trusted4 src -j RETURN", ""),

@@ -359,6 +359,12 @@ def _length(value: str) -> Test:
     return lambda seen, _: int(least) <= seen.length <= int(most or least)
 
 
+def _status(value: str) -> Test:
+    if value == "ASSURED":
+        return lambda seen, _: seen.assured
+    return lambda seen, _: "ESTABLISHED" in seen.states or seen.packets > 1  # CONFIRMED
+
+
 _SIMPLE: Final[Mapping[str, Callable[[str], Test]]] = {
     "-p": lambda _: lambda seen, _: seen.tcp,
     "-i": _device(lambda seen: seen.came_in),
@@ -373,7 +379,7 @@ _SIMPLE: Final[Mapping[str, Callable[[str], Test]]] = {
     "--dst-type": lambda _: lambda seen, _: seen.local_destination,
     "--ctstate": _states,
     "--ctdir": lambda value: lambda seen, _: seen.reply is (value == "REPLY"),
-    "--ctstatus": lambda _: lambda seen, _: seen.assured,
+    "--ctstatus": _status,
     "--length": _length,
     "--bytecode": lambda _: lambda seen, _: seen.payload,
     "--u32": _u32,
