@@ -234,7 +234,7 @@ def test_an_upload_is_kept_during_a_flood_of_strays(
             wait_until(lambda: way.status()["forgotten"]["dropped"] > dropped + 20_000, 20)
         for _ in range(2):
             flush(lab)
-            assert kept(running, 15) == {}
+            assert kept(running) == {}
         if way:
             with lab.inside("gateway"), Conntrack() as table:
                 assert table.count() < 262_144 / 1200 * 20

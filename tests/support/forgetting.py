@@ -85,7 +85,7 @@ def streams(links: dict[str, Link]) -> Iterator[dict[str, Stream]]:
         yield {name: stack.enter_context(Stream(link)) for name, link in links.items()}
 
 
-def kept(running: dict[str, Stream], seconds: float = 10) -> dict[str, list[str]]:
+def kept(running: dict[str, Stream], seconds: float = 30) -> dict[str, list[str]]:
     """Return what has gone wrong with each stream that does not go on."""
     marks = {name: one.received + _MORE for name, one in running.items()}
     with contextlib.suppress(TimeoutError):
