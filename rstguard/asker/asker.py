@@ -22,7 +22,8 @@ from rstguard.engine import wire
 from rstguard.engine.address import is_v6
 from rstguard.engine.evidence import first_block
 from rstguard.engine.flow import Flow, TcpState, Tuple
-from rstguard.engine.holding import Holding, Probe
+from rstguard.engine.holding import Holding
+from rstguard.engine.questions import Probe
 from rstguard.engine.ruleset import SECOND, RuleSet
 from rstguard.engine.segment import opening, probe
 from rstguard.engine.wire import ACK, RST, Packet
@@ -181,8 +182,7 @@ class Asker:
     def _finish(self, now: int) -> None:
         """Send what is to be asked, and do what was decided."""
         state = self._holding
-        probes, state.probes = state.probes, []
-        if probes:
+        if probes := state.take_probes():
             self._sender.send(map(_segment, probes))
             self._counts["probes"] += len(probes)
         decided, state.decided = state.decided, []

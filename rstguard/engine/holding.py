@@ -6,22 +6,26 @@ only asks for the exact number).  So it waits here, while the end that it names 
 =====  =============================================  ==========================================
 ms     asked                                          why
 =====  =============================================  ==========================================
-0      the named sender: two bytes, both numbers of   one of the two is old for it, whatever its
-       them half a space apart                        number is; and some stacks only answer what
-                                                      acknowledges more than they have sent
-100    the other end, likewise, if nothing came       it tells both numbers, which are needed for
-                                                      a sender behind a firewall that drops what
+0      the named sender: one byte                     its number is old for a living end, which
+                                                      then reports a duplicate: by the RST's own
+                                                      acknowledgement, or by chance.  It acknow-
+                                                      ledges more than the end has sent: some
+                                                      stacks only answer that
+then   the same, by the numbers of a bare ACK of it   the number was not old, and now it is
+100    the other end: two bytes, both numbers of      one of the two is old for it.  It tells
+       them half a space apart, if nothing came       both numbers, which are needed for a
+                                                      sender behind a firewall that drops what
                                                       does not fit
 200    the other end: a SYN, or, if it has opened     if it is behind such a firewall as well
        the connection, a SYN+ACK
 then   the named sender: one byte within its window   every firewall lets it pass
-1,050  the named sender: two bytes, as at first, if   a stack that answers odd segments once a
+1,020  the named sender: one byte, as at first, if    a stack that answers odd segments once a
        it has kept silent                             second, and whose answer the forger has used
                                                       up right before his RST
 =====  =============================================  ==========================================
 
-So one RST draws at most five packets to its sender and three to the other end.  The answers
-(`rstguard.engine.evidence`) decide:
+So one RST draws at most three packets to either end: a bare ACK says that the sender lives, and
+spares the last question.  The answers (`rstguard.engine.evidence`) decide:
 
 ==============================  =========================================================
 the sender holds the            forged: the RST is dropped, the tracker's entry is repaired
@@ -33,9 +37,9 @@ until the end
 nothing until the end           unconfirmed: the RST goes on
 ==============================  =========================================================
 
-The end comes after 1.3 seconds, or three times what an answer took.  A RST that was lost on its way
-here, in a full queue, beyond a limit or with a process that died, leaves its connection marked: it
-is asked for as an *orphan*, without a RST to be released.
+The end comes after 1.15 seconds, or three times what an answer took.  A RST that was lost on its
+way here, in a full queue, beyond a limit or with a process that died, leaves its connection marked:
+it is asked for as an *orphan*, without a RST to be released.
 
 A FIN likewise, only that an end which has sent it is alive as well: it goes on with the number
 behind it.
@@ -55,6 +59,7 @@ from typing import Final, NamedTuple
 from rstguard.engine.address import is_v6
 from rstguard.engine.evidence import Asked, Evidence
 from rstguard.engine.flow import Flow, Tuple
+from rstguard.engine.questions import Probe, Questions
 from rstguard.engine.ruleset import SECOND
 from rstguard.engine.wire import ACK, FIN, RST, SYN, Packet
 
@@ -64,13 +69,11 @@ MOST_OF_ONE: Final = 8
 """RSTs of one connection and direction that are kept; the rest are dropped."""
 AGAIN: Final = SECOND // 10
 """When the other end is asked, if the named sender has not answered."""
-LAST: Final = SECOND * 21 // 20
+LAST: Final = SECOND * 51 // 50
 """When the named sender is asked once more, if it has kept silent."""
-PATIENCE: Final = SECOND * 13 // 10
+PATIENCE: Final = SECOND * 23 // 20
 """How long is waited for answers; longer where an answer is known to take longer."""
 _ROUNDS: Final = 3
-_FIRST: Final = 2
-"""Probes to an end of which no number is known."""
 _KIND: Final = FIN | SYN | RST | ACK
 _LATE: Final = 2 * SECOND
 """How long an answer may still come after the decision."""
@@ -78,10 +81,6 @@ _MOST_LATE: Final = 8192
 
 _HALF: Final = 1 << 31
 _MODULUS: Final = 1 << 32
-# A probe of an end whose numbers are known stays this near to them (kernel-tested: trackers let
-# such a segment pass, and the end still finds it old).
-_BEHIND: Final = (2_000, 14_000)
-_ACKED: Final = (1, 60_000)
 
 
 class Outcome(Enum):
@@ -91,18 +90,6 @@ class Outcome(Enum):
     HONEST = "honest_resets"
     UNCONFIRMED = "unconfirmed_resets"
     CROWDED = "crowded_resets"
-
-
-class Probe(NamedTuple):
-    """One segment to be sent: who seems to send it to whom, and its numbers.
-
-    It carries one byte, or `opens`: a SYN, with an ACK unless that number is None.
-    """
-
-    path: Tuple
-    sequence: int
-    acknowledgement: int | None
-    opens: bool = False
 
 
 class Decided(NamedTuple):
@@ -158,6 +145,10 @@ class _Case:
     """Bare ACKs of the other end since it was asked."""
     opened: bool = False
     """Whether the other end was sent a SYN."""
+    anew: bool = False
+    """Whether the sender was asked by the numbers of its own bare ACK."""
+    exactly: bool = False
+    """Whether the sender was asked by those that the other end has told."""
     insisted: bool = False
     """Whether the sender was asked once more, in the end."""
 
@@ -165,31 +156,28 @@ class _Case:
     def by_client(self) -> bool:
         return self.sender == self.flow.original
 
-    @property
-    def exactly_asked(self) -> bool:
-        """Whether the named sender was asked by its own numbers."""
-        return len(self.of_sender.probes) > _FIRST
-
 
 class Holding:
     """All RSTs that wait.  Times are monotonic nanoseconds; `draw` draws 32 random bits.
 
-    `probes` are to be sent and `decided` to be carried out by whoever calls; both are for them to
-    clear.
+    `take_probes` are to be sent and `decided` to be carried out by whoever calls, who clears these.
     """
 
     def __init__(self, draw: Callable[[], int], places: int = PLACES) -> None:
-        self._draw, self._places = draw, places
+        self._questions, self._places = Questions(draw), places
         self._cases: OrderedDict[Tuple, _Case] = OrderedDict()
         """By the sender's segments, in the order of their times."""
         self._others: dict[Tuple, _Case] = {}
         self._weights: Counter[int] = Counter()
         self._late: OrderedDict[tuple[Tuple, int], int] = OrderedDict()
-        self.probes: list[Probe] = []
         self.decided: list[Decided] = []
 
     def __len__(self) -> int:
         return len(self._cases)
+
+    def take_probes(self) -> list[Probe]:
+        """Return what is to be sent; it is not returned again."""
+        return self._questions.take()
 
     def waits_for(self, flow: Flow) -> bool:
         """Tell whether a RST of this connection waits, in either end's name."""
@@ -225,21 +213,23 @@ class Holding:
             sequence = (sequence + packet.payload_length) % _MODULUS
             closes = (sequence + 1) % _MODULUS
         case = _Case(flow, path, other, sequence, closes, now, inside, hops, [number])
-        self._begin(case)
+        # What the tracker lets pass is near to what the other end has sent; 0 says nothing.
+        received = packet.acknowledgement if packet.flags & ACK else 0
+        self._begin(case, received or None)
 
     def orphan(self, flow: Flow, now: int) -> bool:
         """Ask the client of a connection whose RST was lost; tell whether there was room."""
         if self.waits_for(flow) or len(self._cases) >= self._places:
             return self.waits_for(flow)
-        self._begin(_Case(flow, flow.original, flow.reply, None, None, now, False, -1))
+        self._begin(_Case(flow, flow.original, flow.reply, None, None, now, False, -1), None)
         return True
 
-    def _begin(self, case: _Case) -> None:
+    def _begin(self, case: _Case, received: int | None) -> None:
         case.ends = case.began + PATIENCE
         self._cases[case.sender] = case
         self._others[case.other] = case
         self._weights[_network(case.flow)] += 1
-        self._ask(case.of_sender, case.sender)
+        self._questions.ask_by(case.of_sender, case.sender, received, case.sequence)
 
     def _make_room(self) -> None:
         if len(self._cases) < self._places:
@@ -280,6 +270,10 @@ class Holding:
                 return False
             case Evidence.BARE if not sent_fin:
                 case.bare_hops = hops
+                if not (case.anew or case.insisted):
+                    case.anew = True
+                    told = packet.acknowledgement, packet.sequence
+                    self._questions.ask_by(case.of_sender, case.sender, *told)
         return True
 
     def _of_other(
@@ -295,8 +289,10 @@ class Holding:
         fits = bare and case.sequence in (None, packet.acknowledgement)
         if found is Evidence.ALIVE or (fits and case.opened):
             case.ends = max(case.ends, case.began + _ROUNDS * (now - case.began))
-            if not case.exactly_asked:
-                self._ask_exactly(case, packet)
+            if not case.exactly:
+                case.exactly = True
+                told = packet.sequence, packet.acknowledgement
+                self._questions.ask_within(case.of_sender, case.sender, *told)
         if found is Evidence.ALIVE:
             return False
         # To each question that does not fit comes such an answer.  Should it be another, the sender
@@ -304,23 +300,14 @@ class Holding:
         case.echoes += fits and bool(case.of_other.probes)
         return not fits or case.echoes > len(case.of_other.probes)
 
-    def _ask(self, asked: Asked, sends: Tuple) -> None:
-        """Ask an end whose segments are `sends`, of whose numbers nothing is known."""
-        first, nonce = self._draw(), self._draw()
-        for half in (0, _HALF):
-            asked.probes.append(first ^ half)
-            asked.nonces.append(nonce ^ half)
-            self.probes.append(Probe(_turned(sends), first ^ half, nonce ^ half))
-
-    def _ask_exactly(self, case: _Case, answer: Packet) -> None:
-        """Ask the named sender once more, by the numbers that the other end has told."""
-        behind = _BEHIND[0] + self._draw() % (_BEHIND[1] - _BEHIND[0])
-        acked = _ACKED[0] + self._draw() % (_ACKED[1] - _ACKED[0])
-        sequence = (answer.sequence - behind) % _MODULUS
-        nonce = (answer.acknowledgement - acked) % _MODULUS
-        case.of_sender.probes.append(sequence)
-        case.of_sender.nonces.append(nonce)
-        self.probes.append(Probe(_turned(case.sender), sequence, nonce))
+    def _insist(self, case: _Case) -> None:
+        """Ask the sender once more: by known numbers, or by the other half of all."""
+        case.insisted = True
+        asked, questions = case.of_sender, self._questions
+        sequence = asked.probes[-1] if case.exactly else asked.probes[0] ^ _HALF
+        known = case.sequence is not None
+        nonce = questions.unsent(case.sequence) if known else asked.nonces[0] ^ _HALF
+        questions.ask(asked, case.sender, sequence, nonce)
 
     def work(self, now: int) -> None:
         """Ask again where nothing came, and end what has waited long enough."""
@@ -328,15 +315,13 @@ class Holding:
             if now < case.began + AGAIN:
                 break
             if not case.of_other.probes:
-                self._ask(case.of_other, case.other)
-            elif now >= case.began + 2 * AGAIN and not (case.opened or case.exactly_asked):
+                self._questions.ask_unknown(case.of_other, case.other)
+            elif now >= case.began + 2 * AGAIN and not (case.opened or case.exactly):
                 case.opened = True
-                acknowledgement = self._draw() if case.other == case.flow.original else None
-                opening = Probe(_turned(case.other), self._draw(), acknowledgement, opens=True)
-                self.probes.append(opening)
+                accepts = case.other == case.flow.original
+                self._questions.open(case.other, acknowledges=accepts)
             if now >= case.began + LAST and not case.insisted and case.bare_hops < 0:
-                case.insisted = True
-                self._ask(case.of_sender, case.sender)
+                self._insist(case)
             if now >= case.ends:
                 alive = case.bare_hops >= 0
                 outcome = Outcome.FORGED if alive else Outcome.UNCONFIRMED
@@ -378,10 +363,6 @@ class Holding:
 def _nonces(case: _Case) -> Iterator[tuple[Tuple, int]]:
     for sends, asked in ((case.sender, case.of_sender), (case.other, case.of_other)):
         yield from ((sends, nonce) for nonce in asked.nonces)
-
-
-def _turned(sends: Tuple) -> Tuple:
-    return Tuple(sends.destination, sends.source, sends.destination_port, sends.source_port)
 
 
 def _network(flow: Flow) -> int:
