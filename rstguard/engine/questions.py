@@ -52,17 +52,33 @@ class Questions:
         self._probes.append(Probe(_turned(sends), sequence, nonce))
 
     def ask_by(self, asked: Asked, sends: Tuple, received: int | None, sent: int | None) -> None:
-        """Ask an end that has received and sent so much, as far as that is known."""
+        """Ask an end that has received and sent so much, as far as that is known.
+
+        What it acknowledges the end has not sent yet: some stacks only answer that.
+        """
         sequence = self._draw() if received is None else self._old(received)
-        self.ask(asked, sends, sequence, self.unsent(sent))
+        self.ask(asked, sends, sequence, self._unsent(sent))
 
     def ask_within(self, asked: Asked, sends: Tuple, received: int, sent: int) -> None:
         """Likewise by numbers that fit the connection: a firewall of the end lets them pass."""
         nonce = (sent - self._from(*_ACKED)) % _MODULUS
         self.ask(asked, sends, self._old(received), nonce)
 
-    def ask_unknown(self, asked: Asked, sends: Tuple) -> None:
-        """Ask an end of which no number is known, twice."""
+    def ask_living(self, asked: Asked, sends: Tuple, received: int, sent: int) -> None:
+        """Likewise, so that a stack answers, too, that ignores what acknowledges less.
+
+        A dead end answers with the number that a forger knows: that is not recorded.
+        """
+        sequence = self._old(received)
+        asked.probes.append(sequence)
+        self._probes.append(Probe(_turned(sends), sequence, sent))
+
+    def ask_other(self, asked: Asked, sends: Tuple, received: int | None) -> None:
+        """Ask an end by numbers that nobody can guess; twice, if none of it is known."""
+        if received is not None:
+            sequence = (received - self._from(*_BEYOND)) % _MODULUS
+            self.ask(asked, sends, sequence, self._draw())
+            return
         first, nonce = self._draw(), self._draw()
         for half in (0, _HALF):
             self.ask(asked, sends, first ^ half, nonce ^ half)
@@ -72,7 +88,7 @@ class Questions:
         acknowledgement = self._draw() if acknowledges else None
         self._probes.append(Probe(_turned(sends), self._draw(), acknowledgement, opens=True))
 
-    def unsent(self, sent: int | None) -> int:
+    def _unsent(self, sent: int | None) -> int:
         """Return a number that an end has not sent yet; any if it is not known what it has sent."""
         return self._draw() if sent is None else (sent + self._from(*_BEYOND)) % _MODULUS
 

@@ -51,10 +51,10 @@ class Driven:
         return flow is not None and bool(flow.mark & self.marks.held.mask)
 
     def asked(self) -> Packet:
-        """Return the last probe."""
-        found = wire.parse(self.kernel.packets.sent[-1])
-        assert isinstance(found, Packet)
-        return found
+        """Return the last probe of the client."""
+        sent = [wire.parse(data) for data in self.kernel.packets.sent]
+        probes = [one for one in sent if isinstance(one, Packet)]
+        return [one for one in probes if one.destination == self.path.source][-1]
 
     def send(self, queue: int, flags: str, *options: tuple[str, object]) -> None:
         """Put a segment of the client into a queue."""

@@ -29,12 +29,14 @@ from tests.bench.sources import sources
 from tests.bench.sweeps import million, sweeps
 from tests.bench.traffic import bulk, connections
 from tests.bench.waits import waits
+from tests.bench.ways import ways
 
 BENCHMARKS: tuple[Benchmark, ...] = (
     resets,
     kills,
     held,
     reflected,
+    ways,
     blocks,
     engine,
     messages,

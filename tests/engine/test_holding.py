@@ -51,12 +51,33 @@ def holding(places: int = 8) -> Holding:
     return Holding(lambda: next(numbers) & 0xFFFFFFFF, places)
 
 
-def held(by_client: bool = True) -> tuple[Holding, Probe]:
-    """Return the table with one RST in it, and what was asked for it."""
+RECEIVED = 77_000
+
+
+def held(by_client: bool = True, *, tells: bool = False) -> tuple[Holding, list[Probe]]:
+    """Return the table with one RST in it, and what was asked for it: its sender, the other end.
+
+    `tells`: it tells what its sender has received.
+    """
     table, one = holding(), flow()
-    table.hold(1, reset(one, by_client), 60, False, one, START)
-    (asked,) = table.take_probes()
-    return table, asked
+    first = reset(one, by_client)
+    if tells:
+        first = first._replace(flags=RST | ACK, acknowledgement=RECEIVED)
+    table.hold(1, first, 60, False, one, START)
+    return table, table.take_probes()
+
+
+def says(table: Holding, sends: Tuple, to: Probe, now: int = START, sequence: int = NUMBER) -> bool:
+    """Have an end report a probe as a duplicate; `sequence` is what it goes on with."""
+    expects = NUMBER if sequence != NUMBER else RECEIVED
+    answer = segment(sends, ACK, sequence, expects)
+    return table.heard(answer, (to.sequence, to.sequence + 1 & 0xFFFFFFFF), 61, now)
+
+
+def dies(table: Holding, sends: Tuple, to: Probe, now: int = START) -> bool:
+    """Have an end, or what stands before it, answer a probe by a RST."""
+    assert to.acknowledgement is not None
+    return table.heard(segment(sends, RST, to.acknowledgement), None, 60, now)
 
 
 def outcome(table: Holding) -> Decided | None:
@@ -113,42 +134,38 @@ def ahead(number: int | None, of: int) -> int:
     return (number - of + HALF) % (2 * HALF) - HALF
 
 
-@pytest.mark.parametrize("by_client", [True, False])
-def test_the_named_sender_is_asked_by_one_byte_that_acknowledges_too_much(by_client: bool) -> None:
-    _, asked = held(by_client)
-    assert asked.path == (REPLY if by_client else ORIGINAL)
-    assert ahead(asked.acknowledgement, NUMBER) > 1 << 23
-    assert not asked.opens
-
-
-def test_its_number_is_old_if_the_reset_tells_what_was_received() -> None:
-    table, one = holding(), flow()
-    told = segment(one.original, RST | ACK, acknowledgement=77_000)
-    table.hold(1, told, 60, False, one, START)
-    (asked,) = table.take_probes()
-    assert -14_000 < ahead(asked.sequence, 77_000) <= -2_000
-
-
-def test_a_sender_for_which_the_first_was_not_old_is_asked_by_its_own_numbers() -> None:
-    table, _ = held()
-    answer = segment(ORIGINAL, ACK, NUMBER, 77_000)
-    assert table.heard(answer, None, 60, START)
-    (anew,) = table.take_probes()
-    assert anew.path == REPLY
-    assert -14_000 < ahead(anew.sequence, 77_000) <= -2_000
-    assert ahead(anew.acknowledgement, NUMBER) > 1 << 23
-    assert not table.heard(answer, (anew.sequence, anew.sequence + 1), 60, START + 1)
-    one = outcome(table)
-    assert one is not None
-    assert one.outcome is Outcome.FORGED
+def within(asked: Probe) -> bool:
+    """Tell whether a probe passes a firewall of the client, and is old for it."""
+    behind, acked = ahead(asked.sequence, RECEIVED), ahead(asked.acknowledgement, NUMBER)
+    return -14_000 < behind <= -2_000 and -60_000 < acked < 0
 
 
 @pytest.mark.parametrize("by_client", [True, False])
-def test_a_sender_that_knows_the_probe_and_lives_makes_it_forged(by_client: bool) -> None:
-    table, probe = held(by_client)
-    answer = segment(ORIGINAL if by_client else REPLY, ACK)
-    block = probe.sequence, probe.sequence + 1
-    assert not table.heard(answer, block, 61, START + SECOND // 50)
+def test_both_ends_are_asked(by_client: bool) -> None:
+    _, (sender, other) = held(by_client)
+    assert sender.path == (REPLY if by_client else ORIGINAL)
+    assert other.path == (ORIGINAL if by_client else REPLY)
+    assert ahead(sender.acknowledgement, NUMBER) > 1 << 23  # more than it has sent
+    assert ahead(other.sequence, NUMBER) < -(1 << 23)
+    assert not sender.opens
+    assert not other.opens
+
+
+def test_a_reset_that_tells_all_numbers_has_its_sender_asked_twice_within_its_window() -> None:
+    _, (first, second, other) = held(tells=True)
+    assert within(first)
+    assert within(second)
+    assert first.acknowledgement != second.acknowledgement
+    assert (first.path, second.path, other.path) == (REPLY, REPLY, ORIGINAL)
+
+
+@pytest.mark.parametrize("tells", [True, False])
+@pytest.mark.parametrize("by_client", [True, False])
+def test_a_sender_that_knows_the_probe_and_lives_makes_it_forged(
+    by_client: bool, tells: bool
+) -> None:
+    table, (probe, *_) = held(by_client, tells=tells)
+    assert not says(table, ORIGINAL if by_client else REPLY, probe, START + SECOND // 50)
     one = outcome(table)
     assert one is not None
     assert (one.outcome, one.by_client, one.numbers) == (Outcome.FORGED, by_client, (1,))
@@ -156,14 +173,63 @@ def test_a_sender_that_knows_the_probe_and_lives_makes_it_forged(by_client: bool
     assert not one.passes
 
 
-def test_a_sender_that_knows_the_probe_and_no_connection_makes_it_honest() -> None:
-    table, probe = held()
-    assert probe.acknowledgement is not None
-    assert not table.heard(segment(ORIGINAL, RST, probe.acknowledgement), None, 60, START)
+def test_a_sender_for_which_the_first_was_not_old_is_asked_by_its_own_numbers() -> None:
+    table, _ = held()
+    answer = segment(ORIGINAL, ACK, NUMBER, RECEIVED)
+    assert table.heard(answer, None, 60, START)
+    (anew,) = table.take_probes()
+    assert anew.path == REPLY
+    assert -14_000 < ahead(anew.sequence, RECEIVED) <= -2_000
+    assert ahead(anew.acknowledgement, NUMBER) > 1 << 23
+    assert not says(table, ORIGINAL, anew)
+    one = outcome(table)
+    assert one is not None
+    assert one.outcome is Outcome.FORGED
+
+
+def test_a_bare_ack_of_one_that_was_asked_by_old_numbers_draws_no_question() -> None:
+    table, _ = held(tells=True)
+    table.heard(segment(ORIGINAL, ACK, NUMBER, RECEIVED), None, 60, START)
+    assert not table.take_probes()
+
+
+@pytest.mark.parametrize("order", ["told", "died"])
+def test_a_sender_is_dead_that_says_so_twice_to_true_numbers(order: str) -> None:
+    table, (first, second, other) = held(tells=True)
+    if order == "told":
+        says(table, REPLY, other, sequence=RECEIVED)
+    assert not dies(table, ORIGINAL, first)
+    assert outcome(table) is None
+    assert not dies(table, ORIGINAL, second)
+    if order == "died":
+        assert outcome(table) is None
+        says(table, REPLY, other, sequence=RECEIVED)
     one = outcome(table)
     assert one is not None
     assert one.outcome is Outcome.HONEST
     assert one.passes
+    assert not table.take_probes()
+
+
+@pytest.mark.parametrize("tells", [True, False])
+@pytest.mark.parametrize("alive", [True, False])
+def test_one_that_may_be_dead_is_asked_by_what_the_other_end_tells(
+    tells: bool, alive: bool
+) -> None:
+    """A translator answers what does not fit, as if its client were dead."""
+    table, (*senders, other) = held(tells=tells)
+    for probe in senders:
+        dies(table, ORIGINAL, probe)
+    says(table, REPLY, other, sequence=RECEIVED + 50_000)
+    assert outcome(table) is None
+    (exact,) = table.take_probes()
+    assert exact.path == REPLY
+    assert -14_000 < ahead(exact.sequence, RECEIVED + 50_000) <= -2_000
+    assert -60_000 < ahead(exact.acknowledgement, NUMBER) < 0
+    (says if alive else dies)(table, ORIGINAL, exact)
+    one = outcome(table)
+    assert one is not None
+    assert one.outcome is (Outcome.FORGED if alive else Outcome.HONEST)
 
 
 def test_a_second_reset_of_the_same_number_decides_nothing() -> None:
@@ -181,109 +247,149 @@ def test_more_resets_of_one_connection_than_are_kept_are_dropped() -> None:
 
 
 def test_an_answer_that_comes_after_the_decision_goes_no_further() -> None:
-    table, probe = held()
-    assert probe.acknowledgement is not None
-    late = segment(ORIGINAL, RST, probe.acknowledgement)
-    table.heard(late, None, 60, START)
-    assert not table.heard(late, None, 60, START + SECOND)
+    table, (probe, _) = held()
+    assert not says(table, ORIGINAL, probe)
+    assert not dies(table, ORIGINAL, probe, START + SECOND)
     table.work(START + 3 * SECOND)
-    assert table.heard(late, None, 60, START + 3 * SECOND)
+    assert dies(table, ORIGINAL, probe, START + 3 * SECOND)
 
 
-def test_the_other_end_is_asked_next_and_then_the_sender_by_its_numbers() -> None:
-    table, _ = held()
+def test_a_silent_sender_is_asked_by_what_the_other_end_tells() -> None:
+    table, (_, other) = held()
+    assert not says(table, REPLY, other, sequence=RECEIVED)
+    assert not table.take_probes()
     table.work(START + AGAIN)
-    first, second = table.take_probes()
-    assert first.path == second.path == ORIGINAL
-    answer = segment(REPLY, ACK, 77_000, NUMBER)
-    assert not table.heard(answer, (first.sequence, first.sequence + 1), 60, START + AGAIN)
     (exact,) = table.take_probes()
-    assert exact.path == REPLY
-    assert 2_000 <= 77_000 - exact.sequence < 14_000
-    assert exact.acknowledgement is not None
-    assert 1 <= NUMBER - exact.acknowledgement < 60_000
-    table.heard(segment(ORIGINAL, RST, exact.acknowledgement), None, 60, START + AGAIN)
+    assert within(exact)
+    assert not says(table, ORIGINAL, exact)
     one = outcome(table)
     assert one is not None
-    assert one.outcome is Outcome.HONEST
+    assert one.outcome is Outcome.FORGED
 
 
 @pytest.mark.parametrize("by_client", [True, False])
-def test_an_end_behind_a_strict_firewall_is_asked_by_what_passes_it(by_client: bool) -> None:
-    table, _ = held(by_client)
-    table.work(START + AGAIN)
-    table.take_probes()
-    table.work(START + 2 * AGAIN)
+@pytest.mark.parametrize("dead", [True, False])
+def test_an_end_behind_a_strict_firewall_is_asked_by_what_passes_it(
+    by_client: bool, dead: bool
+) -> None:
+    """It keeps silent, or the firewall answers in its place."""
+    table, (_, question) = held(by_client)
+    other, now = REPLY if by_client else ORIGINAL, START + AGAIN
+    if dead:
+        assert not dies(table, other, question)
+    table.work(now)
     (opening,) = table.take_probes()
     assert opening.opens
     assert opening.path == (ORIGINAL if by_client else REPLY)
     # Towards the client, which has opened the connection, only a SYN+ACK passes.
     assert (opening.acknowledgement is None) == by_client
-    other = REPLY if by_client else ORIGINAL
-    assert table.heard(segment(other, ACK, 77_000, NUMBER + 1), None, 60, START + 3 * AGAIN)
+    assert table.heard(segment(other, ACK, RECEIVED, NUMBER - 1), None, 60, now)
     assert not table.take_probes()
-    answer = segment(other, ACK, 77_000, NUMBER)
-    assert not table.heard(answer, None, 60, START + 3 * AGAIN)
+    answer = segment(other, ACK, RECEIVED, NUMBER)
+    assert not table.heard(answer, None, 60, now)
     assert len(table.take_probes()) == 1
     # Two more may be answers, what comes then is not.
-    passed = [table.heard(answer, None, 60, START + 3 * AGAIN) for _ in range(2)]
-    assert passed == [False, True]
+    passed = [table.heard(answer, None, 60, now) for _ in range(3)]
+    assert passed == [False, False, True]
+
+
+def test_an_other_end_without_dsack_is_opened_as_soon_as_the_sender_may_be_dead() -> None:
+    table, (probe, _) = held()
+    answer = segment(REPLY, ACK, RECEIVED, NUMBER)
+    table.heard(answer, None, 60, START)
+    assert not table.take_probes()
+    dies(table, ORIGINAL, probe)
+    (opening,) = table.take_probes()
+    assert opening.opens
+    table.heard(answer, None, 60, START)
+    (exact,) = table.take_probes()
+    assert within(exact)
+
+
+def test_resets_in_both_names_learn_from_the_same_answers() -> None:
+    table, _ = held(tells=True)
+    one = flow()
+    back = segment(one.reply, RST | ACK, RECEIVED, NUMBER)
+    table.hold(2, back, 60, False, one, START)
+    *_, other = table.take_probes()
+    assert other.path == REPLY
+    table.work(START + AGAIN)
+    table.take_probes()
+    # The client's answer to what it was asked as the other end ends no case, and tells numbers.
+    says(table, ORIGINAL, other)
+    assert outcome(table) is None
+    assert len(table) == 2
 
 
 @pytest.mark.parametrize("bare", [None, 0, 5, 21])
-def test_no_end_is_asked_more_than_three_times(bare: int | None) -> None:
-    """Whether its sender keeps silent, or has said something before or after any question."""
-    table, asked = held()
-    probes = [asked]
+@pytest.mark.parametrize("tells", [True, False])
+@pytest.mark.parametrize("told", [None, RECEIVED, RECEIVED + 9])
+@pytest.mark.parametrize("dead", [True, False])
+def test_no_end_is_asked_more_than_three_times(
+    bare: int | None, tells: bool, told: int | None, dead: bool
+) -> None:
+    """Whatever is said, before or after any question."""
+    table, probes = held(tells=tells)
     for step in range(30):
         now = START + step * AGAIN // 2
         if step == bare:
             table.heard(segment(ORIGINAL, ACK), None, 60, now)
+        if step == 1 and dead:
+            dies(table, ORIGINAL, probes[0], now)
         table.work(now)
-        table.heard(segment(REPLY, ACK, 77_000, NUMBER), None, 60, now)
+        if told is not None and len(table):
+            table.heard(segment(REPLY, ACK, told, NUMBER), None, 60, now)
         probes += table.take_probes()
     ends = [probe.path for probe in probes]
-    assert (ends.count(REPLY), ends.count(ORIGINAL)) == (3, 3)
+    assert ends.count(REPLY) <= 3
+    assert ends.count(ORIGINAL) <= 3
+    assert len(table.decided) == 1
 
 
-@pytest.mark.parametrize("orphan", [True, False])
+@pytest.mark.parametrize("how", ["by nothing", "by the RST", "by the other end", "orphan"])
 @pytest.mark.parametrize("bare", [True, False])
 def test_a_sender_that_answers_once_a_second_is_asked_again_after_that(
-    orphan: bool, bare: bool
+    how: str, bare: bool
 ) -> None:
     """A forger can use up its one answer, but not both."""
-    table, first = held()
-    if orphan:
+    table, (first, *_, other) = held(tells=how == "by the RST")
+    if how == "orphan":
         table = holding()
         table.orphan(flow(), START)
-        (first,) = table.take_probes()
+        first = table.take_probes()[0]
+    if how == "by the other end":
+        says(table, REPLY, other, sequence=RECEIVED)
     for step in range(1, 11):
         table.work(START + step * AGAIN)
     table.take_probes()
     table.work(START + LAST)
     (last,) = table.take_probes()
     assert last.path == REPLY
-    assert last.sequence == first.sequence ^ HALF  # one of the two is old
-    if orphan:
-        assert first.acknowledgement is not None
-        assert last.acknowledgement == first.acknowledgement ^ HALF
-    else:
+    if how == "by the other end":
+        assert -14_000 < ahead(last.sequence, RECEIVED) <= -2_000
+        assert last.acknowledgement == NUMBER
+    elif how == "by the RST":
+        assert -14_000 < ahead(last.sequence, RECEIVED) <= -2_000
         assert ahead(last.acknowledgement, NUMBER) > 1 << 23
+    else:
+        assert first.acknowledgement is not None
+        assert last.sequence == first.sequence ^ HALF  # one of the two is old
+        assert last.acknowledgement == first.acknowledgement ^ HALF
     if bare:
         table.heard(segment(ORIGINAL, ACK), None, 60, START + LAST + SECOND // 50)
-        assert not table.take_probes()
     table.work(START + PATIENCE)
     one = outcome(table)
     assert one is not None
     assert one.outcome is (Outcome.FORGED if bare else Outcome.UNCONFIRMED)
 
 
-def test_an_other_end_that_knows_no_connection_makes_it_honest() -> None:
-    table, _ = held()
-    table.work(START + AGAIN)
-    nonce = table.take_probes()[0].acknowledgement
-    assert nonce is not None
-    assert not table.heard(segment(REPLY, RST, nonce), None, 60, START + AGAIN)
+@pytest.mark.parametrize("tells", [True, False])
+def test_where_neither_end_knows_the_connection_nothing_is_left_to_protect(tells: bool) -> None:
+    table, (*senders, other) = held(tells=tells)
+    assert not dies(table, REPLY, other)
+    for probe in senders:
+        assert outcome(table) is None
+        dies(table, ORIGINAL, probe)
     one = outcome(table)
     assert one is not None
     assert one.outcome is Outcome.HONEST
@@ -303,12 +409,9 @@ def test_bare_acks_of_the_sender_count_at_the_end_only(bare: bool) -> None:
 
 
 def test_a_slow_way_is_given_more_time() -> None:
-    table, _ = held()
-    table.work(START + AGAIN)
+    table, (_, other) = held()
     slow = START + 6 * AGAIN
-    first = table.take_probes()[0].sequence
-    block = first, first + 1
-    table.heard(segment(REPLY, ACK, 77_000, NUMBER), block, 60, slow)
+    says(table, REPLY, other, slow, RECEIVED)
     table.work(START + PATIENCE)
     assert outcome(table) is None
     table.work(START + 18 * AGAIN)
@@ -335,7 +438,7 @@ def test_an_orphan_is_asked_for_and_takes_no_place_of_another() -> None:
     assert table.orphan(flow(), START)
     assert table.orphan(flow(), START)
     assert not table.orphan(flow(port=2), START)
-    (probe,) = table.take_probes()
+    probe = table.take_probes()[0]
     table.heard(segment(ORIGINAL, ACK), (probe.sequence, probe.sequence + 1), 60, START)
     one = outcome(table)
     assert one is not None
@@ -355,7 +458,7 @@ def test_a_bare_ack_says_that_an_orphan_lives_even_if_a_reset_joins_it_later() -
 
 @pytest.mark.parametrize("by_client", [True, False])
 def test_a_connection_waits_until_all_of_it_is_decided(by_client: bool) -> None:
-    table, probe = held(by_client)
+    table, (probe, _) = held(by_client)
     one = flow()
     assert table.waits_for(one)
     table.hold(2, reset(one, not by_client), 60, False, one, START)
