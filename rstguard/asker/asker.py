@@ -168,6 +168,7 @@ class Asker:
             if self._look_at <= now < self._active_until:
                 self._look_for_orphans(now)
                 self._finish(now)
+            self._carrying.look_again(now)
         except KernelError as error:
             self._counts["failed"] += 1
             log.error("%s", error)

@@ -108,6 +108,7 @@ class SlowNetwork(Network):
         super().__init__(f"{prefix}-{os.getpid()}", _HOSTS, _LINKS)
         self._delay = delay
         self._last = itertools.cycle(range(1, 250))
+        self._listeners: dict[tuple[int, int], socket.socket] = {}
 
     def build(self) -> None:
         """Make the hosts and links, all translations, and start the wire."""
@@ -126,6 +127,24 @@ class SlowNetwork(Network):
             if way.strict:
                 self._be_strict(way)
         wait_until(lambda: "ready" in self.log_tail("wire"))
+
+    def listener(self, port: int, family: int) -> socket.socket:
+        """Return the server's socket that listens on a port, the same each time.
+
+        TCP_REPAIR keeps a port from being bound again until its last connection is forgotten.
+        """
+        if (port, family) not in self._listeners:
+            with self.inside("server"):
+                made = socket.create_server(("", port), family=family, backlog=4096)
+            made.settimeout(_PATIENCE)
+            self._listeners[port, family] = made
+        return self._listeners[port, family]
+
+    def remove(self) -> None:
+        """Close what listens, and remove all."""
+        for listener in self._listeners.values():
+            listener.close()
+        super().remove()
 
     def tables(self, place: str, v6: bool, *words: str) -> None:
         """Run iptables, or ip6tables, in a host."""
@@ -201,20 +220,16 @@ class Trial:
         way, network = self.way, self.network
         family = socket.AF_INET6 if self.v6 else socket.AF_INET
         outside, inside = (OUTSIDE6, SERVER6) if self.v6 else (OUTSIDE4, SERVER4)
-        with network.inside("server"):
-            listener = socket.create_server(("", way.port_inside), family=family, backlog=4096)
-        clients = []
-        with listener:
-            listener.settimeout(_PATIENCE)
-            for _ in range(count):
-                with network.inside("client"):
-                    clients.append(socket.socket(family))
-                bind(clients[-1], network.visitor(way, self.v6))
-                clients[-1].setblocking(False)
-                target = outside if way.translated else inside
-                with suppress(BlockingIOError):
-                    clients[-1].connect((target, way.port))
-            servers = [listener.accept()[0] for _ in range(count)]
+        listener, clients = network.listener(way.port_inside, family), []
+        for _ in range(count):
+            with network.inside("client"):
+                clients.append(socket.socket(family))
+            bind(clients[-1], network.visitor(way, self.v6))
+            clients[-1].setblocking(False)
+            target = outside if way.translated else inside
+            with suppress(BlockingIOError):
+                clients[-1].connect((target, way.port))
+        servers = [listener.accept()[0] for _ in range(count)]
         for number, client in enumerate(clients):
             client.setblocking(True)
             client.settimeout(_PATIENCE)
