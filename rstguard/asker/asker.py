@@ -163,6 +163,7 @@ class Asker:
             more = self._hear(now)
             self._finish(now)  # takes marks off, and what is read next may need them
             more = self._take(now) or more
+            self._look_for_replaced(now)
             self._holding.work(now)
             self._finish(now)  # before the look: what is decided is no orphan
             if self._look_at <= now < self._active_until:
@@ -271,6 +272,13 @@ class Asker:
                     self._carrying.settle(number, mark, True, flow)
         if unmarked:
             self._table.set_mark(unmarked, self._marks.held.value, self._marks.held.mask)
+
+    def _look_for_replaced(self, now: int) -> None:
+        """A port that is used again at once: its SYN has the tracker forget the connection."""
+        if unsure := self._holding.unsure():
+            for flow, seen in zip(unsure, self._table.read(unsure), strict=True):
+                if seen is None or seen.ident != flow.ident:
+                    self._holding.replaced(flow, now)
 
     def _wait_or_drop(self, queued: Queued, waits: bool) -> None:
         if waits and self._carrying.waits:

@@ -287,6 +287,20 @@ class Holding:
         elif case.echoes:
             self._open(case)  # it has no DSACK
 
+    def unsure(self) -> list[Flow]:
+        """Return the connections whose sender may be dead, and whose other end tells nothing."""
+        return [case.flow for case in self._cases.values() if case.dead and case.told is None]
+
+    def replaced(self, flow: Flow, now: int) -> None:
+        """Take it that a new connection of the same ends is in the place of one that waits.
+
+        Its sender has opened that, and no answer of the other end comes here any more.
+        """
+        for path in (flow.original, flow.reply):
+            case = self._cases.get(path)
+            if case is not None and case.dead:
+                self._end(case, Outcome.HONEST, now, -1)
+
     def _ask_exactly(self, case: Case) -> None:
         """Ask the sender by the numbers that the other end has told, if it was not yet."""
         if case.told is None or case.exactly or not case.may_ask:

@@ -477,3 +477,16 @@ def test_all_are_released_when_it_ends() -> None:
     assert one is not None
     assert one.passes
     assert not len(table)
+
+
+def test_a_port_that_is_used_again_ends_the_wait_of_one_that_says_it_is_dead() -> None:
+    table, (probe, _) = held()
+    assert table.unsure() == []
+    table.replaced(flow(), START)
+    assert outcome(table) is None
+    dies(table, ORIGINAL, probe)
+    assert table.unsure() == [flow()]
+    table.replaced(flow(), START)
+    one = outcome(table)
+    assert one is not None
+    assert one.outcome is Outcome.HONEST
