@@ -275,7 +275,7 @@ class Asker:
 
     def _look_for_replaced(self, now: int) -> None:
         """A port that is used again at once: its SYN has the tracker forget the connection."""
-        if unsure := self._holding.unsure():
+        if unsure := self._holding.unsure(now):
             for flow, seen in zip(unsure, self._table.read(unsure), strict=True):
                 if seen is None or seen.ident != flow.ident:
                     self._holding.replaced(flow, now)

@@ -7,7 +7,10 @@ from typing import Final
 
 from rstguard.engine.evidence import Asked
 from rstguard.engine.flow import Flow, Tuple
+from rstguard.engine.ruleset import SECOND
 
+AGAIN: Final = SECOND // 10
+"""When the other end is sent a SYN, and the sender asked by what the other end has told."""
 MOST_ASKED: Final = 3
 """Questions to one end."""
 ENOUGH: Final = 2
@@ -75,3 +78,12 @@ class Case:
         if self.other_dead:
             return said >= min(ENOUGH, len(self.of_sender.nonces))
         return said >= ENOUGH and self.exactly and self.of_sender.nonces[-1] in self.dead
+
+    @property
+    def opens_at(self) -> int:
+        """When the other end is sent a SYN, if it has told no numbers.
+
+        At once if the sender may be dead, and the other end seems so or has no DSACK.
+        """
+        soon = (self.dead and self.echoes) or self.other_dead
+        return self.began if soon else self.began + AGAIN

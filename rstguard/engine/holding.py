@@ -55,7 +55,7 @@ from enum import Enum
 from typing import Final, NamedTuple
 
 from rstguard.engine.address import is_v6
-from rstguard.engine.case import ENOUGH, MOST_ASKED, Case
+from rstguard.engine.case import AGAIN, ENOUGH, MOST_ASKED, Case
 from rstguard.engine.evidence import Evidence
 from rstguard.engine.flow import Flow, Tuple
 from rstguard.engine.questions import Probe, Questions
@@ -66,8 +66,6 @@ PLACES: Final = 2048
 """RSTs that are held at once."""
 MOST_OF_ONE: Final = 8
 """RSTs of one connection and direction that are kept; the rest are dropped."""
-AGAIN: Final = SECOND // 10
-"""When the other end is sent a SYN, and the sender asked by what the other end has told."""
 LAST: Final = SECOND * 51 // 50
 """When the named sender is asked once more, if it has kept silent."""
 PATIENCE: Final = SECOND * 5 // 4
@@ -253,7 +251,6 @@ class Holding:
         found = case.of_other.weigh(packet, block, None)
         if found is Evidence.DEAD:
             case.other_dead = True
-            self._open(case)
             self._weigh_death(case, now)
             return False
         # It goes on with its own number, and expects the one that the RST bears, or the sender has
@@ -282,24 +279,25 @@ class Holding:
             return
         if case.is_over:
             self._end(case, Outcome.HONEST, now, -1)
-        elif case.told is not None:
+        else:
             self._ask_exactly(case)
-        elif case.echoes:
-            self._open(case)  # it has no DSACK
 
-    def unsure(self) -> list[Flow]:
-        """Return the connections whose sender may be dead, and whose other end tells nothing."""
-        return [case.flow for case in self._cases.values() if case.dead and case.told is None]
+    def unsure(self, now: int) -> list[Flow]:
+        """Return the connections whose sender may be dead, or whose other end is to be opened."""
+        cases = (case for case in self._cases.values() if case.told is None)
+        return [case.flow for case in cases if case.dead or case.opens_at <= now]
 
     def replaced(self, flow: Flow, now: int) -> None:
         """Take it that a new connection of the same ends is in the place of one that waits.
 
-        Its sender has opened that, and no answer of the other end comes here any more.
+        No answer of the other end comes here any more, and a SYN would meet the new one.
         """
         for path in (flow.original, flow.reply):
             case = self._cases.get(path)
             if case is not None and case.dead:
                 self._end(case, Outcome.HONEST, now, -1)
+            elif case is not None:
+                case.opened = True
 
     def _ask_exactly(self, case: Case) -> None:
         """Ask the sender by the numbers that the other end has told, if it was not yet."""
@@ -332,12 +330,11 @@ class Holding:
     def work(self, now: int) -> None:
         """Ask again where nothing came, and end what has waited long enough."""
         for case in list(self._cases.values()):
-            if now < case.began + AGAIN:
-                break
-            if case.told is None:
+            if case.told is None and case.opens_at <= now:
                 self._open(case)
-            else:
-                self._ask_exactly(case)
+            if now < case.began + AGAIN:
+                continue
+            self._ask_exactly(case)
             silent = case.bare_hops < 0 and not case.dead
             if now >= case.began + LAST and not case.insisted and silent:
                 self._insist(case)

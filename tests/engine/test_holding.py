@@ -7,10 +7,10 @@ import itertools
 import pytest
 
 from rstguard.engine.address import parse_address
+from rstguard.engine.case import AGAIN
 from rstguard.engine.evidence import Asked, Evidence, first_block
 from rstguard.engine.flow import Flow, Tuple
 from rstguard.engine.holding import (
-    AGAIN,
     LAST,
     MOST_OF_ONE,
     PATIENCE,
@@ -299,6 +299,7 @@ def test_an_other_end_without_dsack_is_opened_as_soon_as_the_sender_may_be_dead(
     table.heard(answer, None, 60, START)
     assert not table.take_probes()
     dies(table, ORIGINAL, probe)
+    table.work(START)
     (opening,) = table.take_probes()
     assert opening.opens
     table.heard(answer, None, 60, START)
@@ -481,11 +482,11 @@ def test_all_are_released_when_it_ends() -> None:
 
 def test_a_port_that_is_used_again_ends_the_wait_of_one_that_says_it_is_dead() -> None:
     table, (probe, _) = held()
-    assert table.unsure() == []
+    assert table.unsure(START) == []
     table.replaced(flow(), START)
     assert outcome(table) is None
     dies(table, ORIGINAL, probe)
-    assert table.unsure() == [flow()]
+    assert table.unsure(START) == [flow()]
     table.replaced(flow(), START)
     one = outcome(table)
     assert one is not None
