@@ -22,7 +22,8 @@ from rstguard.engine import wire
 from rstguard.engine.address import is_v6
 from rstguard.engine.evidence import first_block
 from rstguard.engine.flow import Flow, TcpState, Tuple
-from rstguard.engine.holding import Holding, Probe
+from rstguard.engine.holding import Holding
+from rstguard.engine.questions import Probe
 from rstguard.engine.ruleset import SECOND, RuleSet
 from rstguard.engine.segment import opening, probe
 from rstguard.engine.wire import ACK, RST, Packet
@@ -162,11 +163,13 @@ class Asker:
             more = self._hear(now)
             self._finish(now)  # takes marks off, and what is read next may need them
             more = self._take(now) or more
+            self._look_for_replaced(now)
             self._holding.work(now)
             self._finish(now)  # before the look: what is decided is no orphan
             if self._look_at <= now < self._active_until:
                 self._look_for_orphans(now)
                 self._finish(now)
+            self._carrying.look_again(now)
         except KernelError as error:
             self._counts["failed"] += 1
             log.error("%s", error)
@@ -181,8 +184,7 @@ class Asker:
     def _finish(self, now: int) -> None:
         """Send what is to be asked, and do what was decided."""
         state = self._holding
-        probes, state.probes = state.probes, []
-        if probes:
+        if probes := state.take_probes():
             self._sender.send(map(_segment, probes))
             self._counts["probes"] += len(probes)
         decided, state.decided = state.decided, []
@@ -270,6 +272,13 @@ class Asker:
                     self._carrying.settle(number, mark, True, flow)
         if unmarked:
             self._table.set_mark(unmarked, self._marks.held.value, self._marks.held.mask)
+
+    def _look_for_replaced(self, now: int) -> None:
+        """A port that is used again at once: its SYN has the tracker forget the connection."""
+        if unsure := self._holding.unsure(now):
+            for flow, seen in zip(unsure, self._table.read(unsure), strict=True):
+                if seen is None or seen.ident != flow.ident:
+                    self._holding.replaced(flow, now)
 
     def _wait_or_drop(self, queued: Queued, waits: bool) -> None:
         if waits and self._carrying.waits:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Final
 
-from rstguard.engine.flow import Flow
+from rstguard.engine.flow import Flow, TcpState
 from rstguard.engine.holding import Decided, Outcome
 from rstguard.engine.ruleset import SECOND
 from rstguard.ipc.channel import ChildEnd
@@ -17,6 +17,10 @@ from rstguard.kernel.seam import Connections, PacketQueue
 _TOLD_A_SECOND: Final = 20
 """Forged RSTs of which each is told; the rest are only counted."""
 _MICROSECOND: Final = 1000
+_AGAIN: Final = SECOND // 5
+"""When a connection that was opened again is looked at once more."""
+_CLOSED_SECONDS: Final = 10
+"""How long the tracker keeps a closed connection at most (nf_conntrack_tcp_timeout_close)."""
 
 
 class Carrying:
@@ -52,6 +56,8 @@ class Carrying:
         self._counts, self._hand_over, self._lifetime = counts, hand_over, lifetime
         self._waiting = waiting
         self._told, self._told_at = 0, 0
+        self._reopened: deque[tuple[int, Flow]] = deque()
+        """Connections that were opened again, and when to look at them."""
         self.held: dict[int, int] = {}
         self.waits = True
         """Whether RSTs wait, or pass at once (`forged_resets: observe`)."""
@@ -65,11 +71,37 @@ class Carrying:
         """
         try:
             self._entries(decided)
+            forged = [one.flow for one in decided if one.outcome is Outcome.FORGED and self.waits]
+            self._reopened += [(now + _AGAIN, flow) for flow in forged]
         finally:
             for one in decided:
                 for number in one.numbers:
                     self._verdict(one, number)
                 self._count(one, now)
+
+    def look_again(self, now: int) -> None:
+        """See that connections which were opened again are not forgotten as closed ones.
+
+        A segment that was under way in the kernel then, of a closed connection by what it had seen,
+        sets the time of a closed one behind that; an idle connection has no next segment.
+
+        Raises:
+            KernelError: the connection table cannot be had.
+        """
+        flows = []
+        while self._reopened and self._reopened[0][0] <= now:
+            flows.append(self._reopened.popleft()[1])
+        if not flows:
+            return
+        seen = [flow for flow in self._table.read(flows) if flow is not None]
+        short = [
+            flow
+            for flow in seen
+            if flow.state == TcpState.ESTABLISHED and 0 <= flow.timeout <= _CLOSED_SECONDS
+        ]
+        if short:
+            self._counts["reopened_again"] += len(short)
+            self._table.set_timeout(short, self._lifetime)
 
     def _entries(self, decided: list[Decided]) -> None:
         """Repair the entries of forged RSTs, and take the mark off all others.

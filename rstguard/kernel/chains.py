@@ -128,7 +128,9 @@ def condemned(marks: Marks) -> tuple[str, ...]:
     was reset.
 
     A RST to an end that was not sent one yet is no answer of ours: the other end has sent it, and
-    so is dead as well.  One that was just reset says so to whatever was on its way to it.
+    so is dead as well.  One that was just reset says so to whatever was on its way to it.  But a
+    server that is looked after behind its client's RST (`rstguard.sweeper.doubts`) would say so to
+    an address in whose name anybody may have sent that.
     """
     ends = (
         ("ORIGINAL", "REPLY", marks.condemned_source, marks.rst_sent_source),
@@ -141,6 +143,11 @@ def condemned(marks: Marks) -> tuple[str, ...]:
         f" -j CONNMARK --set-xmark {marks.rst_sent}"
         for _, towards, condemned, sent in ends
     ]
+    ended = Bits(
+        marks.condemned_destination.value | marks.closing.value,
+        marks.condemned.mask | marks.closing.mask,
+    )
+    rules.append(f"{rst} -m conntrack --ctdir REPLY -m connmark --mark {ended} -j DROP")
     rules.append(f"{rst} -j RETURN")
     for direction, _, condemned, sent in ends:
         match = f"-p tcp -m conntrack --ctdir {direction} -m connmark --mark {condemned}"

@@ -138,7 +138,8 @@ class Doubts:
             self._table.set_mark(settled, 0, marks.closing.mask)
         if closed:
             bits = marks.condemned_destination.value
-            codes = self._table.set_mark(closed, bits, bits | marks.closing.mask)
+            # The bit that tells that their client ended them stays: see `rstguard.kernel.chains`.
+            codes = self._table.set_mark(closed, bits, bits)
             there = [flow for flow, code in zip(closed, codes, strict=True) if code == 0]
             self._asked |= {(flow.original, flow.zone): (flow, _PROBES) for flow in there}
             self._probe()

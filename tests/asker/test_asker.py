@@ -51,10 +51,10 @@ class Driven:
         return flow is not None and bool(flow.mark & self.marks.held.mask)
 
     def asked(self) -> Packet:
-        """Return the last probe."""
-        found = wire.parse(self.kernel.packets.sent[-1])
-        assert isinstance(found, Packet)
-        return found
+        """Return the last probe of the client."""
+        sent = [wire.parse(data) for data in self.kernel.packets.sent]
+        probes = [one for one in sent if isinstance(one, Packet)]
+        return [one for one in probes if one.destination == self.path.source][-1]
 
     def send(self, queue: int, flags: str, *options: tuple[str, object]) -> None:
         """Put a segment of the client into a queue."""
@@ -100,3 +100,25 @@ def test_a_reset_whose_connection_cannot_be_looked_up_has_its_verdict(driven: Dr
     driven.now += 2 * SECOND
     driven.asker.turn()
     assert driven.asked().destination == driven.path.source
+
+
+@pytest.mark.parametrize("left", [5, 432_000])
+def test_a_connection_that_was_opened_again_is_not_forgotten_as_a_closed_one(
+    driven: Driven, left: int
+) -> None:
+    """A segment that the kernel was working on meanwhile may set the time of a closed one."""
+    driven.send(driven.queues.held, "R")
+    driven.asker.turn()
+    sequence = driven.asked().sequence
+    driven.send(driven.queues.answers, "A", ("SAck", (sequence, sequence + 1)))
+    driven.asker.turn()
+    flow = driven.kernel.connections.get(driven.path)
+    assert flow is not None
+    assert flow.state == TcpState.ESTABLISHED
+    lifetime = flow.timeout
+    driven.kernel.connections.put(flow._replace(timeout=left))
+    driven.now += SECOND
+    driven.asker.turn()
+    flow = driven.kernel.connections.get(driven.path)
+    assert flow is not None
+    assert flow.timeout == (lifetime if left == 5 else left)

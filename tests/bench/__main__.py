@@ -19,6 +19,7 @@ from tests.bench.figures import Benchmark, Figure, as_data, table
 from tests.bench.forged import forged
 from tests.bench.forgetful import forgetful
 from tests.bench.held import held
+from tests.bench.honest import honest
 from tests.bench.kills import kills
 from tests.bench.messages import messages
 from tests.bench.queue_speed import queue, suricata, workers
@@ -29,12 +30,15 @@ from tests.bench.sources import sources
 from tests.bench.sweeps import million, sweeps
 from tests.bench.traffic import bulk, connections
 from tests.bench.waits import waits
+from tests.bench.ways import ways
 
 BENCHMARKS: tuple[Benchmark, ...] = (
     resets,
     kills,
     held,
+    honest,
     reflected,
+    ways,
     blocks,
     engine,
     messages,

@@ -14,7 +14,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from statistics import median
+from typing import NamedTuple
 
+from rstguard.engine.address import parse_address
+from rstguard.kernel.sets import Sets
 from rstguard.lab.guard import GuardProcess
 from rstguard.lab.waiting import wait_until
 from tests.bench.figures import Figure, at_least, at_most, seen
@@ -25,6 +28,21 @@ SCANNED = "8000-8100"
 """Ports that both samples protect, and where nothing listens."""
 FLOODS, SCANS = (1_000, 20_000, 100_000), (2, 20, 1_000)
 _SAMPLES = ("web-edge", "strict-gateway")
+
+
+class _Limits(NamedTuple):
+    """What a sample allows one source, and whether only what he does by cookies counts."""
+
+    burst: int
+    a_second: float
+    apart: bool
+
+    def at(self, nanoseconds: int) -> float:
+        return self.burst + self.a_second * nanoseconds / 1e9
+
+
+_LIMITS = {"web-edge": _Limits(200, 100, True), "strict-gateway": _Limits(60, 20, False)}
+"""Of `syn-rate`, and of `handshake-rate`."""
 _SECONDS = 20
 _REQUESTS = 10
 """A second: a visitor in a hurry, and below every limit."""
@@ -196,28 +214,50 @@ def _syns_at_server(site: Site, source: str) -> Iterator[Callable[[], int]]:
 
 def _hurried(site: Site, guard: GuardProcess, sample: str, source: str) -> Iterator[Figure]:
     """A flooder who returns his cookies: how soon he is banned, and what the server had of him."""
-    attempts, over = [0] * _HURRIES, threading.Event()
+    made: list[int] = []
+    over = threading.Event()
 
-    def hurry(index: int) -> None:
+    def hurry() -> None:
         while not over.is_set():
             with site.client_socket(source) as one, suppress(OSError):
                 one.settimeout(0.05)
-                attempts[index] += 1
                 one.connect((SERVER, PORT))
+                made.append(time.monotonic_ns())
 
-    threads = [threading.Thread(target=hurry, args=(index,)) for index in range(_HURRIES)]
-    with _syns_at_server(site, source) as arrived:
+    threads = [threading.Thread(target=hurry) for _ in range(_HURRIES)]
+    with _syns_at_server(site, source) as arrived, site.inside("gateway"), Sets() as sets:
         began = time.monotonic_ns()
         for thread in threads:
             thread.start()
-        wait_until(lambda: any(row["kind"] == "ban" for row in guard.ask("ban-list")))
-        took, made = milliseconds_since(began), sum(attempts)
+        address = parse_address(source)
+        shunned = _when(lambda: sets.contains(address))
+        banned = _when(
+            lambda: any(e.kind == "ban" and e.source.covers(address) for e in sets.list())
+        )
         over.set()
         for thread in threads:
             thread.join()
         reached = arrived()
+    limits = _LIMITS[sample]
+    counted = [at for at in sorted(made) if at > shunned or not limits.apart]
+    due = next((at for n, at in enumerate(counted) if n + 1 > limits.at(at - counted[0])), banned)
     name = f"{sample}: a real flooder"
-    yield seen(f"{name}: banned after", [took], "ms", "from his first SYN on; each of his "
-               "connections returns its cookie")  # fmt: skip
-    yield seen(f"{name}: his connections until then", [made], "")
+    note = "from his first SYN on; each of his connections returns its cookie"
+    yield seen(f"{name}: shunned after", [(shunned - began) / 1e6], "ms", note)
+    yield seen(f"{name}: banned after", [(banned - began) / 1e6], "ms", note)
+    before = sum(at < banned for at in made)
+    yield seen(f"{name}: his connections until then", [before], "")
+    late = max(0.0, (banned - due) / 1e6)
+    note = "by the flooder's own clock; looked for each half a millisecond"
+    yield at_most(50, f"{name}: banned after the connection that was too many", [late], "ms", note)
     yield seen(f"{name}: his SYNs at the server", [reached], "")
+
+
+def _when(true: Callable[[], bool]) -> int:
+    """Look until something is true; return when that was (monotonic nanoseconds)."""
+    end = time.monotonic() + _PATIENCE
+    while not true():
+        if time.monotonic() > end:
+            raise RuntimeError("a flooder was not blocked")
+        time.sleep(0.0005)
+    return time.monotonic_ns()

@@ -7,18 +7,18 @@ import itertools
 import pytest
 
 from rstguard.engine.address import parse_address
+from rstguard.engine.case import AGAIN
 from rstguard.engine.evidence import Asked, Evidence, first_block
 from rstguard.engine.flow import Flow, Tuple
 from rstguard.engine.holding import (
-    AGAIN,
     LAST,
     MOST_OF_ONE,
     PATIENCE,
     Decided,
     Holding,
     Outcome,
-    Probe,
 )
+from rstguard.engine.questions import Probe
 from rstguard.engine.ruleset import SECOND
 from rstguard.engine.wire import ACK, FIN, PSH, RST, SYN, Packet
 
@@ -27,6 +27,7 @@ ORIGINAL = Tuple(CLIENT, SERVER, 40000, 443)
 REPLY = Tuple(SERVER, CLIENT, 443, 40000)
 NUMBER = 1_000_000
 START = 50 * SECOND
+HALF = 1 << 31
 
 
 def flow(client: int = CLIENT, port: int = 40000) -> Flow:
@@ -50,12 +51,33 @@ def holding(places: int = 8) -> Holding:
     return Holding(lambda: next(numbers) & 0xFFFFFFFF, places)
 
 
-def held(by_client: bool = True) -> tuple[Holding, list[Probe]]:
-    """Return the table with one RST in it, and what was asked for it."""
+RECEIVED = 77_000
+
+
+def held(by_client: bool = True, *, tells: bool = False) -> tuple[Holding, list[Probe]]:
+    """Return the table with one RST in it, and what was asked for it: its sender, the other end.
+
+    `tells`: it tells what its sender has received.
+    """
     table, one = holding(), flow()
-    table.hold(1, reset(one, by_client), 60, False, one, START)
-    asked, table.probes = table.probes, []
-    return table, asked
+    first = reset(one, by_client)
+    if tells:
+        first = first._replace(flags=RST | ACK, acknowledgement=RECEIVED)
+    table.hold(1, first, 60, False, one, START)
+    return table, table.take_probes()
+
+
+def says(table: Holding, sends: Tuple, to: Probe, now: int = START, sequence: int = NUMBER) -> bool:
+    """Have an end report a probe as a duplicate; `sequence` is what it goes on with."""
+    expects = NUMBER if sequence != NUMBER else RECEIVED
+    answer = segment(sends, ACK, sequence, expects)
+    return table.heard(answer, (to.sequence, to.sequence + 1 & 0xFFFFFFFF), 61, now)
+
+
+def dies(table: Holding, sends: Tuple, to: Probe, now: int = START) -> bool:
+    """Have an end, or what stands before it, answer a probe by a RST."""
+    assert to.acknowledgement is not None
+    return table.heard(segment(sends, RST, to.acknowledgement), None, 60, now)
 
 
 def outcome(table: Holding) -> Decided | None:
@@ -106,23 +128,44 @@ def test_the_first_block_of_the_options() -> None:
     assert first_block({}) is None
 
 
-@pytest.mark.parametrize("by_client", [True, False])
-def test_the_named_sender_is_asked_by_two_bytes_half_a_space_apart(by_client: bool) -> None:
-    _, (first, second) = held(by_client)
-    assert first.path == second.path == (REPLY if by_client else ORIGINAL)
-    assert first.sequence ^ second.sequence == 1 << 31
-    assert first.acknowledgement is not None
-    assert second.acknowledgement is not None
-    assert first.acknowledgement ^ second.acknowledgement == 1 << 31
-    assert not first.opens
+def ahead(number: int | None, of: int) -> int:
+    """Return how far a number is ahead of another; negative if it is behind."""
+    assert number is not None
+    return (number - of + HALF) % (2 * HALF) - HALF
+
+
+def within(asked: Probe) -> bool:
+    """Tell whether a probe passes a firewall of the client, and is old for it."""
+    behind, acked = ahead(asked.sequence, RECEIVED), ahead(asked.acknowledgement, NUMBER)
+    return -14_000 < behind <= -2_000 and -60_000 < acked < 0
 
 
 @pytest.mark.parametrize("by_client", [True, False])
-def test_a_sender_that_knows_the_probe_and_lives_makes_it_forged(by_client: bool) -> None:
-    table, (probe, _) = held(by_client)
-    answer = segment(ORIGINAL if by_client else REPLY, ACK)
-    block = probe.sequence, probe.sequence + 1
-    assert not table.heard(answer, block, 61, START + SECOND // 50)
+def test_both_ends_are_asked(by_client: bool) -> None:
+    _, (sender, other) = held(by_client)
+    assert sender.path == (REPLY if by_client else ORIGINAL)
+    assert other.path == (ORIGINAL if by_client else REPLY)
+    assert ahead(sender.acknowledgement, NUMBER) > 1 << 23  # more than it has sent
+    assert ahead(other.sequence, NUMBER) < -(1 << 23)
+    assert not sender.opens
+    assert not other.opens
+
+
+def test_a_reset_that_tells_all_numbers_has_its_sender_asked_twice_within_its_window() -> None:
+    _, (first, second, other) = held(tells=True)
+    assert within(first)
+    assert within(second)
+    assert first.acknowledgement != second.acknowledgement
+    assert (first.path, second.path, other.path) == (REPLY, REPLY, ORIGINAL)
+
+
+@pytest.mark.parametrize("tells", [True, False])
+@pytest.mark.parametrize("by_client", [True, False])
+def test_a_sender_that_knows_the_probe_and_lives_makes_it_forged(
+    by_client: bool, tells: bool
+) -> None:
+    table, (probe, *_) = held(by_client, tells=tells)
+    assert not says(table, ORIGINAL if by_client else REPLY, probe, START + SECOND // 50)
     one = outcome(table)
     assert one is not None
     assert (one.outcome, one.by_client, one.numbers) == (Outcome.FORGED, by_client, (1,))
@@ -130,14 +173,63 @@ def test_a_sender_that_knows_the_probe_and_lives_makes_it_forged(by_client: bool
     assert not one.passes
 
 
-def test_a_sender_that_knows_the_probe_and_no_connection_makes_it_honest() -> None:
-    table, (probe, _) = held()
-    assert probe.acknowledgement is not None
-    assert not table.heard(segment(ORIGINAL, RST, probe.acknowledgement), None, 60, START)
+def test_a_sender_for_which_the_first_was_not_old_is_asked_by_its_own_numbers() -> None:
+    table, _ = held()
+    answer = segment(ORIGINAL, ACK, NUMBER, RECEIVED)
+    assert table.heard(answer, None, 60, START)
+    (anew,) = table.take_probes()
+    assert anew.path == REPLY
+    assert -14_000 < ahead(anew.sequence, RECEIVED) <= -2_000
+    assert ahead(anew.acknowledgement, NUMBER) > 1 << 23
+    assert not says(table, ORIGINAL, anew)
+    one = outcome(table)
+    assert one is not None
+    assert one.outcome is Outcome.FORGED
+
+
+def test_a_bare_ack_of_one_that_was_asked_by_old_numbers_draws_no_question() -> None:
+    table, _ = held(tells=True)
+    table.heard(segment(ORIGINAL, ACK, NUMBER, RECEIVED), None, 60, START)
+    assert not table.take_probes()
+
+
+@pytest.mark.parametrize("order", ["told", "died"])
+def test_a_sender_is_dead_that_says_so_twice_to_true_numbers(order: str) -> None:
+    table, (first, second, other) = held(tells=True)
+    if order == "told":
+        says(table, REPLY, other, sequence=RECEIVED)
+    assert not dies(table, ORIGINAL, first)
+    assert outcome(table) is None
+    assert not dies(table, ORIGINAL, second)
+    if order == "died":
+        assert outcome(table) is None
+        says(table, REPLY, other, sequence=RECEIVED)
     one = outcome(table)
     assert one is not None
     assert one.outcome is Outcome.HONEST
     assert one.passes
+    assert not table.take_probes()
+
+
+@pytest.mark.parametrize("tells", [True, False])
+@pytest.mark.parametrize("alive", [True, False])
+def test_one_that_may_be_dead_is_asked_by_what_the_other_end_tells(
+    tells: bool, alive: bool
+) -> None:
+    """A translator answers what does not fit, as if its client were dead."""
+    table, (*senders, other) = held(tells=tells)
+    for probe in senders:
+        dies(table, ORIGINAL, probe)
+    says(table, REPLY, other, sequence=RECEIVED + 50_000)
+    assert outcome(table) is None
+    (exact,) = table.take_probes()
+    assert exact.path == REPLY
+    assert -14_000 < ahead(exact.sequence, RECEIVED + 50_000) <= -2_000
+    assert -60_000 < ahead(exact.acknowledgement, NUMBER) < 0
+    (says if alive else dies)(table, ORIGINAL, exact)
+    one = outcome(table)
+    assert one is not None
+    assert one.outcome is (Outcome.FORGED if alive else Outcome.HONEST)
 
 
 def test_a_second_reset_of_the_same_number_decides_nothing() -> None:
@@ -156,87 +248,149 @@ def test_more_resets_of_one_connection_than_are_kept_are_dropped() -> None:
 
 def test_an_answer_that_comes_after_the_decision_goes_no_further() -> None:
     table, (probe, _) = held()
-    assert probe.acknowledgement is not None
-    late = segment(ORIGINAL, RST, probe.acknowledgement)
-    table.heard(late, None, 60, START)
-    assert not table.heard(late, None, 60, START + SECOND)
+    assert not says(table, ORIGINAL, probe)
+    assert not dies(table, ORIGINAL, probe, START + SECOND)
     table.work(START + 3 * SECOND)
-    assert table.heard(late, None, 60, START + 3 * SECOND)
+    assert dies(table, ORIGINAL, probe, START + 3 * SECOND)
 
 
-def test_the_other_end_is_asked_next_and_then_the_sender_by_its_numbers() -> None:
-    table, _ = held()
+def test_a_silent_sender_is_asked_by_what_the_other_end_tells() -> None:
+    table, (_, other) = held()
+    assert not says(table, REPLY, other, sequence=RECEIVED)
+    assert not table.take_probes()
     table.work(START + AGAIN)
-    (first, second), table.probes = table.probes, []
-    assert first.path == second.path == ORIGINAL
-    answer = segment(REPLY, ACK, 77_000, NUMBER)
-    assert not table.heard(answer, (first.sequence, first.sequence + 1), 60, START + AGAIN)
-    (exact,), table.probes = table.probes, []
-    assert exact.path == REPLY
-    assert 2_000 <= 77_000 - exact.sequence < 14_000
-    assert exact.acknowledgement is not None
-    assert 1 <= NUMBER - exact.acknowledgement < 60_000
-    table.heard(segment(ORIGINAL, RST, exact.acknowledgement), None, 60, START + AGAIN)
-    one = outcome(table)
-    assert one is not None
-    assert one.outcome is Outcome.HONEST
-
-
-@pytest.mark.parametrize("by_client", [True, False])
-def test_an_end_behind_a_strict_firewall_is_asked_by_what_passes_it(by_client: bool) -> None:
-    table, _ = held(by_client)
-    table.work(START + AGAIN)
-    table.probes.clear()
-    table.work(START + 2 * AGAIN)
-    (opening,), table.probes = table.probes, []
-    assert opening.opens
-    assert opening.path == (ORIGINAL if by_client else REPLY)
-    # Towards the client, which has opened the connection, only a SYN+ACK passes.
-    assert (opening.acknowledgement is None) == by_client
-    other = REPLY if by_client else ORIGINAL
-    assert table.heard(segment(other, ACK, 77_000, NUMBER + 1), None, 60, START + 3 * AGAIN)
-    assert not table.probes
-    answer = segment(other, ACK, 77_000, NUMBER)
-    assert not table.heard(answer, None, 60, START + 3 * AGAIN)
-    assert len(table.probes) == 1
-    # Two more may be answers, what comes then is not.
-    passed = [table.heard(answer, None, 60, START + 3 * AGAIN) for _ in range(2)]
-    assert passed == [False, True]
-
-
-@pytest.mark.parametrize("bare", [True, False])
-def test_no_end_is_asked_more_than_five_times(bare: bool) -> None:
-    table, asked = held()
-    if bare:
-        table.heard(segment(ORIGINAL, ACK), None, 60, START)
-    for step in range(1, 30):
-        table.work(START + step * AGAIN // 2)
-        table.heard(segment(REPLY, ACK, 77_000, NUMBER), None, 60, START + step * AGAIN // 2)
-    ends = [probe.path for probe in [*asked, *table.probes]]
-    assert (ends.count(REPLY), ends.count(ORIGINAL)) == (3 if bare else 5, 3)
-
-
-def test_a_sender_that_answers_once_a_second_is_asked_again_after_that() -> None:
-    """A forger can use up its one answer, but not both."""
-    table, _ = held()
-    for step in range(1, 11):
-        table.work(START + step * AGAIN)
-    table.probes.clear()
-    table.work(START + LAST)
-    assert [probe.path for probe in table.probes] == [REPLY, REPLY]
-    table.heard(segment(ORIGINAL, ACK), None, 60, START + LAST + SECOND // 50)
-    table.work(START + PATIENCE)
+    (exact,) = table.take_probes()
+    assert within(exact)
+    assert not says(table, ORIGINAL, exact)
     one = outcome(table)
     assert one is not None
     assert one.outcome is Outcome.FORGED
 
 
-def test_an_other_end_that_knows_no_connection_makes_it_honest() -> None:
-    table, _ = held()
+@pytest.mark.parametrize("by_client", [True, False])
+@pytest.mark.parametrize("dead", [True, False])
+def test_an_end_behind_a_strict_firewall_is_asked_by_what_passes_it(
+    by_client: bool, dead: bool
+) -> None:
+    """It keeps silent, or the firewall answers in its place."""
+    table, (_, question) = held(by_client)
+    other, now = REPLY if by_client else ORIGINAL, START + AGAIN
+    if dead:
+        assert not dies(table, other, question)
+    table.work(now)
+    (opening,) = table.take_probes()
+    assert opening.opens
+    assert opening.path == (ORIGINAL if by_client else REPLY)
+    # Towards the client, which has opened the connection, only a SYN+ACK passes.
+    assert (opening.acknowledgement is None) == by_client
+    assert table.heard(segment(other, ACK, RECEIVED, NUMBER - 1), None, 60, now)
+    assert not table.take_probes()
+    answer = segment(other, ACK, RECEIVED, NUMBER)
+    assert not table.heard(answer, None, 60, now)
+    assert len(table.take_probes()) == 1
+    # Two more may be answers, what comes then is not.
+    passed = [table.heard(answer, None, 60, now) for _ in range(3)]
+    assert passed == [False, False, True]
+
+
+def test_an_other_end_without_dsack_is_opened_as_soon_as_the_sender_may_be_dead() -> None:
+    table, (probe, _) = held()
+    answer = segment(REPLY, ACK, RECEIVED, NUMBER)
+    table.heard(answer, None, 60, START)
+    assert not table.take_probes()
+    dies(table, ORIGINAL, probe)
+    table.work(START)
+    (opening,) = table.take_probes()
+    assert opening.opens
+    table.heard(answer, None, 60, START)
+    (exact,) = table.take_probes()
+    assert within(exact)
+
+
+def test_resets_in_both_names_learn_from_the_same_answers() -> None:
+    table, _ = held(tells=True)
+    one = flow()
+    back = segment(one.reply, RST | ACK, RECEIVED, NUMBER)
+    table.hold(2, back, 60, False, one, START)
+    *_, other = table.take_probes()
+    assert other.path == REPLY
     table.work(START + AGAIN)
-    nonce = table.probes[0].acknowledgement
-    assert nonce is not None
-    assert not table.heard(segment(REPLY, RST, nonce), None, 60, START + AGAIN)
+    table.take_probes()
+    # The client's answer to what it was asked as the other end ends no case, and tells numbers.
+    says(table, ORIGINAL, other)
+    assert outcome(table) is None
+    assert len(table) == 2
+
+
+@pytest.mark.parametrize("bare", [None, 0, 5, 21])
+@pytest.mark.parametrize("tells", [True, False])
+@pytest.mark.parametrize("told", [None, RECEIVED, RECEIVED + 9])
+@pytest.mark.parametrize("dead", [True, False])
+def test_no_end_is_asked_more_than_three_times(
+    bare: int | None, tells: bool, told: int | None, dead: bool
+) -> None:
+    """Whatever is said, before or after any question."""
+    table, probes = held(tells=tells)
+    for step in range(30):
+        now = START + step * AGAIN // 2
+        if step == bare:
+            table.heard(segment(ORIGINAL, ACK), None, 60, now)
+        if step == 1 and dead:
+            dies(table, ORIGINAL, probes[0], now)
+        table.work(now)
+        if told is not None and len(table):
+            table.heard(segment(REPLY, ACK, told, NUMBER), None, 60, now)
+        probes += table.take_probes()
+    ends = [probe.path for probe in probes]
+    assert ends.count(REPLY) <= 3
+    assert ends.count(ORIGINAL) <= 3
+    assert len(table.decided) == 1
+
+
+@pytest.mark.parametrize("how", ["by nothing", "by the RST", "by the other end", "orphan"])
+@pytest.mark.parametrize("bare", [True, False])
+def test_a_sender_that_answers_once_a_second_is_asked_again_after_that(
+    how: str, bare: bool
+) -> None:
+    """A forger can use up its one answer, but not both."""
+    table, (first, *_, other) = held(tells=how == "by the RST")
+    if how == "orphan":
+        table = holding()
+        table.orphan(flow(), START)
+        first = table.take_probes()[0]
+    if how == "by the other end":
+        says(table, REPLY, other, sequence=RECEIVED)
+    for step in range(1, 11):
+        table.work(START + step * AGAIN)
+    table.take_probes()
+    table.work(START + LAST)
+    (last,) = table.take_probes()
+    assert last.path == REPLY
+    if how == "by the other end":
+        assert -14_000 < ahead(last.sequence, RECEIVED) <= -2_000
+        assert last.acknowledgement == NUMBER
+    elif how == "by the RST":
+        assert -14_000 < ahead(last.sequence, RECEIVED) <= -2_000
+        assert ahead(last.acknowledgement, NUMBER) > 1 << 23
+    else:
+        assert first.acknowledgement is not None
+        assert last.sequence == first.sequence ^ HALF  # one of the two is old
+        assert last.acknowledgement == first.acknowledgement ^ HALF
+    if bare:
+        table.heard(segment(ORIGINAL, ACK), None, 60, START + LAST + SECOND // 50)
+    table.work(START + PATIENCE)
+    one = outcome(table)
+    assert one is not None
+    assert one.outcome is (Outcome.FORGED if bare else Outcome.UNCONFIRMED)
+
+
+@pytest.mark.parametrize("tells", [True, False])
+def test_where_neither_end_knows_the_connection_nothing_is_left_to_protect(tells: bool) -> None:
+    table, (*senders, other) = held(tells=tells)
+    assert not dies(table, REPLY, other)
+    for probe in senders:
+        assert outcome(table) is None
+        dies(table, ORIGINAL, probe)
     one = outcome(table)
     assert one is not None
     assert one.outcome is Outcome.HONEST
@@ -256,11 +410,9 @@ def test_bare_acks_of_the_sender_count_at_the_end_only(bare: bool) -> None:
 
 
 def test_a_slow_way_is_given_more_time() -> None:
-    table, _ = held()
-    table.work(START + AGAIN)
+    table, (_, other) = held()
     slow = START + 6 * AGAIN
-    block = table.probes[0].sequence, table.probes[0].sequence + 1
-    table.heard(segment(REPLY, ACK, 77_000, NUMBER), block, 60, slow)
+    says(table, REPLY, other, slow, RECEIVED)
     table.work(START + PATIENCE)
     assert outcome(table) is None
     table.work(START + 18 * AGAIN)
@@ -287,7 +439,7 @@ def test_an_orphan_is_asked_for_and_takes_no_place_of_another() -> None:
     assert table.orphan(flow(), START)
     assert table.orphan(flow(), START)
     assert not table.orphan(flow(port=2), START)
-    probe = table.probes[0]
+    probe = table.take_probes()[0]
     table.heard(segment(ORIGINAL, ACK), (probe.sequence, probe.sequence + 1), 60, START)
     one = outcome(table)
     assert one is not None
@@ -326,3 +478,16 @@ def test_all_are_released_when_it_ends() -> None:
     assert one is not None
     assert one.passes
     assert not len(table)
+
+
+def test_a_port_that_is_used_again_ends_the_wait_of_one_that_says_it_is_dead() -> None:
+    table, (probe, _) = held()
+    assert table.unsure(START) == []
+    table.replaced(flow(), START)
+    assert outcome(table) is None
+    dies(table, ORIGINAL, probe)
+    assert table.unsure(START) == [flow()]
+    table.replaced(flow(), START)
+    one = outcome(table)
+    assert one is not None
+    assert one.outcome is Outcome.HONEST
