@@ -119,10 +119,7 @@ class Status:
             "shun": self._shun(),
             "syn_budget": self._syn_budget(now),
             "untracked": self._untracked(),
-            "forgotten": {
-                "adopted": self._ingress.counts[ADOPTED],
-                "dropped": self._ingress.counts[STRAYS],
-            },
+            "forgotten": self._forgotten(),
             "foreign_marks": self._foreign_marks(),
             "productive": self._productive(),
             "learning": self._learning.status,
@@ -203,6 +200,11 @@ class Status:
             "drops_spoofed": ruleset.drops_spoofed and ruleset.enforce,
             "drops_spoofed_in_s": None if left is None else round(left, 1),
         }
+
+    def _forgotten(self) -> object:
+        """Return what the tracker did not know any more."""
+        counts = self._ingress.counts
+        return {"adopted": counts[ADOPTED], "dropped": counts[STRAYS]}
 
     def _foreign_marks(self) -> object:
         """Return what other programs do with the guard's bits of marks."""

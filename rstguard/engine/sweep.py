@@ -18,7 +18,16 @@ from rstguard.engine.grades import Grades
 from rstguard.engine.keys import flow_key_function, key_of
 from rstguard.engine.lenient import MOST_BUSY, Standings, limit_of
 from rstguard.engine.nearest import MOST_TRUSTED, Near, largest, merged, told
-from rstguard.engine.ruleset import ADOPTED, SECOND, SWEEP_MEASURES, Measure, Per, Rule, RuleSet
+from rstguard.engine.ruleset import (
+    ADOPTED,
+    CONFIRMED,
+    SECOND,
+    SWEEP_MEASURES,
+    Measure,
+    Per,
+    Rule,
+    RuleSet,
+)
 from rstguard.engine.sources import Offence, Sources
 from rstguard.engine.verdict import Action, Ban, Shun
 
@@ -76,6 +85,7 @@ class Sweep:
         self._sources.ruleset = ruleset
         self._grades = Grades(ruleset.labels)
         self._adopted = 1 << ruleset.labels + ADOPTED
+        self._confirmed = 1 << ruleset.labels + CONFIRMED
         self.standings: Standings = previous.standings if previous else Standings()
 
     def restore(self, offences: Iterable[Offence], now: int) -> None:
@@ -203,7 +213,7 @@ class Sweep:
             ident, original, _, _, _, _,
             client_packets, client_bytes, server_packets, server_bytes, age, timeout, _, labels, _,
         ) = flow  # fmt: skip
-        if labels & self._adopted:
+        if labels & self._adopted and not labels & self._confirmed:
             age = -1
         packets, total = client_packets + server_packets, client_bytes + server_bytes
         expires = now + timeout * SECOND
