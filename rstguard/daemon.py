@@ -21,6 +21,7 @@ from rstguard.state.record import Record
 from rstguard.supervisor.bans import Bans
 from rstguard.supervisor.capped import Capped
 from rstguard.supervisor.change import Change, Follower
+from rstguard.supervisor.foreign import ForeignMarks
 from rstguard.supervisor.guard import Guard
 from rstguard.supervisor.health import health
 from rstguard.supervisor.hearing import Hearing
@@ -86,6 +87,7 @@ def build(options: Options) -> tuple[Supervisor, Commands, Service]:
     change = Change(state, protected, followers)
     bans = Bans(kernel, state, record, capped := Capped(state, change))
     ingress = Ingress(kernel, state, change, footprint.hits)
+    foreign = ForeignMarks(kernel, state)
     hearing = Hearing(state, bans, learning)
     processes = Processes(state, record, learning, hearing.hear, options)
 
@@ -103,10 +105,10 @@ def build(options: Options) -> tuple[Supervisor, Commands, Service]:
     service = Service(options.file, lambda: _summary(state))
     parts = Parts(
         state, processes, footprint, record, protected, change, bans, capped, policies, upkeep,
-        budget, ingress, service,
+        budget, ingress, foreign, service,
     )  # fmt: skip
     status = Status(
-        kernel, state, footprint, protected, policies, learning, upkeep, budget, ingress
+        kernel, state, footprint, protected, policies, learning, upkeep, budget, ingress, foreign
     )
     more = {**policies.commands, **learning.commands}
     commands = Commands(kernel, state, footprint, protected, bans, hearing, upkeep, status, more)

@@ -25,6 +25,7 @@ def lines(data: Status) -> Iterator[str]:
     yield from _shun(data["shun"])
     yield from _untracked(data["untracked"])
     yield from _forgotten(data["forgotten"])
+    yield from _foreign(data["foreign_marks"])
     yield from _budget(data["syn_budget"])
     yield from (f"  {sentence(event)}" for event in data["recent"][-_MOST_EVENTS:])
 
@@ -107,6 +108,16 @@ def _forgotten(data: Status) -> Iterator[str]:
     if data["dropped"]:
         count = f"{data['dropped']} segments of no connection"
         yield f"  beyond what the connection table is to hold: {count} dropped"
+
+
+def _foreign(data: Status) -> Iterator[str]:
+    """Tell what other programs do with the guard's bits of marks, if they do anything."""
+    yield from (f"  MARKS: {problem}" for problem in data["problems"])
+    if data["cleared"] + data["spared"]:
+        yield (
+            f"  mark bits of others: taken off {data['cleared']} packets; {data['spared']} segments"
+            " went on though such a mark says that their connection is condemned"
+        )
 
 
 def _budget(budget: Status | None) -> Iterator[str]:

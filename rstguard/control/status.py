@@ -11,10 +11,12 @@ from rstguard.engine.shedding import SHED, Level
 from rstguard.ipc.requests import Request
 from rstguard.kernel import challenge, syn_budget
 from rstguard.kernel.footprint import Footprint
+from rstguard.kernel.foreign import CLEARED, SPARED
 from rstguard.kernel.nfqueue import QueueState
 from rstguard.kernel.seam import Kernel
 from rstguard.kernel.untracked import ADOPTED, LOW_TTL, SPOOFED, SPOOFED_PASSED, STRAYS
 from rstguard.supervisor.child import Child
+from rstguard.supervisor.foreign import ForeignMarks
 from rstguard.supervisor.guard import Guard
 from rstguard.supervisor.health import health
 from rstguard.supervisor.ingress import Ingress
@@ -43,6 +45,7 @@ class Status:
         upkeep: Upkeep,
         budget: Budget,
         ingress: Ingress,
+        foreign: ForeignMarks,
     ) -> None:
         """Tell of these parts."""
         self._kernel = kernel
@@ -54,6 +57,7 @@ class Status:
         self._upkeep = upkeep
         self._budget = budget
         self._ingress = ingress
+        self._foreign = foreign
         self._blocked: dict[str, int] = {"ban": 0, "shun": 0}
         self._counting: asyncio.Task[None] | None = None
         self._current: asyncio.Task[object] | None = None
@@ -115,10 +119,8 @@ class Status:
             "shun": self._shun(),
             "syn_budget": self._syn_budget(now),
             "untracked": self._untracked(),
-            "forgotten": {
-                "adopted": self._ingress.counts[ADOPTED],
-                "dropped": self._ingress.counts[STRAYS],
-            },
+            "forgotten": self._forgotten(),
+            "foreign_marks": self._foreign_marks(),
             "productive": self._productive(),
             "learning": self._learning.status,
             "counts": {
@@ -197,6 +199,19 @@ class Status:
             **{name: counts[name] for name in (LOW_TTL, SPOOFED, SPOOFED_PASSED)},
             "drops_spoofed": ruleset.drops_spoofed and ruleset.enforce,
             "drops_spoofed_in_s": None if left is None else round(left, 1),
+        }
+
+    def _forgotten(self) -> object:
+        """Return what the tracker did not know any more."""
+        counts = self._ingress.counts
+        return {"adopted": counts[ADOPTED], "dropped": counts[STRAYS]}
+
+    def _foreign_marks(self) -> object:
+        """Return what other programs do with the guard's bits of marks."""
+        counts = self._foreign.counts
+        return {
+            "problems": list(self._foreign.problems),
+            **{what: counts[what] for what in (CLEARED, SPARED)},
         }
 
     def _syn_budget(self, now: float) -> object:

@@ -341,5 +341,5 @@ def kind_of(packet: Packet) -> Kind:
     if state & STRAY:
         return Kind.STRAY
     if flags & (FIN | RST):
-        return Kind.CLOSE
+        return Kind.GIVEN_UP if state & OVER else Kind.CLOSE
     return Kind.HANDSHAKE if state & KNOWN else Kind.OTHER

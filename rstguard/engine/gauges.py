@@ -15,8 +15,10 @@ from itertools import islice
 
 from rstguard.engine.engine import kind_of
 from rstguard.engine.flow import LIVE, Flow, Tuple
+from rstguard.engine.handshakes import is_same_handshake, number_of
+from rstguard.engine.keys import flow_key_function, key_function
 from rstguard.engine.limiter import Distinct, Memory
-from rstguard.engine.rules import SAME_HANDSHAKE, Kind, flow_key_function, key_function
+from rstguard.engine.rules import Kind
 from rstguard.engine.ruleset import SECOND, SWEEP_MEASURES, Measure, Rule, RuleSet
 from rstguard.engine.sweep import Judgement
 from rstguard.engine.verdict import PASS, PASS_AND_TRUST, Decision
@@ -77,6 +79,7 @@ class Gauge:
         self._windows: Memory[list[int]] = Memory(sources // 4)
         self._targets = _Targets(LARGEST_COUNT, rule.within, sources // 2)
         self._flows: Memory[int] = Memory()
+        self._handshakes: Memory[tuple[int, int]] = Memory()
         self._part = max(1, rule.period // _PARTS)
 
     def show(self, key: int, amount: int) -> None:
@@ -159,9 +162,9 @@ class Gauge:
     def handshake(self, packet: Packet, now: int) -> None:
         """A first ACK: the first data may follow it before its verdict."""
         flow = _flow(packet)
-        last = self._flows.get(flow)
-        if last is None or now - last >= SAME_HANDSHAKE:
-            self._flows.put(flow, now)
+        number, last = number_of(packet), self._handshakes.get(flow)
+        if last is None or not is_same_handshake(number - last[0], now - last[1]):
+            self._handshakes.put(flow, (number, now))
             self.event(packet, now)
 
     def reset(self, packet: Packet, now: int) -> None:
@@ -185,7 +188,11 @@ Take = Callable[[Gauge, Packet, int], None]
 _TAKES: dict[Measure, dict[Kind, Take]] = {
     Measure.SYN_RATE: {Kind.SYN: Gauge.event},
     Measure.CONNECTION_RATE: {Kind.HANDSHAKE: Gauge.handshake},
-    Measure.HALF_OPEN: {Kind.SYN: Gauge.opened, Kind.HANDSHAKE: Gauge.completed},
+    Measure.HALF_OPEN: {
+        Kind.SYN: Gauge.opened,
+        Kind.HANDSHAKE: Gauge.completed,
+        Kind.GIVEN_UP: Gauge.completed,
+    },
     Measure.DISTINCT_PORTS: {Kind.SYN: Gauge.port},
     Measure.DISTINCT_HOSTS: {Kind.SYN: Gauge.host},
     Measure.BAD_FLAGS: {Kind.BAD: Gauge.event},

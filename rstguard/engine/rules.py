@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
-from rstguard.engine.address import V6, source_key
-from rstguard.engine.flow import Flow
+from rstguard.engine.address import V6
+from rstguard.engine.handshakes import is_same_handshake, number_of
+from rstguard.engine.keys import flow_key, key_function, key_of
 from rstguard.engine.lenient import LenientLimiter
 from rstguard.engine.limiter import Distinct, Limiter, Memory
-from rstguard.engine.ruleset import NEVER_BANS, SECOND, Measure, Per, Rule
+from rstguard.engine.ruleset import NEVER_BANS, Measure, Per, Rule
 from rstguard.engine.verdict import Action, Reason
-from rstguard.engine.wire import KNOWN, OVER, RST, Packet
+from rstguard.engine.wire import KNOWN, OUTBOUND, OVER, RST, Packet
 
 Check = Callable[[Packet, int], bool]
 """Count a packet at a time (nanoseconds); True if the rule is crossed by it."""
@@ -34,6 +35,7 @@ class Kind(Enum):
     SYN = "new SYN"
     HANDSHAKE = "first ACK"
     CLOSE = "FIN or RST"
+    GIVEN_UP = "RST of a handshake"
     BAD = "impossible flags"
     STRAY = "no known connection"
     OTHER = "small window, or nothing of note"
@@ -58,40 +60,12 @@ class Meter:
     """Yields keys that have used the most of it, so many at most, with how much; see `Limiter`."""
 
 
-PROOFS = 4
-"""Handshakes that prove an address together, though each by itself may be a lucky forgery
-(`rstguard.kernel.proof`): the chance of it is 1 in 66,077 each, after which no more are counted."""
-SAME_HANDSHAKE = 5 * SECOND
-"""No stack opens a connection from the same port anew so soon (RFC 9293, 3.4.2: TIME-WAIT)."""
-
 REASONS = {measure: Reason[measure.name] for measure in Measure}
 """The reason that goes with each measure: they bear the same names."""
 
-
-def key_function(rule: Rule) -> Callable[[Packet], int]:
-    """Return the function that says whom a rule counts a packet against."""
-    if rule.per is Per.SERVICE:
-        return lambda packet: packet.destination << 16 | packet.destination_port
-    ipv4, ipv6 = rule.ipv4_length, rule.ipv6_length
-    return lambda packet: source_key(packet.source, ipv4, ipv6)
-
-
-def flow_key_function(rule: Rule) -> Callable[[Flow], int]:
-    """Return the function that says whom a rule counts a connection against."""
-    if rule.per is Per.SERVICE:
-        return lambda flow: flow.original.destination << 16 | flow.original.destination_port
-    ipv4, ipv6 = rule.ipv4_length, rule.ipv6_length
-    return lambda flow: source_key(flow[1][0], ipv4, ipv6)  # by index: a sweep asks for each
-
-
-def key_of(rule: Rule, source: int) -> int:
-    """Return the key that a rule counts a source (a tagged address) by."""
-    return source_key(source, rule.ipv4_length, rule.ipv6_length)
-
-
-def _flow_key(packet: Packet) -> int:
-    """Return a connection's name as one integer: a third of the memory of a tuple of four."""
-    return ((packet[0] << 129 | packet[1]) << 16 | packet[2]) << 16 | packet[3]
+PROOFS = 4
+"""Handshakes that prove an address together, though each by itself may be a lucky forgery
+(`rstguard.kernel.proof`): the chance of it is 1 in 66,077 each, after which no more are counted."""
 
 
 def crossed_by_one(rule: Rule) -> bool:
@@ -194,22 +168,26 @@ def _rate_checks(
         return checks, {Kind.CLOSE: _ended(rule, proven, opened.get)}
     proofs = _RATE_MAKERS[rule.measure](rule, proven)
     if rule.measure is Measure.RESET_RATE:
-        proofs = {Kind.CLOSE: _once(proofs[Kind.CLOSE])}
+        proofs = _once(proofs[Kind.CLOSE])
     return checks, proofs
 
 
-def _once(check: Check) -> Check:
-    """Count each connection once."""
+def _once(check: Check) -> dict[Kind, Check]:
+    """Count each connection once: until its ports have completed another handshake."""
     counted: Memory[bool] = Memory()
 
     def first(packet: Packet, now: int) -> bool:
-        flow = _flow_key(packet)
+        flow = flow_key(packet)
         if counted.get(flow):
             return False
         counted.put(flow, True)
         return check(packet, now)
 
-    return first
+    def anew(packet: Packet, now: int) -> bool:
+        counted.pop(flow_key(packet))
+        return False
+
+    return {Kind.CLOSE: first, Kind.HANDSHAKE: anew}
 
 
 def _rate(rule: Rule, limiter: Limiter) -> Check:
@@ -263,21 +241,23 @@ def _service_rate(rule: Rule, limiter: Limiter) -> dict[Kind, Check]:
 def _connection_rate(rule: Rule, limiter: Limiter) -> dict[Kind, Check]:
     """A connection counts once, though its first data may follow before its ACK has a verdict.
 
-    An ACK that was dropped comes again with the next SYN-ACK: it is not to pass for that.
+    An ACK that was dropped comes again with the next SYN-ACK: it is not to pass for that.  What
+    tells it from a new connection of the same ports is the number that the server has drawn.
     """
     rate = _rate(rule, limiter)
     drops = rule.action is Action.DROP
-    counted: Memory[tuple[int, bool]] = Memory()
+    counted: Memory[tuple[int, int, bool]] = Memory()
 
     def completed(packet: Packet, now: int) -> bool:
-        flow = _flow_key(packet)
+        flow = flow_key(packet)
+        number = number_of(packet)
         last = counted.get(flow)
-        if last is not None and now - last[0] < SAME_HANDSHAKE:
-            if last[1]:
-                counted.put(flow, (now, True))
-            return last[1]
+        if last is not None and is_same_handshake(number - last[1], now - last[0]):
+            if last[2]:
+                counted.put(flow, (now, last[1], True))
+            return last[2]
         crossed = rate(packet, now)
-        counted.put(flow, (now, crossed and drops))
+        counted.put(flow, (now, number, crossed and drops))
         return crossed
 
     return {Kind.HANDSHAKE: completed}
@@ -307,27 +287,41 @@ def _distinct_hosts(rule: Rule, tried: Distinct) -> dict[Kind, Check]:
 
 
 def _half_open(rule: Rule, pending: Distinct) -> dict[Kind, Check]:
-    """A SYN opens, the first ACK the kernel accepts takes it back.
+    """A SYN opens, the first ACK the kernel accepts takes it back, and so does a RST of either end.
 
-    A SYN of a returned SYN cookie opens nothing: its handshake is over.
+    A SYN of a returned SYN cookie opens nothing: its handshake is over.  The tracker takes a RST of
+    the client with many numbers, the server surely only with the one that follows the SYN's.
     """
     key = key_function(rule)
+    begun: Memory[int] = Memory()
 
     def opened(packet: Packet, now: int) -> bool:
-        return not packet.state & KNOWN and pending.over(key(packet), _flow_key(packet), now)
+        if packet.state & KNOWN:
+            return False
+        flow = flow_key(packet)
+        begun.put(flow, packet.sequence)
+        return pending.over(key(packet), flow, now)
 
     def completed(packet: Packet, now: int) -> bool:
-        pending.forget(key(packet), _flow_key(packet))
+        pending.forget(key(packet), flow_key(packet))
         return False
 
-    return {Kind.SYN: opened, Kind.HANDSHAKE: completed}
+    def given_up(packet: Packet, now: int) -> bool:
+        flow = flow_key(packet)
+        last = begun.get(flow)
+        of_server = bool(packet.state & OUTBOUND)
+        if of_server or (last is not None and packet.sequence == (last + 1) & 0xFFFFFFFF):
+            pending.forget(key(packet), flow)
+        return False
+
+    return {Kind.SYN: opened, Kind.HANDSHAKE: completed, Kind.GIVEN_UP: given_up}
 
 
 def _short_connections(rule: Rule, limiter: Limiter, opened: Memory[int]) -> dict[Kind, Check]:
     """A connection counts once, at the first FIN or RST of either end."""
 
     def opening(packet: Packet, now: int) -> bool:
-        opened.put(_flow_key(packet), now)
+        opened.put(flow_key(packet), now)
         return False
 
     return {Kind.SYN: opening, Kind.CLOSE: _ended(rule, limiter, opened.pop)}
@@ -337,7 +331,7 @@ def _ended(rule: Rule, limiter: Limiter, began_of: Callable[[int], int | None]) 
     over, key = limiter.over, key_function(rule)
 
     def closing(packet: Packet, now: int) -> bool:
-        began = began_of(_flow_key(packet))
+        began = began_of(flow_key(packet))
         return began is not None and now - began < rule.shorter_than and over(key(packet), now)
 
     return closing
@@ -354,11 +348,11 @@ def _stalled(rule: Rule) -> dict[Kind, Check]:
     stalls: Memory[tuple[int, int, int, int]] = Memory()
 
     def opening(packet: Packet, now: int) -> bool:
-        scales.put(_flow_key(packet), packet.window_scale)
+        scales.put(flow_key(packet), packet.window_scale)
         return False
 
     def small(packet: Packet, now: int) -> bool:
-        flow = _flow_key(packet)
+        flow = flow_key(packet)
         held = stalls.get(flow)
         # Without the SYN the scale is not known: only a window of 0 is then surely small.
         scale = (

@@ -17,9 +17,9 @@ SECOND = 1_000_000_000
 
 DEFAULT_MARKS = 0xFF000000
 """The bits of marks that are the guard's: eight adjacent ones (`rstguard.kernel.marks`)."""
-DEFAULT_LABELS = 124
-"""The first of the four connection labels that are the guard's."""
-LIKELY, CONFIRMED, ADOPTED = range(3)
+DEFAULT_LABELS = 122
+"""The first of the six connection labels that are the guard's."""
+LIKELY, CONFIRMED, ADOPTED, BEGUN, CONDEMNED, MPTCP = range(6)
 """The labels, counted from that one (`rstguard.kernel.marks`)."""
 
 DEFAULT_LEAST_TTL = 4
@@ -99,6 +99,7 @@ class Divert(Enum):
     SYN = "new SYNs"
     HANDSHAKE = "the first ACK of a connection"
     CLOSE = "FINs and RSTs of a connection"
+    GIVEN_UP = "RSTs that end a handshake"
     BAD_FLAGS = "segments with impossible flags"
     STRAY = "segments of no known connection"
     SMALL_WINDOW = "ACKs that advertise a small window"
@@ -107,7 +108,7 @@ class Divert(Enum):
 NEEDS: dict[Measure, frozenset[Divert]] = {
     Measure.SYN_RATE: frozenset({Divert.SYN}),
     Measure.CONNECTION_RATE: frozenset({Divert.HANDSHAKE}),
-    Measure.HALF_OPEN: frozenset({Divert.SYN, Divert.HANDSHAKE}),
+    Measure.HALF_OPEN: frozenset({Divert.SYN, Divert.HANDSHAKE, Divert.GIVEN_UP}),
     Measure.DISTINCT_PORTS: frozenset({Divert.SYN}),
     Measure.DISTINCT_HOSTS: frozenset({Divert.SYN}),
     Measure.BAD_FLAGS: frozenset({Divert.BAD_FLAGS}),
@@ -249,6 +250,8 @@ class RuleSet:
     passes, after it has passed, or not at all; RSTs that come from `reset_exempt` always pass.
     With `forged_fins` FINs are treated like them.
     `inspect_packets` caps how many early packets of a connection may pass through the queue.
+    With `strip_mptcp` SYNs to protected targets lose the option MPTCP.
+
     Segments with fewer than `least_ttl` hops left are dropped, 0: none.  What comes from outside in
     the name of an address that answers from inside is dropped after `spoofed_after` nanoseconds,
     None: never; `drops_spoofed` says that it is so far.
@@ -275,6 +278,7 @@ class RuleSet:
     forged_resets: str = "off"
     forged_fins: bool = False
     reset_exempt: tuple[Prefix, ...] = ()
+    strip_mptcp: bool = False
     least_ttl: int = DEFAULT_LEAST_TTL
     spoofed_after: int | None = DEFAULT_SPOOFED_AFTER
     drops_spoofed: bool = False

@@ -9,8 +9,8 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 from rstguard.engine.address import prefix_of
+from rstguard.engine.keys import key_of
 from rstguard.engine.nearest import subject_of_key
-from rstguard.engine.rules import key_of
 from rstguard.engine.ruleset import Measure, Per, Rule, RuleSet
 
 HIGHEST = 3

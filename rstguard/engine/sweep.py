@@ -15,10 +15,19 @@ from typing import NamedTuple
 from rstguard.engine.address import prefix_of, source_key
 from rstguard.engine.flow import LIVE, Flow, Tuple
 from rstguard.engine.grades import Grades
+from rstguard.engine.keys import flow_key_function, key_of
 from rstguard.engine.lenient import MOST_BUSY, Standings, limit_of
 from rstguard.engine.nearest import MOST_TRUSTED, Near, largest, merged, told
-from rstguard.engine.rules import flow_key_function, key_of
-from rstguard.engine.ruleset import SECOND, SWEEP_MEASURES, Measure, Per, Rule, RuleSet
+from rstguard.engine.ruleset import (
+    ADOPTED,
+    CONFIRMED,
+    SECOND,
+    SWEEP_MEASURES,
+    Measure,
+    Per,
+    Rule,
+    RuleSet,
+)
 from rstguard.engine.sources import Offence, Sources
 from rstguard.engine.verdict import Action, Ban, Shun
 
@@ -37,6 +46,7 @@ class Seen(NamedTuple):
     """Bytes moved since the sweep before."""
     expires: int
     """When the kernel would forget it; every packet puts that off."""
+    ident: int
 
 
 Known = tuple[Flow, Seen]
@@ -74,6 +84,8 @@ class Sweep:
         self._sources: Sources = previous._sources if previous else Sources(ruleset)
         self._sources.ruleset = ruleset
         self._grades = Grades(ruleset.labels)
+        self._adopted = 1 << ruleset.labels + ADOPTED
+        self._confirmed = 1 << ruleset.labels + CONFIRMED
         self.standings: Standings = previous.standings if previous else Standings()
 
     def restore(self, offences: Iterable[Offence], now: int) -> None:
@@ -198,17 +210,26 @@ class Sweep:
     def _note(self, flow: Flow, now: int) -> Seen:
         # Unpacked at once: this runs for every connection at every sweep.
         (
-            _, original, _, _, _, _,
-            client_packets, client_bytes, server_packets, server_bytes, _, timeout, _, _, _,
+            ident, original, _, _, _, _,
+            client_packets, client_bytes, server_packets, server_bytes, age, timeout, _, labels, _,
         ) = flow  # fmt: skip
+        if labels & self._adopted and not labels & self._confirmed:
+            age = -1
         packets, total = client_packets + server_packets, client_bytes + server_bytes
         expires = now + timeout * SECOND
         last = self._seen.get(original)
-        if last is None or packets < last.packets:
-            began = now - flow.age if flow.age >= 0 else now
+        # A client that closes by a RST may use its ports again at once: the kernel then makes a new
+        # entry, which may bear the old one's number, but not its time.
+        if (
+            last is None
+            or last.ident != ident
+            or packets < last.packets
+            or (age >= 0 and now - age > self._swept > last.began)
+        ):
+            began = now - age if age >= 0 else now
             # An older connection moved most of its bytes before anybody looked.
-            news = total if flow.age >= 0 and began >= self._swept else 0
-            self._seen[original] = seen = Seen(began, now, packets, total, news, expires)
+            news = total if age >= 0 and began >= self._swept else 0
+            self._seen[original] = seen = Seen(began, now, packets, total, news, expires, ident)
             return seen
         # A connection older than the accounting has no counters; its timer tells of packets too,
         # to the second.
@@ -216,7 +237,7 @@ class Sweep:
         if not spoke and not last.news:
             return last
         if spoke:
-            seen = Seen(last.began, now, packets, total, total - last.bytes, expires)
+            seen = Seen(last.began, now, packets, total, total - last.bytes, expires, ident)
         else:
             seen = last._replace(news=0)
         self._seen[original] = seen
@@ -284,7 +305,7 @@ class Sweep:
     def _slow(self, rule: Rule, known: list[Known], now: int, elapsed: int) -> list[Flow]:
         found = []
         old_enough = now - rule.after
-        for flow, (began, _, packets, _, _, _) in known:
+        for flow, (began, _, packets, _, _, _, _) in known:
             # Without packets it is older than the accounting: nobody knows what it moved.
             if began > old_enough or not packets:
                 continue

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from rstguard.engine.ruleset import RuleSet
-from rstguard.kernel import ingress
+from rstguard.kernel import ingress, proof
 from rstguard.kernel.counting import table_size
 from rstguard.kernel.diversion import Diversion
 from rstguard.kernel.jumps import Jump
@@ -58,7 +58,11 @@ def plan(ruleset: RuleSet, family: int, queues: range, tracker: Tracker = USUAL)
     entering = ingress.Ingress(ruleset, family)
     diversion = Diversion(ruleset, family, queues, tracker)
     diverting = diversion.chains()
-    diverting[f"{PREFIX}-in"] = (*entering.served(), *diverting[f"{PREFIX}-in"])
+    diverting[f"{PREFIX}-in"] = (
+        foreign(matching.marks),
+        *entering.served(),
+        *diverting[f"{PREFIX}-in"],
+    )
     chains = {
         "raw": {
             f"{PREFIX}-raw": (
@@ -72,9 +76,10 @@ def plan(ruleset: RuleSet, family: int, queues: range, tracker: Tracker = USUAL)
         "mangle": {
             **diverting,
             **entering.mangle(),
+            f"{PREFIX}-foreign": (f"-j MARK --set-xmark {matching.marks.none}",),
             f"{PREFIX}-save": _save(matching.marks),
         },
-        "filter": {f"{PREFIX}-condemned": condemned(matching.marks)},
+        "filter": {f"{PREFIX}-condemned": condemned(matching.marks, proof.not_condemned(matching))},
     }
     if ruleset.blocking != "drop":
         refuse = matching.on_interfaces(f"{PREFIX}-refused", outbound=False, tcp=True)
@@ -108,24 +113,43 @@ def _jumps(ruleset: RuleSet) -> tuple[Jump, ...]:
     return tuple(jumps)
 
 
+def foreign(marks: Marks) -> str:
+    """Return the rule by which bits that others have set go to the chain that takes them off."""
+    set_by_others = f"-m mark ! --mark {marks.none} -m connmark ! --mark {marks.unguarded}"
+    return f"-p tcp {set_by_others} -j {PREFIX}-foreign"
+
+
 def _save(marks: Marks) -> tuple[str, ...]:
     """Bits are added to the connection, never taken: a late verdict must not undo a later one."""
     proven = f"-m connmark --mark {marks.established}"
+    trust = Bits(marks.trust.value, marks.mask)
     return (
-        f"-m mark --mark {marks.trust} {proven} -j CONNMARK --set-xmark {marks.trusted}",
+        f"-m mark --mark {trust} {proven} -j CONNMARK --set-xmark {marks.trusted}",
         *(
-            f"-m mark --mark {bit} -j CONNMARK --set-xmark {bit}"
-            for bit in (marks.condemned_source, marks.condemned_destination)
+            f"-m mark --mark {Bits(bits.value, marks.mask)} -j CONNMARK --set-xmark {bits}"
+            for bits in (marks.condemned_source, marks.condemned_destination, marks.condemned)
         ),
         f"-j MARK --set-xmark {marks.none}",
     )
 
 
-def condemned(marks: Marks) -> tuple[str, ...]:
+def unsaved(plan: Plan) -> Plan:
+    """Return a plan without what moves verdicts where the kernel has no table that does.
+
+    There, behind the routing decision, others may have marked the packet again.
+    """
+    save = f"{PREFIX}-save"
+    mangle = {name: rules for name, rules in plan.chains["mangle"].items() if name != save}
+    jumps = tuple(jump for jump in plan.jumps if jump.chain != save)
+    return Plan({**plan.chains, "mangle": mangle}, jumps)
+
+
+def condemned(marks: Marks, disbelieved: str = "") -> tuple[str, ...]:
     """Return the rules for segments of condemned connections.
 
     The bit that says that an end was sent its RST is set just before: it is the proof that the end
-    was reset.
+    was reset.  What another program has written into a connection's mark condemns nobody: if
+    `disbelieved` matches, the connection goes on.
 
     A RST to an end that was not sent one yet is no answer of ours: the other end has sent it, and
     so is dead as well.  One that was just reset says so to whatever was on its way to it.  But a
@@ -153,7 +177,7 @@ def condemned(marks: Marks) -> tuple[str, ...]:
         match = f"-p tcp -m conntrack --ctdir {direction} -m connmark --mark {condemned}"
         rules.append(f"{match} -j CONNMARK --set-xmark {sent}")
         rules.append(f"{match} -j REJECT --reject-with tcp-reset")
-    return (*rules, "-j DROP")
+    return (*([f"{disbelieved} -j RETURN"] if disbelieved else []), *rules, "-j DROP")
 
 
 def _blocked(matching: Matching) -> tuple[str, ...]:

@@ -9,6 +9,12 @@ program copied from a connection onto its packets.  In OUTPUT its chain is of th
 packet whose mark it changes routed anew: so SYNPROXY's SYNs and our own probes go where they would
 without a mark.
 
+Other programs mark packets with the same bits.  A verdict is believed only where the queue is: on
+TCP that came in on a protected interface, of a guarded connection, from which the mangle table has
+taken what others had set (`rstguard.kernel.chains`), and only if it is exactly one.  What belongs
+to no connection of the guard keeps its mark.  A connection that a verdict condemns is given a label
+besides: others may write these bits into the mark of a connection, but not that.
+
 NF_REPEAT, by which packets would meet the mangle table a second time, could do without this, but
 other programs' rules would count them twice, a `CONNMARK --set-mark` of theirs take the bits of the
 connection, and a `CONNMARK --restore-mark` without a mask the verdict: so that the packet is queued
@@ -21,10 +27,13 @@ routing decision (`rstguard.kernel.chains`): then an `ip rule` must have a mask,
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Final
 
+from rstguard.engine.ruleset import RuleSet
 from rstguard.kernel import nftables
-from rstguard.kernel.marks import Bits, Marks
+from rstguard.kernel.marks import Bits, Labels, Marks
+from rstguard.kernel.matching import interface_names
 from rstguard.kernel.names import PREFIX
 from rstguard.kernel.nftables import (
     ACCEPT,
@@ -35,8 +44,12 @@ from rstguard.kernel.nftables import (
     STATE_OF_CONNECTION,
     Chain,
     Rule,
+    came_in_on,
+    give_label,
     has_any,
     is_exactly,
+    is_syn,
+    is_tcp,
     put,
 )
 from rstguard.kernel.seam import Kernel
@@ -47,50 +60,104 @@ PRIORITY: Final = -149
 _PRE_ROUTING, _LOCAL_OUT = 0, 3  # linux/netfilter.h, enum nf_inet_hooks
 
 
-def chains(marks: Marks) -> tuple[Chain, ...]:
-    """Return the chains for these mark bits.  Pure.
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the guard's bits are, which labels it gives, and on which interfaces it has queues.
 
-    Bits that are not ours, on packets of connections that the guard has nothing to do with, stay.
+    Without `labels` none are given: no rule of the policy needs them, or the kernel has none.
     """
+
+    marks: Marks
+    interfaces: tuple[str, ...] = ()
+    labels: Labels | None = None
+
+    @classmethod
+    def of(cls, ruleset: RuleSet) -> Place:
+        """Return what a policy says."""
+        labels = Labels(ruleset.labels) if ruleset.bans else None
+        return cls(Marks(ruleset.marks), tuple(interface_names(ruleset)), labels)
+
+
+def chains(place: Place) -> tuple[Chain, ...]:
+    """Return the chains.  Pure."""
+    marks = place.marks
     of_others = Rule(
         f"none of the bits 0x{marks.mask:08x}", is_exactly(MARK_OF_PACKET, marks.none) + ACCEPT
     )
     cleared = put(MARK_OF_PACKET, marks.none)
-    stray = Bits(marks.to_queue_stray.value, marks.mask ^ marks.to_queue_proven.mask)
-    unread = Rule(
-        "a segment of no connection that nobody has read",
-        has_any(STATE_OF_CONNECTION, INVALID | NEW) + is_exactly(MARK_OF_PACKET, stray) + cleared,
-    )
     probe = Rule("rstguard's own packet", is_exactly(MARK_OF_PACKET, marks.probe) + cleared)
-    condemned = marks.condemned_source, marks.condemned_destination
-    moved = (
-        _verdict("trusted", marks.established.mask, marks.trust, marks.trusted),
-        *(_verdict("condemned", marks.unguarded.mask, bit, bit) for bit in condemned),
-        Rule("of the guard's connections", has_any(MARK_OF_CONNECTION, marks.mask) + cleared),
+    ours = Rule("of the guard's connections", has_any(MARK_OF_CONNECTION, marks.mask) + cleared)
+    inward = [rule for name in place.interfaces for rule in _inward(place, name)]
+    begun = _begun(place)
+    return (
+        Chain("prerouting", _PRE_ROUTING, PRIORITY, "filter", (*begun, of_others, *inward, ours)),
+        Chain(
+            "output", _LOCAL_OUT, PRIORITY, "route",
+            (*begun, of_others, probe, *_verdicts(place, "SYN", is_tcp() + is_syn()), ours),
+        ),
+    )  # fmt: skip
+
+
+def _begun(place: Place) -> tuple[Rule, ...]:
+    if place.labels is None:
+        return ()
+    new = is_tcp() + has_any(STATE_OF_CONNECTION, NEW) + give_label(place.labels.begun)
+    return (Rule("begins while the guard is there", new),)
+
+
+def _inward(place: Place, name: str) -> tuple[Rule, ...]:
+    """What came in on a protected interface: from nowhere else a packet comes with a verdict."""
+    marks = place.marks
+    came = came_in_on(name) + is_tcp()
+    stray = Bits(marks.to_queue_stray.value, marks.mask ^ marks.to_queue_proven.mask)
+    unread = came + has_any(STATE_OF_CONNECTION, INVALID | NEW) + is_exactly(MARK_OF_PACKET, stray)
+    return (
+        Rule(
+            f"{name}: a segment of no connection that nobody has read",
+            unread + is_syn(False) + put(MARK_OF_PACKET, marks.none),
+        ),
+        *_verdicts(place, name, came),
+    )
+
+
+def _verdicts(place: Place, where: str, came: bytes) -> tuple[Rule, ...]:
+    """Move verdicts to their connections; nothing is taken back."""
+    marks, labels = place.marks, place.labels
+    label = give_label(labels.condemned) if labels else b""
+    of_proven, of_guarded = marks.established.mask, marks.unguarded.mask
+    trusted = _verdict(came, of_proven, Bits(marks.trust.value, marks.mask))
+    ends = marks.condemned_source, marks.condemned_destination, marks.condemned
+    condemned = (
+        Rule(
+            f"{where}: a verdict: condemned, 0x{bits.value:x}",
+            _verdict(came, of_guarded, Bits(bits.value, marks.mask))
+            + label
+            + put(MARK_OF_CONNECTION, bits),
+        )
+        for bits in ends
     )
     return (
-        Chain("prerouting", _PRE_ROUTING, PRIORITY, "filter", (of_others, unread, *moved)),
-        Chain("output", _LOCAL_OUT, PRIORITY, "route", (of_others, probe, *moved)),
+        Rule(f"{where}: a verdict: trusted", trusted + put(MARK_OF_CONNECTION, marks.trusted)),
+        *condemned,
     )
 
 
-def _verdict(comment: str, of_connections: int, bit: Bits, becomes: Bits) -> Rule:
-    """Move a verdict to its connection, if that has one of some bits; nothing is taken back."""
-    which = has_any(MARK_OF_CONNECTION, of_connections) + has_any(MARK_OF_PACKET, bit.mask)
-    return Rule(f"a verdict: {comment}", which + put(MARK_OF_CONNECTION, becomes))
+def _verdict(came: bytes, of_connections: int, bits: Bits) -> bytes:
+    """Match exactly one verdict, on a packet of a connection that has one of some bits."""
+    return came + has_any(MARK_OF_CONNECTION, of_connections) + is_exactly(MARK_OF_PACKET, bits)
 
 
-def apply(kernel: Kernel, marks: Marks) -> None:
+def apply(kernel: Kernel, place: Place) -> None:
     """Put the table in place; one that is as it should be is left alone.
 
     Raises:
         KernelError: the kernel has no nf_tables, or refused.
     """
-    if missing(kernel, marks):
-        kernel.replace_table(PREFIX, chains(marks))
+    if missing(kernel, place):
+        kernel.replace_table(PREFIX, chains(place))
 
 
-def missing(kernel: Kernel, marks: Marks) -> list[str]:
+def missing(kernel: Kernel, place: Place) -> list[str]:
     """Return what of the table is not in the kernel, in words; empty if all is well.
 
     Raises:
@@ -99,7 +166,7 @@ def missing(kernel: Kernel, marks: Marks) -> list[str]:
     held = kernel.table_comments(PREFIX)
     return [
         f"the chain {chain.name} in the nf_tables table inet {PREFIX}"
-        for chain in chains(marks)
+        for chain in chains(place)
         if held.get(chain.name) != [rule.comment for rule in chain.rules]
     ]
 
@@ -119,4 +186,4 @@ def trial() -> None:
     Raises:
         KernelError: the kernel has no nf_tables, or lacks a part of it.
     """
-    nftables.replace(PREFIX, chains(Marks()), commit=False)
+    nftables.replace(PREFIX, chains(Place(Marks(), ("lo",))), commit=False)

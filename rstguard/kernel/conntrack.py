@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import errno
 import os
-import time
 from collections.abc import Iterator, Sequence
 from typing import Final
 
 from rstguard.engine.flow import Flow, TcpState, Tuple
 from rstguard.kernel import KernelError, entry
+from rstguard.kernel.clock import Ages
 from rstguard.kernel.netlink import NLM_F_CREATE, Answer, Netlink, Request, attribute
 
 _SUBSYSTEM: Final = 1 << 8
@@ -33,13 +33,15 @@ GONE: Final = errno.ENOENT
 class Conntrack:
     """The connection table of the network namespace of the thread that makes this object.
 
-    Times: ages are in nanoseconds against `now_ns`, the wall clock (conntrack stamps with it).
+    Times: ages are in nanoseconds.  The kernel stamps with the clock on the wall, whose steps are
+    known (`rstguard.kernel.clock`); with `now_ns` they are against that time of it.
 
     Raises:
         KernelError: no netfilter netlink here, or privileges are missing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ages: Ages | None = None) -> None:
+        self._ages = ages or Ages()
         self._netlink = Netlink()
         self._free = [Netlink()]
         """Sockets for dumps, no more than ever were read from at once: a confined process has only
@@ -73,8 +75,7 @@ class Conntrack:
         Raises:
             KernelError: the reading failed or is incomplete; what was yielded is right.
         """
-        now = time.time_ns() if now_ns is None else now_ns
-        reader = entry.Reader(now)
+        reader = self._reader(now_ns)
         for wanted in (family,) if family else (entry.AF_INET, entry.AF_INET6):
             attributes = entry.tcp_only()
             if mask:
@@ -82,6 +83,12 @@ class Conntrack:
             if assured:
                 attributes += entry.assured_only()
             yield from self._dump(reader, attributes, wanted)
+
+    def _reader(self, now_ns: int | None) -> entry.Reader:
+        if now_ns is not None:
+            return entry.Reader(lambda began: max(now_ns - began, 0))
+        self._ages.look()
+        return entry.Reader(self._ages.of)
 
     def _dump(self, reader: entry.Reader, attributes: bytes, family: int) -> Iterator[Flow]:
         # A socket of its own: the caller may mark connections while the dump goes on, or leave it.
@@ -109,7 +116,7 @@ class Conntrack:
         Raises:
             KernelError: the kernel could not be asked, or refused for another reason than absence.
         """
-        reader = entry.Reader(time.time_ns() if now_ns is None else now_ns)
+        reader = self._reader(now_ns)
         answers = self._ask(_GET, flows, b"")
         return [self._found(reader, answer) for answer in answers]
 

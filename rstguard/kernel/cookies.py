@@ -106,7 +106,7 @@ def with_cookies(plan: Plan, ruleset: RuleSet, family: int, known: Known) -> Pla
 def _jumps(marks: Marks, challenges: bool) -> tuple[Jump, ...]:
     opening = f"-m mark --mark {marks.to_queue_known}"
     begun = "-m conntrack --ctstate ESTABLISHED --ctdir ORIGINAL"
-    unsaved = f"-m conntrack --ctdir ORIGINAL -m mark ! --mark {marks.none}"
+    unsaved = f"{SYN} -m mark ! --mark {marks.none} -m connmark --mark {marks.established}"
     lost = "-p tcp -m tcp --tcp-flags FIN,RST NONE -m conntrack --ctstate INVALID,UNTRACKED"
     taken_up = f"{_PLAIN_ACK} -m conntrack --ctstate NEW"
     template = "-m conntrack --ctstate NEW"
@@ -114,7 +114,7 @@ def _jumps(marks: Marks, challenges: bool) -> tuple[Jump, ...]:
     return (
         Jump("raw", "OUTPUT", f"{SYN_ACK} {_NO_SOCKET}", f"{PREFIX}-answer"),
         Jump("raw", "OUTPUT", f"{SYN} {template} {_NO_SOCKET}", f"{PREFIX}-opening"),
-        Jump("mangle", "OUTPUT", f"{SYN} {opening}", f"{PREFIX}-proved", last=True),
+        Jump("mangle", "OUTPUT", f"{SYN} {opening} {_NO_SOCKET}", f"{PREFIX}-proved", last=True),
         Jump(
             "mangle",
             "OUTPUT",
@@ -123,7 +123,7 @@ def _jumps(marks: Marks, challenges: bool) -> tuple[Jump, ...]:
             last=True,
         ),
         Jump("mangle", "POSTROUTING", SYN_ACK, f"{PREFIX}-offers", last=True),
-        Jump("mangle", "POSTROUTING", f"-p tcp {unsaved}", f"{PREFIX}-save"),
+        Jump("mangle", "POSTROUTING", unsaved, f"{PREFIX}-save"),
         *(
             Jump("filter", hook, match, f"{PREFIX}-cookies")
             for hook in ("INPUT", "FORWARD")

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Final
 
 from rstguard.engine.address import parse_address
+from rstguard.engine.keys import key_of
 from rstguard.engine.nearest import MOST_TRUSTED, Near, told
-from rstguard.engine.rules import key_of
 from rstguard.engine.ruleset import Rule, RuleSet
 from rstguard.kernel.counting import RETURNED, table_of
 

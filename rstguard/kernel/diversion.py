@@ -8,9 +8,10 @@ from rstguard.engine.address import is_v6
 from rstguard.engine.ruleset import Divert, Per, RuleSet
 from rstguard.kernel import counting, ingress, proof, thinning
 from rstguard.kernel.forgotten import Forgotten
+from rstguard.kernel.marks import Bits, Labels
 from rstguard.kernel.matching import SYN_ONLY, Matching
 from rstguard.kernel.names import PREFIX, set_name
-from rstguard.kernel.proof import PLAIN_ACK
+from rstguard.kernel.proof import MPTCP_OPTION, PLAIN_ACK
 from rstguard.kernel.tracker import Tracker
 
 # All combinations that nf_conntrack_proto_tcp.c does not list in tcp_valid_flags.
@@ -45,6 +46,7 @@ class Diversion(Matching):
             f"{PREFIX}-count": counting.syns(self.ruleset, self.family),
             f"{PREFIX}-first": self.first_ack(),
             f"{PREFIX}-close": self.close(),
+            f"{PREFIX}-given-up": self.given_up(),
             f"{PREFIX}-invalid": self.invalid(),
             f"{PREFIX}-window": self.window(),
             f"{PREFIX}-queue": self.queue("source"),
@@ -54,7 +56,7 @@ class Diversion(Matching):
         out = self.on_interfaces(f"{PREFIX}-adopt", outbound=True, tcp=True)
         out += self.on_interfaces(f"{PREFIX}-answers", outbound=True, tcp=True)
         found |= proof.chains(self)
-        if Divert.CLOSE in self.ruleset.diverts:
+        if {Divert.CLOSE, Divert.GIVEN_UP} & self.ruleset.diverts:
             out += self.on_interfaces(f"{PREFIX}-reset-out", outbound=True, tcp=True)
             found[f"{PREFIX}-reset-out"] = self.reset_out()
             found[f"{PREFIX}-queue-out"] = self.queue("destination")
@@ -71,6 +73,9 @@ class Diversion(Matching):
             rules.append(self.doubt())
         if Divert.CLOSE in diverts:
             rules.append(f"-p tcp -m tcp ! --tcp-flags FIN,RST NONE -j {PREFIX}-close")
+        if Divert.GIVEN_UP in diverts:
+            match = f"-p tcp -m tcp --tcp-flags RST RST -m connmark --mark {marks.guarded}"
+            rules.append(f"{match} -g {PREFIX}-given-up")
         if Divert.SMALL_WINDOW in diverts:
             rules.append(self.small_window())
         rules += [
@@ -88,9 +93,17 @@ class Diversion(Matching):
     def syn(self) -> tuple[str, ...]:
         """New SYNs: from here on their connections are guarded."""
         rules = [*self.unless_trusted(), *self.in_scope()]
+        if self.ruleset.strip_mptcp and self.ruleset.enforce:
+            rules.append(f"-p tcp -j TCPOPTSTRIP --strip-options {MPTCP_OPTION}")
         marks = self.marks
+        # What is on it and its packet by now, others have set.
+        first = "-m conntrack --ctstate NEW ! --ctstatus CONFIRMED"
+        rules.append(f"-m mark ! --mark {marks.none} -j {PREFIX}-foreign")
         begins = f"-m conntrack --ctstate NEW -m connmark --mark {marks.unguarded}"
-        guard = [f"{begins} -j CONNMARK --set-xmark {marks.guarded}"]
+        guard = [
+            f"{first} -j CONNMARK --set-xmark {Bits(marks.guarded.value, marks.mask)}",
+            f"{begins} -j CONNMARK --set-xmark {marks.guarded}",
+        ]
         if self.ruleset.blocking != "drop":  # they are answered later, in the filter table
             blocked = [f"{self.hit(name)} -j RETURN" for name in ("ban", "gate", "shun")]
             rules += [*blocked, *guard] if self.ruleset.covers_all else [*guard, *blocked]
@@ -99,8 +112,6 @@ class Diversion(Matching):
         rules += ingress.replacing(self)
         counted = self.ruleset.kernel_rule
         if counted or Divert.SYN in self.ruleset.diverts:
-            # Another program may have copied the bits of a connection onto its packets.
-            rules.append(f"-j MARK --set-xmark {marks.none}")
             if self.ruleset.bans and not counted:
                 rules.append(f"{self.in_set('proven')} -j MARK --set-xmark {marks.to_queue_proven}")
             rules.append(f"-j {PREFIX}-count" if counted else f"-j {PREFIX}-syns")
@@ -123,7 +134,10 @@ class Diversion(Matching):
         rules.append(f"{first} -j CONNMARK --set-xmark {marks.proven}")
         if Divert.HANDSHAKE in self.ruleset.diverts:
             # While nobody answers, a connection tries again with each packet, up to this many.
-            enough = f"-m connbytes --connbytes {self.ruleset.inspect_packets + 2}"
+            # An entry that is used again has counted the packets of others, too.
+            adopted = Labels(self.ruleset.labels).adopted
+            own = f'-m connlabel ! --label "{adopted}" ' if self.ruleset.bans else ""
+            enough = f"{own}-m connbytes --connbytes {self.ruleset.inspect_packets + 2}"
             enough += " --connbytes-mode packets --connbytes-dir original"
             rules += [
                 f"{enough} -j CONNMARK --set-xmark {marks.trusted}",
@@ -147,6 +161,20 @@ class Diversion(Matching):
         if wanted is not None:
             rules.append(f"-p tcp -m set ! --match-set {set_name('close-ports')} dst -j RETURN")
         return (*rules, *self.known(), f"-j {PREFIX}-queue")
+
+    def given_up(self) -> tuple[str, ...]:
+        """A client's RST before its handshake is over, as it answers a SYN-ACK that it awaits not.
+
+        One that ends no connection is INVALID to the tracker, and goes no further here.
+        """
+        if Divert.GIVEN_UP not in self.ruleset.diverts:
+            return ()
+        return (
+            "-m conntrack ! --ctstate ESTABLISHED -j RETURN",
+            "-m conntrack --ctdir REPLY -j RETURN",
+            f"-j MARK --set-xmark {self.marks.to_queue_given_up}",
+            f"-j {PREFIX}-queue",
+        )
 
     def known(self) -> list[str]:
         """What the reader is told of a connection whose handshake is over."""
@@ -174,14 +202,20 @@ class Diversion(Matching):
         It bears no bit of ours: who reads the queue knows it by the hook, and takes the connection
         for proven.  With a RST the server also answers each ACK that somebody tries out.
         """
-        marks = self.marks
+        marks, diverts = self.marks, self.ruleset.diverts
         rules = [
             "-p tcp -m tcp ! --tcp-flags RST RST -j RETURN",
             f"-m connmark ! --mark {marks.uncondemned} -j RETURN",
-            f"-m connmark ! --mark {marks.established} -j RETURN",
             "-m conntrack --ctdir ORIGINAL -j RETURN",
-            *proof.unless_proven(self),
         ]
+        if Divert.GIVEN_UP in diverts:
+            match = f"-m connmark --mark {marks.guarded}"
+            rules.append(f"{match} -j MARK --set-xmark {marks.to_queue_given_up}")
+            rules.append(f"{match} -j {PREFIX}-queue-out")
+        if Divert.CLOSE not in diverts:
+            return tuple(rules)
+        rules.append(f"-m connmark ! --mark {marks.established} -j RETURN")
+        rules += proof.unless_proven(self)
         if self.ruleset.ports_needing(Divert.CLOSE) is not None:
             rules.append(f"-p tcp -m set ! --match-set {set_name('close-ports')} src -j RETURN")
         return (*rules, f"-j MARK --set-xmark {marks.none}", f"-j {PREFIX}-queue-out")

@@ -8,7 +8,7 @@ bytes, and then reads all values with one unpack: more than ten times as fast.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from operator import itemgetter
 from struct import Struct, pack
 from typing import Final, NamedTuple
@@ -197,10 +197,13 @@ _new = tuple.__new__
 
 
 class Reader:
-    """Reads messages into flows; one reader per dump, as `now` is fixed (wall clock, ns)."""
+    """Reads messages into flows.
 
-    def __init__(self, now: int) -> None:
-        self._now = now
+    One reader per dump: `age` tells how old at a fixed time what began then is (wall clock, ns).
+    """
+
+    def __init__(self, age: Callable[[int], int]) -> None:
+        self._age = age
         self._layouts: dict[int, _Layout] = {}
 
     def flow(self, data: bytes, start: int, end: int) -> Flow | None:
@@ -214,7 +217,7 @@ class Reader:
             layout = self._layouts[end - start] = _Layout(data, start, end)
         message = int.from_bytes(data[start:end], "little")
         if message & layout.mask != layout.signature:
-            return flow_of(fields(data, start, end), self._now)
+            return flow_of(fields(data, start, end), self._age)
         (
             source, destination, source_port, destination_port,
             reply_source, reply_destination, reply_source_port, reply_destination_port,
@@ -232,7 +235,7 @@ class Reader:
             ident, _new(Tuple, original), _new(Tuple, reply), state, mark,
             bool(status & IPS_SEEN_REPLY),
             client_packets, client_bytes, server_packets, server_bytes,
-            max(self._now - began, 0) if began else -1, timeout, zone,
+            self._age(began) if began else -1, timeout, zone,
             _labels(labels) if labels else 0, _server_first(flags),
         )  # fmt: skip
         return _new(Flow, values)
@@ -252,7 +255,7 @@ def _v6(address: int | bytes) -> int:
     return int.from_bytes(address, "big") | V6  # type: ignore[arg-type]
 
 
-def flow_of(found: Fields, now: int) -> Flow | None:
+def flow_of(found: Fields, age: Callable[[int], int]) -> Flow | None:
     """Return the flow of an entry's raw values, or None if it is not TCP."""
     if found.protocol != TCP:
         return None
@@ -267,7 +270,7 @@ def flow_of(found: Fields, now: int) -> Flow | None:
         client_bytes=found.client_bytes,
         server_packets=found.server_packets,
         server_bytes=found.server_bytes,
-        age=max(now - found.start, 0) if found.start else -1,
+        age=age(found.start) if found.start else -1,
         timeout=found.timeout,
         zone=found.zone,
         labels=found.labels,

@@ -25,7 +25,6 @@ from rstguard.kernel import (
     tracker,
 )
 from rstguard.kernel.diversion import queues_for
-from rstguard.kernel.marks import Marks
 from rstguard.kernel.names import PREFIX
 from rstguard.kernel.seam import Kernel
 from rstguard.kernel.untracked import Hits
@@ -119,7 +118,7 @@ class Footprint:
         """Without it the guard works as well; who marks packets for routing must know."""
         cleared = self._clears
         try:
-            clearing.apply(self._kernel, Marks(ruleset.marks))
+            clearing.apply(self._kernel, clearing.Place.of(ruleset))
             self._clears = True
         except KernelError as error:
             self._clears = False
@@ -172,8 +171,8 @@ class Footprint:
             KernelError: the kernel could not be asked.
         """
         with self._whole:
-            marks = Marks(ruleset.marks)
-            uncleared = clearing.missing(self._kernel, marks) if self._clears else []
+            place = clearing.Place.of(ruleset)
+            uncleared = clearing.missing(self._kernel, place) if self._clears else []
             rules = iptables.missing(self._kernel, self._plans(ruleset), self._placed)
             moved = tracker.look(self._kernel) != self._tracker and bool(self._placed)
             return [*uncleared, *rules, *([_MOVED] if moved else [])]
@@ -208,6 +207,8 @@ class Footprint:
         if self.no_challenge:
             ruleset = replace(ruleset, challenge=False)
         plans = _plans(ruleset, self.queues, self.known, self._tracker)
+        if self._clears:
+            plans = {family: chains.unsaved(plan) for family, plan in plans.items()}
         return {family: self._keeping(family, plan) for family, plan in plans.items()}
 
     def _keeping(self, family: int, plan: chains.Plan) -> chains.Plan:

@@ -71,11 +71,13 @@ def with_holding(plan: Plan, ruleset: RuleSet, family: int, queues: Queues) -> P
     mangle = chains["mangle"]
     asked = f"-p tcp -m connmark --mark {build.marks.held} -j {PREFIX}-asked"
     held = (_RST, _FIN) if ruleset.forged_fins else (_RST,)
+    first, *rest = mangle[f"{PREFIX}-in"]
     mangle |= {
         f"{PREFIX}-in": (
+            first,
             *(f"{segment} -j {PREFIX}-hold" for segment in held),
             asked,
-            *mangle[f"{PREFIX}-in"],
+            *rest,
         ),
         f"{PREFIX}-hold": build.hold(),
         f"{PREFIX}-outside": build.outside(),

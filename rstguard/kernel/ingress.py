@@ -24,9 +24,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from rstguard.kernel import forgotten
+from rstguard.kernel import forgotten, proof
 from rstguard.kernel.jumps import Jump
-from rstguard.kernel.marks import Bits
+from rstguard.kernel.marks import Bits, Labels
 from rstguard.kernel.matching import SYN_ACK, Matching, interface_names, negated
 from rstguard.kernel.names import PREFIX, set_name
 
@@ -118,10 +118,14 @@ class Ingress(Matching):
 
     def mangle(self) -> dict[str, tuple[str, ...]]:
         """Return what is learned from servers: who serves, and is inside; they close, too."""
-        outside = (f"-i {name} -j RETURN" for name in interface_names(self.ruleset))
+        outside = tuple(f"-i {name} -j RETURN" for name in interface_names(self.ruleset))
         serves = forgotten.serving(self.family)
+        always = {
+            f"{PREFIX}-anew": (*outside, *self.anew()),
+            f"{PREFIX}-served": self.served(),
+        }
         if not self.ruleset.enforce:
-            return {f"{PREFIX}-inside": (*outside, serves), f"{PREFIX}-served": self.served()}
+            return {f"{PREFIX}-inside": (*outside, serves), **always}
         learn = f"-j SET --add-set {inside_set(self.family)} src --exist"
         closed = f"-j CONNMARK --set-xmark {Bits(0, self.marks.closing.mask)}"
         doubt = (
@@ -132,19 +136,37 @@ class Ingress(Matching):
             f"{PREFIX}-inside": (*outside, serves, learn),
             f"{PREFIX}-closed": (closed,),
             f"{PREFIX}-doubt": doubt,
-            f"{PREFIX}-served": self.served(),
+            **always,
         }
+
+    def anew(self) -> tuple[str, ...]:
+        """A server answers a SYN on a connection that had been established: it is another one.
+
+        The tracker makes no new entry for a SYN if the last that the old one saw came from the
+        server, as a RST does (tcp_packet in nf_conntrack_proto_tcp.c): mark, labels, counters and
+        age stay.  A client's SYN alone proves nothing, as anybody can forge it.
+        """
+        adopted = Labels(self.ruleset.labels).adopted
+        return (
+            *([proof.label(adopted, add=True)] if self.ruleset.bans else []),
+            f"-j CONNMARK --set-xmark {self.marks.guarded}",
+        )
 
     def served(self) -> tuple[str, ...]:
         """Return the rules for what servers send, whichever way it comes: it leads to no queue."""
         answer = f"{SYN_ACK} -m conntrack --ctdir REPLY"
+        always = (
+            *proof.agreed(self),
+            f"{answer} -m connmark --mark {self.marks.established} -j {PREFIX}-anew",
+        )
         guarded = f"-m connmark ! --mark {self.marks.unguarded}"
         if not self.ruleset.enforce:
-            return (f"{answer} {guarded} -j {PREFIX}-inside",)
+            return (*always, f"{answer} {guarded} -j {PREFIX}-inside")
         fin = "-p tcp -m tcp --tcp-flags FIN,RST FIN -m conntrack --ctstate ESTABLISHED"
         bits = self.marks.closing.value | self.marks.established.value
         closing = f"--ctdir REPLY -m connmark --mark {Bits(bits, bits)}"
         return (
+            *always,
             f"{answer} {guarded} -j {PREFIX}-inside",
             f"{fin} {closing} -j {PREFIX}-closed",
         )

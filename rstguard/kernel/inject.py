@@ -29,6 +29,7 @@ class Injector:
     """
 
     def __init__(self, marks: Marks) -> None:
+        self._marks, self._marked = marks, marks.probe.value
         self.sent = 0
         self.failed: dict[str, int] = {}
         try:
@@ -54,12 +55,15 @@ class Injector:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def send(self, packets: Iterable[bytes]) -> int:
+    def send(self, packets: Iterable[bytes], mark: int = 0) -> int:
         """Send IPv4 and IPv6 packets; return how many the kernel took.
+
+        They are routed by those bits of `mark` that are not the guard's.
 
         Never waits and never raises for a packet that cannot be sent; see `failed`.
         """
         before = self.sent
+        self._mark(mark)
         for packet in packets:
             try:
                 self._send(packet)
@@ -69,6 +73,15 @@ class Injector:
             else:
                 self.sent += 1
         return self.sent - before
+
+    def _mark(self, mark: int) -> None:
+        mark = mark & ~self._marks.mask | self._marks.probe.value
+        if mark == self._marked:
+            return
+        for raw in (self._ipv4, self._ipv6):
+            if raw is not None:
+                raw.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, pack("=I", mark))
+        self._marked = mark
 
     def _send(self, packet: bytes) -> None:
         if packet[0] >> 4 == 4:

@@ -1,7 +1,7 @@
 """The plan of all bits that the guard keeps on connections and packets, those to come included.
 
 Eight adjacent bits of the mark, chosen by the policy's key `marks` (`DEFAULT_MARKS`); every other
-bit belongs to other software and is never changed.  Four labels beside them (`Labels`).
+bit belongs to other software and is never changed.  Six labels beside them (`Labels`).
 
 On a connection (connmark), GUARDED, PROVEN and TRUSTED are *stages*: who is trusted has proved
 itself, and who has proved itself is guarded.  Two bits hold the three.  A stage only rises, and
@@ -30,7 +30,16 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 from rstguard.engine import wire
-from rstguard.engine.ruleset import ADOPTED, CONFIRMED, DEFAULT_LABELS, DEFAULT_MARKS, LIKELY
+from rstguard.engine.ruleset import (
+    ADOPTED,
+    BEGUN,
+    CONDEMNED,
+    CONFIRMED,
+    DEFAULT_LABELS,
+    DEFAULT_MARKS,
+    LIKELY,
+    MPTCP,
+)
 from rstguard.engine.verdict import Ends
 
 _GUARDED, _PROVEN, _TRUSTED = 1, 2, 3
@@ -108,7 +117,18 @@ PLAN: Final = (
     ),
     Meaning(
         _LABEL, "ADOPTED", ADOPTED,
-        "taken up in mid-life: its age and its window scale are not known",
+        "taken up in mid-life, or where another of the same ends had been: its age is not known",
+    ),
+    Meaning(
+        _LABEL, "BEGUN", BEGUN,
+        "its first packet came while the guard ran: the bits that condemn count only with the next",
+    ),
+    Meaning(
+        _LABEL, "CONDEMNED", CONDEMNED,
+        "the guard itself has condemned it, and no other program's mark",
+    ),
+    Meaning(
+        _LABEL, "MPTCP", MPTCP, "its server has agreed to MPTCP: a RST ends a subflow alone",
     ),
     Meaning(_INTO, "KNOWN", _TO_QUEUE_KNOWN, "the tracker calls the connection established"),
     Meaning(
@@ -118,8 +138,8 @@ PLAN: Final = (
     ),
     Meaning(
         _INTO, "OVER", _TO_QUEUE_OVER,
-        "by the kernel's count it is one too many; of a RST that waits: it came in on a protected"
-        " interface",
+        "by the kernel's count it is one too many; of a RST: its connection's handshake was not"
+        " over; of a RST that waits: it came in on a protected interface",
     ),
     Meaning(_INTO, "STRAY", _TO_QUEUE_STRAY, "it fits no connection that the tracker knows"),
     Meaning(
@@ -194,10 +214,10 @@ class Marks:
         # A RST or FIN for it came in, that is not held back.
         self.doubted = Bits(self.closing.value, self.closing.mask | self.held.mask | alive)
 
-        # A packet's.
         self.none = Bits(0, mask)
         self.to_queue_proven = _one(_TO_QUEUE_PROVEN * unit)
         self.to_queue_over = _one(_TO_QUEUE_OVER * unit)
+        self.to_queue_given_up = Bits(_TO_QUEUE_OVER * unit, mask)
         self.to_queue_stray = Bits(_TO_QUEUE_STRAY * unit, mask)
         self.to_queue_known = Bits((_TO_QUEUE_KNOWN | _TO_QUEUE_PROVEN) * unit, mask)
         """A segment of a proven connection; or SYNPROXY's own SYN."""
@@ -216,7 +236,7 @@ class Marks:
 
 
 class Labels:
-    """The numbers of the labels, from `first` on (0-124).
+    """The numbers of the labels, from `first` on (0-122).
 
     A policy that bans needs the connlabel match (CONFIG_NETFILTER_XT_MATCH_CONNLABEL and
     CONFIG_NF_CONNTRACK_LABELS; the check "proof of address" of `rstguard doctor`).
@@ -226,6 +246,9 @@ class Labels:
         self.likely = first + LIKELY
         self.confirmed = first + CONFIRMED
         self.adopted = first + ADOPTED
+        self.begun = first + BEGUN
+        self.condemned = first + CONDEMNED
+        self.mptcp = first + MPTCP
 
 
 def _one(value: int) -> Bits:

@@ -10,6 +10,7 @@ import errno
 import os
 import socket
 import struct
+import sys
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
@@ -43,6 +44,9 @@ _CHAIN_TABLE, _CHAIN_NAME, _CHAIN_HOOK, _CHAIN_TYPE = 1, 3, 4, 7
 _HOOK_NUMBER, _HOOK_PRIORITY = 1, 2
 _RULE_TABLE, _RULE_CHAIN, _RULE_EXPRESSIONS, _RULE_COMMENT = 1, 2, 4, 7
 _EQUAL, _UNEQUAL = 0, 1
+_NAME_BYTES = 16  # IFNAMSIZ
+_TRANSPORT_HEADER, _FLAGS_AT = 2, 13
+_TCP, _SYN, _SYN_RST_ACK_FIN = 6, 0x02, 0x17
 _REGISTER = struct.pack(">I", 1)
 _ALL_BITS = 0xFFFFFFFF
 
@@ -55,7 +59,11 @@ class Field(NamedTuple):
 
 
 MARK_OF_PACKET: Final = Field("meta", 3)
+_DEVICE_OF_PACKET: Final = Field("meta", 6)
+_PROTOCOL_OF_PACKET: Final = Field("meta", 16)
 MARK_OF_CONNECTION: Final = Field("ct", 3)
+_LABELS_OF_CONNECTION: Final = Field("ct", 13)
+_LABEL_BYTES = 16
 STATE_OF_CONNECTION: Final = Field("ct", 0)
 INVALID, NEW = 1, 8
 """Bits of the state (NF_CT_STATE_INVALID_BIT, NF_CT_STATE_BIT)."""
@@ -203,9 +211,46 @@ def has_any(field: Field, mask: int) -> bytes:
     return _load(field) + _bitwise(mask) + _compare(_UNEQUAL, 0)
 
 
+def came_in_on(name: str) -> bytes:
+    """Match what came in on a device; a name that ends in "*" or "+" is the beginning of one."""
+    whole = name.encode().ljust(_NAME_BYTES, b"\0")
+    wanted = name[:-1].encode() if name[-1:] in ("*", "+") else whole
+    return _load(_DEVICE_OF_PACKET) + (_compare_bytes(_EQUAL, wanted) if wanted else b"")
+
+
+def is_tcp() -> bytes:
+    """Match TCP."""
+    return _load(_PROTOCOL_OF_PACKET) + _compare_bytes(_EQUAL, bytes((_TCP,)))
+
+
+def is_syn(yes: bool = True) -> bytes:
+    """Match a TCP segment that is, or is not, the first of its connection."""
+    load = _expression(
+        "payload",
+        attribute(1, _REGISTER),
+        *(
+            attribute(kind, struct.pack(">I", value))
+            for kind, value in ((2, _TRANSPORT_HEADER), (3, _FLAGS_AT), (4, 1))
+        ),
+    )
+    registers = attribute(1, _REGISTER) + attribute(2, _REGISTER)
+    mask = nest(4, attribute(1, bytes((_SYN_RST_ACK_FIN,))))
+    only = _expression(
+        "bitwise", registers, attribute(3, struct.pack(">I", 1)), mask, nest(5, attribute(1, b"\0"))
+    )
+    return load + only + _compare_bytes(_EQUAL if yes else _UNEQUAL, bytes((_SYN,)))
+
+
 def put(field: Field, bits: Bits) -> bytes:
     """Make the bits these under their mask, and leave the others."""
     return _load(field) + _bitwise(_ALL_BITS ^ bits.mask, bits.value) + _store(field)
+
+
+def give_label(number: int) -> bytes:
+    """Give the connection a label, if it has room for any."""
+    value = attribute(1, (1 << number).to_bytes(_LABEL_BYTES, sys.byteorder))
+    load = _expression("immediate", attribute(1, _REGISTER), nest(2, value))
+    return load + _store(_LABELS_OF_CONNECTION)
 
 
 def _expression(name: str, *attributes: bytes) -> bytes:
@@ -234,8 +279,12 @@ def _bitwise(mask: int, xor: int = 0) -> bytes:
 
 
 def _compare(operation: int, value: int) -> bytes:
+    return _compare_bytes(operation, struct.pack("=I", value))
+
+
+def _compare_bytes(operation: int, value: bytes) -> bytes:
     how = attribute(2, struct.pack(">I", operation))
-    return _expression("cmp", attribute(1, _REGISTER), how, _value(3, value))
+    return _expression("cmp", attribute(1, _REGISTER), how, nest(3, attribute(1, value)))
 
 
 ACCEPT: Final = _expression(

@@ -15,7 +15,8 @@ import sys
 import time
 from pathlib import Path
 
-from rstguard.kernel import KernelError, clearing, confine, protected, readers
+from rstguard.engine.ruleset import DEFAULT_MARKS
+from rstguard.kernel import KernelError, clearing, command, confine, foreign, protected, readers
 from rstguard.kernel.check import Check, Host, Outcome
 from rstguard.kernel.command import own_program
 from rstguard.kernel.queues import owner
@@ -46,6 +47,7 @@ def checks(queue: int, queues: int = 1) -> list[Check]:
     found += feature_checks(host, deadline)
     found += [
         _routing(host),
+        _foreign(),
         _binding(host),
         _reader(host),
         _tracking(host),
@@ -73,6 +75,15 @@ def _routing(host: Host) -> Check:
             host.load_module("nf_tables"),
         )
     return Check(name, Outcome.OK, "no bit of the guard is on a packet while it is routed")
+
+
+def _foreign() -> Check:
+    """Look whether other programs use the bits of marks that are the guard's by default."""
+    name = "marks of others"
+    found = foreign.look(command)
+    if problems := foreign.told(found, DEFAULT_MARKS):
+        return Check(name, Outcome.WARNING, problems[0])
+    return Check(name, Outcome.OK, f"no other program uses the mark bits {DEFAULT_MARKS:#010x}")
 
 
 def _protected() -> Check:

@@ -20,7 +20,7 @@ from __future__ import annotations
 from typing import Final
 
 from rstguard.kernel.marks import Labels
-from rstguard.kernel.matching import Matching, negated
+from rstguard.kernel.matching import SYN_ACK, Matching, negated
 from rstguard.kernel.names import PREFIX, set_name
 
 SUSPECT_SECONDS: Final = 600
@@ -29,6 +29,8 @@ _RENEWING: Final = 256
 """One in so many packets of servers to proven sources renews the proof, so that the client of a
 long upload is still known when the tracker forgets it."""
 PLAIN_ACK: Final = "-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK ACK"
+
+MPTCP_OPTION: Final = 30  # RFC 8684, 3
 
 # Classic BPF, as `-m bpf --bytecode` takes it: the number of instructions, then code, jt, jf, k of
 # each (linux/filter.h).  The packet begins at its IP header, `len` is its true length, also where
@@ -96,7 +98,9 @@ def bits(matching: Matching, likely: bool = True) -> list[str]:
         return [add]
     labels = Labels(matching.ruleset.labels)
     numbers = (labels.likely, labels.confirmed) if likely else (labels.confirmed,)
-    return [f"{label(number)} {add}" for number in numbers]
+    # On an entry that is used again the labels are those of the connection before.
+    own = f'-m connlabel ! --label "{labels.adopted}"'
+    return [f"{own} {label(number)} {add}" for number in numbers]
 
 
 def unless_proven(matching: Matching) -> list[str]:
@@ -106,6 +110,26 @@ def unless_proven(matching: Matching) -> list[str]:
     labels = Labels(matching.ruleset.labels)
     neither = (f'-m connlabel ! --label "{n}"' for n in (labels.likely, labels.confirmed))
     return [f"{' '.join(neither)} -j RETURN"]
+
+
+def agreed(matching: Matching) -> list[str]:
+    """Return the rule that notes that a server's SYN-ACK has agreed to MPTCP, whoever it is."""
+    if not matching.ruleset.bans:
+        return []
+    number = Labels(matching.ruleset.labels).mptcp
+    answer = f"{SYN_ACK} --tcp-option {MPTCP_OPTION} -m conntrack --ctdir REPLY"
+    return [f"{answer} {label(number, add=True)}"]
+
+
+def not_condemned(matching: Matching) -> str:
+    """Match a connection that the guard has not condemned, whatever its mark says; or return "".
+
+    Those that are older than the guard have no room for labels: there the mark alone tells.
+    """
+    if not matching.ruleset.bans:
+        return ""
+    labels = Labels(matching.ruleset.labels)
+    return f'{label(labels.begun)} -m connlabel ! --label "{labels.condemned}"'
 
 
 def chains(matching: Matching) -> dict[str, tuple[str, ...]]:

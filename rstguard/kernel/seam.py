@@ -100,6 +100,9 @@ class Connections(Closing, Protocol):
     def set_mark(self, flows: Sequence[Flow], bits: int, mask: int) -> list[int]:
         """Mark connections (old & ~mask) | bits; return an errno for each, 0 for success."""
 
+    def set_labels(self, flows: Sequence[Flow], bits: int, mask: int) -> list[int]:
+        """Label connections (old & ~mask) | bits; return an errno for each, 0 for success."""
+
     def set_liberal(self, flows: Sequence[Flow]) -> list[int]:
         """Have segments of any number taken of connections; an errno for each, 0 for success."""
 
@@ -130,7 +133,7 @@ class PacketSender(Closing, Protocol):
     failed: dict[str, int]
     """Those that it did not take, by reason (``ENETUNREACH``, …)."""
 
-    def send(self, packets: Iterable[bytes]) -> int:
+    def send(self, packets: Iterable[bytes], mark: int = 0) -> int:
         """Send IPv4 and IPv6 packets; return how many the kernel took.  Never raises for one."""
 
 

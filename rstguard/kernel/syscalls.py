@@ -7,6 +7,7 @@ sees numbers only, never what a pointer points to.
 - What is listed in `_ALLOWED` is carried out.
 - `sendto` names no receiver, so that a netlink socket, which is connected to the kernel, speaks to
   nobody else; raw sockets, which must name one, are told apart by their descriptors.
+- `setsockopt` gives raw sockets a mark, by which their packets are routed, and does nothing else.
 - New memory is for data: nothing that could be executed, and no files.
 - Looking for files is refused (EACCES) and no crime: Python does so by itself, for the lines of a
   traceback, and goes on without.
@@ -52,7 +53,8 @@ _MACHINES: Mapping[str, Machine] = MappingProxyType(
 _ABSENT = -1
 
 # arch/x86/entry/syscalls/syscall_64.tbl, include/uapi/asm-generic/unistd.h
-_SENDTO, _MMAP = (44, 206), (9, 222)
+_SENDTO, _MMAP, _SETSOCKOPT = (44, 206), (9, 222), (54, 208)
+_SOL_SOCKET, _SO_MARK = 1, 36  # asm-generic/socket.h
 _ALLOWED: Mapping[str, tuple[int, int]] = MappingProxyType(
     {
         # packets, netlink and the channel
@@ -121,6 +123,7 @@ def program(machine: Machine, raw: Collection[int]) -> bytes:
         code += _if(_AT_LEAST, _X32, KILL)
     code += _block(_SENDTO[column], _send(raw))
     code += _block(_MMAP[column], _map())
+    code += _block(_SETSOCKOPT[column], _mark(raw))
     for table, action in ((_ALLOWED, ALLOW), (_FILES, REFUSE)):
         for numbers in table.values():
             if numbers[column] != _ABSENT:
@@ -137,6 +140,15 @@ def _send(raw: Collection[int]) -> list[_Instruction]:
     for half in (0, 4):
         code += [_load(_argument(4) + half), *_unless(0, TRAP)]
     return [*code, _return(ALLOW)]
+
+
+def _mark(raw: Collection[int]) -> list[_Instruction]:
+    """Judge `setsockopt`: descriptor, level and option are the first three arguments."""
+    code = [_load(_argument(1)), *_unless(_SOL_SOCKET, TRAP)]
+    code += [_load(_argument(2)), *_unless(_SO_MARK, TRAP), _load(_argument(0))]
+    for descriptor in sorted(raw):
+        code += _if(_EQUAL, descriptor, ALLOW)
+    return [*code, _return(TRAP)]
 
 
 def _map() -> list[_Instruction]:

@@ -52,6 +52,7 @@ KINDS = MappingProxyType(
         "taken up again",
         "spoofed": "segments begin to come from outside in the name of an address that answers "
         "from inside: counted, then dropped",
+        "foreign_marks": "another program uses mark bits of the guard's",
         "panic": "all traffic passes on an administrator's word, or no longer",
         "left_out": "events of the last second that were not written, by their number",
     }

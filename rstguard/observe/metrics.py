@@ -103,6 +103,11 @@ def _forgotten(data: Snapshot) -> Iterator[Sample]:
         yield (name,), float(count)
 
 
+def _foreign(data: Snapshot) -> Iterator[Sample]:
+    for name in ("cleared", "spared"):
+        yield (name,), float(data["foreign_marks"][name])
+
+
 def _services(data: Snapshot) -> Iterator[Sample]:
     if budget := data["syn_budget"]:
         for service in budget["services"]:
@@ -177,6 +182,10 @@ TABLE: tuple[Row, ...] = (
         "What the connection tracker did not know any more: adopted (connections that were taken "
         "up again as their server spoke), dropped (segments of no connection beyond what its table "
         "is to hold).", _forgotten),
+    Row("rstguard_foreign_marks_total", "counter", ("what",),
+        "Marks of other programs with bits of the guard's: cleared (packets that they were taken "
+        "off), spared (segments that went on though such a mark condemns their connection).",
+        _foreign),
     Row("rstguard_failures_total", "counter", ("what",),
         "What went wrong, and the log tells of: failed (a packet or a sweep could not be judged), "
         "block_failed (a ban or shun was not set), lost_reports (a process was not heard in time).",

@@ -58,6 +58,7 @@ def compile_policy(policy: Policy) -> RuleSet:
         forged_resets=policy.forged_resets,
         forged_fins=policy.forged_fins == "hold",
         reset_exempt=policy.reset_exempt,
+        strip_mptcp=policy.mptcp == "strip",
         least_ttl=policy.least_ttl,
         spoofed_after=policy.drop_spoofed_after,
         drops_spoofed=policy.drop_spoofed_after == 0,

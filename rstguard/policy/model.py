@@ -119,6 +119,7 @@ class Policy(Model):
     bans_per_minute: Annotated[int, PlainValidator(count(1, 1_000_000))] = 1000
     marks: Annotated[int, PlainValidator(mark_bits)] = DEFAULT_MARKS
     labels: Annotated[int, PlainValidator(count(0, DEFAULT_LABELS))] = DEFAULT_LABELS
+    mptcp: Literal["allow", "strip"] = "allow"
     least_ttl: Annotated[int, PlainValidator(count(0, 64))] = DEFAULT_LEAST_TTL
     drop_spoofed_after: Annotated[
         int | None, PlainValidator(duration_or_never(0, 24 * 60 * MINUTE))

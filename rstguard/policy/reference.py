@@ -38,8 +38,10 @@ MEANINGS = MappingProxyType(
         "shuns instead until that is over, by default 1000",
         "marks": "the eight adjacent bits of marks that are the guard's, by default `0xff000000`; "
         "changed only by a restart",
-        "labels": "the first of the four connection labels that are the guard's, by default 124; "
+        "labels": "the first of the six connection labels that are the guard's, by default 122; "
         "changed only by a restart",
+        "mptcp": "`allow` (the default), or `strip`: SYNs to protected targets lose the option "
+        "MPTCP, so that their connections are plain TCP, which a kill ends for certain",
         "least_ttl": "hops (TTL, hop limit) that a segment to a server behind this gateway must "
         "have left, or it is dropped: 0 to 64, by default 4; 0: none is",
         "drop_spoofed_after": "what comes from outside in the name of an address that answers "

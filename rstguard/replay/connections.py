@@ -88,6 +88,11 @@ class Connection:
         self.older = self.productive = self.likely = self.confirmed = False
         self.hit: Hit | None = None
 
+    @property
+    def begins(self) -> bool:
+        """Whether it is guarded, and its handshake not over."""
+        return self.guarded and not self.proven
+
     def flow(self, now: int, labels: int) -> Flow:
         """Return the connection as the kernel's table would show it at `now`.
 

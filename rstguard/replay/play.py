@@ -28,6 +28,7 @@ from rstguard.engine.wire import (
     FIN,
     KNOWN,
     OUTBOUND,
+    OVER,
     PROVEN,
     RST,
     STRAY,
@@ -285,6 +286,9 @@ class Replay:
         self.counts.answers += 1
         if packet.payload_length and connection.proven:
             connection.confirmed = True
+        if packet.flags & RST and self._way.given_up and connection.begins:
+            self._decide(packet, KNOWN | PROVEN | OUTBOUND | OVER, connection, now)
+            return
         proven = connection.likely or connection.confirmed or not self.ruleset.bans
         closes = packet.flags & RST and connection.guarded and connection.proven and proven
         if closes and self._way.sees_end(packet.source_port):
@@ -294,6 +298,9 @@ class Replay:
         """A client's segment, in the order of the kernel's rules."""
         way, flags = self._way, packet.flags
         if not connection.guarded:
+            return
+        if flags & RST and way.given_up and connection.begins:
+            self._decide(packet, OVER, connection, now)
             return
         closes = flags & (FIN | RST) and connection.proven
         if closes and way.sees_end(packet.destination_port):

@@ -34,6 +34,7 @@ class Way:
         self.diverts = ruleset.diverts
         self._closing_ports = ruleset.ports_needing(Divert.CLOSE)
         self.handshakes = Divert.HANDSHAKE in self.diverts
+        self.given_up = Divert.GIVEN_UP in self.diverts
         self.syns = Divert.SYN in self.diverts
         self.strays = Divert.STRAY in self.diverts
         self.bad_flags = Divert.BAD_FLAGS in self.diverts

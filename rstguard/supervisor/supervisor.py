@@ -20,6 +20,7 @@ from rstguard.supervisor.bans import Bans
 from rstguard.supervisor.capped import Capped
 from rstguard.supervisor.change import Change
 from rstguard.supervisor.child import StartFailed
+from rstguard.supervisor.foreign import ForeignMarks
 from rstguard.supervisor.guard import Guard
 from rstguard.supervisor.ingress import Ingress
 from rstguard.supervisor.options import Options
@@ -50,6 +51,7 @@ class Parts(NamedTuple):
     upkeep: Upkeep
     budget: Budget
     ingress: Ingress
+    foreign: ForeignMarks
     service: Service
 
 
@@ -164,6 +166,7 @@ class Supervisor:
             parts.budget.apply(),
             parts.budget.look(),
             parts.ingress.watch(),
+            parts.foreign.watch(),
             parts.service.attend(parts.policies.reload),
         ]
         if self._options.web is not None:

@@ -26,7 +26,7 @@ from typing import Final, NamedTuple
 from rstguard.engine.flow import BOTH_FINS, Flow, TcpState, Tuple
 from rstguard.engine.segment import opening
 from rstguard.engine.verdict import Ends, Reason
-from rstguard.kernel.marks import Marks
+from rstguard.kernel.marks import Labels, Marks
 
 MILLISECOND: Final = 1_000_000
 
@@ -71,6 +71,10 @@ class Outcome(Enum):
     """What became of a target."""
 
     RESET = "every end that was to be told was sent a RST"
+    SUBFLOW = (
+        "client and server were reset, but it is an MPTCP connection: this subflow of it is ended,"
+        " its sockets may stay (`mptcp: strip` in the policy makes connections plain TCP)"
+    )
     OVER = "the connection had ended by itself"
     SILENT = "an end answered no probe, so that nothing proves that it was reset"
     LOST = "the kernel forgot the connection before its ends answered"
@@ -104,6 +108,7 @@ class Case:
     since: int
     deadline: int
     marks: Marks
+    labels: Labels
     condemned: bool = False
     condemned_at: int = 0
     probes: int = 0
@@ -127,7 +132,8 @@ class Case:
             return self.absent(now)
         self.rst_sent |= seen.mark & self.wanted
         if self.rst_sent == self.wanted:
-            return self.result(Outcome.RESET, now)
+            of_mptcp = seen.labels >> self.labels.mptcp & 1
+            return self.result(Outcome.SUBFLOW if of_mptcp else Outcome.RESET, now)
         # Other software has changed the mark; it may have taken RST_SENT bits with it.
         self.disturbed |= self.condemned and not seen.mark & self.marks.condemned.mask
         over = seen.state in OVER and not held_on(seen, self.marks)
@@ -202,6 +208,17 @@ def probe_paths(flow: Flow, ends: int, marks: Marks) -> list[Tuple]:
     if ends & marks.rst_sent_destination.mask:
         paths.append(_turned(flow.reply))
     return paths
+
+
+def way_of(path: Tuple, flow: Flow, marks: Marks, tries: int) -> int:
+    """Return the mark by which a probe on one of the `probe_paths` is to be routed.
+
+    With two uplinks the mark of a connection often says by which its client is reached, and may say
+    nothing of its server, or the other way round: so each is tried in turn, the usual one first.
+    `tries` counts from 1.
+    """
+    to_client = path == _turned(flow.original)
+    return flow.mark & ~marks.mask if to_client == bool(tries & 1) else 0
 
 
 def _turned(path: Tuple) -> Tuple:

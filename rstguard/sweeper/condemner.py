@@ -23,7 +23,8 @@ from rstguard.engine.address import Prefix
 from rstguard.engine.flow import Flow, Tuple
 from rstguard.engine.segment import probe
 from rstguard.engine.verdict import Ends
-from rstguard.kernel.marks import Marks
+from rstguard.kernel import condemning
+from rstguard.kernel.marks import Labels, Marks
 from rstguard.sweeper.cases import (
     MILLISECOND,
     OVER,
@@ -34,6 +35,7 @@ from rstguard.sweeper.cases import (
     Target,
     opening_of,
     probe_paths,
+    way_of,
 )
 
 __all__ = ["Condemner", "Outcome", "Progress", "Result", "Target", "select"]
@@ -58,14 +60,11 @@ class Progress(NamedTuple):
     next_step_at: int | None
 
 
-class Table(Protocol):
+class Table(condemning.Table, Protocol):
     """The part of `rstguard.kernel.conntrack.Conntrack` that is needed here."""
 
     def read(self, flows: Sequence[Flow], now_ns: int | None = None) -> list[Flow | None]:
         """Return each connection as it is now, or None."""
-
-    def set_mark(self, flows: Sequence[Flow], bits: int, mask: int) -> list[int]:
-        """Mark connections; return an errno for each."""
 
     def delete(self, flows: Sequence[Flow]) -> list[int]:
         """Forget connections; return an errno for each."""
@@ -74,8 +73,8 @@ class Table(Protocol):
 class Sender(Protocol):
     """The part of `rstguard.kernel.inject.Injector` that is needed here."""
 
-    def send(self, packets: Iterable[bytes]) -> int:
-        """Send packets; return how many left."""
+    def send(self, packets: Iterable[bytes], mark: int = 0) -> int:
+        """Send packets, routed by a mark; return how many left."""
 
 
 _Item = tuple[tuple[Tuple, int], Case]
@@ -99,7 +98,9 @@ class Condemner:
         deadline: int = DEADLINE,
         most: int = MOST_PENDING,
         draw: Callable[[], int] | None = None,
+        labels: Labels | None = None,
     ) -> None:
+        self._labels = labels or Labels()
         self._table = table
         self._sender = sender
         self._marks = marks
@@ -127,7 +128,7 @@ class Condemner:
                     self._merge(case, target)
                     continue
                 self._close(key, case.absent(now))  # its name belongs to a newer connection
-            case = Case(target, now, now + self._deadline, self._marks)
+            case = Case(target, now, now + self._deadline, self._marks, self._labels)
             if len(self._cases) >= self._most:
                 detail = f"not condemned, as {self._most} others are pending; try again"
                 self._finished.append(case.result(Outcome.REFUSED, now, detail))
@@ -190,7 +191,7 @@ class Condemner:
         for ends, bits in self._marks.condemned_for.items():
             group = [(key, case) for key, case in items if case.target.ends is ends]
             flows = [case.target.flow for _, case in group]
-            codes = self._table.set_mark(flows, bits, bits) if flows else []
+            codes = self._mark(flows, bits) if flows else []
             for (key, case), code in zip(group, codes, strict=True):
                 if code == 0:
                     case.condemned = True
@@ -201,35 +202,45 @@ class Condemner:
                     detail = f"the kernel refused to mark it ({errno.errorcode.get(code, code)})"
                     self._close(key, case.result(Outcome.REFUSED, now, detail))
 
+    def _mark(self, flows: list[Flow], bits: int) -> list[int]:
+        return condemning.condemn(self._table, flows, self._labels, bits, bits)
+
     def _provoke(self, now: int) -> None:
-        paths: list[Tuple] = []
-        openings: list[bytes] = []
+        paths: list[tuple[Tuple, int]] = []
+        openings: list[tuple[bytes, int]] = []
         over: list[Flow] = []
         marks = self._marks
         for case in self._cases.values():
             if case.condemned and case.due(now):
                 case.probes += 1
                 silent = probe_paths(case.target.flow, case.wanted & ~case.rst_sent, marks)
-                paths += silent
+                flow = case.target.flow
+                ways = [way_of(path, flow, marks, case.probes) for path in silent]
+                paths += zip(silent, ways, strict=True)
                 if case.probes > STRICT_AFTER:
-                    flow = case.target.flow
-                    openings += [opening_of(path, flow, self._draw) for path in silent]
+                    strict = (opening_of(path, flow, self._draw) for path in silent)
+                    openings += zip(strict, ways, strict=True)
         while self._again and self._again[0][0] <= now:
             _, rounds, target = self._again.popleft()
             if rounds > 0:
                 self._again.append((now + AGAIN_AFTER, rounds - 1, target))
-                paths += probe_paths(target.flow, marks.rst_sent_for[target.ends], marks)
+                ends = probe_paths(target.flow, marks.rst_sent_for[target.ends], marks)
+                paths += [(path, way_of(path, target.flow, marks, rounds)) for path in ends]
             elif target.ends is Ends.BOTH:
                 over.append(target.flow)
         if over:  # a new connection of the same addresses and ports is welcome again
             self._table.delete(over)
-        self._sender.send(probe(path, self._draw(), self._draw()) for path in paths)
-        self._sender.send(openings)
+        self._send([(probe(path, self._draw(), self._draw()), way) for path, way in paths])
+        self._send(openings)
+
+    def _send(self, packets: list[tuple[bytes, int]]) -> None:
+        for way in dict.fromkeys(way for _, way in packets):
+            self._sender.send((packet for packet, its in packets if its == way), way)
 
     def _close(self, key: tuple[Tuple, int], result: Result) -> None:
         del self._cases[key]
         self._finished.append(result)
-        if result.outcome is Outcome.RESET:
+        if result.outcome in (Outcome.RESET, Outcome.SUBFLOW):
             self._again.append((result.at + AGAIN_AFTER, AGAIN_ROUNDS, result.target))
 
 

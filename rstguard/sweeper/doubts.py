@@ -46,9 +46,10 @@ from rstguard.engine.segment import probe
 from rstguard.engine.verdict import Ends, Reason
 from rstguard.ipc.channel import ChildEnd
 from rstguard.ipc.messages import Reset
-from rstguard.kernel.marks import Marks
+from rstguard.kernel.condemning import condemn
+from rstguard.kernel.marks import Labels, Marks
 from rstguard.kernel.seam import Connections, PacketSender
-from rstguard.sweeper.cases import probe_paths
+from rstguard.sweeper.cases import probe_paths, way_of
 
 OUTLIVED: Final = "outlived"
 """Stands for the rule in what is told of a connection that was ended here."""
@@ -87,6 +88,7 @@ class Doubts:
         clock: Callable[[], int],
         draw: Callable[[], int] | None = None,
         patience: int = 432_000,
+        labels: Labels | None = None,
     ) -> None:
         """Tell by `channel`, count in `counts`; `draw` draws the numbers of probes, 32 bits.
 
@@ -94,6 +96,7 @@ class Doubts:
         """
         self._channel, self._table, self._sender = channel, table, sender
         self._marks, self._counts, self._clock = marks, counts, clock
+        self._labels = labels or Labels()
         self._draw = draw or partial(random.getrandbits, 32)
         self._patience = patience
         self._half_closed: dict[_Key, Flow] = {}
@@ -139,7 +142,7 @@ class Doubts:
         if closed:
             bits = marks.condemned_destination.value
             # The bit that tells that their client ended them stays: see `rstguard.kernel.chains`.
-            codes = self._table.set_mark(closed, bits, bits)
+            codes = condemn(self._table, closed, self._labels, bits, bits)
             there = [flow for flow, code in zip(closed, codes, strict=True) if code == 0]
             self._asked |= {(flow.original, flow.zone): (flow, _PROBES) for flow in there}
             self._probe()
@@ -152,6 +155,8 @@ class Doubts:
         closed, moved, settled, lasting = list[Flow](), list[Flow](), list[Flow](), list[Flow]()
         seen, self._half_closed = self._half_closed, {}
         for flow in self._table.dump(*self._marks.doubted):
+            if not flow.mark & self._marks.stage_mask:
+                continue  # another program's mark
             soon = flow.timeout < _SOON
             if flow.state == TcpState.CLOSE or _in_its_place(flow):
                 closed.append(flow)
@@ -211,12 +216,15 @@ class Doubts:
 
     def _probe(self) -> None:
         destination = self._marks.rst_sent_destination.value
-        paths: list[Tuple] = []
+        paths: dict[int, list[Tuple]] = {}
         for key, (flow, due) in self._asked.items():
             if due:
                 self._asked[key] = flow, due - 1
-                paths += probe_paths(flow, destination, self._marks)
-        self._sender.send(probe(path, self._draw(), self._draw()) for path in paths)
+                for path in probe_paths(flow, destination, self._marks):
+                    way = way_of(path, flow, self._marks, 1 + _PROBES - due)
+                    paths.setdefault(way, []).append(path)
+        for way, its in paths.items():
+            self._sender.send((probe(path, self._draw(), self._draw()) for path in its), way)
 
     def _tell(self, outlived: list[Flow]) -> None:
         self._counts["outlived"] += len(outlived)

@@ -12,8 +12,9 @@ from rstguard.engine.ruleset import SECOND, RuleSet
 from rstguard.engine.verdict import Ends, Reason
 from rstguard.ipc.channel import ChildEnd
 from rstguard.ipc.messages import Blocked, Kill, NotKilled, Reset
+from rstguard.kernel.condemning import is_condemned
 from rstguard.kernel.elements import Element
-from rstguard.kernel.marks import Marks
+from rstguard.kernel.marks import Labels, Marks
 from rstguard.kernel.seam import Connections, ElementSets
 from rstguard.sweeper import targets
 from rstguard.sweeper.cases import as_held
@@ -40,9 +41,10 @@ class Ending:
         counts: Counter[str],
         clock: Callable[[], int],
         marks: Marks,
+        labels: Labels,
     ) -> None:
         """Tell of kills by `channel`, and count in `counts`."""
-        self._marks = marks
+        self._marks, self._labels = marks, labels
         self._channel, self._table, self._sets = channel, table, sets
         self._condemner, self._counts, self._clock = condemner, counts, clock
         self._kills = Kills()
@@ -92,7 +94,9 @@ class Ending:
         Raises:
             KernelError: the connection table or the sets cannot be read.
         """
-        self._kill_all(self._table.dump(*self._marks.unfinished), now)
+        unfinished = self._table.dump(*self._marks.unfinished)
+        marks, labels = self._marks, self._labels
+        self._kill_all((f for f in unfinished if is_condemned(f, marks, labels)), now)
         self._end_connections_of_banned(now)
 
     @property

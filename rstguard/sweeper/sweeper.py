@@ -37,7 +37,7 @@ from rstguard.ipc.messages import (
     ToChild,
 )
 from rstguard.kernel import KernelError
-from rstguard.kernel.marks import Marks
+from rstguard.kernel.marks import Labels, Marks
 from rstguard.kernel.seam import Kernel
 from rstguard.sweeper.condemner import Condemner
 from rstguard.sweeper.doubts import Doubts
@@ -82,16 +82,18 @@ class Sweeper:
         """
         self._channel, self._clock = channel, clock
         table, sets = kernel.table(), kernel.sets()
-        marks = Marks(start.ruleset.marks)
+        marks, labels = Marks(start.ruleset.marks), Labels(start.ruleset.labels)
         injector = kernel.injector(marks)
-        condemner = Condemner(table, injector, marks, draw=draw)
+        condemner = Condemner(table, injector, marks, draw=draw, labels=labels)
         self._counts: Counter[str] = Counter()
-        self._ending = Ending(channel, table, sets, condemner, self._counts, clock, marks)
+        self._ending = Ending(channel, table, sets, condemner, self._counts, clock, marks, labels)
         self._sweeping = Sweeping(
             channel, table, sets, self._ending, self._counts, start.ruleset, cpu_clock
         )
         patience = int(kernel.read_sysctl(_PATIENCE))
-        self._doubts = Doubts(channel, table, injector, marks, self._counts, clock, draw, patience)
+        self._doubts = Doubts(
+            channel, table, injector, marks, self._counts, clock, draw, patience, labels
+        )
         self._sweep_at = self._report_at = self._rests_until = 0
         self._running = True
         self._follow(start.ruleset)

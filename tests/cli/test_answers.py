@@ -124,7 +124,8 @@ STATUS = {
     "sweeper": {"pid": 1, "restarts": 0}, "asker": {"pid": 2, "restarts": 0},
     "blocked": {"ban": 0, "shun": 0}, "counts": {},
     "shun": {"answer": "drop", "services": [], "why_not": EVIL, "cookies": {}},
-    "untracked": {"low_ttl": 0, "spoofed": 0, "spoofed_passed": 0}, "syn_budget": None,
+    "untracked": {"low_ttl": 0, "spoofed": 0, "spoofed_passed": 0},
+    "foreign_marks": {"problems": [], "cleared": 0, "spared": 0}, "syn_budget": None,
     "forgotten": {"adopted": 0, "dropped": 0},
     "recent": [EVENT],
 }  # fmt: skip

@@ -45,6 +45,20 @@ def holding(lab: ThreeHosts, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 @pytest.fixture
+def mute(lab: ThreeHosts) -> Iterator[None]:
+    """Have the client's host send no RST for what no socket of its own has begun.
+
+    So forged SYNs leave half-open connections, as those in the name of addresses that nobody has.
+    """
+    rule = ("OUTPUT", "-p", "tcp", "--tcp-flags", "RST,ACK", "RST", "-j", "DROP")
+    for how in ("-I", "-D"):
+        for tool in ("iptables", "ip6tables"):
+            lab.run("client", tool, "-w", how, *rule)
+        if how == "-I":
+            yield
+
+
+@pytest.fixture
 def strict(lab: ThreeHosts) -> Iterator[None]:
     """Have both ends behind firewalls of their own that drop what fits no connection."""
     rule = ("INPUT", "-m", "conntrack", "--ctstate", "INVALID", "-j", "DROP")

@@ -83,7 +83,7 @@ def hping(lab: ThreeHosts, *options: str) -> None:
 
 
 @BOTH_FAMILIES
-def test_half_open(lab: ThreeHosts, guard: Guard, serve: Open, v6: bool) -> None:
+def test_half_open(lab: ThreeHosts, guard: Guard, serve: Open, mute: None, v6: bool) -> None:
     service = serve(HALF_OPEN, v6)
     attacker, busy = source(v6), source(v6)
     for _ in range(20):
@@ -192,7 +192,9 @@ def test_a_forged_flood_by_hping_is_shunned(lab: ThreeHosts, guard: Guard, serve
     service.connect(source(False)).talk()
 
 
-def test_addresses_of_one_64_are_one_source(lab: ThreeHosts, guard: Guard, serve: Open) -> None:
+def test_addresses_of_one_64_are_one_source(
+    lab: ThreeHosts, guard: Guard, serve: Open, mute: None
+) -> None:
     service = serve(HALF_OPEN, True)
     address = source(True)
     for number in range(6):
@@ -203,7 +205,9 @@ def test_addresses_of_one_64_are_one_source(lab: ThreeHosts, guard: Guard, serve
 
 
 @pytest.mark.parametrize("way", ["destination options", "routing", "fragments"])
-def test_nothing_hides_behind_ipv6_headers(lab: ThreeHosts, guard: Guard, way: str) -> None:
+def test_nothing_hides_behind_ipv6_headers(
+    lab: ThreeHosts, guard: Guard, mute: None, way: str
+) -> None:
     from scapy.layers.inet import TCP
     from scapy.layers.inet6 import (
         IPv6,
@@ -215,6 +219,19 @@ def test_nothing_hides_behind_ipv6_headers(lab: ThreeHosts, guard: Guard, way: s
     )
 
     address, target = source(True), server_address(True)
+    unheard = (
+        "INPUT",
+        "-p",
+        "tcp",
+        "--tcp-flags",
+        "SYN,ACK",
+        "SYN,ACK",
+        "-d",
+        address,
+        "-j",
+        "DROP",
+    )
+    lab.run("client", "ip6tables", "-w", "-I", *unheard)  # or it would answer with RSTs
     with lab.inside("client"):
         raw = socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_RAW)
     with raw:

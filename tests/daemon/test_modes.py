@@ -13,7 +13,7 @@ from tests.support.network import ThreeHosts
 from tests.support.sources import BOTH_FAMILIES, network_of, source
 from tests.support.traffic import Open, answer, connect, segments
 
-pytestmark = [pytest.mark.netns, BOTH_FAMILIES]
+pytestmark = [pytest.mark.netns, pytest.mark.usefixtures("mute"), BOTH_FAMILIES]
 
 DROP, RESET, BAN, IDLE, SHUN, OTHER = range(8001, 8007)
 

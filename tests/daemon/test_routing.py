@@ -282,5 +282,5 @@ def test_the_bits_cannot_change_while_connections_bear_them(lab: Routed, guard: 
 def test_nothing_is_left(lab: Routed, guard: Guard) -> None:
     assert guard.stop() == 0
     with lab.inside("gateway"):
-        assert len(clearing.missing(Linux(), Marks(lab.network.marks))) == 2
+        assert len(clearing.missing(Linux(), clearing.Place(Marks(lab.network.marks)))) == 2
         assert not clearing.remove(Linux())

@@ -101,8 +101,17 @@ def test_a_connection_that_would_not_die_is_condemned_again() -> None:
 
 def test_a_silent_connection_is_reset_when_its_time_is_over() -> None:
     idle = resets(Measure.IDLE, 10 * SECOND)
-    still = [flow(1, sent=100)]
-    assert condemned(idle, (0, still), (9, still), (10, still)) == [[], [], [1]]
+    sweeps = [(seconds, [flow(1, sent=100, age=seconds)]) for seconds in (0, 9, 10)]
+    assert condemned(idle, *sweeps) == [[], [], [1]]
+
+
+def test_a_connection_of_the_same_ports_is_another_one() -> None:
+    """The kernel may give its entry the same number, and it may have sent more by now."""
+    old = resets(Measure.AGE, 10 * SECOND)
+    sweeps = [(0, flow(1, sent=100, age=9)), (2, flow(1, sent=900, age=1)), (4, flow(1, age=3))]
+    assert condemned(old, *((at, [one]) for at, one in sweeps)) == [[], [], []]
+    other = flow(1, sent=900, age=-1)._replace(ident=7)
+    assert condemned(old, (0, [flow(1, sent=100, age=-1)]), (11, [other])) == [[], []]
 
 
 def test_any_packet_of_either_end_starts_the_time_anew() -> None:

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from rstguard.kernel import KernelError, clearing, ipset, nftables
+from rstguard.kernel.clearing import Place
 from rstguard.kernel.command import run
 from rstguard.kernel.conntrack import Conntrack
 from rstguard.kernel.footprint import Footprint
 from rstguard.kernel.linux import Linux
-from rstguard.kernel.marks import Marks
+from rstguard.kernel.marks import Labels, Marks
 from rstguard.kernel.names import PREFIX
 from rstguard.kernel.seam import Kernel
 from rstguard.policy.compile import compile_policy
@@ -23,6 +24,8 @@ pytestmark = pytest.mark.netns
 
 PORT = 8000
 MARKS = Marks(0x0FF00000)
+OTHER = Place(Marks(), ("lo",))
+PLACE = Place(MARKS, ("lo",), Labels())
 
 LINUX = Linux()
 
@@ -30,20 +33,20 @@ LINUX = Linux()
 @pytest.fixture
 def table(own_namespace: None) -> Iterator[None]:
     run(["ip", "link", "set", "lo", "up"])
-    clearing.apply(LINUX, MARKS)
+    clearing.apply(LINUX, PLACE)
     yield
     clearing.remove(LINUX)
 
 
 def test_it_comes_and_goes(own_namespace: None) -> None:
-    assert len(clearing.missing(LINUX, MARKS)) == 2
+    assert len(clearing.missing(LINUX, PLACE)) == 2
     clearing.trial()
-    assert len(clearing.missing(LINUX, MARKS)) == 2
-    clearing.apply(LINUX, MARKS)
-    assert clearing.missing(LINUX, MARKS) == []
-    assert len(clearing.missing(LINUX, Marks())) == 2  # other bits are another table
-    clearing.apply(LINUX, Marks())
-    assert clearing.missing(LINUX, Marks()) == []
+    assert len(clearing.missing(LINUX, PLACE)) == 2
+    clearing.apply(LINUX, PLACE)
+    assert clearing.missing(LINUX, PLACE) == []
+    assert len(clearing.missing(LINUX, OTHER)) == 2  # other bits are another table
+    clearing.apply(LINUX, OTHER)
+    assert clearing.missing(LINUX, OTHER) == []
     assert clearing.remove(LINUX)
     assert not clearing.remove(LINUX)
 
@@ -52,7 +55,7 @@ def test_one_that_is_as_it_should_be_is_left_alone(
     table: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(nftables, "replace", None)
-    clearing.apply(LINUX, MARKS)
+    clearing.apply(LINUX, PLACE)
 
 
 def test_what_the_kernel_lacks_is_told(own_namespace: None) -> None:
@@ -112,6 +115,9 @@ GUARDED, PROVEN, TRUSTED = (bits.value for bits in (MARKS.guarded, MARKS.proven,
             id="condemned",
         ),
         pytest.param(MARKS.to_queue_known.value | 5, PROVEN, 5, PROVEN, id="known, and not read"),
+        pytest.param(
+            MARKS.condemned.value | MARKS.held.value, GUARDED, 0, GUARDED, id="no verdict of ours",
+        ),
         pytest.param(PROVEN | 5, PROVEN | 5, 5, PROVEN | 5, id="copied from the connection"),
         pytest.param(MARKS.to_queue_stray.value | 5, 6, 5, 6, id="a stray, and not read"),
     ],
@@ -134,7 +140,7 @@ def test_a_kernel_without_it_is_guarded_all_the_same_and_told_once(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def refused(_: Kernel, __: Marks) -> None:
+    def refused(_: Kernel, __: Place) -> None:
         raise KernelError("the kernel has no nf_tables")
 
     text = "version: 1\nprotect: {interfaces: [lo]}\nrules: []\n"

@@ -100,7 +100,14 @@ def test_states(bits: int, state: int) -> None:
 
 def test_labels_have_numbers_of_their_own() -> None:
     labels = Labels(DEFAULT_LABELS)
-    numbers = (labels.likely, labels.confirmed, labels.adopted)
-    assert len(set(numbers)) == 3
+    numbers = (
+        labels.likely,
+        labels.confirmed,
+        labels.adopted,
+        labels.begun,
+        labels.condemned,
+        labels.mptcp,
+    )
+    assert len(set(numbers)) == 6
     assert all(DEFAULT_LABELS <= number <= 127 for number in numbers)
     assert Marks().mask == DEFAULT_MARKS

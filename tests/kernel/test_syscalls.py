@@ -58,6 +58,7 @@ def test_the_numbers_are_those_of_the_kernels_headers(name: str) -> None:
         pytest.skip("linux-libc-dev is not here, or of another architecture")
     tables = {**syscalls._ALLOWED, **syscalls._FILES}
     tables |= {"sendto": syscalls._SENDTO, "mmap": syscalls._MMAP}
+    tables |= {"setsockopt": syscalls._SETSOCKOPT}
     for call, numbers in tables.items():
         if numbers[machine.column] != -1:
             assert numbers[machine.column] == number(machine, call), call
@@ -120,6 +121,19 @@ def test_only_raw_sockets_choose_whom_they_send_to(
 ) -> None:
     sendto = syscalls._SENDTO[machine.column]
     assert verdict(machine, sendto, descriptor, 1, 1, 0, address, 16) == expected
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("descriptor", "level", "option", "expected"),
+    [(RAW[0], 1, 36, ALLOW), (RAW[1], 1, 36, ALLOW), (3, 1, 36, TRAP), (RAW[0], 1, 26, TRAP),
+     (RAW[0], 0, 36, TRAP)],
+)  # fmt: skip
+def test_only_raw_sockets_are_given_a_mark_and_nothing_else(
+    machine: Machine, descriptor: int, level: int, option: int, expected: int
+) -> None:
+    call = syscalls._SETSOCKOPT[machine.column]
+    assert verdict(machine, call, descriptor, level, option, 1, 4, 0) == expected
 
 
 @BOTH

@@ -41,6 +41,7 @@ SNAPSHOT: dict[str, Any] = {
     "shun": {"answer": "challenge", "services": [], "why_not": "", "cookies": {}},
     "untracked": {"low_ttl": 7, "spoofed": 3, "spoofed_passed": 2},
     "forgotten": {"adopted": 4, "dropped": 9},
+    "foreign_marks": {"problems": [], "cleared": 4, "spared": 5},
     "syn_budget": {
         "cookies": {"sent": 30, "accepted": 20, "refused": 1, "late": 5},
         "services": [

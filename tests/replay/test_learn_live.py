@@ -81,6 +81,10 @@ def crowd(lab: ThreeHosts, service: Service) -> tuple[list[str], str]:
     for _ in range(HELD):
         service.connect(honest[-1]).talk()
     attacker = source(service.v6)
+    # Nobody refuses these: how many are pending at once would be a matter of luck.
+    silent = ("-p", "tcp", "--sport", "9000:9059", "--tcp-flags", "RST", "RST", "-j", "DROP")
+    tool = "ip6tables" if service.v6 else "iptables"
+    lab.run("server", tool, "-w", "-I", "OUTPUT", *silent)
     for port in range(9000, 9060):
         segments(lab, attacker, service.address, port, "S", 1)
     segments(lab, attacker, service.address, PORT, "A", 40, first_port=30000)

@@ -49,6 +49,9 @@ class Table:
                 codes.append(0)
         return codes
 
+    def set_labels(self, flows: Sequence[Flow], bits: int, mask: int) -> list[int]:
+        return [0] * len(flows)
+
     def set_liberal(self, flows: Sequence[Flow]) -> list[int]:
         self.liberal += flows
         return [0] * len(flows)
@@ -63,7 +66,7 @@ class Table:
         gone = [self.flows.pop((flow.original, flow.zone), None) for flow in flows]
         return [0 if flow else errno.ENOENT for flow in gone]
 
-    def send(self, packets: Iterable[bytes]) -> int:
+    def send(self, packets: Iterable[bytes], mark: int = 0) -> int:
         count = 0
         for data in packets:
             packet = parse(data)

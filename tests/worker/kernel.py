@@ -81,7 +81,7 @@ class Kernel:
             raise KernelError(self.refuses)
         self.elements += elements
 
-    def send(self, packets: Iterable[bytes]) -> int:
+    def send(self, packets: Iterable[bytes], mark: int = 0) -> int:
         before = len(self.sent)
         for packet in packets:
             found = parse(packet)

@@ -115,6 +115,18 @@ class FakeConnections:
         self._table.change(flow.original, flow.zone, mark=held.mark & ~mask | bits)
         return 0
 
+    def set_labels(self, flows: Sequence[Flow], bits: int, mask: int) -> list[int]:
+        """Label connections (old & ~mask) | bits; return an errno for each, 0 for success."""
+        with self._around("table.set_labels", f"0x{bits:x}"):
+            codes = []
+            for flow in flows:
+                held = self._table.get(flow.original, flow.zone)
+                codes.append(GONE if held is None else 0)
+                if held is not None:
+                    labels = held.labels & ~mask | bits
+                    self._table.change(flow.original, flow.zone, labels=labels)
+            return codes
+
     def set_liberal(self, flows: Sequence[Flow]) -> list[int]:
         """Segments have no numbers here: only tell which connections are there."""
         with self._around("table.set_liberal", ""):

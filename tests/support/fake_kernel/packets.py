@@ -131,7 +131,7 @@ class FakeInjector:
     def close(self) -> None:
         """Nothing is held."""
 
-    def send(self, packets: Iterable[bytes]) -> int:
+    def send(self, packets: Iterable[bytes], mark: int = 0) -> int:
         """Send packets; return how many the kernel took."""
         before = self.sent
         with self._around("injector.send", ""):
