@@ -31,6 +31,7 @@ from rstguard.supervisor.policies import Policies
 from rstguard.supervisor.processes import Processes
 from rstguard.supervisor.protected import Protected
 from rstguard.supervisor.service import Service
+from rstguard.supervisor.settings import Settings
 from rstguard.supervisor.supervisor import Parts, Supervisor
 from rstguard.supervisor.syn_budget import Budget
 from rstguard.supervisor.upkeep import Upkeep
@@ -103,7 +104,7 @@ def build(options: Options) -> tuple[Supervisor, Commands, Service]:
     service = Service(options.file, lambda: _summary(state))
     parts = Parts(
         state, processes, footprint, record, protected, change, bans, capped, policies, upkeep,
-        budget, ingress, service,
+        Settings(state, footprint), budget, ingress, service,
     )  # fmt: skip
     status = Status(
         kernel, state, footprint, protected, policies, learning, upkeep, budget, ingress

@@ -13,6 +13,7 @@ from rstguard.kernel import challenge, syn_budget
 from rstguard.kernel.footprint import Footprint
 from rstguard.kernel.nfqueue import QueueState
 from rstguard.kernel.seam import Kernel
+from rstguard.kernel.sysctl import TRACKING
 from rstguard.kernel.untracked import ADOPTED, LOW_TTL, SPOOFED, SPOOFED_PASSED, STRAYS
 from rstguard.supervisor.child import Child
 from rstguard.supervisor.guard import Guard
@@ -82,6 +83,7 @@ class Status:
             "filtering": how.filtering,
             "problems": list(how.problems),
             "missing": list(guard.missing),
+            "sysctls": self._sysctls(),
             "version": __version__,
             "uptime_s": round(now - guard.started, 1),
             "policy": {
@@ -131,6 +133,11 @@ class Status:
             ],
             "recent": guard.events.recent(_RECENT),
         }
+
+    def _sysctls(self) -> dict[str, bool]:
+        """Return the sysctls that the guard needs, and whether each has its value."""
+        altered = {change.name for change in self._guard.altered}
+        return {name: name not in altered for name in TRACKING}
 
     def _asker(self) -> object:
         """Return how the asker is, or None while the policy needs none."""

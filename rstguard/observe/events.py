@@ -39,8 +39,10 @@ KINDS = MappingProxyType(
         "cookies_on": "a service is over its SYN budget: the kernel answers with SYN cookies",
         "cookies_off": "a service has been within its SYN budget for some seconds",
         "learned": "a service offers something new in its SYN-ACKs",
-        "restored": "rules or sets that another program had removed, or passed over, were put back",
-        "conflict": "another program removes them again and again",
+        "restored": "rules, sets or sysctls that another program had removed, passed over or "
+        "changed were put back",
+        "conflict": "another program removes or changes them again and again",
+        "sysctl": "the start has given a sysctl another value, until the guard ends",
         "process": "a process of the guard starts, serves, failed at the start, or has stopped",
         "capped": "a rule banned in too many networks in a minute, and shuns instead for a while",
         "rearmed": "a rule that was capped bans again",

@@ -1,6 +1,7 @@
 """What is true of the running guard now.  No I/O: the parts read it, each writes its own lines.
 
-Who writes what: `change` the policy in force; `upkeep` what is missing, and panic; `processes` what
+Who writes what: `change` the policy in force; `upkeep` what is missing, and panic; `settings` which
+sysctls are altered; `processes` what
 was not placed or not judged; `hearing` what the processes tell.
 """
 
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from rstguard.engine.ruleset import RuleSet
 from rstguard.engine.shedding import Level
 from rstguard.ipc.messages import Productive
+from rstguard.kernel.sysctl import Change
 from rstguard.observe.events import EventLog
 from rstguard.policy.load import Loaded
 from rstguard.supervisor.child import Child
@@ -43,6 +45,8 @@ class Guard:
     """Whether the rules were put in place for the first time."""
     missing: tuple[str, ...] = ()
     """Rules and sets that were not as they should be when they were last looked at."""
+    altered: tuple[Change, ...] = ()
+    """Sysctls that other programs have changed and that were not put back yet."""
     unmatched: str = ""
     """Why no packet can come under the policy, or ""."""
     panic: bool = False

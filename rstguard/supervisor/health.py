@@ -98,6 +98,11 @@ def _degraded(guard: Guard, now: float) -> Iterator[str]:
         yield "a worker is overrun and sheds load"
     elif guard.unjudged_at is not None and now - guard.unjudged_at < RECENT:
         yield "packets passed unjudged in the last minute"
+    for change in guard.altered:
+        yield (
+            f"another program has set {change.name} to {change.before}: of connections that begin "
+            "meanwhile bytes or age are not known, and rules on these do not act; find it"
+        )
     if guard.not_remembered:
         yield guard.not_remembered
 

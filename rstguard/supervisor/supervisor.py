@@ -27,6 +27,7 @@ from rstguard.supervisor.policies import Policies
 from rstguard.supervisor.processes import Processes
 from rstguard.supervisor.protected import Protected
 from rstguard.supervisor.service import Service
+from rstguard.supervisor.settings import Settings
 from rstguard.supervisor.syn_budget import Budget
 from rstguard.supervisor.upkeep import Upkeep
 
@@ -48,6 +49,7 @@ class Parts(NamedTuple):
     capped: Capped
     policies: Policies
     upkeep: Upkeep
+    settings: Settings
     budget: Budget
     ingress: Ingress
     service: Service
@@ -131,6 +133,7 @@ class Supervisor:
         guard.ruleset = parts.protected.within(compile_policy(guard.loaded.policy))
         await parts.protected.follow(guard.ruleset, guard.ruleset)
         await asyncio.to_thread(parts.footprint.prepare, guard.ruleset)
+        parts.settings.tell_start()
         await parts.record.bring_back()
         for child in guard.children:
             processes.create_task(child.live(), name=child.name)
@@ -161,6 +164,7 @@ class Supervisor:
             parts.policies.watch(),
             parts.upkeep.watch_rules(),
             parts.upkeep.watch_panic(),
+            parts.settings.watch(),
             parts.budget.apply(),
             parts.budget.look(),
             parts.ingress.watch(),
