@@ -25,7 +25,9 @@ from rstguard.supervisor.guard import Guard
 from rstguard.supervisor.health import health
 from rstguard.supervisor.hearing import Hearing
 from rstguard.supervisor.ingress import Ingress
+from rstguard.supervisor.interfaces import Interfaces
 from rstguard.supervisor.learning import Learning
+from rstguard.supervisor.onesided import OneSided
 from rstguard.supervisor.options import Options
 from rstguard.supervisor.policies import Policies
 from rstguard.supervisor.processes import Processes
@@ -83,6 +85,7 @@ def build(options: Options) -> tuple[Supervisor, Commands, Service]:
     learning = Learning(state)
     upkeep = Upkeep(kernel, state, footprint, record, options.directory)
     budget = Budget(kernel, footprint, state.events, upkeep.rewrite)
+    state.unheard = lambda: budget.problem
     followers: list[Follower] = []
     change = Change(state, protected, followers)
     bans = Bans(kernel, state, record, capped := Capped(state, change))
@@ -104,7 +107,8 @@ def build(options: Options) -> tuple[Supervisor, Commands, Service]:
     service = Service(options.file, lambda: _summary(state))
     parts = Parts(
         state, processes, footprint, record, protected, change, bans, capped, policies, upkeep,
-        Settings(state, footprint), budget, ingress, service,
+        Settings(state, footprint), OneSided(kernel, state), Interfaces(kernel, state), budget,
+        ingress, service,
     )  # fmt: skip
     status = Status(
         kernel, state, footprint, protected, policies, learning, upkeep, budget, ingress

@@ -83,6 +83,7 @@ class Status:
             "filtering": how.filtering,
             "problems": list(how.problems),
             "missing": list(guard.missing),
+            "one_sided": [str(service) for service in guard.one_sided],
             "sysctls": self._sysctls(),
             "version": __version__,
             "uptime_s": round(now - guard.started, 1),

@@ -24,10 +24,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from rstguard.kernel import forgotten
+from rstguard.kernel import forgotten, oneway
 from rstguard.kernel.jumps import Jump
 from rstguard.kernel.marks import Bits
-from rstguard.kernel.matching import SYN_ACK, Matching, interface_names, negated
+from rstguard.kernel.matching import Matching, interface_names, negated
 from rstguard.kernel.names import PREFIX, set_name
 
 INSIDE_SECONDS: Final = 432_000
@@ -86,7 +86,7 @@ def replacing(matching: Matching) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Ingress(Matching):
-    """The rules for one policy and address family; a policy that observes has none."""
+    """The rules for one policy and address family; a policy that observes drops nothing."""
 
     def entrance(self) -> tuple[str, ...]:
         """Return the rules of raw PREROUTING: nearly every packet is past after both matches."""
@@ -120,8 +120,12 @@ class Ingress(Matching):
         """Return what is learned from servers: who serves, and is inside; they close, too."""
         outside = (f"-i {name} -j RETURN" for name in interface_names(self.ruleset))
         serves = forgotten.serving(self.family)
+        always = {
+            f"{PREFIX}-heard": (*oneway.answered(self), f"-j {PREFIX}-inside"),
+            f"{PREFIX}-served": self.served(),
+        }
         if not self.ruleset.enforce:
-            return {f"{PREFIX}-inside": (*outside, serves), f"{PREFIX}-served": self.served()}
+            return {**always, f"{PREFIX}-inside": (*outside, serves)}
         learn = f"-j SET --add-set {inside_set(self.family)} src --exist"
         closed = f"-j CONNMARK --set-xmark {Bits(0, self.marks.closing.mask)}"
         doubt = (
@@ -129,25 +133,21 @@ class Ingress(Matching):
             f"-j SET --add-set {doubt_set(self.family)} src,src,dst --exist",
         )
         return {
+            **always,
             f"{PREFIX}-inside": (*outside, serves, learn),
             f"{PREFIX}-closed": (closed,),
             f"{PREFIX}-doubt": doubt,
-            f"{PREFIX}-served": self.served(),
         }
 
     def served(self) -> tuple[str, ...]:
         """Return the rules for what servers send, whichever way it comes: it leads to no queue."""
-        answer = f"{SYN_ACK} -m conntrack --ctdir REPLY"
-        guarded = f"-m connmark ! --mark {self.marks.unguarded}"
+        heard = (oneway.answer(self), oneway.refused(self))
         if not self.ruleset.enforce:
-            return (f"{answer} {guarded} -j {PREFIX}-inside",)
+            return heard
         fin = "-p tcp -m tcp --tcp-flags FIN,RST FIN -m conntrack --ctstate ESTABLISHED"
         bits = self.marks.closing.value | self.marks.established.value
         closing = f"--ctdir REPLY -m connmark --mark {Bits(bits, bits)}"
-        return (
-            f"{answer} {guarded} -j {PREFIX}-inside",
-            f"{fin} {closing} -j {PREFIX}-closed",
-        )
+        return (*heard, f"{fin} {closing} -j {PREFIX}-closed")
 
     def jumps(self) -> tuple[Jump, ...]:
         """Return the jump to the same rules for what this host sends itself."""

@@ -54,6 +54,8 @@ KINDS = MappingProxyType(
         "taken up again",
         "spoofed": "segments begin to come from outside in the name of an address that answers "
         "from inside: counted, then dropped",
+        "one_sided": "of a service only one side is seen, or no more: its answers pass elsewhere",
+        "unseen": "a protected interface is such that the rules do not see its traffic",
         "panic": "all traffic passes on an administrator's word, or no longer",
         "left_out": "events of the last second that were not written, by their number",
     }

@@ -10,8 +10,9 @@ import asyncio
 import logging
 from typing import Final
 
-from rstguard.kernel import KernelError, sysctl
+from rstguard.kernel import KernelError
 from rstguard.kernel.footprint import Footprint
+from rstguard.kernel.sysctl import Change
 from rstguard.observe.events import Event
 from rstguard.supervisor.contention import LOOK_SECONDS, Contention
 from rstguard.supervisor.guard import Guard
@@ -65,5 +66,5 @@ class Settings:
         self._contention.done(lost)
 
 
-def _sentence(change: sysctl.Change) -> str:
+def _sentence(change: Change) -> str:
     return f"{change.name} = {change.before} by another program"

@@ -22,6 +22,8 @@ from rstguard.supervisor.change import Change
 from rstguard.supervisor.child import StartFailed
 from rstguard.supervisor.guard import Guard
 from rstguard.supervisor.ingress import Ingress
+from rstguard.supervisor.interfaces import Interfaces
+from rstguard.supervisor.onesided import OneSided
 from rstguard.supervisor.options import Options
 from rstguard.supervisor.policies import Policies
 from rstguard.supervisor.processes import Processes
@@ -50,6 +52,8 @@ class Parts(NamedTuple):
     policies: Policies
     upkeep: Upkeep
     settings: Settings
+    one_sided: OneSided
+    interfaces: Interfaces
     budget: Budget
     ingress: Ingress
     service: Service
@@ -165,6 +169,8 @@ class Supervisor:
             parts.upkeep.watch_rules(),
             parts.upkeep.watch_panic(),
             parts.settings.watch(),
+            parts.one_sided.watch(),
+            parts.interfaces.watch(),
             parts.budget.apply(),
             parts.budget.look(),
             parts.ingress.watch(),
