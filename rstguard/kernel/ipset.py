@@ -33,7 +33,7 @@ rstguard-serving4, -6       hash:ip,port    services that have answered a client
 rstguard-lost4, -lost6      hash:ip         sources that lately sent a segment of no connection,
 rstguard-grace4, -grace6                    those whose first one has just come, and those that a
 rstguard-answered4, -6                      server has answered; filled by the chains
-rstguard-asked4, …          hash:ip,port    who answers, and who does not: see `rstguard.kernel.oneway`
+rstguard-asked4, …          hash:ip,port    who answers, and who does not (`rstguard.kernel.oneway`)
 rstguard-thin4-0, -thin6-0  hash:net        everything while worker 0 is overrun, else nothing;
 (-1, …: other workers)                      filled by the worker (`rstguard.kernel.thinning`)
 ==========================  ==============  ==================================================
