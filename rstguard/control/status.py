@@ -128,12 +128,15 @@ class Status:
                 **{kind: dict(by_rule) for kind, by_rule in guard.events.counts.items()},
                 **dict(guard.counts),
             },
-            "resets": [
-                {"rule": rule, "reason": reason, "count": count}
-                for (rule, reason), count in guard.events.resets.items()
-            ],
+            "resets": self._resets(),
             "recent": guard.events.recent(_RECENT),
         }
+
+    def _resets(self) -> list[dict[str, object]]:
+        return [
+            {"rule": rule, "reason": reason, "count": count}
+            for (rule, reason), count in self._guard.events.resets.items()
+        ]
 
     def _sysctls(self) -> dict[str, bool]:
         """Return the sysctls that the guard needs, and whether each has its value."""
