@@ -61,8 +61,12 @@ def asked(matching: Matching) -> list[str]:
 
 
 def answered(matching: Matching) -> tuple[str, ...]:
-    """Return the rule for SYN-ACKs of guarded connections."""
-    return (_add(matching, ANSWERS, "src"),)
+    """Return the rules for SYN-ACKs of guarded connections.
+
+    What came between its SYN and this one, perhaps on purpose, has said nothing.
+    """
+    forget = f"-j SET --del-set {set_name(ONEWAY, matching.family)} src,src"
+    return (_add(matching, ANSWERS, "src"), forget)
 
 
 def refused(matching: Matching) -> str:
