@@ -26,12 +26,15 @@ from rstguard.supervisor.guard import Guard
 from rstguard.supervisor.health import health
 from rstguard.supervisor.hearing import Hearing
 from rstguard.supervisor.ingress import Ingress
+from rstguard.supervisor.interfaces import Interfaces
 from rstguard.supervisor.learning import Learning
+from rstguard.supervisor.onesided import OneSided
 from rstguard.supervisor.options import Options
 from rstguard.supervisor.policies import Policies
 from rstguard.supervisor.processes import Processes
 from rstguard.supervisor.protected import Protected
 from rstguard.supervisor.service import Service
+from rstguard.supervisor.settings import Settings
 from rstguard.supervisor.supervisor import Parts, Supervisor
 from rstguard.supervisor.syn_budget import Budget
 from rstguard.supervisor.upkeep import Upkeep
@@ -83,6 +86,7 @@ def build(options: Options) -> tuple[Supervisor, Commands, Service]:
     learning = Learning(state)
     upkeep = Upkeep(kernel, state, footprint, record, options.directory)
     budget = Budget(kernel, footprint, state.events, upkeep.rewrite)
+    state.unheard = lambda: budget.problem
     followers: list[Follower] = []
     change = Change(state, protected, followers)
     bans = Bans(kernel, state, record, capped := Capped(state, change))
@@ -105,7 +109,8 @@ def build(options: Options) -> tuple[Supervisor, Commands, Service]:
     service = Service(options.file, lambda: _summary(state))
     parts = Parts(
         state, processes, footprint, record, protected, change, bans, capped, policies, upkeep,
-        budget, ingress, foreign, service,
+        Settings(state, footprint), OneSided(kernel, state), Interfaces(kernel, state), budget,
+        ingress, foreign, service,
     )  # fmt: skip
     status = Status(
         kernel, state, footprint, protected, policies, learning, upkeep, budget, ingress, foreign

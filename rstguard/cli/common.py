@@ -63,7 +63,7 @@ def read_policy(file: Path) -> Loaded:
     from rstguard.policy.load import PolicyError, load
 
     try:
-        loaded = load(file, interfaces())
+        loaded = load(file, interfaces(), one_sided())
     except PolicyError as error:
         fail(str(error), BAD_POLICY)
     for problem in loaded.warnings:
@@ -189,6 +189,24 @@ def json_text(data: object, indent: int | None = None) -> str:
     return json.dumps(data, indent=indent).replace("\x7f", "\\u007f")
 
 
-def interfaces() -> list[str]:
-    """Return the names of the interfaces of this namespace."""
-    return [name for _, name in socket.if_nameindex()]
+def interfaces() -> dict[str, str]:
+    """Return the interfaces of this namespace by name, each with what is wrong with it, or ""."""
+    from rstguard.kernel import KernelError
+    from rstguard.kernel.links import complaint, links
+
+    try:
+        return {link.name: complaint(link) for link in links()}
+    except KernelError:
+        return {name: "" for _, name in socket.if_nameindex()}
+
+
+def one_sided() -> list[str]:
+    """Return the services of which a guard of this namespace sees only one side."""
+    from rstguard.kernel import KernelError
+    from rstguard.kernel.linux import Linux
+    from rstguard.kernel.oneway import services
+
+    try:
+        return [str(service) for service in services(Linux())]
+    except KernelError:  # without root nobody knows
+        return []

@@ -233,9 +233,9 @@ def _of_capture(capture: Path, base: Path | None, margin: float, out: Path) -> L
     """Write what a capture teaches as a policy."""
     from rstguard.policy.compile import compile_policy
     from rstguard.policy.load import PolicyError, parse
-    from rstguard.replay.capture import CaptureError
     from rstguard.replay.learn import learn
     from rstguard.replay.proposal import everywhere, policy_text
+    from rstguard.replay.unpacking import CaptureError
 
     try:
         text = base.read_text() if base else everywhere(_sample())

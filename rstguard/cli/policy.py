@@ -19,6 +19,7 @@ from rstguard.cli.common import (
     ask_guard,
     fail,
     interfaces,
+    one_sided,
     print_json,
     print_text,
     read_policy,
@@ -43,7 +44,7 @@ def policy_check(file: PolicyFile, as_json: Json = False) -> None:
 
     problems: tuple[Any, ...]
     try:
-        problems = load(file, interfaces()).warnings
+        problems = load(file, interfaces(), one_sided()).warnings
         right = True
     except PolicyError as error:
         problems, right = error.problems, False

@@ -93,10 +93,11 @@ def policy_replay(
 
 def _played(rulesets: list[RuleSet], file: Path, events: Path | None) -> list[Report]:
     """Replay a capture by all policies at once, or say why that is impossible."""
-    from rstguard.replay.capture import CaptureError, open_capture
+    from rstguard.replay.capture import open_capture
     from rstguard.replay.play import Replay
     from rstguard.replay.report import report_of
     from rstguard.replay.run import play
+    from rstguard.replay.unpacking import CaptureError
 
     replays = [Replay(ruleset) for ruleset in rulesets]
     try:

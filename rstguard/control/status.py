@@ -14,6 +14,7 @@ from rstguard.kernel.footprint import Footprint
 from rstguard.kernel.foreign import CLEARED, SPARED
 from rstguard.kernel.nfqueue import QueueState
 from rstguard.kernel.seam import Kernel
+from rstguard.kernel.sysctl import TRACKING
 from rstguard.kernel.untracked import ADOPTED, LOW_TTL, SPOOFED, SPOOFED_PASSED, STRAYS
 from rstguard.supervisor.child import Child
 from rstguard.supervisor.foreign import ForeignMarks
@@ -86,6 +87,8 @@ class Status:
             "filtering": how.filtering,
             "problems": list(how.problems),
             "missing": list(guard.missing),
+            "one_sided": [str(service) for service in guard.one_sided],
+            "sysctls": self._sysctls(),
             "version": __version__,
             "uptime_s": round(now - guard.started, 1),
             "policy": {
@@ -127,12 +130,20 @@ class Status:
                 **{kind: dict(by_rule) for kind, by_rule in guard.events.counts.items()},
                 **dict(guard.counts),
             },
-            "resets": [
-                {"rule": rule, "reason": reason, "count": count}
-                for (rule, reason), count in guard.events.resets.items()
-            ],
+            "resets": self._resets(),
             "recent": guard.events.recent(_RECENT),
         }
+
+    def _resets(self) -> list[dict[str, object]]:
+        return [
+            {"rule": rule, "reason": reason, "count": count}
+            for (rule, reason), count in self._guard.events.resets.items()
+        ]
+
+    def _sysctls(self) -> dict[str, bool]:
+        """Return the sysctls that the guard needs, and whether each has its value."""
+        altered = {change.name for change in self._guard.altered}
+        return {name: name not in altered for name in TRACKING}
 
     def _asker(self) -> object:
         """Return how the asker is, or None while the policy needs none."""

@@ -20,6 +20,7 @@ from rstguard.engine.flow import Tuple
 from rstguard.engine.heavy import HeavyHitters
 from rstguard.engine.nearest import MOST_TRUSTED, Near, told
 from rstguard.engine.newcomers import Newcomers
+from rstguard.engine.onesided import OneSided
 from rstguard.engine.rules import REASONS, Check, Kind, Meter, crossed_by_one, make_meter
 from rstguard.engine.ruleset import RATE_MEASURES, Measure, Per, Rule, RuleSet
 from rstguard.engine.shedding import Level
@@ -79,12 +80,22 @@ Checks = tuple[tuple[Check, Rule], ...]
 class Engine:
     """Judges packets by a compiled policy.  Pure: time comes in, decisions go out."""
 
-    def __init__(self, ruleset: RuleSet, previous: Engine | None = None) -> None:
-        """Take up a policy; rules that `previous` has unchanged keep their counts."""
+    def __init__(
+        self, ruleset: RuleSet, previous: Engine | None = None, one_sided: OneSided | None = None
+    ) -> None:
+        """Take up a policy; rules that `previous` has unchanged keep their counts.
+
+        `one_sided` knows the services of which only one side is seen; without it there are none.
+        """
         self.ruleset = ruleset
+        inherited = previous._one_sided if previous else OneSided()
+        self._one_sided: OneSided = one_sided or inherited
         kept = {meter.rule: meter for meter in previous.meters} if previous else {}
         self._percents: dict[int, int] = previous._percents if previous else {}
-        meters = (kept.get(rule) or make_meter(rule, self._percents) for rule in ruleset.rules)
+        meters = (
+            kept.get(rule) or make_meter(rule, self._percents, self._one_sided)
+            for rule in ruleset.rules
+        )
         self.meters: tuple[Meter, ...] = tuple(meter for meter in meters if meter)
         self._sources: Sources = previous._sources if previous else Sources(ruleset)
         self._sources.ruleset = ruleset

@@ -52,6 +52,8 @@ class Standings:
         ipv4, ipv6 = ruleset.source_ipv4, ruleset.source_ipv6
         tally: dict[int, list[int]] = {}
         for flow in flows:
+            if not flow.client_packets:  # it began while nothing was counted: nobody knows
+                continue
             counted = tally.setdefault(source_key(flow.original.source, ipv4, ipv6), [0, 0])
             counted[0] += 1
             counted[1] += is_productive(flow)

@@ -14,7 +14,7 @@ passed says nothing, so dropping it loses nothing.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from heapq import nlargest
 from operator import itemgetter
 from typing import Generic, TypeVar
@@ -167,6 +167,15 @@ class Distinct:
                 tried.pop(target, None)
                 if not tried:
                     del generation[key]
+
+    def forget_those(self, key: int, wanted: Callable[[int], bool]) -> None:
+        """Take all targets of `key` back of which `wanted` says so."""
+        for generation in (self._young, self._old):
+            tried = generation.get(key)
+            if tried is not None:
+                targets = (tried[0],) if isinstance(tried, tuple) else tuple(tried)
+                for target in filter(wanted, targets):
+                    self.forget(key, target)
 
     def count(self, key: int, now: int) -> int:
         """Return how many different targets of `key` count at `now`."""

@@ -15,15 +15,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import partial
 
 from rstguard.engine.address import V6
 from rstguard.engine.handshakes import is_same_handshake, number_of
 from rstguard.engine.keys import flow_key, key_function, key_of
 from rstguard.engine.lenient import LenientLimiter
 from rstguard.engine.limiter import Distinct, Limiter, Memory
+from rstguard.engine.onesided import Handshakes, OneSided
 from rstguard.engine.ruleset import NEVER_BANS, Measure, Per, Rule
 from rstguard.engine.verdict import Action, Reason
-from rstguard.engine.wire import KNOWN, OUTBOUND, OVER, RST, Packet
+from rstguard.engine.wire import KNOWN, OVER, RST, Packet
 
 Check = Callable[[Packet, int], bool]
 """Count a packet at a time (nanoseconds); True if the rule is crossed by it."""
@@ -82,10 +84,11 @@ def crossed_by_one(rule: Rule) -> bool:
     )
 
 
-def make_meter(rule: Rule, percents: Mapping[int, int]) -> Meter | None:
+def make_meter(rule: Rule, percents: Mapping[int, int], one_sided: OneSided) -> Meter | None:
     """Return the meter of a rule that looks at packets, or None for a sweep measure.
 
-    `percents` is how productive sources are (`rstguard.engine.lenient`), now and as it changes.
+    `percents` is how productive sources are (`rstguard.engine.lenient`), now and as it changes;
+    `one_sided` knows services whose handshakes cannot be seen to end.
     """
     if rule.in_kernel:
         # The kernel counts returned cookies apart, and nothing else of them comes as one too many.
@@ -113,14 +116,16 @@ def make_meter(rule: Rule, percents: Mapping[int, int]) -> Meter | None:
         checks, proofs = _rate_checks(rule, counts, percents)
         return Meter(rule, checks, proofs, exhaust, used, nearest)
     if rule.measure in _DISTINCT_MAKERS:
-        return _distinct(rule)
+        return _distinct(rule, one_sided)
     return Meter(rule, _stalled(rule)) if rule.measure is Measure.STALLED else None
 
 
-def _distinct(rule: Rule) -> Meter:
+def _distinct(rule: Rule, one_sided: OneSided) -> Meter:
     """What clients that returned a SYN cookie try counts apart, as in `_syn_rate`."""
     usual, returned = (Distinct(rule.limit, rule.within) for _ in range(2))
     make = _DISTINCT_MAKERS[rule.measure]
+    if rule.measure is Measure.HALF_OPEN:
+        make = partial(_half_open, one_sided=one_sided)
     checks, apart = make(rule, usual), make(rule, returned)
     forgeable, real = checks[Kind.SYN], apart[Kind.SYN]
 
@@ -286,35 +291,16 @@ def _distinct_hosts(rule: Rule, tried: Distinct) -> dict[Kind, Check]:
     return {Kind.SYN: lambda packet, now: over(key(packet), packet.destination, now)}
 
 
-def _half_open(rule: Rule, pending: Distinct) -> dict[Kind, Check]:
-    """A SYN opens, the first ACK the kernel accepts takes it back, and so does a RST of either end.
-
-    A SYN of a returned SYN cookie opens nothing: its handshake is over.  The tracker takes a RST of
-    the client with many numbers, the server surely only with the one that follows the SYN's.
-    """
-    key = key_function(rule)
-    begun: Memory[int] = Memory()
-
-    def opened(packet: Packet, now: int) -> bool:
-        if packet.state & KNOWN:
-            return False
-        flow = flow_key(packet)
-        begun.put(flow, packet.sequence)
-        return pending.over(key(packet), flow, now)
-
-    def completed(packet: Packet, now: int) -> bool:
-        pending.forget(key(packet), flow_key(packet))
-        return False
-
-    def given_up(packet: Packet, now: int) -> bool:
-        flow = flow_key(packet)
-        last = begun.get(flow)
-        of_server = bool(packet.state & OUTBOUND)
-        if of_server or (last is not None and packet.sequence == (last + 1) & 0xFFFFFFFF):
-            pending.forget(key(packet), flow)
-        return False
-
-    return {Kind.SYN: opened, Kind.HANDSHAKE: completed, Kind.GIVEN_UP: given_up}
+def _half_open(
+    rule: Rule, pending: Distinct, one_sided: OneSided | None = None
+) -> dict[Kind, Check]:
+    """A SYN opens; the first ACK that the kernel accepts takes it back, or a RST of either end."""
+    handshakes = Handshakes(key_function(rule), flow_key, pending, one_sided or OneSided())
+    return {
+        Kind.SYN: handshakes.opened,
+        Kind.HANDSHAKE: handshakes.completed,
+        Kind.GIVEN_UP: handshakes.given_up,
+    }
 
 
 def _short_connections(rule: Rule, limiter: Limiter, opened: Memory[int]) -> dict[Kind, Check]:

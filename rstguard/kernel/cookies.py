@@ -38,10 +38,10 @@ from rstguard.kernel.chains import Plan
 from rstguard.kernel.counting import syns
 from rstguard.kernel.jumps import Jump
 from rstguard.kernel.marks import Labels, Marks
-from rstguard.kernel.matching import SYN_ACK, interface_names, negated
+from rstguard.kernel.matching import SYN_ACK, UNTRACKED, interface_names, negated
 from rstguard.kernel.names import PREFIX, set_name
 from rstguard.kernel.proof import has_payload, label
-from rstguard.kernel.services import SYN, UNTRACKED, Known, Services
+from rstguard.kernel.services import SYN, Known, Services
 
 LOG_GROUP = 5640
 """NFLOG group of the sampled SYN-ACKs, and of the SYNs that came too late for their cookie."""

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from rstguard.engine.address import is_v6
 from rstguard.engine.ruleset import Divert, Per, RuleSet
-from rstguard.kernel import counting, ingress, proof, thinning
+from rstguard.kernel import counting, ingress, oneway, proof, thinning
 from rstguard.kernel.forgotten import Forgotten
 from rstguard.kernel.marks import Bits, Labels
-from rstguard.kernel.matching import SYN_ONLY, Matching
+from rstguard.kernel.matching import SYN_ONLY, UNTRACKED, Matching
 from rstguard.kernel.names import PREFIX, set_name
 from rstguard.kernel.proof import MPTCP_OPTION, PLAIN_ACK
 from rstguard.kernel.tracker import Tracker
@@ -48,6 +48,7 @@ class Diversion(Matching):
             f"{PREFIX}-close": self.close(),
             f"{PREFIX}-given-up": self.given_up(),
             f"{PREFIX}-invalid": self.invalid(),
+            f"{PREFIX}-oneway": oneway.noted(self),
             f"{PREFIX}-window": self.window(),
             f"{PREFIX}-queue": self.queue("source"),
             **self.narrowed(),
@@ -88,6 +89,7 @@ class Diversion(Matching):
             f"-m conntrack --ctstate INVALID,NEW -g {PREFIX}-invalid",
         ]
         guarded = f"-m connmark ! --mark {marks.unguarded}"
+        rules.append(f"{UNTRACKED} -j RETURN")  # it counts what others keep from the tracker
         return (*rules, f"{PLAIN_ACK} {guarded} -j {PREFIX}-first")
 
     def syn(self) -> tuple[str, ...]:
@@ -109,7 +111,7 @@ class Diversion(Matching):
             rules += [*blocked, *guard] if self.ruleset.covers_all else [*guard, *blocked]
         else:
             rules += guard
-        rules += ingress.replacing(self)
+        rules += [*ingress.replacing(self), *oneway.asked(self)]
         counted = self.ruleset.kernel_rule
         if counted or Divert.SYN in self.ruleset.diverts:
             if self.ruleset.bans and not counted:
@@ -130,7 +132,7 @@ class Diversion(Matching):
         first = f"-m connmark --mark {marks.guarded}"
         if not self.tracker.liberal:  # or any number would have done
             rules += proof.likely(self, first)
-        rules += ingress.translated(self, first)
+        rules += [*ingress.translated(self, first), *oneway.translated(self, first)]
         rules.append(f"{first} -j CONNMARK --set-xmark {marks.proven}")
         if Divert.HANDSHAKE in self.ruleset.diverts:
             # While nobody answers, a connection tries again with each packet, up to this many.

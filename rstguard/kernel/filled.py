@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from rstguard.engine.ruleset import Divert, RuleSet
-from rstguard.kernel import forgotten, ingress
+from rstguard.kernel import forgotten, ingress, oneway
 from rstguard.kernel.names import set_name
 
 MOST: Final = 1_048_576
@@ -35,7 +35,7 @@ class SetSpec:
 
 def learned(digit: int, family: str, ruleset: RuleSet) -> list[SetSpec]:
     """Return the sets of one address family: `digit` is 4 or 6, `family` what ipset calls it."""
-    specs = _forgotten(digit, family, ruleset)
+    specs = [*_forgotten(digit, family, ruleset), *_oneway(digit, family)]
     return [*specs, *_inside(digit, family)] if ruleset.enforce else specs
 
 
@@ -56,6 +56,20 @@ def _forgotten(digit: int, family: str, ruleset: RuleSet) -> list[SetSpec]:
             its_sizing = sizing if name == "answered" else f"{FIXED} forceadd"
             specs.append(SetSpec(set_name(name, digit), "hash:ip", its_options, its_sizing))
     return specs
+
+
+def _oneway(digit: int, family: str) -> list[SetSpec]:
+    """Return the sets of `rstguard.kernel.oneway`."""
+    options, sizing = f"family {family} maxelem {oneway.MOST} timeout", oneway.MOST // 4
+    return [
+        SetSpec(
+            set_name(name, digit),
+            "hash:ip,port",
+            f"{options} {seconds}",
+            f"hashsize {sizing} forceadd",
+        )
+        for name, seconds in oneway.SECONDS.items()
+    ]
 
 
 def _inside(digit: int, family: str) -> list[SetSpec]:

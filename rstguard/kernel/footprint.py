@@ -59,6 +59,8 @@ class Footprint:
         """How the connection tracker was set when rules were last put in place."""
         self.hits = Hits()
         """What the rules have dropped before the tracker."""
+        self.changed: list[sysctl.Change] = []
+        """The sysctls that `prepare` has given another value."""
         self._whole = threading.RLock()  # nobody is to see the rules half changed
         self._ended = False
 
@@ -76,9 +78,27 @@ class Footprint:
             KernelError: something was refused.
         """
         with self._changing():
-            sysctl.apply(self._kernel, sysctl.TRACKING, self._record)
+            done = sysctl.apply(self._kernel, sysctl.TRACKING, self._record)
+            self.changed = [change for change in done if change.outcome is sysctl.Outcome.SET]
             ipset.apply(self._kernel, ruleset, len(self.queues))
             ipset.forget_services(self._kernel)
+
+    def altered(self) -> list[sysctl.Change]:
+        """Return the sysctls that others have changed since.
+
+        Raises:
+            KernelError: one cannot be read.
+        """
+        return sysctl.altered(self._kernel, sysctl.TRACKING)
+
+    def set_again(self) -> None:
+        """Give the sysctls the values that the guard needs, whatever others have made of them.
+
+        Raises:
+            KernelError: one could not be set.
+        """
+        with self._changing():
+            sysctl.apply(self._kernel, sysctl.TRACKING, self._record)
 
     def divert(self, ruleset: RuleSet) -> None:
         """Put the chains in place, or exchange them for those of another policy.

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from rstguard.engine.ruleset import Divert
+from rstguard.kernel import oneway
 from rstguard.kernel.counting import table_size
 from rstguard.kernel.marks import Labels
 from rstguard.kernel.matching import Matching
@@ -98,8 +99,8 @@ class Forgotten(Matching):
         rules = []
         if self.ruleset.enforce:
             rules.append(f"{_FITS_NOTHING} -g {PREFIX}-valve")
-        if self.counts:
-            rules.append(f"-j {PREFIX}-lost")
+        # What is of a service that answers by another way makes entries as well, and is no stray.
+        rules += [f"-j {PREFIX}-lost"] if self.counts else oneway.strays(self)
         return tuple(rules)
 
     def chains(self) -> dict[str, tuple[str, ...]]:
@@ -133,6 +134,7 @@ class Forgotten(Matching):
             f"--{{}} {set_name(name, self.family)} src" for name in ("lost", "grace", "answered")
         )
         return (
+            *oneway.strays(self),
             f"-m set {answered.format('match-set')} -j RETURN",
             f"-m set ! {lost.format('match-set')} -j SET {grace.format('add-set')} --exist",
             f"-j SET {lost.format('add-set')} --exist",

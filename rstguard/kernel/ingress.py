@@ -24,7 +24,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from rstguard.kernel import forgotten, proof
+from rstguard.kernel import forgotten, oneway, proof
 from rstguard.kernel.jumps import Jump
 from rstguard.kernel.marks import Bits, Labels
 from rstguard.kernel.matching import SYN_ACK, Matching, interface_names, negated
@@ -86,7 +86,7 @@ def replacing(matching: Matching) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Ingress(Matching):
-    """The rules for one policy and address family; a policy that observes has none."""
+    """The rules for one policy and address family; a policy that observes drops nothing."""
 
     def entrance(self) -> tuple[str, ...]:
         """Return the rules of raw PREROUTING: nearly every packet is past after both matches."""
@@ -122,10 +122,11 @@ class Ingress(Matching):
         serves = forgotten.serving(self.family)
         always = {
             f"{PREFIX}-anew": (*outside, *self.anew()),
+            f"{PREFIX}-heard": (*oneway.answered(self), f"-j {PREFIX}-inside"),
             f"{PREFIX}-served": self.served(),
         }
         if not self.ruleset.enforce:
-            return {f"{PREFIX}-inside": (*outside, serves), **always}
+            return {**always, f"{PREFIX}-inside": (*outside, serves)}
         learn = f"-j SET --add-set {inside_set(self.family)} src --exist"
         closed = f"-j CONNMARK --set-xmark {Bits(0, self.marks.closing.mask)}"
         doubt = (
@@ -133,10 +134,10 @@ class Ingress(Matching):
             f"-j SET --add-set {doubt_set(self.family)} src,src,dst --exist",
         )
         return {
+            **always,
             f"{PREFIX}-inside": (*outside, serves, learn),
             f"{PREFIX}-closed": (closed,),
             f"{PREFIX}-doubt": doubt,
-            **always,
         }
 
     def anew(self) -> tuple[str, ...]:
@@ -154,22 +155,19 @@ class Ingress(Matching):
 
     def served(self) -> tuple[str, ...]:
         """Return the rules for what servers send, whichever way it comes: it leads to no queue."""
-        answer = f"{SYN_ACK} -m conntrack --ctdir REPLY"
+        begun = f"{SYN_ACK} -m conntrack --ctdir REPLY -m connmark --mark {self.marks.established}"
         always = (
             *proof.agreed(self),
-            f"{answer} -m connmark --mark {self.marks.established} -j {PREFIX}-anew",
+            f"{begun} -j {PREFIX}-anew",
+            oneway.answer(self),
+            oneway.refused(self),
         )
-        guarded = f"-m connmark ! --mark {self.marks.unguarded}"
         if not self.ruleset.enforce:
-            return (*always, f"{answer} {guarded} -j {PREFIX}-inside")
+            return always
         fin = "-p tcp -m tcp --tcp-flags FIN,RST FIN -m conntrack --ctstate ESTABLISHED"
         bits = self.marks.closing.value | self.marks.established.value
         closing = f"--ctdir REPLY -m connmark --mark {Bits(bits, bits)}"
-        return (
-            *always,
-            f"{answer} {guarded} -j {PREFIX}-inside",
-            f"{fin} {closing} -j {PREFIX}-closed",
-        )
+        return (*always, f"{fin} {closing} -j {PREFIX}-closed")
 
     def jumps(self) -> tuple[Jump, ...]:
         """Return the jump to the same rules for what this host sends itself."""

@@ -33,6 +33,7 @@ rstguard-serving4, -6       hash:ip,port    services that have answered a client
 rstguard-lost4, -lost6      hash:ip         sources that lately sent a segment of no connection,
 rstguard-grace4, -grace6                    those whose first one has just come, and those that a
 rstguard-answered4, -6                      server has answered; filled by the chains
+rstguard-asked4, …          hash:ip,port    who answers, and who does not (`rstguard.kernel.oneway`)
 rstguard-thin4-0, -thin6-0  hash:net        everything while worker 0 is overrun, else nothing;
 (-1, …: other workers)                      filled by the worker (`rstguard.kernel.thinning`)
 ==========================  ==============  ==================================================
@@ -106,13 +107,9 @@ def plan(ruleset: RuleSet, workers: int = 1) -> tuple[SetSpec, ...]:
             _networks(set_name("protected", digit), family, scope.protected),
             _networks(set_name("dst", digit), family, scope.destinations or everything),
         ]
+        thin = f"family {family} maxelem 65536 timeout 0"
         specs += [
-            SetSpec(
-                thinning.thin_set(digit, index),
-                "hash:net",
-                f"family {family} maxelem 65536 timeout 0",
-            )
-            for index in range(workers)
+            SetSpec(thinning.thin_set(digit, index), "hash:net", thin) for index in range(workers)
         ]
         specs += learned(digit, family, ruleset)
         if syn_budget.in_force(ruleset):
@@ -122,8 +119,7 @@ def plan(ruleset: RuleSet, workers: int = 1) -> tuple[SetSpec, ...]:
             named = f"family {family} maxelem 65536 timeout {holding.NAMED_SECONDS}"
             name, kind = holding.named_set(digit), "hash:ip,port,ip"
             specs.append(SetSpec(name, kind, named, "hashsize 16384 forceadd"))
-            exempt = _networks(set_name("reset-exempt", digit), family, ruleset.reset_exempt)
-            specs.append(exempt)
+            specs.append(_networks(set_name("reset-exempt", digit), family, ruleset.reset_exempt))
     budget = ruleset.syn_budget if syn_budget.in_force(ruleset) else None
     ports = (
         (set_name("ports"), scope.ports),

@@ -19,12 +19,14 @@ from rstguard.kernel import (
     command,
     counted,
     ipset,
+    links,
     nftables,
     synproxy,
 )
 from rstguard.kernel.conntrack import Conntrack
 from rstguard.kernel.elements import Kind
 from rstguard.kernel.inject import Injector
+from rstguard.kernel.links import Link
 from rstguard.kernel.marks import Marks
 from rstguard.kernel.nflog import PacketLog
 from rstguard.kernel.nfqueue import Queue, QueueState, states
@@ -134,6 +136,11 @@ class Linux:
     def interfaces(self) -> list[str]:
         """Return the names of the interfaces."""
         return [name for _, name in socket.if_nameindex()]
+
+    @_at_hand
+    def links(self) -> list[Link]:
+        """Return the interfaces."""
+        return links.links()
 
     @_at_hand
     def ways(self, addresses: Sequence[int]) -> list[str]:

@@ -10,6 +10,8 @@ from rstguard.kernel.marks import Marks
 from rstguard.kernel.names import set_name
 
 SYN_ONLY = "FIN,SYN,RST,ACK SYN"
+UNTRACKED = "-m conntrack --ctstate UNTRACKED"
+"""What was kept from the tracker in the raw table, such as SYNs that a cookie is to answer."""
 SYN_ACK = "-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK SYN,ACK"
 
 

@@ -16,7 +16,16 @@ import time
 from pathlib import Path
 
 from rstguard.engine.ruleset import DEFAULT_MARKS
-from rstguard.kernel import KernelError, clearing, command, confine, foreign, protected, readers
+from rstguard.kernel import (
+    KernelError,
+    clearing,
+    command,
+    confine,
+    foreign,
+    protected,
+    readers,
+    surroundings,
+)
 from rstguard.kernel.check import Check, Host, Outcome
 from rstguard.kernel.command import own_program
 from rstguard.kernel.queues import owner
@@ -56,7 +65,7 @@ def checks(queue: int, queues: int = 1) -> list[Check]:
     ]
     found += [_queue_free(number) for number in range(queue, queue + queues)]
     found += [_confinement(host), _reset_trace(host), _protected()]
-    return found
+    return [*found, *surroundings.checks()]
 
 
 def _routing(host: Host) -> Check:

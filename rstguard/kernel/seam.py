@@ -17,6 +17,7 @@ from rstguard.engine.offers import Service
 from rstguard.engine.ruleset import RuleSet
 from rstguard.kernel.command import Commands
 from rstguard.kernel.elements import Element, Kind
+from rstguard.kernel.links import Link
 from rstguard.kernel.marks import Marks
 from rstguard.kernel.nfqueue import Queued, QueueState, Verdict
 from rstguard.kernel.nftables import Chain
@@ -79,6 +80,9 @@ class ElementSets(Closing, Protocol):
 
     def proven(self, address: int) -> bool:
         """Tell whether the source of a tagged address has lately proved itself."""
+
+    def one_sided(self, address: int, port: int) -> bool:
+        """Tell whether only one side is seen of a service, by its tagged address and port."""
 
 
 class Connections(Closing, Protocol):
@@ -183,7 +187,7 @@ class Kernel(Commands, Protocol):
     def run(self, arguments: Sequence[str], text: str = "") -> str:
         """Run one of the kernel's tools with `text` as its input and return what it prints.
 
-        The guard runs iptables-save and iptables-restore, those of IPv6, and ipset.
+        The guard runs iptables-save and iptables-restore, those of IPv6, ipset, and `nft list`.
 
         Raises:
             NotThere: the tool, or what it was to work on, does not exist.
@@ -273,6 +277,9 @@ class Kernel(Commands, Protocol):
 
     def interfaces(self) -> list[str]:
         """Return the names of the interfaces of this network namespace."""
+
+    def links(self) -> list[Link]:
+        """Return the interfaces of this network namespace, and what is known of each."""
 
     def ways(self, addresses: Sequence[int]) -> list[str]:
         """Return the interface by which packets to each tagged address leave, or ""."""

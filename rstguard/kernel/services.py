@@ -10,8 +10,6 @@ from rstguard.engine.offers import Offer, Service
 from rstguard.kernel.matching import SYN_ONLY, Matching
 
 SYN = f"-p tcp -m tcp --tcp-flags {SYN_ONLY}"
-UNTRACKED = "-m conntrack --ctstate UNTRACKED"
-"""What was kept from the tracker in the raw table, so that it be answered with a cookie."""
 
 Known = Mapping[Service, Offer]
 

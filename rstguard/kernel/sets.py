@@ -48,7 +48,7 @@ _EXCLUSIVE = 0x200
 """NLM_F_EXCL: say so if an element to add is there already, or one to remove is not."""
 _NETWORK_ORDER = 0x4000
 _ATTR_PROTOCOL, _ATTR_SETNAME, _ATTR_DATA, _ATTR_ADT, _ATTR_LINE = 1, 2, 7, 8, 9
-_ATTR_IP, _ATTR_CIDR, _ATTR_TIMEOUT, _ATTR_COMMENT = 1, 3, 6, 26
+_ATTR_IP, _ATTR_CIDR, _ATTR_PORT, _ATTR_TIMEOUT, _ATTR_PROTO, _ATTR_COMMENT = 1, 3, 4, 6, 7, 26
 _PROTOCOL = 6
 """Oldest ipset protocol version that every supported kernel still speaks."""
 _EXISTS = 4103
@@ -167,6 +167,18 @@ class Sets:
     def proven(self, address: int) -> bool:
         """Tell whether the kernel has lately seen the source of a tagged address prove itself."""
         return self._holds(set_name("proven", 6 if is_v6(address) else 4), address)
+
+    def one_sided(self, address: int, port: int) -> bool:
+        """Tell whether only one side is seen of a service (`rstguard.kernel.oneway`)."""
+        name = set_name("oneway", 6 if is_v6(address) else 4)
+        port_and_protocol = attribute(
+            _ATTR_PORT | _NETWORK_ORDER, port.to_bytes(2, "big")
+        ) + attribute(_ATTR_PROTO, bytes((socket.IPPROTO_TCP,)))
+        whole = Prefix(address, 128 if is_v6(address) else 32)
+        error = self._ask(_TEST, name, nest(_ATTR_DATA, _entry(whole) + port_and_protocol))
+        if error not in (0, _EXISTS):
+            raise refusal(name, error)
+        return not error
 
     def _holds(self, name: str, address: int) -> bool:
         whole = Prefix(address, 128 if is_v6(address) else 32)

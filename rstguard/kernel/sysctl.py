@@ -106,6 +106,16 @@ def apply(kernel: Kernel, wanted: Mapping[str, str], record: Path) -> list[Chang
     return changes
 
 
+def altered(kernel: Kernel, wanted: Mapping[str, str]) -> list[Change]:
+    """Return the sysctls that have not the wanted value now; `now` is what they should have.
+
+    Raises:
+        KernelError: one of them cannot be read.
+    """
+    found = ((name, kernel.read_sysctl(name), value) for name, value in wanted.items())
+    return [Change(name, now, value, Outcome.LEFT) for name, now, value in found if now != value]
+
+
 def restore(kernel: Kernel, record: Path) -> list[Change]:
     """Give the recorded values back and remove the record; without a record, do nothing.
 

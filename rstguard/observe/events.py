@@ -39,8 +39,10 @@ KINDS = MappingProxyType(
         "cookies_on": "a service is over its SYN budget: the kernel answers with SYN cookies",
         "cookies_off": "a service has been within its SYN budget for some seconds",
         "learned": "a service offers something new in its SYN-ACKs",
-        "restored": "rules or sets that another program had removed, or passed over, were put back",
-        "conflict": "another program removes them again and again",
+        "restored": "rules, sets or sysctls that another program had removed, passed over or "
+        "changed were put back",
+        "conflict": "another program removes or changes them again and again",
+        "sysctl": "the start has given a sysctl another value, until the guard ends",
         "process": "a process of the guard starts, serves, failed at the start, or has stopped",
         "capped": "a rule banned in too many networks in a minute, and shuns instead for a while",
         "rearmed": "a rule that was capped bans again",
@@ -53,6 +55,8 @@ KINDS = MappingProxyType(
         "spoofed": "segments begin to come from outside in the name of an address that answers "
         "from inside: counted, then dropped",
         "foreign_marks": "another program uses mark bits of the guard's",
+        "one_sided": "of a service only one side is seen, or no more: its answers pass elsewhere",
+        "unseen": "a protected interface is such that the rules do not see its traffic",
         "panic": "all traffic passes on an administrator's word, or no longer",
         "left_out": "events of the last second that were not written, by their number",
     }

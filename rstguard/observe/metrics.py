@@ -131,6 +131,10 @@ TABLE: tuple[Row, ...] = (
         _one(lambda data: CONDITIONS.index(data["state"]))),
     Row("rstguard_panic", "gauge", (),
         "1 while the panic switch lets all traffic pass.", _one(lambda data: data["panic"])),
+    Row("rstguard_sysctl_in_place", "gauge", ("name",),
+        "1 while a sysctl that the guard needs has its value, 0 from when another program has "
+        "changed it until it is put back.",
+        lambda data: [((name,), float(right)) for name, right in data["sysctls"].items()]),
     Row("rstguard_uptime_seconds", "gauge", (),
         "How long the guard has been running.", _one(lambda data: data["uptime_s"])),
     Row("rstguard_packets_total", "counter", ("queue",),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import Final
 
 from rstguard.engine.ruleset import FORGEABLE, NEVER_BANS, Measure
 from rstguard.policy.base import Widths
@@ -11,15 +13,26 @@ from rstguard.policy.model import Policy, is_wide
 from rstguard.policy.quantities import PortRange, expand, ports_text
 from rstguard.policy.rules import AnyRule, ShortConnectionsRule, SourceRule
 
+_ONE_SIDE_SUFFICES: Final = frozenset(
+    {Measure.SYN_RATE, Measure.DISTINCT_PORTS, Measure.DISTINCT_HOSTS, Measure.BAD_FLAGS}
+)
+"""What is counted of clients whose service is not seen to answer."""
 
-def check(policy: Policy, interfaces: Collection[str] | None = None) -> list[Finding]:
+
+def check(
+    policy: Policy, interfaces: Collection[str] | None = None, one_sided: Collection[str] = ()
+) -> list[Finding]:
     """Return the warnings for a policy; pure.
 
     Args:
         policy: a valid policy.
-        interfaces: names of the interfaces that exist, or None not to look at that.
+        interfaces: names of the interfaces that exist, or None not to look at that.  A mapping says
+            of each why no packet can be seen to come in by it, or "".
+        one_sided: services of which a guard here sees only one side.
     """
     findings = list(_protect(policy, interfaces))
+    if one_sided:
+        findings.append(_one_sided(policy, one_sided))
     if not policy.rules:
         findings.append(Finding(("rules",), "there is no rule, so nothing will be guarded"))
     for index, prefix in enumerate(policy.trusted):
@@ -42,6 +55,20 @@ def _protect(policy: Policy, interfaces: Collection[str] | None) -> Iterator[Fin
             yield Finding(path, "this covers every interface, the loopback too")
         elif interfaces is not None and not _exists(name, interfaces):
             yield Finding(path, f"there is no interface {name} here now: is the name right?")
+        if isinstance(interfaces, Mapping):
+            for complaint in (
+                interfaces[there] for there in interfaces if fnmatchcase(there, name)
+            ):
+                if complaint:
+                    yield Finding(path, complaint)
+
+
+def _one_sided(policy: Policy, services: Collection[str]) -> Finding:
+    blind = [rule.name for rule in policy.rules if Measure(rule.measure) not in _ONE_SIDE_SUFFICES]
+    rules = f", so these rules cannot act on it: {', '.join(blind)}" if blind else ""
+    seen = ", ".join(services)
+    message = f"only one side is seen of {seen}: its answers do not pass this machine{rules}"
+    return Finding(("protect",), message)
 
 
 def _exists(name: str, interfaces: Collection[str]) -> bool:

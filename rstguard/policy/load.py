@@ -30,12 +30,18 @@ class Loaded:
     text: str
 
 
-def load(path: str | os.PathLike[str], interfaces: Collection[str] | None = None) -> Loaded:
+def load(
+    path: str | os.PathLike[str],
+    interfaces: Collection[str] | None = None,
+    one_sided: Collection[str] = (),
+) -> Loaded:
     """Read and validate a policy file.
 
     Args:
         path: the file.
-        interfaces: names of the interfaces that exist, to warn of others; None: do not look.
+        interfaces: names of the interfaces that exist, to warn of others; None: do not look.  A
+            mapping says of each why no packet can be seen to come in by it, or "".
+        one_sided: services of which a guard here sees only one side, to warn of them.
 
     Raises:
         PolicyError: the file cannot be read, or is no valid policy.
@@ -53,11 +59,16 @@ def load(path: str | os.PathLike[str], interfaces: Collection[str] | None = None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise _unreadable(name, f"the file cannot be read ({reason}): is it a file?") from None
-    return parse(text, name, interfaces)
+    return parse(text, name, interfaces, one_sided)
 
 
-def parse(text: str | bytes, name: str, interfaces: Collection[str] | None = None) -> Loaded:
-    """Validate the text of a policy; `name` is the file's name in messages.
+def parse(
+    text: str | bytes,
+    name: str,
+    interfaces: Collection[str] | None = None,
+    one_sided: Collection[str] = (),
+) -> Loaded:
+    """Validate the text of a policy; `name` is the file's name in messages, the rest as for `load`.
 
     Raises:
         PolicyError: the text is no valid policy.  No other exception leaves this function.
@@ -76,7 +87,7 @@ def parse(text: str | bytes, name: str, interfaces: Collection[str] | None = Non
         raise PolicyError(_sorted(problems))
     warnings = [
         replace(_problem(document, finding), severity="warning")
-        for finding in check(policy, interfaces)
+        for finding in check(policy, interfaces, one_sided)
     ]
     return Loaded(policy, _sorted(warnings), text if isinstance(text, str) else text.decode())
 

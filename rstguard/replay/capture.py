@@ -1,4 +1,4 @@
-"""Reads captures: pcap and pcapng, also compressed with gzip, from a file or a pipe.
+"""Reads captures: pcap and pcapng, also compressed with gzip, xz or zstd, from a file or a pipe.
 
 A reader of our own, as a replay is to be faster than the traffic was.  It yields the beginning of
 each IP packet with its time, many packets at once.  A damaged or truncated capture is used as far
@@ -7,18 +7,18 @@ as it can be read, and `Capture.damage` says where it broke.
 
 from __future__ import annotations
 
-import gzip
 import os
-import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 from struct import Struct
-from typing import BinaryIO, NamedTuple, Protocol, cast
+from typing import NamedTuple
 
 from rstguard.engine.ruleset import SECOND
-from rstguard.replay.links import ETHERNET, LINKS, Locate, ethernet
+from rstguard.replay.links import ETHERNET, LINKS, Locate, ethernet, kind_of
+from rstguard.replay.unpacking import BROKEN, CaptureError, Stream, unpacked
 
 Batch = list[tuple[int, bytes]]
 """Time (nanoseconds since 1970) and IP packet, from its first header byte on, maybe cut off."""
@@ -30,7 +30,8 @@ LARGEST = 1 << 18
 
 _CHUNK = 1 << 20
 _LARGEST_BLOCK = 1 << 24
-_GZIP = b"\x1f\x8b"
+_MOST_KINDS = 64
+"""Kinds of frames without IP that are told apart."""
 _MAGIC = {
     b"\xd4\xc3\xb2\xa1": ("<", 1000),
     b"\xa1\xb2\xc3\xd4": (">", 1000),
@@ -44,21 +45,14 @@ _INTERFACE, _SIMPLE, _ENHANCED = 1, 3, 6
 _END_OF_OPTIONS, _RESOLUTION, _OFFSET = 0, 9, 14
 
 
-class CaptureError(Exception):
-    """The file is no capture, or cannot be read; in one sentence."""
-
-
 class _Damage(Exception):
     """What is wrong with the bytes at the present place."""
-
-
-class _Stream(Protocol):
-    def read(self, size: int, /) -> bytes: ...
 
 
 class _Interface(NamedTuple):
     """How one interface of a pcapng section writes its packets."""
 
+    link: int
     locate: Locate | None
     ticks: int
     """Units of time in a second."""
@@ -70,17 +64,19 @@ class Capture:
     """One capture; `batches` can be read once.
 
     `damage` is a sentence that says where the file broke, "" if it did not.  `frames` counts all
-    packets so far, `foreign` those that are neither IPv4 nor IPv6 or of an unknown link type.
+    packets so far, `foreign` those that are neither IPv4 nor IPv6 or of an unknown link type, and
+    `kinds` says what these are.
     `done` tells how much of it was read, from 0 to 1; always 0 if that cannot be known.
 
     Raises:
         CaptureError: the stream does not begin as a capture.
     """
 
-    def __init__(self, stream: _Stream, name: str, done: Callable[[], float] = lambda: 0.0) -> None:
+    def __init__(self, stream: Stream, name: str, done: Callable[[], float] = lambda: 0.0) -> None:
         self.name, self.done = name, done
         self.damage = ""
         self.frames = self.foreign = 0
+        self.kinds: Counter[str] = Counter()
         self._stream = stream
         self._data, self._before = b"", 0  # what is in hand, and how much of the file came earlier
         self._time = 0
@@ -104,7 +100,7 @@ class Capture:
         size = max(_CHUNK, wanted)
         try:
             more = self._stream.read(size)
-        except (OSError, EOFError, zlib.error) as error:
+        except BROKEN as error:
             more = b""
             self.damage = f"it could not be read further ({error})"
         self._before += at
@@ -140,6 +136,8 @@ class Capture:
                 if -1 < start < following:
                     time = seconds * SECOND + fraction * unit
                     add((time, data[start : start + KEPT if start + KEPT < at else at]))
+                else:
+                    self._note_kind(link, data, body, at)
             self.frames += frames
             self.foreign += frames - len(batch)
             if batch:
@@ -206,6 +204,12 @@ class Capture:
             batch.append((self._time, data[start : min(start + KEPT, body + kept)]))
         else:
             self.foreign += 1
+            self._note_kind(interface.link, data, body, body + kept)
+
+    def _note_kind(self, link: int, data: bytes, start: int, end: int) -> None:
+        kind = kind_of(link, data, start, end)
+        if kind in self.kinds or len(self.kinds) < _MOST_KINDS:
+            self.kinds[kind] += 1
 
 
 class _Section:
@@ -240,7 +244,7 @@ class _Section:
             at += length + 3 & ~3
         if not self._interfaces:
             _locate(self._name, link)  # the first one must be of a known kind: else nothing is read
-        self._interfaces.append(_Interface(LINKS.get(link), ticks, offset))
+        self._interfaces.append(_Interface(link, LINKS.get(link), ticks, offset))
 
     def _interface(self, number: int) -> _Interface:
         if number >= len(self._interfaces):
@@ -273,15 +277,15 @@ def _new_section(name: str, data: bytes, at: int) -> _Section:
 def _locate(name: str, link: int) -> Locate:
     if link not in LINKS:
         raise CaptureError(
-            f"{name} has link type {link}, which is not known here: capture on an Ethernet "
-            "interface, or on `any`"
+            f"{name} has {kind_of(link, b'', 0, 0)}, which are not known here: capture on an "
+            "Ethernet interface, or on `any`"
         )
     return LINKS[link] if link != ETHERNET else ethernet
 
 
 @contextmanager
 def open_capture(path: Path) -> Iterator[Capture]:
-    """Open a capture file, or standard input for ``-``; gzip is recognised by itself.
+    """Open a capture file, or standard input for ``-``; gzip, xz and zstd are recognised.
 
     Raises:
         CaptureError: there is no such file, it cannot be read, or it is no capture.
@@ -294,18 +298,9 @@ def open_capture(path: Path) -> Iterator[Capture]:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise CaptureError(f"{name} cannot be read ({reason}): is the path right?") from None
     with source:
-        yield Capture(_unpacked(source, name), name, _progress(source))
+        yield Capture(unpacked(source, name), name, _progress(source))
 
 
 def _progress(source: BufferedReader) -> Callable[[], float]:
     size = os.fstat(source.fileno()).st_size
     return lambda: source.tell() / size if size else 0.0
-
-
-def _unpacked(source: BufferedReader, name: str) -> _Stream:
-    try:
-        if source.peek(2)[:2] == _GZIP:
-            return cast(_Stream, gzip.GzipFile(fileobj=cast(BinaryIO, source)))
-    except OSError as error:
-        raise CaptureError(f"{name} cannot be read ({error.strerror})") from None
-    return source

@@ -77,7 +77,8 @@ def _notes(replay: Replay, capture: Capture) -> Iterable[str]:
     if capture.damage:
         yield capture.damage
     if capture.foreign * 2 > capture.frames:
-        yield f"{capture.foreign:,} packets are not IP, or of a link type that is not known here"
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in capture.kinds.most_common(3))
+        yield f"{capture.foreign:,} packets are not IP, or of a link type not known here: {kinds}"
     if not counts.packets:
         yield "there is no IP packet in the capture"
     elif not counts.in_scope and not counts.older:

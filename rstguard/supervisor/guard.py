@@ -1,6 +1,7 @@
 """What is true of the running guard now.  No I/O: the parts read it, each writes its own lines.
 
-Who writes what: `change` the policy in force; `upkeep` what is missing, and panic; `processes` what
+Who writes what: `change` the policy in force; `upkeep` what is missing, and panic; `settings` which
+sysctls are altered; `processes` what
 was not placed or not judged; `hearing` what the processes tell.
 """
 
@@ -11,9 +12,11 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from rstguard.engine.offers import Service
 from rstguard.engine.ruleset import RuleSet
 from rstguard.engine.shedding import Level
 from rstguard.ipc.messages import Productive
+from rstguard.kernel.sysctl import Change
 from rstguard.observe.events import EventLog
 from rstguard.policy.load import Loaded
 from rstguard.supervisor.child import Child
@@ -43,6 +46,12 @@ class Guard:
     """Whether the rules were put in place for the first time."""
     missing: tuple[str, ...] = ()
     """Rules and sets that were not as they should be when they were last looked at."""
+    unseen: tuple[str, ...] = ()
+    """What of the protected interfaces the rules do not see, in words."""
+    altered: tuple[Change, ...] = ()
+    """Sysctls that other programs have changed and that were not put back yet."""
+    one_sided: tuple[Service, ...] = ()
+    """Services whose answers do not pass here, though their clients go on."""
     unmatched: str = ""
     """Why no packet can come under the policy, or ""."""
     panic: bool = False
@@ -53,6 +62,8 @@ class Guard:
     """When packets last passed, or were dropped, unjudged."""
     memory: Callable[[], str] = lambda: ""
     """Tells why nothing is kept for a restart at present, or ""."""
+    unheard: Callable[[], str] = lambda: ""
+    """Tells why servers' offers cannot be learned, or ""."""
     overload: dict[int, Level] = field(default_factory=dict)
     """How much the worker of a process id sheds."""
     productive: Productive = field(default_factory=lambda: Productive({}))

@@ -98,8 +98,29 @@ def _degraded(guard: Guard, now: float) -> Iterator[str]:
         yield "a worker is overrun and sheds load"
     elif guard.unjudged_at is not None and now - guard.unjudged_at < RECENT:
         yield "packets passed unjudged in the last minute"
+    yield from _around(guard)
     if guard.not_remembered:
         yield guard.not_remembered
+
+
+def _around(guard: Guard) -> Iterator[str]:
+    """What the network, or other programs beside the guard, keep it from."""
+    yield from guard.unseen
+    if guard.one_sided:
+        shown = ", ".join(map(str, guard.one_sided[:3]))
+        more = f" and {len(guard.one_sided) - 3} more" if len(guard.one_sided) > 3 else ""
+        yield (
+            f"only one side is seen of {shown}{more}: its answers take another way, so rules on "
+            "handshakes and connections cannot act on it; lead them through this gateway, or name "
+            "under protect: destinations and ports what does answer here"
+        )
+    for change in guard.altered:
+        yield (
+            f"another program has set {change.name} to {change.before}: of connections that begin "
+            "meanwhile bytes or age are not known, and rules on these do not act; find it"
+        )
+    if unheard := guard.unheard():
+        yield f"shunned sources are dropped, not challenged: {unheard}"
 
 
 def _stage(state: State) -> str:

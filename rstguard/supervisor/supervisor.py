@@ -23,11 +23,14 @@ from rstguard.supervisor.child import StartFailed
 from rstguard.supervisor.foreign import ForeignMarks
 from rstguard.supervisor.guard import Guard
 from rstguard.supervisor.ingress import Ingress
+from rstguard.supervisor.interfaces import Interfaces
+from rstguard.supervisor.onesided import OneSided
 from rstguard.supervisor.options import Options
 from rstguard.supervisor.policies import Policies
 from rstguard.supervisor.processes import Processes
 from rstguard.supervisor.protected import Protected
 from rstguard.supervisor.service import Service
+from rstguard.supervisor.settings import Settings
 from rstguard.supervisor.syn_budget import Budget
 from rstguard.supervisor.upkeep import Upkeep
 
@@ -49,6 +52,9 @@ class Parts(NamedTuple):
     capped: Capped
     policies: Policies
     upkeep: Upkeep
+    settings: Settings
+    one_sided: OneSided
+    interfaces: Interfaces
     budget: Budget
     ingress: Ingress
     foreign: ForeignMarks
@@ -133,6 +139,7 @@ class Supervisor:
         guard.ruleset = parts.protected.within(compile_policy(guard.loaded.policy))
         await parts.protected.follow(guard.ruleset, guard.ruleset)
         await asyncio.to_thread(parts.footprint.prepare, guard.ruleset)
+        parts.settings.tell_start()
         await parts.record.bring_back()
         for child in guard.children:
             processes.create_task(child.live(), name=child.name)
@@ -163,6 +170,9 @@ class Supervisor:
             parts.policies.watch(),
             parts.upkeep.watch_rules(),
             parts.upkeep.watch_panic(),
+            parts.settings.watch(),
+            parts.one_sided.watch(),
+            parts.interfaces.watch(),
             parts.budget.apply(),
             parts.budget.look(),
             parts.ingress.watch(),

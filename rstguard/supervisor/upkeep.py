@@ -1,7 +1,7 @@
 """What the guard looks after while it runs: rules that others removed, and the panic switch.
 
 Other tools rewrite the firewall and think themselves alone.  What is missing is put back, but never
-in a fight: if it goes on, the guard waits longer and longer, and says loudly who might be at work.
+in a fight (`rstguard.supervisor.contention`).
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from rstguard.kernel.footprint import Footprint
 from rstguard.kernel.seam import Kernel
 from rstguard.observe.events import Event
 from rstguard.state.record import Record
-from rstguard.supervisor.backoff import Backoff
+from rstguard.supervisor.contention import LOOK_SECONDS, Contention
 from rstguard.supervisor.guard import Guard
 
 log = logging.getLogger(__name__)
 
-LOOK_SECONDS: Final = 2.0
 PANIC_SECONDS: Final = 0.25
 """How often the panic file is looked for: a panic that ends a second later is told, too."""
 PANIC_NAME: Final = "panic"
@@ -33,11 +32,6 @@ PANIC_NAME: Final = "panic"
 _LONGEST_SECONDS: Final = 30.0
 _SHARE: Final = 20
 """Looking takes at most one part in so many of the time."""
-
-
-def contention() -> Backoff:
-    """Return when to put rules back: three times at once, then at most every five minutes."""
-    return Backoff(at_once=3, first=2 * LOOK_SECONDS, longest=300.0, calm=60.0)
 
 
 class Upkeep:
@@ -51,9 +45,9 @@ class Upkeep:
         self._footprint = footprint
         self._record = record
         self._panic_file = directory / PANIC_NAME
-        self._contention = contention()
-        self._not_before = 0.0
-        self._contested = False
+        self._contention = Contention(
+            guard.events, "rules", "takes rstguard's rules away", "had been taken away"
+        )
         self._withdrawn = False
         self._looking: asyncio.Task[None] | None = None
         self._complaints: deque[str] = deque(maxlen=4)
@@ -158,27 +152,13 @@ class Upkeep:
         guard = self._guard
         async with guard.changing:
             lost = await self._missing()
-            now = asyncio.get_running_loop().time()
-            if not lost or now < self._not_before:
+            if not lost or not self._contention.due():
                 return
-            self._not_before = now + self._contention.failed(now)
             await asyncio.to_thread(self._footprint.restore, guard.ruleset)
             await self._record.bring_back()
             guard.missing = ()
             self._complaints.clear()
-        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
-        guard.events.add(Event("restored", "rules", detail=f"{lost[0]}{more} had been taken away"))
-        if not self._contention.persists:
-            self._contested = False
-        elif not self._contested:
-            self._contested = True
-            log.error(
-                "another program takes rstguard's rules away again and again (%s): find it, such "
-                "as a firewall that is reloaded by a timer, or stop one of the two; they are put "
-                "back less and less often",
-                lost[0],
-            )
-            guard.events.add(Event("conflict", "rules", detail=lost[0]))
+        self._contention.done(lost)
 
     async def _switch(self, panic: bool) -> None:
         guard = self._guard

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Final, assert_never
 
 from rstguard.engine.engine import Engine
+from rstguard.engine.onesided import OneSided
 from rstguard.engine.ruleset import NEEDS, SECOND, RuleSet
 from rstguard.engine.shedding import Level, Shedding
 from rstguard.ipc.channel import ChildEnd
@@ -87,12 +88,19 @@ class Worker:
         self._reporting = Reporting(channel)
         marks = Marks(start.ruleset.marks)
         self._acting = Acting(self._sets, kernel.injector(marks), self._reporting)
-        self._engine = Engine(start.ruleset)
+        self._engine = Engine(start.ruleset, one_sided=OneSided(self._one_sided))
         self._queue = kernel.queue(start.queue, start.ruleset.fail_open, marks)
         self._judging = Judging(
             self._queue, self._engine.decide, self._acting, self._reporting.counts, clock, marks
         )
         self._take_up(start.ruleset, self._engine)
+
+    def _one_sided(self, address: int, port: int) -> bool:
+        """Tell whether only one side is seen of a service; a set that is gone says nothing."""
+        try:
+            return self._sets.one_sided(address, port)
+        except KernelError:
+            return False
 
     def _take_up(self, ruleset: RuleSet, engine: Engine) -> None:
         self._engine = engine

@@ -194,7 +194,8 @@ def test_kill_9_of_the_supervisor_and_cleanup(
         done = guard.cli("cleanup")
         assert done.returncode == 0, done.stderr
         assert "chains and jumps removed" in done.stdout
-        assert "sets removed: rstguard-ban4, rstguard-ban6, " in done.stdout
+        assert "sets removed: " in done.stdout
+        assert "rstguard-ban4, rstguard-ban6, " in done.stdout
         assert leftovers(lab) == []
         assert sysctls(lab) == old_values
         assert not (directory / "control.sock").exists()

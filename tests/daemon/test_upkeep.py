@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from rstguard.lab.waiting import wait_until
-from rstguard.supervisor.upkeep import contention
+from rstguard.supervisor.contention import contention
 from tests.support.guard import Guard
 from tests.support.network import SERVER4, ThreeHosts
 from tests.support.sources import ROUTER4, ROUTER6, source
@@ -236,6 +236,17 @@ def test_what_another_tool_removed_comes_back(
     assert guard.block_of(banned) is not None
     with services(service := Service(lab, 8080)), pytest.raises(TimeoutError):
         service.connect(banned, timeout=0.4)
+
+
+@pytest.mark.netns
+def test_a_sysctl_that_another_tool_set_comes_back(guard: Guard, lab: ThreeHosts) -> None:
+    name = "net.netfilter.nf_conntrack_acct"
+    lab.run("gateway", "sysctl", "-qw", f"{name}=0")
+    wait_until(lambda: guard.events("restored", "restored") == 1, 6)
+    assert lab.run("gateway", "sysctl", "-n", name).strip() == "1"
+    assert f"{name} = 0 by another program was put back" in guard.log.read_text()
+    assert guard.status()["sysctls"][name]
+    assert guard.filtering()
 
 
 @pytest.mark.netns

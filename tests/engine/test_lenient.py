@@ -107,3 +107,9 @@ def test_the_sweep_lets_a_productive_source_hold_more() -> None:
     hit = [objection.flow.original.source for objection in judgement.condemned]
     assert hit.count(parse_address("203.0.113.66")) == 55
     assert hit.count(KEY) == 10
+
+
+def test_what_began_uncounted_says_nothing_of_a_source() -> None:
+    flows = [used(port) for port in range(LEAST)]
+    uncounted = [flow(port, packets=0) for port in range(100, 200)]
+    assert percents(*flows, *uncounted) == {KEY: 100}

@@ -396,3 +396,18 @@ def test_what_was_adopted_and_may_be_forged_is_ended_first() -> None:
     # Its server has sent data since: it counts as any other.
     uploads = [one._replace(labels=ADOPTED_ONE | 1 << DEFAULT_LABELS + CONFIRMED) for one in forged]
     assert condemned(hoarder, (0, [*uploads, *own])) == [[*range(10), *range(110, 120)]]
+
+
+def test_what_began_uncounted_is_not_slow_and_what_came_after_it_is() -> None:
+    """Another program has switched accounting off for a while."""
+    slow = rule(Measure.SLOW, Action.RESET, 50, after=5 * SECOND)
+    uncounted = flow(1, age=60, packets=0)
+    counted = flow(2, age=60, packets=3, sent=200)
+    assert condemned(slow, (0, [uncounted]), (60, [uncounted, counted])) == [[], [2]]
+
+
+def test_what_began_uncounted_is_idle_by_its_timer() -> None:
+    quiet, lively = (flow(port, packets=0)._replace(timeout=1000) for port in (1, 2))
+    later = [quiet._replace(timeout=940), lively]
+    silent = resets(Measure.IDLE, 30 * SECOND)
+    assert condemned(silent, (0, [quiet, lively]), (60, later)) == [[], [1]]

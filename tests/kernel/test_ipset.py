@@ -50,8 +50,9 @@ INSIDE = (
     "serving4",
     "serving6",
 )
+ONEWAY = ("asked4", "asked6", "answers4", "answers6", "oneway4", "oneway6")
 MORE = ("gate4", "gate6", "dst4", "dst6", *PROTECTED, *THIN)
-ALWAYS = {f"rstguard-{name}" for name in (*CONFIG, *SUSPECT, *INSIDE, *MORE)}
+ALWAYS = {f"rstguard-{name}" for name in (*CONFIG, *SUSPECT, *INSIDE, *ONEWAY, *MORE)}
 
 
 def with_scope(**changes: object) -> RuleSet:

@@ -19,6 +19,7 @@ BEHIND = (
     "ipset",
     "iptables",
     "protected.find",
+    "links.links",
     "linux",
     "nflog.PacketLog",
     "nfqueue.Queue",
@@ -26,7 +27,9 @@ BEHIND = (
     "routes",
     "sets",
     "synproxy",
-    "sysctl",
+    "sysctl.altered",
+    "sysctl.apply",
+    "sysctl.restore",
 )
 """What only `rstguard.kernel` itself and the commands may use."""
 PARTS = ("worker", "sweeper", "supervisor", "control", "state")

@@ -26,6 +26,7 @@ Grafana dashboard that shows them.
 SNAPSHOT: dict[str, Any] = {
     "state": "degraded",
     "filtering": False,
+    "sysctls": {"net.netfilter.nf_conntrack_acct": False},
     "panic": False,
     "capped": ["hoarder"],
     "version": "1.2.3",
@@ -71,6 +72,7 @@ def samples(data: dict[str, Any]) -> dict[tuple[str, tuple[str, ...]], float]:
         ("build_info", ("enforce", 'a "quoted"\nname', "1.2.3"), 1),
         ("filtering", (), 0),
         ("condition", (), 1),
+        ("sysctl_in_place", ("net.netfilter.nf_conntrack_acct",), 0),
         ("panic", (), 0),
         ("capped_rules", ("hoarder",), 1),
         ("uptime_seconds", (), 12.5),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import io
+import lzma
+from importlib.util import find_spec
 from pathlib import Path
 from struct import pack
 from typing import Any
@@ -13,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rstguard.engine.ruleset import SECOND
-from rstguard.replay.capture import KEPT, Batch, Capture, CaptureError, open_capture
+from rstguard.replay.capture import KEPT, Batch, Capture, open_capture
+from rstguard.replay.unpacking import CaptureError
 from tests.replay.captures import START, block, enhanced, interface, pcap, section
 from tests.support.packets import ipv4, ipv6, tcp
 
@@ -73,6 +76,9 @@ LINKS = {
     "ethernet": (1, ethernet()),
     "802.1Q": (1, ethernet(tags=b"\x81\x00\x00\x07")),
     "QinQ": (1, ethernet(tags=b"\x88\xa8\x00\x07\x81\x00\x00\x08")),
+    "PPPoE": (1, ethernet(b"\x88\x64") + b"\x11\x00\x00\x07\x00\x00\x00\x21"),
+    "PPPoE, tagged": (1, ethernet(b"\x88\x64", b"\x81\x00\x00\x07") + bytes(6) + b"\x00\x57"),
+    "SNAP": (1, bytes(12) + b"\x00\x40" + b"\xaa\xaa\x03\x00\x00\x00\x08\x00"),
     "raw": (101, b""),
     "raw, another number": (12, b""),
     "loop": (108, pack(">I", 2)),
@@ -89,11 +95,23 @@ def test_each_link_type(link: int, head: bytes) -> None:
     assert not capture.foreign
 
 
-@pytest.mark.parametrize("frame", [b"", b"\x00" * 14, ethernet(b"\x08\x06") + bytes(28)])
-def test_what_is_not_ip_is_counted_and_passed_over(frame: bytes) -> None:
+@pytest.mark.parametrize(
+    ("frame", "kind"),
+    [
+        (b"", "frames that were cut off"),
+        (b"\x00" * 14, "LLC, such as spanning tree"),
+        (ethernet(b"\x08\x06") + bytes(28), "ARP"),
+        (ethernet(b"\x88\x63") + bytes(28), "PPPoE discovery"),
+        (ethernet(b"\x88\x64") + bytes(6) + b"\xc0\x21" + bytes(28),
+         "PPPoE sessions that carry no IP"),
+        (ethernet(b"\x12\x34") + bytes(28), "EtherType 0x1234"),
+    ],
+)  # fmt: skip
+def test_what_is_not_ip_is_counted_by_kind_and_passed_over(frame: bytes, kind: str) -> None:
     capture, found = read(pcap([(START, frame), *framed(ethernet())], link=1))
     assert found == CUT
     assert capture.foreign == 1
+    assert capture.kinds == {kind: 1}
 
 
 def test_pcapng_with_every_block_kind() -> None:
@@ -155,6 +173,35 @@ def test_gzip_is_recognised_and_progress_is_told(tmp_path: Path) -> None:
     with open_capture(file) as capture:
         assert [p for batch in capture.batches() for p in batch] == CUT
         assert capture.done() == 1.0
+
+
+def test_xz_is_recognised_and_a_truncated_one_used(tmp_path: Path) -> None:
+    file = tmp_path / "capture.pcap.xz"
+    file.write_bytes(lzma.compress(pcap(PACKETS)))
+    with open_capture(file) as capture:
+        assert [p for batch in capture.batches() for p in batch] == CUT
+    many = [(START + n * 7919, ipv4(tcp(sequence=n * 48271 % 2**32))) for n in range(20_000)]
+    whole = lzma.compress(pcap(many))
+    file.write_bytes(whole[: len(whole) * 3 // 4])
+    with open_capture(file) as capture:
+        found = [p for batch in capture.batches() for p in batch]
+        assert found
+        assert found == many[: len(found)]
+        assert "breaks off" in capture.damage
+
+
+def test_zstd_is_read_or_named(tmp_path: Path) -> None:
+    file = tmp_path / "capture.pcap.zst"
+    data = pcap(PACKETS)
+    # One raw block in a frame that tells its size (RFC 8878, 3.1.1).
+    head = b"\x28\xb5\x2f\xfd\xa0" + pack("<I", len(data))
+    file.write_bytes(head + (len(data) << 3 | 1).to_bytes(3, "little") + data)
+    if find_spec("compression") is None:
+        with pytest.raises(CaptureError, match="compressed with zstd"), open_capture(file):
+            pass
+        return
+    with open_capture(file) as capture:
+        assert [p for batch in capture.batches() for p in batch] == CUT
 
 
 def test_a_truncated_gzip_is_used_as_far_as_it_goes(tmp_path: Path) -> None:

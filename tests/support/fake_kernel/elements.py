@@ -115,6 +115,12 @@ class FakeSets:
         with self._around("sets.proven", name):
             return self._get(name).covers(address)
 
+    def one_sided(self, address: int, port: int) -> bool:
+        """Tell whether only one side is seen of a service."""
+        name = f"rstguard-oneway{6 if is_v6(address) else 4}"
+        with self._around("sets.one_sided", name):
+            return (address, port) in self._get(name).members
+
     def _get(self, name: str) -> KernelSet:
         try:
             return self._sets.get(name)

@@ -14,6 +14,7 @@ from rstguard.engine.offers import Service
 from rstguard.engine.ruleset import RuleSet
 from rstguard.kernel import NotThere, ipset, synproxy
 from rstguard.kernel.elements import Kind
+from rstguard.kernel.links import Link
 from rstguard.kernel.marks import Marks
 from rstguard.kernel.nfqueue import QueueState
 from rstguard.kernel.nftables import Chain
@@ -50,6 +51,8 @@ class Host:
     """Tagged address -> interface; all others go by `default_way`."""
     default_way: str = "eth0"
     interfaces: list[str] = field(default_factory=lambda: ["lo", "eth0", "eth1"])
+    links: dict[str, Link] = field(default_factory=dict)
+    """By name, those that are not just up."""
     protected: list[ProtectedAddress] = field(default_factory=list)
     """Besides the administrators."""
     cookie_counts: CookieCounts = field(default_factory=lambda: CookieCounts(0, 0, 0))
@@ -230,6 +233,11 @@ class FakeKernel:
         """Return the names of the interfaces."""
         with self._around("interfaces"):
             return list(self.host.interfaces)
+
+    def links(self) -> list[Link]:
+        """Return the interfaces, all of them up unless the test says otherwise."""
+        with self._around("links"):
+            return [self.host.links.get(name, Link(name, True)) for name in self.host.interfaces]
 
     def ways(self, addresses: Sequence[int]) -> list[str]:
         """Return the interface by which packets to each address leave."""

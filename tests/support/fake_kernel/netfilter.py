@@ -222,5 +222,5 @@ def _target_of(words: Sequence[str]) -> str:
 
 
 def _sets_of(rule: str) -> list[str]:
-    words = rule.split()
-    return [words[at + 1] for at, word in enumerate(words) if word in ("--match-set", "--add-set")]
+    words, naming = rule.split(), ("--match-set", "--add-set", "--del-set")
+    return [words[at + 1] for at, word in enumerate(words) if word in naming]

@@ -1,0 +1,55 @@
+"""Tells of services of which only one side is seen."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Final
+
+from rstguard.engine.offers import Service
+from rstguard.engine.onesided import Told
+from rstguard.engine.ruleset import SECOND
+from rstguard.kernel import KernelError, oneway
+from rstguard.kernel.seam import Kernel
+from rstguard.observe.events import Event
+from rstguard.supervisor.guard import Guard
+
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS: Final = 2.0
+
+
+class OneSided:
+    """Looks at the sets of `rstguard.kernel.oneway`, and keeps `guard.one_sided`."""
+
+    def __init__(self, kernel: Kernel, guard: Guard) -> None:
+        self._kernel, self._guard = kernel, guard
+        self._told = Told()
+        self._complaint = ""
+
+    async def watch(self) -> None:
+        """Look, and tell what has changed; does not end by itself."""
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            try:
+                await self._look()
+                self._complaint = ""
+            except KernelError as error:
+                if str(error) != self._complaint:
+                    log.error("services seen from one side: %s", error)
+                self._complaint = str(error)
+
+    async def _look(self) -> None:
+        there = await asyncio.to_thread(oneway.services, self._kernel)
+        answers: set[Service] = set()
+        if there or self._told.services:  # a set that may be large, and is hardly ever asked for
+            answers |= set(await asyncio.to_thread(oneway.services, self._kernel, oneway.ANSWERS))
+        now = int(asyncio.get_running_loop().time() * SECOND)
+        began, ended = self._told.look(there, answers, now)
+        self._guard.one_sided = self._told.services
+        for service in began:
+            detail = "only one side is seen of it: its clients go on, and no answer passes here"
+            self._guard.events.add(Event("one_sided", str(service), detail=detail))
+        for service in ended:
+            detail = "it has answered, or nobody has asked for ten minutes"
+            self._guard.events.add(Event("one_sided", str(service), detail=f"no more: {detail}"))
