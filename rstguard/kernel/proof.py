@@ -117,7 +117,8 @@ def agreed(matching: Matching) -> list[str]:
     if not matching.ruleset.bans:
         return []
     number = Labels(matching.ruleset.labels).mptcp
-    answer = f"{SYN_ACK} --tcp-option {MPTCP_OPTION} -m conntrack --ctdir REPLY"
+    option = f"-m tcp --tcp-option {MPTCP_OPTION}"
+    answer = f"{SYN_ACK.replace('-m tcp', option)} -m conntrack --ctdir REPLY"
     return [f"{answer} {label(number, add=True)}"]
 
 

@@ -195,7 +195,7 @@ class Replay:
                 self.hits.lost(connection.hit, packets=1)
         elif BAD_FLAGS[packet.flags] or not connection.advance(packet, from_client):
             if from_client and connection.guarded:
-                self._invalid(packet, now)
+                self._invalid(packet, now, self._way.counts_stray(packet.source, now))
         else:
             connection.last = now
             if from_client:
@@ -254,12 +254,14 @@ class Replay:
         hit = self._effects.bans.find(packet.source, now)
         if hit is not None:
             self.hits.lost(hit, packets=1)
-        elif (
+            return
+        counted = way.counts_stray(packet.source, now)
+        if (
             packet.flags & SYN
             or BAD_FLAGS[packet.flags]
             or not self._table.doubtful(key, packet.source)
         ):
-            self._invalid(packet, now)
+            self._invalid(packet, now, counted)
 
     def _adopt(self, packet: Packet, key: bytes, now: int) -> None:
         """The protected side speaks on a connection that is older than the capture."""
@@ -272,15 +274,14 @@ class Replay:
         self._effects.hold(connection)
         self._settle(connection)
 
-    def _invalid(self, packet: Packet, now: int) -> None:
+    def _invalid(self, packet: Packet, now: int, counted: bool) -> None:
         """What the tracker calls INVALID is diverted if a rule asks for it."""
         way = self._way
         if packet.flags & _HANDSHAKE_FLAGS == ACK:
             way.suspect(packet.source, now)
-        if way.strays:
-            self._decide(packet, STRAY, None, now)
-        elif way.bad_flags and BAD_FLAGS[packet.flags]:
-            self._decide(packet, 0, None, now)
+        impossible = way.bad_flags and BAD_FLAGS[packet.flags]
+        if impossible or (way.strays and counted):
+            self._decide(packet, STRAY if way.strays else 0, None, now)
 
     def _server(self, connection: Connection, packet: Packet, now: int) -> None:
         self.counts.answers += 1

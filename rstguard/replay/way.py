@@ -12,6 +12,7 @@ from rstguard.engine.address import Prefix, source_key
 from rstguard.engine.limiter import Memory
 from rstguard.engine.ruleset import SECOND, Divert, RuleSet
 from rstguard.engine.wire import Packet
+from rstguard.kernel.forgotten import GRACE_SECONDS, LOST_SECONDS
 from rstguard.replay.hits import Hit
 
 _SUSPECT = 600 * SECOND
@@ -46,6 +47,8 @@ class Way:
         self._targets = _shifted(ruleset.scope.destinations)
         self._ports = ruleset.scope.ports
         self._suspects: Memory[int] = Memory(_SOURCES)
+        self._lost: Memory[int] = Memory(_SOURCES)
+        self._grace: Memory[int] = Memory(_SOURCES)
 
     def sees_end(self, port: int) -> bool:
         """Tell whether some rule looks at how connections to a port end."""
@@ -71,6 +74,19 @@ class Way:
         """Tell whether a client's SYN begins a connection that the policy guards."""
         there = self.protects(packet.destination, packet.destination_port)
         return there and not self.trusts(packet.source)
+
+    def counts_stray(self, source: int, now: int) -> bool:
+        """Take in a segment of no connection; tell whether it is counted.
+
+        What a source sends shortly after its first one may go on with what a tracker has forgotten
+        (`rstguard.kernel.forgotten`).
+        """
+        last = self._lost.get(source)
+        if last is None or now - last >= LOST_SECONDS * SECOND:
+            self._grace.put(source, now + GRACE_SECONDS * SECOND)
+        self._lost.put(source, now)
+        until = self._grace.get(source)
+        return until is None or now >= until
 
     def inbound(self, packet: Packet) -> bool | None:
         """Tell whether a segment of no known connection goes to the protected side.

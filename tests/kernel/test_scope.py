@@ -286,7 +286,6 @@ LIMITS: Final = (
     ("-A rstguard-out -o eth0 -p tcp -j rstguard-adopt", "-o eth0"),
     ("-A rstguard-spoke -m set --match-set rstguard-trusted4 dst -j RETURN", ""),
     ("-A rstguard-answers -m connmark --mark 0x0/0x3000000 -j RETURN", ""),
-    ("-A rstguard-reset-out -m connmark ! --mark 0x2000000/0x2000000 -j RETURN", ""),
     ("-A rstguard-proxy -m set --match-set rstguard-trusted4 src -j RETURN", ""),
     ("-A rstguard-sample -m conntrack ! --ctstate ESTABLISHED -j RETURN", ""),
     ("-A rstguard-sample -m connmark --mark 0x0/0x3000000 -j RETURN", ""),

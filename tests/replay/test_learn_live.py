@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from rstguard.ipc.requests import ControlError
+from rstguard.kernel.forgotten import GRACE_SECONDS
 from rstguard.lab.waiting import wait_until
 from rstguard.policy.compile import compile_policy
 from rstguard.policy.load import load
@@ -87,6 +89,9 @@ def crowd(lab: ThreeHosts, service: Service) -> tuple[list[str], str]:
     lab.run("server", tool, "-w", "-I", "OUTPUT", *silent)
     for port in range(9000, 9060):
         segments(lab, attacker, service.address, port, "S", 1)
+    segments(lab, attacker, service.address, PORT, "A", 1, first_port=29999)
+    counted = time.monotonic() + GRACE_SECONDS + 0.5
+    wait_until(lambda: time.monotonic() > counted)
     segments(lab, attacker, service.address, PORT, "A", 40, first_port=30000)
     return honest, attacker
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from rstguard.kernel.forgotten import GRACE_SECONDS
 from rstguard.lab.waiting import wait_until
 from rstguard.policy.compile import compile_policy
 from rstguard.policy.load import load
@@ -49,6 +50,8 @@ def lab() -> Iterator[ThreeHosts]:
 
 def attack(lab: ThreeHosts, v6: bool, services: dict[int, Service]) -> None:
     brute, rate, forger, scanner, stray, idler, honest = (source(v6) for _ in range(7))
+    segments(lab, stray, services[BRUTE].address, FLOOD, "A", 1)
+    counted = time.monotonic() + GRACE_SECONDS + 0.5
     for _ in range(30):
         link = services[BRUTE].connect(brute)
         link.talk()
@@ -63,6 +66,7 @@ def attack(lab: ThreeHosts, v6: bool, services: dict[int, Service]) -> None:
     services[BRUTE].connect(scanner)
     for port in range(1, 60):
         segments(lab, scanner, target, port, "S", 1)
+    wait_until(lambda: time.monotonic() > counted)
     segments(lab, stray, target, FLOOD, "A", 300)
     services[IDLE].connect(idler)
     for _ in range(5):

@@ -62,6 +62,7 @@ def nonsense(traffic: Traffic, source: str) -> None:
 
 
 def strays(traffic: Traffic, source: str) -> None:
+    traffic.client(7, ACK, source, source_port=1999)  # what follows at once could be forgotten
     for number in range(40):
         traffic.client(10 + number / 100, ACK, source, source_port=2000 + number)
 
@@ -353,8 +354,8 @@ def test_connections_older_than_the_capture_are_no_strays() -> None:
     # But who is answered with a RST has none.
     traffic = Traffic()
     for number in range(200):
-        traffic.client(number / 100, ACK, source_port=1000 + number)
-        traffic.server(number / 100 + 0.001, RST | ACK, source_port=1000 + number)
+        traffic.client(number / 50, ACK, source_port=1000 + number)
+        traffic.server(number / 50 + 0.001, RST | ACK, source_port=1000 + number)
     assert hits(played(traffic, rule(Measure.OUT_OF_STATE))) == {("shun", CLIENT, "it")}
 
 
