@@ -53,6 +53,7 @@ def needs_kernel(item: pytest.Item) -> bool:
     return any(item.get_closest_marker(name) for name in ("netns", "systemd", "kernel_long"))
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep the tests that need the kernel one after another, also in a run of two processes."""
     for item in filter(needs_kernel, items):

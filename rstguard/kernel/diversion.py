@@ -211,7 +211,9 @@ class Diversion(Matching):
             "-m conntrack --ctdir ORIGINAL -j RETURN",
         ]
         if Divert.GIVEN_UP in diverts:
-            match = f"-m connmark --mark {marks.guarded}"
+            # The RST of a REJECT rule shares an entry that is not yet in the table: no queue takes
+            # such a packet (nf_ct_drop_unconfirmed in nfnetlink_queue.c).
+            match = f"-m conntrack --ctstatus CONFIRMED -m connmark --mark {marks.guarded}"
             rules.append(f"{match} -j MARK --set-xmark {marks.to_queue_given_up}")
             rules.append(f"{match} -j {PREFIX}-queue-out")
         if Divert.CLOSE not in diverts:

@@ -155,10 +155,12 @@ class Ingress(Matching):
 
     def served(self) -> tuple[str, ...]:
         """Return the rules for what servers send, whichever way it comes: it leads to no queue."""
-        begun = f"{SYN_ACK} -m conntrack --ctdir REPLY -m connmark --mark {self.marks.established}"
+        # Not the one that SYNPROXY opens: it is proven from its SYN on, and not ASSURED before the
+        # server has been acknowledged.
+        begun = f"{SYN_ACK} -m conntrack --ctstatus ASSURED --ctdir REPLY"
         always = (
             *proof.agreed(self),
-            f"{begun} -j {PREFIX}-anew",
+            f"{begun} -m connmark --mark {self.marks.established} -j {PREFIX}-anew",
             oneway.answer(self),
             oneway.refused(self),
         )

@@ -38,7 +38,8 @@ _SUBSYSTEM: Final = 10
 _HEADERS: Final = HEADER.size + NFGEN.size
 _BEGIN, _END = 0x10, 0x11
 _CREATE, _APPEND = 0x400, 0x800
-_NEW_TABLE, _DELETE_TABLE, _NEW_CHAIN, _NEW_RULE, _GET_RULE = 0, 2, 3, 6, 7
+_NEW_TABLE, _DELETE_TABLE, _NEW_CHAIN = 0, 2, 3
+_NEW_RULE, _GET_RULE, _DELETE_RULE = 6, 7, 8
 _TABLE_NAME = 1
 _CHAIN_TABLE, _CHAIN_NAME, _CHAIN_HOOK, _CHAIN_TYPE = 1, 3, 4, 7
 _HOOK_NUMBER, _HOOK_PRIORITY = 1, 2
@@ -87,14 +88,17 @@ class Chain(NamedTuple):
 
 
 def replace(table: str, chains: Sequence[Chain], commit: bool = True) -> None:
-    """Make a table of family inet anew, in one transaction.
+    """Give a table of family inet these chains and rules, in one transaction.
 
-    Without `commit` the kernel checks it and makes nothing: a batch that is not ended is undone.
+    Chains that are there already stay, and only their rules change: with a chain its hook goes, and
+    with a hook all that waits in a queue (nf_queue_nf_hook_drop).  Without `commit` the kernel checks it and makes nothing: a batch that is not ended is undone.
 
     Raises:
         KernelError: the kernel has no nf_tables, lacks a part of it, or refused.
     """
-    error = _transact(_making(table, chains), commit)
+    error = _transact(_making(table, chains, anew=False), commit)
+    if error in (errno.EEXIST, errno.EOPNOTSUPP):  # chains of another kind are in their place
+        error = _transact(_making(table, chains, anew=True), commit)
     if error == errno.EPERM:
         raise KernelError("changing nf_tables needs root (CAP_NET_ADMIN): use sudo")
     if error:
@@ -142,9 +146,11 @@ _Message = tuple[int, int, bytes]
 """Its kind, its flags, its attributes."""
 
 
-def _making(table: str, chains: Sequence[Chain]) -> list[_Message]:
+def _making(table: str, chains: Sequence[Chain], anew: bool) -> list[_Message]:
     name = _named(_TABLE_NAME, table)
-    made = [(_NEW_TABLE, _CREATE, name), (_DELETE_TABLE, 0, name), (_NEW_TABLE, _CREATE, name)]
+    made = [(_NEW_TABLE, _CREATE, name)]
+    if anew:
+        made += [(_DELETE_TABLE, 0, name), (_NEW_TABLE, _CREATE, name)]
     for chain in chains:
         hook = attribute(_HOOK_NUMBER, struct.pack(">i", chain.hook))
         hook += attribute(_HOOK_PRIORITY, struct.pack(">i", chain.priority))
@@ -152,6 +158,7 @@ def _making(table: str, chains: Sequence[Chain]) -> list[_Message]:
         attributes += nest(_CHAIN_HOOK, hook) + _named(_CHAIN_TYPE, chain.kind)
         made.append((_NEW_CHAIN, _CREATE, attributes))
         place = _named(_RULE_TABLE, table) + _named(_RULE_CHAIN, chain.name)
+        made.append((_DELETE_RULE, 0, place))
         for rule in chain.rules:
             comment = bytes((0, len(rule.comment) + 1)) + _text(rule.comment)  # as nft writes it
             rest = nest(_RULE_EXPRESSIONS, rule.expressions) + attribute(_RULE_COMMENT, comment)

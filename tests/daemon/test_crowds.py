@@ -31,7 +31,7 @@ ANSWER = {
     "policy": {"name": "p", "mode": "enforce"}, "counts": {}, "resets": [],
     "sweeper": {"restarts": 0}, "asker": None, "blocked": {"ban": 0, "shun": 0},
     "shun": {"answer": "drop", "services": [], "why_not": "", "cookies": {}},
-    "untracked": {"low_ttl": 0, "spoofed": 0, "spoofed_passed": 0},
+    "sysctls": {}, "untracked": {"low_ttl": 0, "spoofed": 0, "spoofed_passed": 0},
     "foreign_marks": {"problems": [], "cleared": 0, "spared": 0}, "syn_budget": None,
     "forgotten": {"adopted": 0, "dropped": 0},
     "productive": 0, "uptime_s": 1.0, "recent": [], "panic": False, "capped": [],

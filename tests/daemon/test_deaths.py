@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from rstguard.control.protocol import NoDaemon
+from rstguard.kernel.condemning import condemn
 from rstguard.kernel.conntrack import Conntrack
-from rstguard.kernel.marks import Marks
+from rstguard.kernel.marks import Labels, Marks
 from rstguard.lab.guard import alive, leftovers
 from rstguard.lab.waiting import wait_until
 from rstguard.sweeper.condemner import select
@@ -153,7 +154,7 @@ def test_what_a_killed_sweeper_condemned_is_killed_by_the_next(
         link.talk()
         with lab.inside("gateway"), Conntrack() as table:
             (flow,) = select(table.dump(), source_port=link.port)
-            assert table.set_mark([flow], *Marks().condemned) == [0]
+            assert condemn(table, [flow], Labels(), *Marks().condemned) == [0]
         assert not link.dead
         os.kill(guard.status()["sweeper"]["pid"], signal.SIGKILL)
         link.wait_reset()

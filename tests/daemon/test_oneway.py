@@ -94,7 +94,7 @@ def test_clients_of_a_one_sided_service_are_served_and_it_is_told(
 
 @BOTH_FAMILIES
 def test_who_sends_acks_does_not_switch_it_off_where_the_service_answers(
-    lab: ThreeHosts, guard: Guard, serve: Open, v6: bool
+    lab: ThreeHosts, guard: Guard, serve: Open, mute: None, v6: bool
 ) -> None:
     service, attacker = serve(TWO_SIDED, v6), source(v6)
     segments(lab, attacker, service.address, TWO_SIDED, "S", 5)
