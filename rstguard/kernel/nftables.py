@@ -91,7 +91,8 @@ def replace(table: str, chains: Sequence[Chain], commit: bool = True) -> None:
     """Give a table of family inet these chains and rules, in one transaction.
 
     Chains that are there already stay, and only their rules change: with a chain its hook goes, and
-    with a hook all that waits in a queue (nf_queue_nf_hook_drop).  Without `commit` the kernel checks it and makes nothing: a batch that is not ended is undone.
+    with a hook all that waits in a queue (nf_queue_nf_hook_drop).  Without `commit` the kernel
+    checks it and makes nothing: a batch that is not ended is undone.
 
     Raises:
         KernelError: the kernel has no nf_tables, lacks a part of it, or refused.
