@@ -206,7 +206,7 @@ def test_addresses_of_one_64_are_one_source(
 
 @pytest.mark.parametrize("way", ["destination options", "routing", "fragments"])
 def test_nothing_hides_behind_ipv6_headers(
-    lab: ThreeHosts, guard: Guard, mute: None, way: str
+    lab: ThreeHosts, guard: Guard, serve: Open, mute: None, way: str
 ) -> None:
     from scapy.layers.inet import TCP
     from scapy.layers.inet6 import (
@@ -218,7 +218,7 @@ def test_nothing_hides_behind_ipv6_headers(
         fragment6,
     )
 
-    address, target = source(True), server_address(True)
+    address, target = source(True), serve(HALF_OPEN, True).address  # it must not refuse
     unheard = (
         "INPUT",
         "-p",

@@ -13,7 +13,7 @@ import pytest
 
 from rstguard.engine.address import parse_address
 from rstguard.kernel.conntrack import Conntrack
-from rstguard.kernel.marks import Marks
+from rstguard.kernel.marks import Labels, Marks
 from rstguard.lab.forging import GUESSES, Forger
 from rstguard.lab.waiting import wait_until
 from tests.support.forged import forger
@@ -66,7 +66,9 @@ def is_deceived(lab: ThreeHosts, victim: str) -> bool:
     established, source_of = Marks().established, parse_address(victim)
     with lab.inside("gateway"), Conntrack() as table:
         flows = [flow for flow in table.dump(*established) if flow.original.source == source_of]
-    assert all(flow.labels == 0 for flow in flows)
+    labels = Labels()
+    proof = 1 << labels.likely | 1 << labels.confirmed
+    assert not any(flow.labels & proof for flow in flows)
     return bool(flows)
 
 
