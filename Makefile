@@ -44,7 +44,7 @@ lint: setup
 
 test: lint
 	@./.ci/setup --tests
-	$(PYTEST) -n 2 --dist loadgroup
+	$(PYTEST)
 
 test-pure: setup
 	$(PYTHON_IN) -m pytest -m "not netns and not fuzz_long and not soak_long and not kernel_long and not systemd"

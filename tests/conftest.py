@@ -48,24 +48,6 @@ def why_no_namespaces() -> str:
     return ""
 
 
-def needs_kernel(item: pytest.Item) -> bool:
-    """Tell whether a test needs the machine for itself: namespaces, floods, containers."""
-    return any(item.get_closest_marker(name) for name in ("netns", "systemd", "kernel_long"))
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests that need the kernel one after another, also in a run of two processes."""
-    for item in filter(needs_kernel, items):
-        item.add_marker(pytest.mark.xdist_group("kernel"))
-
-
-def pytest_runtest_protocol(item: pytest.Item) -> None:
-    """Let a test that only computes stand back for one that runs beside it in the kernel."""
-    if "PYTEST_XDIST_WORKER" in os.environ and os.geteuid() == 0:  # only root may go back
-        os.setpriority(os.PRIO_PROCESS, 0, 0 if needs_kernel(item) else 10)
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip a `netns` test where it cannot run; in CI that is a failure, never a skip."""
