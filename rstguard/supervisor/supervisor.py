@@ -204,7 +204,7 @@ class Supervisor:
             await asyncio.to_thread(parts.footprint.end)
             await parts.processes.stop()
         finally:
-            parts.budget.stop()  # so late, as a change of policy that was under way may begin it
+            parts.budget.end()
             await asyncio.to_thread(parts.footprint.remove, self._options.keep_bans)
 
 

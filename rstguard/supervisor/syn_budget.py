@@ -58,6 +58,7 @@ class Budget:
         self.late = 0
         """Clients whose connection could not go on behind their cookie, and who were told so."""
         self._has_budget = False
+        self._ended = False
         self._changed = asyncio.Event()
         self._counted = CookieCounts(0, 0, 0)
 
@@ -71,7 +72,7 @@ class Budget:
         self._has_budget = syn_budget.in_force(ruleset)
         if not self._has_budget:
             self.engaged.clear()
-        if not cookies.wanted(ruleset):
+        if self._ended or not cookies.wanted(ruleset):
             self.stop()
         elif self._log is None:
             self._injector = self._injector or self._kernel.injector(Marks(ruleset.marks))
@@ -92,6 +93,11 @@ class Budget:
             self._log.close()
             self._log = None
         self.engaged.clear()
+
+    def end(self) -> None:
+        """Stop watching for good: a change of policy that is still under way begins nothing."""
+        self._ended = True
+        self.stop()
 
     @property
     def counts(self) -> CookieCounts:
