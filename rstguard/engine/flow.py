@@ -44,6 +44,11 @@ class Tuple(NamedTuple):
     source_port: int
     destination_port: int
 
+    @property
+    def turned(self) -> Tuple:
+        """The opposite direction, where nothing is translated."""
+        return Tuple(self.destination, self.source, self.destination_port, self.source_port)
+
     def __str__(self) -> str:
         return (
             f"{endpoint(self.source, self.source_port)} > "

@@ -49,7 +49,7 @@ class Questions:
         """Ask an end whose segments are `sends`."""
         asked.probes.append(sequence)
         asked.nonces.append(nonce)
-        self._probes.append(Probe(_turned(sends), sequence, nonce))
+        self._probes.append(Probe(sends.turned, sequence, nonce))
 
     def ask_by(self, asked: Asked, sends: Tuple, received: int | None, sent: int | None) -> None:
         """Ask an end that has received and sent so much, as far as that is known.
@@ -71,7 +71,7 @@ class Questions:
         """
         sequence = self._old(received)
         asked.probes.append(sequence)
-        self._probes.append(Probe(_turned(sends), sequence, sent))
+        self._probes.append(Probe(sends.turned, sequence, sent))
 
     def ask_other(self, asked: Asked, sends: Tuple, received: int | None) -> None:
         """Ask an end by numbers that nobody can guess; twice, if none of it is known."""
@@ -86,7 +86,7 @@ class Questions:
     def open(self, sends: Tuple, *, acknowledges: bool) -> None:
         """Send an end a SYN, or a SYN+ACK."""
         acknowledgement = self._draw() if acknowledges else None
-        self._probes.append(Probe(_turned(sends), self._draw(), acknowledgement, opens=True))
+        self._probes.append(Probe(sends.turned, self._draw(), acknowledgement, opens=True))
 
     def _unsent(self, sent: int | None) -> int:
         """Return a number that an end has not sent yet; any if it is not known what it has sent."""
@@ -97,7 +97,3 @@ class Questions:
 
     def _from(self, lowest: int, above: int) -> int:
         return lowest + self._draw() % (above - lowest)
-
-
-def _turned(sends: Tuple) -> Tuple:
-    return Tuple(sends.destination, sends.source, sends.destination_port, sends.source_port)

@@ -240,9 +240,9 @@ class RuleSet:
 
     `enforce` False means: decide, count and report, but change nothing.  `fail_open` is what
     passes while the engine is down or overrun.  `blocking` is what a banned or shunned source
-    sees: "drop", "reset" or "unreachable".  `covers_all` blocks a source from
-    everything, else from protected targets alone.  `challenge` has shunned sources answered with
-    SYN cookies where those can be had.  `shun_duration` and `sweep_every` are nanoseconds.
+    sees: "drop", "reset" or "unreachable".  With `covers_all` it is blocked from everything, else
+    from protected targets alone.  `challenge` has shunned sources answered with SYN cookies where
+    those can be had.  `shun_duration` and `sweep_every` are nanoseconds.
     A rule that bans in more than `bans_per_minute` wide prefixes (`rstguard.engine.capping`) a
     minute is `capped`: it shuns instead for a while.  `marks` are the mark bits, `labels` is the
     first of the connection labels that the guard may use.
@@ -251,7 +251,6 @@ class RuleSet:
     With `forged_fins` FINs are treated like them.
     `inspect_packets` caps how many early packets of a connection may pass through the queue.
     With `strip_mptcp` SYNs to protected targets lose the option MPTCP.
-
     Segments with fewer than `least_ttl` hops left are dropped, 0: none.  What comes from outside in
     the name of an address that answers from inside is dropped after `spoofed_after` nanoseconds,
     None: never; `drops_spoofed` says that it is so far.

@@ -16,10 +16,12 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
-from rstguard.kernel import KernelError, matching
+from rstguard.kernel import matching
+from rstguard.kernel.command import printed_or_nothing
 from rstguard.kernel.links import Link
 from rstguard.kernel.names import PREFIX
 from rstguard.kernel.seam import Kernel
+from rstguard.kernel.untracked import COMMANDS
 
 LOOKS: Final = 3
 """Looks in a row that must show it."""
@@ -34,7 +36,6 @@ BETWEEN: Final = "between"
 UNTRACKED: Final = "untracked"
 
 _LINE: Final = re.compile(r"\[\d+:(\d+)\] -A (\S+) (.*)")
-_TABLES: Final = ("raw", "mangle")
 
 
 class Counted(NamedTuple):
@@ -53,10 +54,8 @@ def count(kernel: Kernel, links: Iterable[Link]) -> Counted:
     Raises:
         KernelError: the rules could not be read.
     """
-    tools = ("iptables-save", "ip6tables-save")
-    commands = [[tool, "-c", "-t", table] for tool in tools for table in _TABLES]
     sums = [0, 0, 0, 0]
-    for printed in kernel.run_each(commands):
+    for printed in kernel.run_each(COMMANDS):
         for place, amount in _counters(printed):
             sums[place] += amount
     return Counted(sum(link.received for link in links), *sums)
@@ -145,13 +144,14 @@ def suspects(kernel: Kernel, links: Iterable[Link]) -> list[str]:
     found = [f"an XDP program on {link.name}" for link in links if link.xdp]
     for tool in ("iptables", "ip6tables"):
         for table, targets in (("raw", _NOTRACK), ("mangle", _ENDS)):
-            printed = _read(kernel, f"{tool}-save", "-t", table)
+            printed = printed_or_nothing(kernel, (f"{tool}-save", "-t", table))
             found += [
                 f"`{tool} -t {table} {line}`"
                 for line in printed.splitlines()
                 if line.startswith("-A ") and f" {PREFIX}-" not in line and targets.search(line)
             ]
-    rules = (line.strip() for line in _read(kernel, "nft", "list", "ruleset").splitlines())
+    ruleset = printed_or_nothing(kernel, ("nft", "list", "ruleset"))
+    rules = (line.strip() for line in ruleset.splitlines())
     found += [f"`{line}` in nftables" for line in rules if _TAKES_OUT.search(line)]
     return list(dict.fromkeys(found))[:_MOST_SUSPECTS]
 
@@ -159,10 +159,3 @@ def suspects(kernel: Kernel, links: Iterable[Link]) -> list[str]:
 _NOTRACK: Final = re.compile(r"-j (NOTRACK|CT .*--notrack)")
 _ENDS: Final = re.compile(r"^-A PREROUTING .*-j (ACCEPT|TPROXY|DROP)")
 _TAKES_OUT: Final = re.compile(r"\b(notrack|flow add|flow offload|hook ingress)\b")
-
-
-def _read(kernel: Kernel, *command: str) -> str:
-    try:
-        return kernel.run(command)
-    except KernelError:
-        return ""

@@ -184,13 +184,13 @@ def _blocked(matching: Matching) -> tuple[str, ...]:
     """Other segments of a banned source go on: its connections are to hear their RST."""
     if matching.ruleset.blocking != "drop":
         return (
-            *matching.covered(),
             "-p tcp -j RETURN",
+            *matching.covered(),
             f"{matching.hit('ban')} -j DROP",
         )
     return (
-        *matching.covered(),
         f"-p tcp -m tcp ! --tcp-flags {SYN_ONLY} -j RETURN",
+        *matching.covered(),
         f"{matching.hit('ban')} -j DROP",
         *(f"-p tcp {matching.hit(name)} -j DROP" for name in ("gate", "shun")),
     )

@@ -51,11 +51,11 @@ def blocked(services: Services) -> tuple[str, ...]:
     to_challenge = f"-p tcp {hit('shun')} -g {PREFIX}-challenge"
     if drops:
         gate = f"-p tcp {hit('gate')} -j DROP"
-        return (*services.covered(), no_syn, f"{hit('ban')} -j DROP", gate, to_challenge)
+        return (no_syn, *services.covered(), f"{hit('ban')} -j DROP", gate, to_challenge)
     # They are refused in the filter table, all but those that are answered.
     refused = tuple(f"-p tcp {hit(name)} -j RETURN" for name in ("ban", "gate"))
     covered = services.covered()
-    return (*covered, no_syn, *refused, to_challenge, "-p tcp -j RETURN", f"{hit('ban')} -j DROP")
+    return (no_syn, *covered, *refused, to_challenge, "-p tcp -j RETURN", f"{hit('ban')} -j DROP")
 
 
 def challenge(services: Services) -> tuple[str, ...]:

@@ -53,6 +53,14 @@ def run(arguments: Sequence[str], text: str = "") -> str:
         return _printed(arguments, process, text)
 
 
+def printed_or_nothing(commands: Commands, arguments: Sequence[str]) -> str:
+    """Return what a command prints; nothing if it is missing, or fails."""
+    try:
+        return commands.run(arguments)
+    except KernelError:
+        return ""
+
+
 def run_each(commands: Sequence[Sequence[str]]) -> list[str]:
     """Run several commands at once and return what each prints.
 

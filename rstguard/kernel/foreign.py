@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple
 
-from rstguard.kernel import KernelError
-from rstguard.kernel.command import Commands
+from rstguard.kernel.command import Commands, printed_or_nothing
 from rstguard.kernel.names import PREFIX
 
 CLEARED, SPARED = "cleared", "spared"
@@ -70,12 +68,12 @@ def look(commands: Commands) -> Found:
     uses: dict[Use, None] = {}
     counts: Counter[str] = Counter()
     for words in _SAVES:
-        printed = _asked(commands, [words, "-c"])
+        printed = printed_or_nothing(commands, [words, "-c"])
         uses |= dict.fromkeys(of_iptables(printed))
         counts += _counted(printed)
     for command in _RULES:
-        uses |= dict.fromkeys(of_ip_rule(_asked(commands, command)))
-    uses |= dict.fromkeys(of_nft(_asked(commands, ("nft", "list", "ruleset"))))
+        uses |= dict.fromkeys(of_ip_rule(printed_or_nothing(commands, command)))
+    uses |= dict.fromkeys(of_nft(printed_or_nothing(commands, ("nft", "list", "ruleset"))))
     return Found(tuple(uses), counts)
 
 
@@ -94,12 +92,6 @@ def told(found: Found, mask: int) -> list[str]:
         " and restart the guard"
     )
     return [said]
-
-
-def _asked(commands: Commands, words: Sequence[str]) -> str:
-    with suppress(KernelError):
-        return commands.run(words)
-    return ""
 
 
 def _counted(printed: str) -> Counter[str]:

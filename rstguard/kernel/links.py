@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from struct import Struct
 from typing import Final, NamedTuple
 
-from rstguard.kernel.netlink import ATTRIBUTE, NETLINK_ROUTE, NLA_TYPE_MASK, Netlink, Request
+from rstguard.kernel.netlink import NETLINK_ROUTE, Netlink, Request, attributes
 
 # linux/rtnetlink.h, linux/if_link.h, linux/if.h
 _GET_LINK: Final = 18
@@ -55,7 +55,7 @@ def links() -> list[Link]:
             for start, end in spans:
                 _, _, index, flags, _ = _LINK.unpack_from(chunk, start + _NETLINK_HEADER)
                 at = start + _NETLINK_HEADER + _LINK.size
-                found[index] = bool(flags & _UP), _attributes(chunk[at:end])
+                found[index] = bool(flags & _UP), attributes(chunk[at:end])
     finally:
         netlink.close()
     return [_link(up, of, found) for up, of in found.values()]
@@ -70,19 +70,10 @@ def _link(
         _text(of.get(_NAME, b"")),
         up,
         _text(master.get(_NAME, b"")),
-        _text(_attributes(master.get(_INFORMATION, b"")).get(_KIND, b"")),
+        _text(attributes(master.get(_INFORMATION, b"")).get(_KIND, b"")),
         _number(statistics),
-        bool(_number(_attributes(of.get(_XDP, b"")).get(_ATTACHED, b""))),
+        bool(_number(attributes(of.get(_XDP, b"")).get(_ATTACHED, b""))),
     )
-
-
-def _attributes(data: bytes) -> dict[int, bytes]:
-    found, place = {}, 0
-    while place + ATTRIBUTE.size <= len(data):
-        length, kind = ATTRIBUTE.unpack_from(data, place)
-        found[kind & NLA_TYPE_MASK] = data[place + ATTRIBUTE.size : place + length]
-        place += max(length + 3 & ~3, ATTRIBUTE.size)
-    return found
 
 
 def _number(data: bytes) -> int:

@@ -77,6 +77,16 @@ def attribute(kind: int, value: bytes) -> bytes:
     return ATTRIBUTE.pack(4 + len(value), kind) + value + b"\0" * (-len(value) % 4)
 
 
+def attributes(data: bytes) -> dict[int, bytes]:
+    """Return the attributes that stand one behind the other in some bytes, by their kind."""
+    found, place = {}, 0
+    while place + ATTRIBUTE.size <= len(data):
+        length, kind = ATTRIBUTE.unpack_from(data, place)
+        found[kind & NLA_TYPE_MASK] = data[place + ATTRIBUTE.size : place + length]
+        place += max(length + 3 & ~3, ATTRIBUTE.size)
+    return found
+
+
 def nest(kind: int, *inner: bytes) -> bytes:
     """Return a nested attribute."""
     return attribute(kind | NLA_F_NESTED, b"".join(inner))

@@ -14,13 +14,12 @@ from typing import Final
 
 from rstguard.engine.address import is_v6, packed
 from rstguard.kernel.netlink import (
-    ATTRIBUTE,
     HEADER,
     NETLINK_ROUTE,
-    NLA_TYPE_MASK,
     Netlink,
     Request,
     attribute,
+    attributes,
 )
 
 # linux/rtnetlink.h
@@ -58,13 +57,8 @@ def ways(addresses: Sequence[int]) -> list[str]:
 
 def _interface(message: bytes) -> int:
     """Return the index of the interface that a route names, or 0."""
-    place = HEADER.size + _MESSAGE
-    while place + ATTRIBUTE.size <= len(message):
-        length, kind = ATTRIBUTE.unpack_from(message, place)
-        if kind & NLA_TYPE_MASK == _INTERFACE:
-            return int.from_bytes(message[place + 4 : place + 8], sys.byteorder)
-        place += max(length + 3 & ~3, ATTRIBUTE.size)
-    return 0
+    found = attributes(message[HEADER.size + _MESSAGE :])
+    return int.from_bytes(found.get(_INTERFACE, b""), sys.byteorder)
 
 
 def _name(index: int, names: dict[int, str]) -> str:

@@ -27,11 +27,12 @@ _RULES: Final = {
     (f"{PREFIX}-valve", "DROP"): STRAYS,
     (f"{PREFIX}-adopted", "CONNMARK"): ADOPTED,
 }
-_COMMANDS: Final = tuple(
+COMMANDS: Final = tuple(
     [tool, "-c", "-t", table]
     for tool in ("iptables-save", "ip6tables-save")
     for table in ("raw", "mangle")
 )
+"""What prints the rules before the tracker and right behind it, with their counters."""
 
 
 class Hits:
@@ -71,7 +72,7 @@ class Hits:
 
     def _look(self, kernel: Kernel) -> Counter[str]:
         news: Counter[str] = Counter()
-        for number, printed in enumerate(kernel.run_each(_COMMANDS)):
+        for number, printed in enumerate(kernel.run_each(COMMANDS)):
             for what, packets in _counted(printed).items():
                 last = self._seen[number, what]
                 news[what] += packets - last if packets >= last else packets

@@ -6,11 +6,12 @@ import asyncio
 import logging
 from typing import Final
 
-from rstguard.kernel import KernelError, bypass
+from rstguard.kernel import bypass
 from rstguard.kernel.links import amiss, protected
 from rstguard.kernel.seam import Kernel
 from rstguard.observe.events import Event
 from rstguard.supervisor.guard import Guard
+from rstguard.supervisor.looking import keep_looking
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,6 @@ class Interfaces:
         self._taken = bypass.Taken()
         self._by_name: tuple[str, ...] = ()
         self._by_counters: tuple[str, ...] = ()
-        self._complaint = ""
 
     async def look(self) -> None:
         """Look once, and tell what is new.
@@ -54,12 +54,4 @@ class Interfaces:
 
     async def watch(self) -> None:
         """Look every few seconds; does not end by itself."""
-        while True:
-            try:
-                await self.look()
-                self._complaint = ""
-            except KernelError as error:
-                if str(error) != self._complaint:
-                    log.error("the protected interfaces: %s", error)
-                self._complaint = str(error)
-            await asyncio.sleep(LOOK_SECONDS)
+        await keep_looking(self.look, LOOK_SECONDS, "the protected interfaces: %s", at_once=True)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from typing import Final
 
 from rstguard.engine.offers import Service
 from rstguard.engine.onesided import Told
 from rstguard.engine.ruleset import SECOND
-from rstguard.kernel import KernelError, oneway
+from rstguard.kernel import oneway
 from rstguard.kernel.seam import Kernel
 from rstguard.observe.events import Event
 from rstguard.supervisor.guard import Guard
-
-log = logging.getLogger(__name__)
+from rstguard.supervisor.looking import keep_looking
 
 LOOK_SECONDS: Final = 2.0
 
@@ -25,19 +23,10 @@ class OneSided:
     def __init__(self, kernel: Kernel, guard: Guard) -> None:
         self._kernel, self._guard = kernel, guard
         self._told = Told()
-        self._complaint = ""
 
     async def watch(self) -> None:
         """Look, and tell what has changed; does not end by itself."""
-        while True:
-            await asyncio.sleep(LOOK_SECONDS)
-            try:
-                await self._look()
-                self._complaint = ""
-            except KernelError as error:
-                if str(error) != self._complaint:
-                    log.error("services seen from one side: %s", error)
-                self._complaint = str(error)
+        await keep_looking(self._look, LOOK_SECONDS, "services seen from one side: %s")
 
     async def _look(self) -> None:
         there = await asyncio.to_thread(oneway.services, self._kernel)

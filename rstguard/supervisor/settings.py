@@ -7,17 +7,14 @@ that begins shows no bytes for good, so the value is looked at as often as the r
 from __future__ import annotations
 
 import asyncio
-import logging
 from typing import Final
 
-from rstguard.kernel import KernelError
 from rstguard.kernel.footprint import Footprint
 from rstguard.kernel.sysctl import Change
 from rstguard.observe.events import Event
 from rstguard.supervisor.contention import LOOK_SECONDS, Contention
 from rstguard.supervisor.guard import Guard
-
-log = logging.getLogger(__name__)
+from rstguard.supervisor.looking import keep_looking
 
 _WHY: Final = {
     "net.netfilter.nf_conntrack_acct": "bytes of connections are counted",
@@ -33,7 +30,6 @@ class Settings:
         self._contention = Contention(
             guard.events, "sysctls", "sets back sysctls that rstguard needs", "was put back"
         )
-        self._complaint = ""
 
     def tell_start(self) -> None:
         """Name the values that the start has changed, each in the log and by an event."""
@@ -44,15 +40,7 @@ class Settings:
 
     async def watch(self) -> None:
         """Put back what others change; does not end by itself."""
-        while True:
-            await asyncio.sleep(LOOK_SECONDS)
-            try:
-                await self._put_back()
-                self._complaint = ""
-            except KernelError as error:
-                if str(error) != self._complaint:
-                    log.error("%s", error)
-                self._complaint = str(error)
+        await keep_looking(self._put_back, LOOK_SECONDS)
 
     async def _put_back(self) -> None:
         guard = self._guard

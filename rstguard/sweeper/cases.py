@@ -193,7 +193,7 @@ def opening_of(path: Tuple, flow: Flow, draw: Callable[[], int]) -> bytes:
 
     It is behind a firewall that drops what does not fit.
     """
-    to_client = path == _turned(flow.original)
+    to_client = path == flow.original.turned
     return opening(path, draw(), draw() if to_client else None)
 
 
@@ -204,9 +204,9 @@ def probe_paths(flow: Flow, ends: int, marks: Marks) -> list[Tuple]:
     """
     paths = []
     if ends & marks.rst_sent_source.mask:
-        paths.append(_turned(flow.original))
+        paths.append(flow.original.turned)
     if ends & marks.rst_sent_destination.mask:
-        paths.append(_turned(flow.reply))
+        paths.append(flow.reply.turned)
     return paths
 
 
@@ -217,9 +217,5 @@ def way_of(path: Tuple, flow: Flow, marks: Marks, tries: int) -> int:
     nothing of its server, or the other way round: so each is tried in turn, the usual one first.
     `tries` counts from 1.
     """
-    to_client = path == _turned(flow.original)
+    to_client = path == flow.original.turned
     return flow.mark & ~marks.mask if to_client == bool(tries & 1) else 0
-
-
-def _turned(path: Tuple) -> Tuple:
-    return Tuple(path.destination, path.source, path.destination_port, path.source_port)

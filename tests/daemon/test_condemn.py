@@ -21,7 +21,7 @@ from rstguard.sweeper.condemner import (
     Target,
     select,
 )
-from tests.support.table import MARKS, Table, a_flow, client_of, server_of, turned
+from tests.support.table import MARKS, Table, a_flow, client_of, server_of
 
 CONDEMNED = MARKS.condemned.value
 SOURCE_RESET = MARKS.condemned_source.value | MARKS.rst_sent_source.value
@@ -173,7 +173,7 @@ def test_with_nat_each_end_is_addressed_by_the_tuple_it_sees() -> None:
     kernel = Table(flow)
     (result,) = kill(kernel, a_target(flow))
     assert result.outcome is Outcome.RESET
-    assert [probe[:4] for probe in kernel.probes[:2]] == [turned(flow.original), turned(reply)]
+    assert [probe[:4] for probe in kernel.probes[:2]] == [flow.original.turned, reply.turned]
 
 
 def test_a_connection_that_is_gone_before_is_over() -> None:
@@ -404,7 +404,7 @@ def test_select(text: str, asked: dict[str, str | int], wanted: list[int]) -> No
     flows = [
         a_flow(1),
         a_flow(2)._replace(reply=inside),
-        a_flow(3)._replace(original=other, reply=turned(other)),
+        a_flow(3)._replace(original=other, reply=other.turned),
         a_flow(4, state=TcpState.TIME_WAIT),
     ]
     prefix = {k: parse_prefix(str(v)) for k, v in asked.items() if k in ("source", "destination")}

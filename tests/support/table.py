@@ -124,11 +124,7 @@ class Table:
 
 def a_flow(number: int = 1, mark: int = 0, state: int = TcpState.ESTABLISHED) -> Flow:
     original = Tuple(parse_address("192.0.2.1"), parse_address("198.51.100.1"), number, 80)
-    return Flow(number, original, turned(original), state, mark, True, 1, 1, 1, 1, 0, 100, 0)
-
-
-def turned(path: Tuple) -> Tuple:
-    return Tuple(path.destination, path.source, path.destination_port, path.source_port)
+    return Flow(number, original, original.turned, state, mark, True, 1, 1, 1, 1, 0, 100, 0)
 
 
 def client_of(flow: Flow) -> tuple[int, int]:
