@@ -58,13 +58,18 @@ def honest() -> Iterator[Figure]:
 def _pair(site: Site, listener: socket.socket) -> tuple[socket.socket, socket.socket]:
     client = site.client_socket()
     client.connect((SERVER, PORT))
+    return client, _greeted(client, listener)
+
+
+def _greeted(client: socket.socket, listener: socket.socket) -> socket.socket:
+    """Return the server's end of a new connection over which both have spoken."""
     server = listener.accept()[0]
     server.settimeout(5)
     client.sendall(b"hello")
     server.recv(5)
     server.sendall(b"hello")
     client.recv(5)
-    return client, server
+    return server
 
 
 def _until_reset(began: int, one: socket.socket) -> list[float]:
@@ -170,12 +175,7 @@ def _again(site: Site, listener: socket.socket, count: int) -> list[float]:
         client.settimeout(5)
         client.connect((SERVER, PORT))
         times += _until_reset(began, server)
-        server = listener.accept()[0]
-        server.settimeout(5)
-        client.sendall(b"hello")
-        server.recv(5)
-        server.sendall(b"hello")
-        client.recv(5)
+        server = _greeted(client, listener)
     client.close()
     server.close()
     return times

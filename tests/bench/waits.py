@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import sqlite3
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from rstguard.lab.waiting import wait_until
 from rstguard.supervisor.child import CALM_SECONDS
 from tests.bench.figures import Figure, at_most
 from tests.bench.gateway import Site, milliseconds_since, policy_of
+from tests.support.beside import beside
 
 ANSWER_MS, REPLACED_MS = 100.0, 300.0
 _ASKED = 40
@@ -81,24 +81,6 @@ def _one_replaced(guard: GuardProcess) -> float:
 
 
 @contextmanager
-def _beside(work: Callable[[], None]) -> Iterator[None]:
-    """Do something again and again in a thread."""
-    over = threading.Event()
-
-    def again() -> None:
-        while not over.is_set():
-            work()
-
-    thread = threading.Thread(target=again)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-
-
-@contextmanager
 def _applying(guard: GuardProcess) -> Iterator[None]:
     before = guard.ask("policy-show")
     rules = (_RULE.format(n=n, port=1000 + n) for n in range(1, _RULES + 1))
@@ -108,7 +90,7 @@ def _applying(guard: GuardProcess) -> Iterator[None]:
         with contextlib.suppress(ControlError):
             guard.ask("policy-apply", name="many.yaml", text=text)
 
-    with _beside(apply):
+    with beside(apply):
         yield
     guard.ask("policy-apply", name="one.yaml", text=before["text"])
 
@@ -123,7 +105,7 @@ def _locked(guard: GuardProcess) -> Iterator[None]:
             guard.ask("ban-add", source="192.0.2.1", seconds=60)
             time.sleep(0.1)
 
-        with _beside(ban):
+        with beside(ban):
             yield
 
 

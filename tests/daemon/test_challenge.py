@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 import socket
-import threading
 from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 
 from rstguard.lab.waiting import wait_until
+from tests.support.beside import beside
 from tests.support.forged import forger
 from tests.support.guard import Guard
 from tests.support.network import OUTSIDE4, OUTSIDE6, SERVER4, ThreeHosts
@@ -57,21 +57,9 @@ def learned(guard: Guard, service: Service, place: str = "server") -> Service:
 @contextlib.contextmanager
 def meanwhile(act: Callable[[int], None]) -> Iterator[None]:
     """Do something a hundred times a second while the context lasts."""
-    over = threading.Event()
-
-    def run() -> None:
-        for number in itertools.count():
-            if over.wait(0.01):
-                return
-            act(number)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
+    numbers = itertools.count()
+    with beside(lambda: act(next(numbers)), 0.01):
         yield
-    finally:
-        over.set()
-        thread.join()
 
 
 def fifty(number: int) -> Iterable[int]:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from random import getrandbits
-from threading import Event, Thread
 
 import pytest
 
@@ -18,6 +17,7 @@ from rstguard.engine.wire import ACK, Packet
 from rstguard.kernel.inject import Injector
 from rstguard.kernel.marks import Marks
 from rstguard.lab.forging import numbers, raw_socket
+from tests.support.beside import beside
 from tests.support.guard import Guard
 from tests.support.network import ThreeHosts
 from tests.support.sources import BOTH_FAMILIES, source
@@ -43,20 +43,8 @@ def busy(lab: ThreeHosts, link: Link) -> Iterator[None]:
     old = emit(Packet(*path, (sends - 20) & 0xFFFFFFFF, expects, ACK, 512, 0))
     with lab.inside("client"):
         raw = raw_socket(":" in there)
-    over = Event()
-
-    def send() -> None:
-        while not over.wait(0.002):
-            raw.sendto(old, (there, 0))
-
-    thread = Thread(target=send)
-    thread.start()
-    try:
+    with raw, beside(lambda: raw.sendto(old, (there, 0)), 0.002):
         yield
-    finally:
-        over.set()
-        thread.join()
-        raw.close()
 
 
 @BOTH_FAMILIES

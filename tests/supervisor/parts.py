@@ -9,6 +9,7 @@ from rstguard.policy.compile import compile_policy
 from rstguard.policy.load import Loaded, parse
 from rstguard.supervisor.child import Child, State
 from rstguard.supervisor.guard import Guard
+from rstguard.supervisor.health import Condition, health
 from tests.supervisor.children import Stage, Told
 
 
@@ -44,6 +45,13 @@ def guard_of(loaded: Loaded | None = None) -> Guard:
         child.state = State.SERVING
         child.forgive()
     return guard
+
+
+def condition_of(guard: Guard) -> Condition:
+    """Return how a guard is, with processes that all work."""
+    for child in guard.children:
+        child.forgive()
+    return health(guard, asyncio.get_running_loop().time()).condition
 
 
 def kinds(guard: Guard) -> list[str]:

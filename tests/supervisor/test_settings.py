@@ -9,9 +9,9 @@ from pathlib import Path
 
 from rstguard.kernel.footprint import Footprint
 from rstguard.supervisor.guard import Guard
-from rstguard.supervisor.health import Condition, health
+from rstguard.supervisor.health import Condition
 from rstguard.supervisor.settings import Settings
-from tests.supervisor.parts import guard_of, kinds
+from tests.supervisor.parts import condition_of, guard_of, kinds
 from tests.support.fake_kernel import FakeKernel
 
 ACCT = "net.netfilter.nf_conntrack_acct"
@@ -29,9 +29,7 @@ class Site:
         self.settings.tell_start()
 
     def condition(self) -> Condition:
-        for child in self.guard.children:
-            child.forgive()
-        return health(self.guard, asyncio.get_running_loop().time()).condition
+        return condition_of(self.guard)
 
 
 @asynccontextmanager

@@ -13,9 +13,9 @@ import pytest
 from rstguard.kernel.footprint import Footprint
 from rstguard.state.record import Record
 from rstguard.supervisor.guard import Guard
-from rstguard.supervisor.health import Condition, health
+from rstguard.supervisor.health import Condition
 from rstguard.supervisor.upkeep import PANIC_NAME, Upkeep
-from tests.supervisor.parts import guard_of, kinds
+from tests.supervisor.parts import condition_of, guard_of, kinds
 from tests.support.fake_kernel import FakeKernel
 
 QUEUES = range(5640, 5642)
@@ -38,9 +38,7 @@ class Site:
 
     def condition(self) -> Condition:
         """Return how the guard is, with processes that all work."""
-        for child in self.guard.children:
-            child.forgive()
-        return health(self.guard, asyncio.get_running_loop().time()).condition
+        return condition_of(self.guard)
 
 
 @asynccontextmanager

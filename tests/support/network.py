@@ -19,21 +19,23 @@ OUTSIDE4, OUTSIDE6 = "10.71.1.1", "fd71:1::1"
 INSIDE4, INSIDE6 = "10.71.2.1", "fd71:2::1"
 SERVER4, SERVER6 = "10.71.2.2", "fd71:2::2"
 
+GATEWAY = Host(
+    {
+        "out": (f"{OUTSIDE4}/24", f"{OUTSIDE6}/64"),
+        "in": (f"{INSIDE4}/24", f"{INSIDE6}/64"),
+    },
+    settings={
+        "net/ipv4/ip_forward": "1",
+        "net/ipv6/conf/all/forwarding": "1",
+        "net/netfilter/nf_conntrack_acct": "1",
+        "net/netfilter/nf_conntrack_timestamp": "1",
+    },
+)
+SERVER = Host({"eth0": (f"{SERVER4}/24", f"{SERVER6}/64")}, (INSIDE4, INSIDE6))
 _HOSTS = {
     "client": Host({"eth0": (f"{CLIENT4}/24", f"{CLIENT6}/64")}, (OUTSIDE4, OUTSIDE6)),
-    "gateway": Host(
-        {
-            "out": (f"{OUTSIDE4}/24", f"{OUTSIDE6}/64"),
-            "in": (f"{INSIDE4}/24", f"{INSIDE6}/64"),
-        },
-        settings={
-            "net/ipv4/ip_forward": "1",
-            "net/ipv6/conf/all/forwarding": "1",
-            "net/netfilter/nf_conntrack_acct": "1",
-            "net/netfilter/nf_conntrack_timestamp": "1",
-        },
-    ),
-    "server": Host({"eth0": (f"{SERVER4}/24", f"{SERVER6}/64")}, (INSIDE4, INSIDE6)),
+    "gateway": GATEWAY,
+    "server": SERVER,
 }
 _LINKS = ((("client", "eth0"), ("gateway", "out")), (("server", "eth0"), ("gateway", "in")))
 _numbers = itertools.count()

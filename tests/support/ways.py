@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from threading import Event, Thread
 from typing import NamedTuple
 
 from rstguard.engine.address import parse_address
@@ -27,7 +26,8 @@ from rstguard.kernel.conntrack import Conntrack
 from rstguard.lab.forging import Numbers, numbers
 from rstguard.lab.network import Host, Network
 from rstguard.lab.waiting import wait_until
-from tests.support.network import INSIDE4, INSIDE6, OUTSIDE4, OUTSIDE6, SERVER4, SERVER6
+from tests.support.beside import beside
+from tests.support.network import GATEWAY, OUTSIDE4, OUTSIDE6, SERVER, SERVER4, SERVER6
 from tests.support.traffic import Link, bind, is_dead
 
 DELAY_MS = 40
@@ -48,19 +48,8 @@ _HOSTS = {
         {"net/ipv4/ip_forward": "1", "net/ipv6/conf/all/forwarding": "1"},
     ),
     "wire": Host(settings={"net/ipv6/conf/all/disable_ipv6": "1"}),
-    "gateway": Host(
-        {
-            "out": (f"{OUTSIDE4}/24", f"{OUTSIDE6}/64"),
-            "in": (f"{INSIDE4}/24", f"{INSIDE6}/64"),
-        },
-        settings={
-            "net/ipv4/ip_forward": "1",
-            "net/ipv6/conf/all/forwarding": "1",
-            "net/netfilter/nf_conntrack_acct": "1",
-            "net/netfilter/nf_conntrack_timestamp": "1",
-        },
-    ),
-    "server": Host({"eth0": (f"{SERVER4}/24", f"{SERVER6}/64")}, (INSIDE4, INSIDE6)),
+    "gateway": GATEWAY,
+    "server": SERVER,
 }
 _LINKS = (
     (("client", "eth0"), ("home", "lan")),
@@ -309,23 +298,16 @@ def _reset(source: tuple[str, int], target: tuple[str, int], of: Numbers) -> byt
 @contextmanager
 def _busy(links: list[Link]) -> Iterator[None]:
     """Have connections carry something back and forth, until all that was sent has come."""
-    over = Event()
+    for link in links:
+        link.client.settimeout(0.2)
+        link.server.settimeout(0.2)
 
     def carry() -> None:
-        for link in links:
-            link.client.settimeout(0.2)
-            link.server.settimeout(0.2)
-        while not over.is_set():
-            for one, other in (("client", "server"), ("server", "client")):
-                _across(links, one, other)
+        for one, other in (("client", "server"), ("server", "client")):
+            _across(links, one, other)
 
-    thread = Thread(target=carry)
-    thread.start()
-    try:
+    with beside(carry):
         yield
-    finally:
-        over.set()
-        thread.join()
 
 
 def _across(links: list[Link], one: str, other: str) -> None:
