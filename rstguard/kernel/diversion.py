@@ -25,6 +25,10 @@ _IMPOSSIBLE = (
 )
 
 
+_BARE = {4: 40, 6: 60}
+"""Bytes of an IP packet that is a TCP header without options, and nothing else."""
+
+
 @dataclass(frozen=True, slots=True)
 class Diversion(Matching):
     """The rules of each chain; `queues` are the NFQUEUE numbers of the workers."""
@@ -167,11 +171,14 @@ class Diversion(Matching):
     def given_up(self) -> tuple[str, ...]:
         """A client's RST before its handshake is over, as it answers a SYN-ACK that it awaits not.
 
-        One that ends no connection is INVALID to the tracker, and goes no further here.
+        One that ends no connection is INVALID to the tracker, and goes no further here.  Such an
+        answer is bare.  With an option the tracker takes it all the same, but a server refuses a
+        signature that it has no key for, or an old time stamp, and goes on with the handshake.
         """
         if Divert.GIVEN_UP not in self.ruleset.diverts:
             return ()
         return (
+            f"-m length ! --length {_BARE[self.family]} -j RETURN",
             "-m conntrack ! --ctstate ESTABLISHED -j RETURN",
             "-m conntrack --ctdir REPLY -j RETURN",
             f"-j MARK --set-xmark {self.marks.to_queue_given_up}",

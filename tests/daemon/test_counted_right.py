@@ -6,10 +6,13 @@ import socket
 import struct
 from collections.abc import Iterator
 from contextlib import suppress
+from typing import Any
 
 import pytest
+from scapy.all import IP, TCP, IPv6
 
 from rstguard.lab.waiting import wait_until
+from tests.support.forged import send_into
 from tests.support.guard import Guard
 from tests.support.network import ThreeHosts
 from tests.support.sources import BOTH_FAMILIES, server_address, source
@@ -100,6 +103,46 @@ def test_what_nobody_gives_up_is_half_open(
     service, client = serve(OPENED, v6), source(v6)
     segments(lab, client, service.address, OPENED, "S", 6)
     wait_until(lambda: answer(lab, client, service.address, OPENED) == "silence")
+
+
+REFUSED: dict[str, dict[str, Any]] = {
+    "signature": {"flags": "R", "options": [(19, bytes(16))]},
+    "old time stamp": {"flags": "R", "options": [("Timestamp", (1, 0))]},
+}
+"""RSTs that the tracker takes, and a server with a half-open connection does not."""
+
+
+@BOTH_FAMILIES
+@pytest.mark.parametrize("trick", REFUSED)
+def test_a_reset_that_the_server_does_not_take_gives_nothing_up(
+    lab: ThreeHosts, guard: Guard, serve: Open, mute: None, v6: bool, trick: str
+) -> None:
+    service, client = serve(OPENED, v6), source(v6)
+    whole = (IPv6 if v6 else IP)(src=client, dst=service.address)
+    for port in range(20_000, 20_006):
+        ends = {"sport": port, "dport": OPENED}
+        syn = TCP(**ends, flags="S", seq=1000, options=[("Timestamp", (5000, 0))])
+        expected = packets(guard) + 1
+        send_into(lab, "client", bytes(whole / syn))
+        wait_until(lambda wanted=expected: packets(guard) >= wanted)  # type: ignore[misc]
+        send_into(lab, "client", bytes(whole / TCP(**ends, seq=1001, **REFUSED[trick])))
+    assert half_open(lab, client) == 5  # the sixth is one too many
+    assert answer(lab, client, service.address, OPENED) == "silence"
+
+
+def half_open(lab: ThreeHosts, client: str) -> int:
+    """Return how many half-open connections of a client the server has."""
+    return len(
+        lab.run(
+            "server",
+            "ss",
+            "-Htn",
+            "state",
+            "syn-recv",
+            "dst",
+            f"[{client}]" if ":" in client else client,
+        ).splitlines()
+    )
 
 
 def mptcp_pair(lab: ThreeHosts, listener: socket.socket) -> tuple[socket.socket, socket.socket]:
