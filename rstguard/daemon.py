@@ -109,8 +109,8 @@ def build(options: Options) -> tuple[Supervisor, Commands, Service]:
     service = Service(options.file, lambda: _summary(state))
     parts = Parts(
         state, processes, footprint, record, protected, change, bans, capped, policies, upkeep,
-        Settings(state, footprint), OneSided(kernel, state), Interfaces(kernel, state), budget,
-        ingress, foreign, service,
+        Settings(state, footprint), OneSided(kernel, state),
+        Interfaces(kernel, state, footprint.hits), budget, ingress, foreign, service,
     )  # fmt: skip
     status = Status(
         kernel, state, footprint, protected, policies, learning, upkeep, budget, ingress, foreign

@@ -21,7 +21,6 @@ from rstguard.kernel.command import printed_or_nothing
 from rstguard.kernel.links import Link
 from rstguard.kernel.names import PREFIX
 from rstguard.kernel.seam import Kernel
-from rstguard.kernel.untracked import COMMANDS
 
 LOOKS: Final = 3
 """Looks in a row that must show it."""
@@ -48,14 +47,13 @@ class Counted(NamedTuple):
     untracked: int
 
 
-def count(kernel: Kernel, links: Iterable[Link]) -> Counted:
+def count(rules: Iterable[str], links: Iterable[Link]) -> Counted:
     """Return the counters of these interfaces and of the guard's first rules.
 
-    Raises:
-        KernelError: the rules could not be read.
+    `rules` are what `rstguard.kernel.untracked.COMMANDS` print.
     """
     sums = [0, 0, 0, 0]
-    for printed in kernel.run_each(COMMANDS):
+    for printed in rules:
         for place, amount in _counters(printed):
             sums[place] += amount
     return Counted(sum(link.received for link in links), *sums)

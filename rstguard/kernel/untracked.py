@@ -48,6 +48,8 @@ class Hits:
         self._seen: Counter[tuple[int, str]] = Counter()
         self.total: Counter[str] = Counter()
         """By `LOW_TTL`, `SPOOFED`, `SPOOFED_PASSED`, `STRAYS` and `ADOPTED`."""
+        self.printed: list[str] = []
+        """What `COMMANDS` printed at the last look."""
 
     def news(self, kernel: Kernel) -> Counter[str]:
         """Return what has come since this was last asked, in packets.
@@ -72,7 +74,8 @@ class Hits:
 
     def _look(self, kernel: Kernel) -> Counter[str]:
         news: Counter[str] = Counter()
-        for number, printed in enumerate(kernel.run_each(COMMANDS)):
+        self.printed = kernel.run_each(COMMANDS)
+        for number, printed in enumerate(self.printed):
             for what, packets in _counted(printed).items():
                 last = self._seen[number, what]
                 news[what] += packets - last if packets >= last else packets

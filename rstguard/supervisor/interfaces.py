@@ -9,6 +9,7 @@ from typing import Final
 from rstguard.kernel import bypass
 from rstguard.kernel.links import amiss, protected
 from rstguard.kernel.seam import Kernel
+from rstguard.kernel.untracked import Hits
 from rstguard.observe.events import Event
 from rstguard.supervisor.guard import Guard
 from rstguard.supervisor.looking import keep_looking
@@ -21,8 +22,11 @@ LOOK_SECONDS: Final = 5.0
 class Interfaces:
     """Keeps `guard.unseen`: what of the protected interfaces the rules do not see."""
 
-    def __init__(self, kernel: Kernel, guard: Guard) -> None:
-        self._kernel, self._guard = kernel, guard
+    def __init__(self, kernel: Kernel, guard: Guard, hits: Hits) -> None:
+        """`hits` reads the rules and their counters, again and again, for `Ingress`."""
+        self._kernel, self._guard, self._hits = kernel, guard, hits
+        self._rules: list[str] = []
+        """As they were at the last look; the same are not compared twice."""
         self._taken = bypass.Taken()
         self._by_name: tuple[str, ...] = ()
         self._by_counters: tuple[str, ...] = ()
@@ -37,10 +41,10 @@ class Interfaces:
         patterns = guard.ruleset.scope.interfaces
         links = await asyncio.to_thread(self._kernel.links)
         self._by_name = amiss(patterns, links)
-        if guard.diverts and not guard.panic:
+        rules, self._rules = self._rules, self._hits.printed
+        if guard.diverts and not guard.panic and self._rules is not rules:
             here = protected(patterns, links)
-            counted = await asyncio.to_thread(bypass.count, self._kernel, here)
-            if self._taken.look(counted):
+            if self._taken.look(bypass.count(self._rules, here)):
                 self._by_counters = ()
                 if where := self._taken.told:
                     found = await asyncio.to_thread(bypass.suspects, self._kernel, here)
