@@ -8,10 +8,12 @@ PYTHON_IN := $(VENV)/bin/python
 # Network namespaces need root. A root-owned cache would be in the way of the user's next run.
 AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=CI) env PYTHONDONTWRITEBYTECODE=1
 PYTEST := $(AS_ROOT) $(PYTHON_IN) -m pytest -p no:cacheprovider
+# So many files of tests at once: their networks and processes are each their own.
+JOBS ?= 2
 PYTHONS ?= $(wildcard $(foreach v,11 12 13 14,/usr/bin/python3.$(v) /usr/local/bin/python3.$(v) \
              $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.$(v).*/bin/python3))
 
-.PHONY: help setup demo test lint test-pure test-all-pythons bench fuzz fake-kernel simulate mutants soak \
+.PHONY: help setup demo test lint test-pure test-all-pythons bench fuzz fake-kernel simulate calm calm-hour mutants soak \
         systemd clean
 
 help:
@@ -24,6 +26,8 @@ help:
 	@echo "make fuzz              the long form of the generated tests"
 	@echo "make fake-kernel       the tests' kernel against the real one, two thousand times"
 	@echo "make simulate          the guard in 10,000 simulated gateways (SEEDS=, or SEED= for one again)"
+	@echo "make calm              a calm day at each sample policy, in simulated time (HOURS=, POLICY=, SEED=)"
+	@echo "make calm-hour         an hour of the same with real sockets beside a real guard (MINUTES=, POLICY=)"
 	@echo "make mutants           how many mistakes put into the guard the simulation finds"
 	@echo "make soak              half an hour of attacks and honest load at once"
 	@echo "make systemd           the service in a container with a real systemd"
@@ -44,7 +48,7 @@ lint: setup
 
 test: lint
 	@./.ci/setup --tests
-	$(PYTEST)
+	$(PYTEST) -n $(JOBS) --dist loadfile
 
 test-pure: setup
 	$(PYTHON_IN) -m pytest -m "not netns and not fuzz_long and not soak_long and not kernel_long and not systemd"
@@ -73,6 +77,12 @@ fake-kernel: setup
 
 simulate: setup
 	$(PYTHON_IN) -m tests.simulation
+
+calm: setup
+	$(PYTHON_IN) -m tests.calm
+
+calm-hour: setup
+	$(AS_ROOT) $(PYTHON_IN) -m tests.calm.real
 
 mutants: setup
 	$(PYTHON_IN) -m pip install --quiet --disable-pip-version-check cosmic-ray==8.7.0

@@ -18,10 +18,12 @@ from rstguard.kernel.footprint import Footprint
 from rstguard.observe.events import EventLog
 from rstguard.policy.compile import compile_policy
 from rstguard.state.record import Record
+from rstguard.supervisor.around import around
 from rstguard.supervisor.bans import Bans
 from rstguard.supervisor.capped import Capped
 from rstguard.supervisor.change import Change, Follower
 from rstguard.supervisor.foreign import ForeignMarks
+from rstguard.supervisor.fullness import Fullness
 from rstguard.supervisor.guard import Guard
 from rstguard.supervisor.health import health
 from rstguard.supervisor.hearing import Hearing
@@ -106,11 +108,12 @@ def build(options: Options) -> tuple[Supervisor, Commands, Service]:
         Follower("the learning of limits", learning.follow),
     ]
     policies = Policies(state, change, record, protected)
-    service = Service(options.file, lambda: _summary(state))
+    service = Service(options.file, lambda: _summary(state), around(kernel))
     parts = Parts(
         state, processes, footprint, record, protected, change, bans, capped, policies, upkeep,
-        Settings(state, footprint), OneSided(kernel, state),
-        Interfaces(kernel, state, footprint.hits), budget, ingress, foreign, service,
+        Settings(state, footprint), OneSided(kernel, state, footprint.hits),
+        Interfaces(kernel, state, footprint.hits), Fullness(kernel, state), budget, ingress,
+        foreign, service,
     )  # fmt: skip
     status = Status(
         kernel, state, footprint, protected, policies, learning, upkeep, budget, ingress, foreign

@@ -17,16 +17,16 @@ from functools import partial
 from itertools import islice
 from typing import Final, assert_never
 
+from rstguard.asker.behind import Behind, Syn, named
 from rstguard.asker.carrying import Carrying
-from rstguard.engine import wire
-from rstguard.engine.address import is_v6
+from rstguard.asker.reading import Read, read_segment, segment_of
+from rstguard.engine.case import MOST_ASKED
 from rstguard.engine.evidence import first_block
-from rstguard.engine.flow import Flow, TcpState, Tuple
+from rstguard.engine.flow import Flow, TcpState
 from rstguard.engine.holding import Holding
 from rstguard.engine.questions import Probe
 from rstguard.engine.ruleset import SECOND, RuleSet
-from rstguard.engine.segment import opening, probe
-from rstguard.engine.wire import ACK, RST, Packet
+from rstguard.engine.wire import ACK, RST, SYN
 from rstguard.ipc.channel import ChildEnd
 from rstguard.ipc.messages import (
     Blocked,
@@ -46,10 +46,12 @@ from rstguard.ipc.messages import (
     Tell,
     ToChild,
 )
+from rstguard.ipc.said import Large
 from rstguard.kernel import KernelError, holding
 from rstguard.kernel.diversion import worker_of
+from rstguard.kernel.inject import send_each, way_of
 from rstguard.kernel.marks import Marks
-from rstguard.kernel.nfqueue import MOST, Queued, Verdict
+from rstguard.kernel.nfqueue import LENGTH, MOST, Queued, Verdict
 from rstguard.kernel.seam import Kernel
 
 log = logging.getLogger(__name__)
@@ -65,13 +67,16 @@ _ACTIVE: Final = 15 * SECOND
 _SHARE: Final = 10
 """A look at a large table takes long; it may take this part of a core."""
 _MOST_ORPHANS: Final = 500
+"""Connections that are asked for at once because their RST was lost."""
+_MOST_LOST: Final = 8192
+_SOON, _KEPT = 5, 10
+"""Seconds before a closed entry is forgotten in which it is kept for so many more."""
 _WHOLE: Final = RST | ACK
+_KIND: Final = RST | SYN
 
 _NOT_REOPENED: Final = (
     "this kernel does not let a connection be called established again that a RST has closed"
 )
-
-Read = tuple[Packet, dict[int, bytes], int]
 
 
 class Asker:
@@ -112,7 +117,8 @@ class Asker:
             self._holding.waits_for,
             lifetime,
         )
-        self._report_at = self._look_at = 0
+        self._behind = Behind(self._held, self._table, self._holding, self._marks)
+        self._report_at = self._look_at = self._search_at = 0
         self._active_until = clock() + _ACTIVE
         self._running = True
         self._can_hold = self._table.can_reopen()
@@ -185,19 +191,38 @@ class Asker:
         """Send what is to be asked, and do what was decided."""
         state = self._holding
         if probes := state.take_probes():
-            self._sender.send(map(_segment, probes))
+            send_each(self._sender, [(segment_of(one), self._way(one)) for one in probes])
             self._counts["probes"] += len(probes)
         decided, state.decided = state.decided, []
         if decided:
-            self._carrying.carry_out(decided, now)
+            try:
+                self._carrying.carry_out(decided, now)
+            finally:
+                self._behind.release(decided)
+
+    def _way(self, asked: Probe) -> int:
+        """Return the mark by which a question is routed: by the other way only in the end.
+
+        Two answers may be needed, and the first two questions are sent at once.
+        """
+        flow = self._holding.asked_about(asked)
+        if flow is None:
+            return 0
+        return way_of(asked.path, flow, self._marks, 2 if asked.number == MOST_ASKED else 1)
 
     def _hear(self, now: int) -> bool:
-        """Read answers; tell whether more wait."""
+        """Read all answers that wait; tell whether more have come meanwhile.
+
+        All, as time is up for no RST before what has come by then is read.
+        """
+        return all(self._hear_some(now) for _ in range(LENGTH // MOST))
+
+    def _hear_some(self, now: int) -> bool:
         batch = self._answers.receive(MOST, _WHOLE)
         verdicts: list[Verdict] = []
         for number, mark, data in batch:
             passes = True
-            if (read := _read(data)) is not None:
+            if (read := read_segment(data)) is not None:
                 packet, options, hops = read
                 passes = self._holding.heard(packet, first_block(options), hops, now)
             cleared = mark & ~self._marks.mask & 0xFFFFFFFF
@@ -207,18 +232,23 @@ class Asker:
         return len(batch) == MOST
 
     def _take(self, now: int) -> bool:
-        """Read RSTs; tell whether more wait."""
+        """Read RSTs, and SYNs behind them; tell whether more wait."""
         batch = self._held.receive(MOST, _WHOLE)
         fresh: list[tuple[Queued, Read]] = []
         answers: list[Flow] = []
+        syns: list[Syn] = []
         for queued in batch:
             self._active_until = now + _ACTIVE
-            read = _read(queued[2])
+            read = read_segment(queued[2])
             if read is None:
+                self._settle(queued, passes=True)
+            elif read[0].flags & _KIND == SYN and self._carrying.waits:
+                syns.append((queued[0], queued[1], read[0]))
+            elif read[0].flags & _KIND == SYN:
                 self._settle(queued, passes=True)
             elif not self._holding.heard(read[0], None, read[2], now):
                 self._settle(queued, passes=False)
-                answers.append(_named(read[0]))
+                answers.append(named(read[0]))
             elif (joins := self._holding.join(queued[0], read[0])) is None:
                 fresh.append((queued, read))
             else:
@@ -227,6 +257,7 @@ class Asker:
             self._hold(fresh, now)
         if answers:
             self._unmark(answers)
+        self._behind.take(syns, now)  # after the RST that came just before them
         return len(batch) == MOST
 
     def _unmark(self, named: list[Flow]) -> None:
@@ -246,7 +277,7 @@ class Asker:
                 are marked, asked for as those whose RST was lost.
         """
         try:
-            flows = self._table.read([_named(read[0]) for _, read in fresh])
+            flows = self._find([named(read[0]) for _, read in fresh], now)
         except KernelError:
             for queued, _ in fresh:
                 self._settle(queued, passes=False)
@@ -258,7 +289,7 @@ class Asker:
             joins = self._holding.join(number, packet)  # two of one connection in one batch
             if joins is not None:
                 self._wait_or_drop(queued, joins)
-            elif flow is None or flow.mark & self._marks.condemned.mask:
+            elif flow is None or _is_new(flow) or flow.mark & self._marks.condemned.mask:
                 self._settle(queued, passes=True)
             else:
                 inside = not mark & self._marks.to_queue_over.mask
@@ -272,6 +303,27 @@ class Asker:
                     self._carrying.settle(number, mark, True, flow)
         if unmarked:
             self._table.set_mark(unmarked, self._marks.held.value, self._marks.held.mask)
+
+    def _find(self, wanted: list[Flow], now: int) -> list[Flow | None]:
+        """Return the connections of RSTs.
+
+        No packet tells the zone that it is in.  If the connection of zone 0 is not the one that the
+        RST has marked, another's may be, which is looked for as often as there is time.
+        """
+        flows, held = self._table.read(wanted), self._marks.held
+        if now < self._search_at or all(flow and flow.mark & held.mask for flow in flows):
+            return flows
+        zoned = {
+            path: flow
+            for flow in self._table.dump(held.value, held.mask)
+            if flow.zone
+            for path in (flow.original, flow.reply)
+        }
+        self._search_at = now + _SHARE * (self._clock() - now)
+        return [
+            flow if flow and flow.mark & held.mask else zoned.get(one.original, flow)
+            for one, flow in zip(wanted, flows, strict=True)
+        ]
 
     def _look_for_replaced(self, now: int) -> None:
         """A port that is used again at once: its SYN has the tracker forget the connection."""
@@ -292,14 +344,18 @@ class Asker:
     def _look_for_orphans(self, now: int) -> None:
         """Ask for connections whose RST was lost: in a full queue, over a limit, with a process.
 
-        Those that it has not closed only had their window moved.
+        Those that it has not closed only had their window moved.  Closed ones whose turn has not
+        come are kept for it.
         """
-        held = self._marks.held
-        found = list(islice(self._table.dump(held.value, held.mask), _MOST_ORPHANS))
-        lost = [flow for flow in found if not self._holding.waits_for(flow)]
-        for flow in lost:
-            if flow.state == TcpState.CLOSE:
-                self._holding.orphan(flow, now)
+        held, room = self._marks.held, _MOST_ORPHANS - self._holding.orphans
+        waits, dump = self._holding.waits_for, self._table.dump
+        # Nothing may keep the dump beyond this line: unfinished, it bars the changes that follow.
+        lost = list(islice((f for f in dump(held.value, held.mask) if not waits(f)), _MOST_LOST))
+        closed = [flow for flow in lost if flow.state == TcpState.CLOSE]
+        for flow in closed[:room]:
+            self._holding.orphan(flow, now)
+        if late := [flow for flow in closed[room:] if flow.timeout < _SOON]:
+            self._table.set_timeout(late, _KEPT)
         if moved := [flow for flow in lost if flow.state != TcpState.CLOSE]:
             self._table.set_liberal(moved)
             self._table.set_mark(moved, 0, held.mask)
@@ -322,7 +378,7 @@ class Asker:
                 self._holding.release_all(now)
                 self._finish(now)
                 self._running = False
-            case Offences() | Productive() | Learn() | Tell():
+            case Offences() | Productive() | Large() | Learn() | Tell():
                 pass  # for those that judge
             case Start() | Blocked() | Reset() | Recheck() | Kill() | Explain() | Nearest():
                 raise ValueError(f"{type(message).__name__} is not for the asker")
@@ -330,24 +386,6 @@ class Asker:
                 assert_never(message)
 
 
-def _segment(asked: Probe) -> bytes:
-    if asked.opens or asked.acknowledgement is None:
-        return opening(asked.path, asked.sequence, asked.acknowledgement)
-    return probe(asked.path, asked.sequence, asked.acknowledgement)
-
-
-def _read(data: Packet | bytes) -> Read | None:
-    """Return a segment, its options and its remaining hops, or None if it cannot be read."""
-    if isinstance(data, Packet):
-        return data, {}, -1
-    packet = wire.parse(data)
-    if not isinstance(packet, Packet):
-        return None
-    hops = data[7] if is_v6(packet.source) else data[8]
-    return packet, wire.options(data), hops
-
-
-def _named(packet: Packet) -> Flow:
-    """Return a connection by one of its names, to be looked up."""
-    path = Tuple(*packet[:4])
-    return Flow(0, path, path, 0, 0, True, 0, 0, 0, 0, -1, 0, 0)
+def _is_new(flow: Flow) -> bool:
+    """Tell whether a SYN has begun a connection where a RST had closed one: it is over already."""
+    return flow.state in (TcpState.SYN_SENT, TcpState.SYN_RECV)

@@ -130,8 +130,10 @@ class Carrying:
         others = [d.flow for d in passed if not d.by_client or d.fin]
         if others:
             self._table.set_mark(others, 0, held)
-        # The RST of an orphan is lost: if it was honest, the server may not know.
-        ended = [d.flow for d in decided if not d.numbers and d.outcome is Outcome.HONEST]
+        # The RST of an orphan is lost: where one that waited would pass, the server may not know.
+        # Not of one that had to make room: nobody knows whether it was forged.
+        known = Outcome.HONEST, Outcome.UNCONFIRMED
+        ended = [d.flow for d in decided if not d.numbers and d.outcome in known]
         if ended:
             self._table.set_mark(ended, closing.value, held | closing.mask)
 

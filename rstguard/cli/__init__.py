@@ -11,10 +11,9 @@ from typing import Annotated
 import typer
 
 from rstguard import __version__
-from rstguard.cli import ban, events, guard, install, lab, man, policy, top
+from rstguard.cli import ban, doctor, events, guard, install, lab, man, policy, top
 from rstguard.cli.common import FAILED, Commands, Json, print_json
 from rstguard.engine.verdict import Reason
-from rstguard.kernel.queues import DEFAULT_NUMBER
 
 EPILOG = (
     "Exit status: 0 done, 1 failed or not filtering, 2 wrong use, 3 no guard running, "
@@ -44,35 +43,10 @@ app.command(epilog="Example: rstguard man | man -l -")(man.man)
 app.command(epilog="Example: sudo rstguard cleanup --keep-bans")(guard.cleanup)
 app.command(epilog="Example: sudo rstguard install --interface eth0")(install.install)
 app.command(epilog="Example: sudo rstguard uninstall --purge")(install.uninstall)
+app.command(epilog="Example: sudo rstguard doctor")(doctor.doctor)
 app.add_typer(policy.app, name="policy")
 app.add_typer(ban.app, name="ban")
 app.add_typer(lab.app, name="lab")
-
-
-@app.command(epilog="Example: sudo rstguard doctor")
-def doctor(
-    queue: Annotated[
-        int, typer.Option(min=0, max=65535, help="Number of the first NFQUEUE to be used.")
-    ] = DEFAULT_NUMBER,
-    as_json: Json = False,
-) -> None:
-    """Tell what this machine lacks, and the command that fixes it."""
-    from rstguard.kernel.preflight import Outcome, checks
-
-    found = checks(queue)
-    if as_json:
-        rows = [
-            {"name": c.name, "outcome": c.outcome.value, "text": c.sentence, "fix": c.fix}
-            for c in found
-        ]
-        print_json(rows)
-    else:
-        for check in found:
-            typer.echo(f"{check.outcome.value:8} {check.name}: {check.sentence}")
-            if check.fix:
-                typer.echo(f"         fix: {check.fix}")
-    if any(check.outcome is Outcome.MISSING for check in found):
-        raise typer.Exit(FAILED)
 
 
 @app.command(epilog="Example: rstguard reasons --json")

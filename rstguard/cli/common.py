@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,6 +50,7 @@ StateDir = Annotated[
         help="Directory for what outlives the guard: bans, offences, and the history of policies.",
     ),
 ]
+_STDIN = "/dev/stdin"
 _MOST_PARENTS = 32
 _LONGEST_LINE = 1 << 16
 _ASKED = ContextVar("_ASKED", default=False)
@@ -60,10 +60,10 @@ DEFAULT_STATE_DIR = Path("/var/lib/rstguard")
 
 def read_policy(file: Path) -> Loaded:
     """Read a policy, print its warnings, or name its mistakes and leave with status 4."""
-    from rstguard.policy.load import PolicyError, load
+    from rstguard.policy.load import PolicyError
 
     try:
-        loaded = load(file, interfaces(), one_sided())
+        loaded = load_here(file)
     except PolicyError as error:
         fail(str(error), BAD_POLICY)
     for problem in loaded.warnings:
@@ -189,15 +189,17 @@ def json_text(data: object, indent: int | None = None) -> str:
     return json.dumps(data, indent=indent).replace("\x7f", "\\u007f")
 
 
-def interfaces() -> dict[str, str]:
-    """Return the interfaces of this namespace by name, each with what is wrong with it, or ""."""
-    from rstguard.kernel import KernelError
-    from rstguard.kernel.links import complaint, links
+def load_here(file: Path) -> Loaded:
+    """Read a policy, and look whether it can match where this machine stands.
 
-    try:
-        return {link.name: complaint(link) for link in links()}
-    except KernelError:
-        return {name: "" for _, name in socket.if_nameindex()}
+    Raises:
+        PolicyError: the file cannot be read, or is no valid policy.
+    """
+    from rstguard.kernel.linux import Linux
+    from rstguard.policy.load import load
+    from rstguard.supervisor.around import around
+
+    return load(_STDIN if file == Path("-") else file, around(Linux()), one_sided())
 
 
 def one_sided() -> list[str]:

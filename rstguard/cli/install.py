@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import sys
 from importlib.resources import files
@@ -13,11 +12,13 @@ from typing import Annotated
 import typer
 
 from rstguard.cli.common import FAILED, Json, errors_in_one_sentence, fail, print_json
+from rstguard.cli.files import replace
+from rstguard.cli.new import Interfaces
 from rstguard.kernel import KernelError
 from rstguard.kernel.command import run
 
 _POLICY = Path("etc/rstguard/policy.yaml")
-_STATE = Path("var/lib/rstguard")
+STATE = Path("var/lib/rstguard")
 _UNIT = Path("etc/systemd/system/rstguard.service")
 _FILES = {
     "rstguard.service": _UNIT,
@@ -25,33 +26,9 @@ _FILES = {
     "rstguard.tmpfiles": Path("etc/tmpfiles.d/rstguard.conf"),
     "rstguard.modules": Path("etc/modules-load.d/rstguard.conf"),
 }
+_SYSCTLS = Path("etc/sysctl.d/60-rstguard.conf")
 _FAIL2BAN = Path("etc/fail2ban/action.d")
 _FAIL2BAN_FILE = _FAIL2BAN / "rstguard.conf"
-_INTERFACE = re.compile(r"[A-Za-z0-9_.@-]{1,15}")
-_FIRST_POLICY = """\
-# The first policy: it observes, and changes nothing.  See what it would do with
-#
-#     rstguard status; rstguard events
-#
-# and then set `mode: enforce` and say `rstguard policy apply {file} --confirm 60s`.
-
-version: 1
-name: first
-mode: observe
-on_failure: open
-forged_resets: hold
-
-protect:
-  interfaces: [{interface}]    # where the internet comes in
-
-rules:
-  - {{name: syn-rate, measure: syn_rate, over: 100/s, burst: 200, unless: {{productive: 80%}},
-     then: ban, for: 10m}}
-  - {{name: port-scan, measure: distinct_ports, over: 15, within: 10s, then: ban, for: 1h}}
-  - {{name: hoarder, measure: connections, over: 500, unless: {{productive: 80%}}, then: reset}}
-  - {{name: idle, measure: idle, over: 2h, then: reset}}
-"""
-
 Root = Annotated[
     Path, typer.Option("--root", help="Directory that stands for /, to make a package.")
 ]
@@ -65,19 +42,17 @@ class Changes:
         self._root, self._dry_run = root, dry_run
         self.told: list[str] = []
 
-    def write(self, path: Path, text: str, keep: bool = False) -> None:
-        """Write a file; with `keep` one that is there stays as it is."""
+    def write(self, path: Path, text: str) -> None:
+        """Write a file."""
         target = self._root / path
         there = target.read_text(encoding="utf-8") if target.is_file() else None
-        if there == text or (there is not None and keep):
+        if there == text:
             self.told.append(f"{target}: stays as it is")
             return
         self.told.append(f"{target}: {'written' if there is None else 'replaced'}")
         if not self._dry_run:
             target.parent.mkdir(parents=True, exist_ok=True)
-            fresh = target.with_name(f".{target.name}.new")
-            fresh.write_text(text, encoding="utf-8")
-            fresh.replace(target)
+            replace(target, text)
 
     def remove(self, path: Path) -> None:
         """Remove a file or directory, if it is there."""
@@ -105,9 +80,7 @@ class Changes:
 
 
 def install(
-    interface: Annotated[
-        str, typer.Option(help="Interface where the internet comes in, for the first policy.")
-    ] = "eth0",
+    interface: Interfaces = None,
     fail2ban: Annotated[
         bool, typer.Option("--fail2ban", help="Put an action for fail2ban in place, too.")
     ] = False,
@@ -117,23 +90,25 @@ def install(
 ) -> None:
     """Put the systemd service, its directories and a first policy in place; starts nothing.
 
-    A policy that is there already stays.  The first one only observes.
+    A policy that is there already stays.  The first one only observes; it is written from what is
+    found on this machine, as by `rstguard policy new`.  A package (--root) gets one only for an
+    interface that is named.
     """
-    if not _INTERFACE.fullmatch(interface):
-        raise typer.BadParameter(f"{interface!r} is no interface", param_hint="--interface")
     changes = Changes(root, dry_run)
     program = _program()
     with errors_in_one_sentence(), _file_errors():
         _require_root(root, dry_run)
+        policy = first_policy(root, tuple(interface or ()), changes)
         for name, path in _FILES.items():
             changes.write(path, _text("systemd", name).replace("/usr/bin/rstguard", program))
-        policy = _FIRST_POLICY.format(interface=interface, file=f"/{_POLICY}")
-        changes.write(_POLICY, policy, keep=True)
+        if policy:
+            changes.write(_POLICY, policy)
         if fail2ban and (root / _FAIL2BAN).is_dir():
             text = _text("fail2ban", "rstguard.conf").replace("/usr/bin/rstguard", program)
             changes.write(_FAIL2BAN_FILE, text)
         elif fail2ban:
             changes.told.append(f"{root / _FAIL2BAN}: fail2ban is not installed here")
+        size_tracker(changes, root, dry_run)
         changes.command("systemd-sysusers")
         changes.command("systemd-tmpfiles", "--create", f"/{_FILES['rstguard.tmpfiles']}")
         changes.command("systemctl", "daemon-reload")
@@ -156,11 +131,12 @@ def uninstall(
         _require_root(root, dry_run)
         if (root / _UNIT).exists():
             changes.command("systemctl", "disable", "--now", "rstguard")
-        for path in (*_FILES.values(), _FAIL2BAN_FILE):
+        for path in (*_FILES.values(), _FAIL2BAN_FILE, _SYSCTLS):
             changes.remove(path)
+        unsize_tracker(changes, root, dry_run)
         if purge:
             changes.remove(_POLICY.parent)
-            changes.remove(_STATE)
+            changes.remove(STATE)
         changes.command("systemctl", "daemon-reload")
     _tell(changes, as_json, "" if purge else "policies and history are left: --purge removes them")
 
@@ -175,6 +151,70 @@ class _file_errors:  # noqa: N801 - used like a function
         """Say what was refused."""
         if isinstance(error, OSError):
             fail(f"{error.filename}: {error.strerror}", FAILED)
+
+
+def first_policy(root: Path, interfaces: tuple[str, ...], changes: Changes) -> str:
+    """Return the text of the first policy, before anything is changed; "" if none can be written.
+
+    Of a package nothing is known but the interface that is named.
+    """
+    from rstguard.cli.fresh import Wanted
+    from rstguard.cli.new import look, text_for
+    from rstguard.kernel.place import Place
+
+    there = root / _POLICY
+    if there.is_file():
+        changes.told.append(f"{there}: stays as it is")
+        return ""
+    wanted = Wanted(interfaces, file=f"/{_POLICY}")
+    if root == Path("/"):
+        return text_for(look(), wanted)
+    if interfaces:
+        return text_for(Place(), wanted)
+    new = f"rstguard policy new --out /{_POLICY}"
+    changes.told.append(f"{there}: not written, as this is not its machine; there: `{new}`")
+    return ""
+
+
+def size_tracker(changes: Changes, root: Path, dry_run: bool) -> None:
+    """Make the connection table as large as memory allows, now and after a reboot, or say why not.
+
+    What it was is noted in the state directory, for `uninstall`.
+    """
+    from rstguard.kernel import sizing
+    from rstguard.kernel.linux import Linux
+
+    if root != Path("/"):
+        changes.told.append("connection table: not sized, as this is not its machine")
+        return
+    kernel = Linux()
+    try:
+        now = sizing.present(kernel)
+        wanted = sizing.sizes_for(sizing.memory(), now)
+        if wanted == now:
+            changes.told.append(f"connection table: {now.most} entries are enough, nothing changed")
+            return
+        if not dry_run:
+            sizing.enlarge(kernel, wanted, root / STATE / sizing.RECORD)
+        lines = "".join(f"{name} = {value}\n" for name, value in wanted.settings.items())
+        changes.write(_SYSCTLS, f"# Sized by memory by `rstguard install`.\n{lines}")
+        changes.told.append(f"connection table: {wanted.most} entries (was {now.most})")
+    except KernelError as error:
+        changes.told.append(f"connection table: not sized: {error}")
+
+
+def unsize_tracker(changes: Changes, root: Path, dry_run: bool) -> None:
+    """Give the connection table the size that it had before `install`."""
+    from rstguard.kernel import sizing
+    from rstguard.kernel.linux import Linux
+
+    record = root / STATE / sizing.RECORD
+    if root != Path("/") or dry_run or not record.exists():
+        return
+    try:
+        changes.told += sizing.give_back(Linux(), record)
+    except KernelError as error:
+        changes.told.append(f"connection table: not given back: {error}")
 
 
 def _require_root(root: Path, dry_run: bool) -> None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn
 
 import typer
 
@@ -38,6 +38,8 @@ _ASK_EVERY = 1.0
 _BY_ITSELF = "1d"
 """For how long a guard learns that was only told to begin."""
 _TELLING_SECONDS = 60.0
+_CLOSE_SECONDS = 60
+"""A guard that was to learn for an hour has measured for some seconds less."""
 
 
 Out = Annotated[
@@ -83,6 +85,12 @@ def policy_learn(
     margin: Annotated[
         float, typer.Option(min=1.0, max=100.0, help="How far limits are from honest sources.")
     ] = 2.0,
+    least_sources: Annotated[
+        int, typer.Option(min=0, help="Propose nothing from fewer productive sources.")
+    ] = 100,
+    least_time: Annotated[
+        str, typer.Option(metavar="TIME", help="Propose nothing from less time (1s to 30d).")
+    ] = "1h",
     force: Annotated[bool, typer.Option("--force", help="Overwrite FILE.")] = False,
     runtime_dir: RuntimeDir = DEFAULT_DIR,
     as_json: Json = False,
@@ -93,12 +101,14 @@ def policy_learn(
     other limits would have hit. Take a capture on an ordinary busy day, or let
     the running guard learn for one (--live): it measures by its own policy's
     rules while that observes, and goes on if this command ends, until --for
-    is over. Read which sources showed most, and try the limits with
+    is over. Of fewer than 100 sources, or less than an hour, nothing is proposed:
+    such limits would be chance. Read which sources showed most, and try the limits with
     `rstguard policy replay`, or in a policy that observes.
     """
     if wrong := _wrong(capture, out, duration, base, live=live, start=start, stop=stop):
         raise typer.BadParameter(wrong)
     seconds = _seconds(duration) if duration else None
+    enough = _Enough(least_sources, _seconds(least_time, "--least-time"))
     if stop:
         _stop(runtime_dir, as_json)
         return
@@ -109,13 +119,13 @@ def policy_learn(
     if out.exists() and not force:
         fail(f"{out} exists: name another file, or overwrite it with --force", FAILED)
     if capture is not None:
-        _report(_of_capture(capture, base, margin, out), out, as_json)
+        _report(_of_capture(capture, base, margin, out, enough), out, as_json)
         return
     if seconds:
         if not out.absolute().parent.is_dir():
             fail(f"{out.parent} is no directory: where is {out.name} to be written?", FAILED)
         _watch(runtime_dir, seconds)
-    lesson = _of_guard(runtime_dir, margin, out)
+    lesson = _of_guard(runtime_dir, margin, out, enough)
     if seconds:
         ask_guard(runtime_dir, "learn-stop")
     _report(lesson, out, as_json)
@@ -145,7 +155,7 @@ def _wrong(
     return "" if start or stop or out else "say with --out FILE where to write the proposed policy"
 
 
-def _seconds(text: str) -> int:
+def _seconds(text: str, option: str = "--for") -> int:
     from rstguard.engine.ruleset import SECOND
     from rstguard.policy.quantities import duration
     from rstguard.supervisor.learning import LONGEST
@@ -153,7 +163,7 @@ def _seconds(text: str) -> int:
     try:
         return duration(SECOND, LONGEST * SECOND)(text) // SECOND
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--for") from None
+        raise typer.BadParameter(str(error), param_hint=option) from None
 
 
 def _start(directory: Path, seconds: int, as_json: bool) -> None:
@@ -211,7 +221,33 @@ def _show(bar: Progress, task: TaskID, status: dict[str, Any], seconds: int) -> 
     bar.update(task, description=told, completed=seconds - status["left_s"])
 
 
-def _of_guard(directory: Path, margin: float, out: Path) -> Lesson:
+class _Enough(NamedTuple):
+    """From how many productive sources, in how many seconds, limits are proposed."""
+
+    sources: int
+    seconds: int
+
+    def require(self, lesson: Lesson, advice: str) -> None:
+        """Leave, and say what is lacking, if there was less."""
+        from rstguard.engine.ruleset import SECOND
+        from rstguard.policy.quantities import duration_text
+
+        length = lesson.length + _CLOSE_SECONDS * SECOND
+        lacking = []
+        if lesson.productive < self.sources:
+            lacking.append(f"{lesson.productive} productive sources of {self.sources}")
+        if length < self.seconds * SECOND:
+            seen = duration_text(lesson.length // SECOND * SECOND)
+            lacking.append(f"{seen} of {duration_text(self.seconds * SECOND)}")
+        if lacking:
+            fail(
+                f"nothing is proposed, limits from so little are chance: there are "
+                f"{' and '.join(lacking)}; {advice}, or say --least-sources or --least-time",
+                FAILED,
+            )
+
+
+def _of_guard(directory: Path, margin: float, out: Path, enough: _Enough) -> Lesson:
     """Write what the guard has learned as a policy."""
     from rstguard.policy.compile import compile_policy
     from rstguard.policy.load import parse
@@ -222,6 +258,7 @@ def _of_guard(directory: Path, margin: float, out: Path) -> Lesson:
     policy = told["policy"]
     ruleset = compile_policy(parse(policy["text"], policy["file"]).policy)
     lesson = lesson_of_guard(ruleset, told, margin)
+    enough.require(lesson, "let the guard go on learning")
     try:
         out.write_text(policy_text(policy["text"], lesson))
     except OSError as error:
@@ -229,7 +266,9 @@ def _of_guard(directory: Path, margin: float, out: Path) -> Lesson:
     return lesson
 
 
-def _of_capture(capture: Path, base: Path | None, margin: float, out: Path) -> Lesson:
+def _of_capture(
+    capture: Path, base: Path | None, margin: float, out: Path, enough: _Enough
+) -> Lesson:
     """Write what a capture teaches as a policy."""
     from rstguard.policy.compile import compile_policy
     from rstguard.policy.load import PolicyError, parse
@@ -242,6 +281,7 @@ def _of_capture(capture: Path, base: Path | None, margin: float, out: Path) -> L
         ruleset = compile_policy(parse(text, str(base or "web-edge.yaml")).policy)
         with progress_on_stderr() as progress:
             lesson = learn(ruleset, capture, margin, progress)
+        enough.require(lesson, "take a longer capture on an ordinary busy day")
         out.write_text(policy_text(text, lesson))
     except PolicyError as error:
         fail(str(error), BAD_POLICY)

@@ -7,6 +7,7 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 from rstguard.cli.events import line as event_line
+from rstguard.cli.status import fullest
 from rstguard.observe.text import plain
 
 Status = dict[str, Any]
@@ -46,7 +47,7 @@ def frame(now: Status, before: Status | None, seconds: float, size: tuple[int, i
     earlier, span = before or now, seconds if before else 0.0
     apart = [Line("")] if height >= _ROOMY else []
     upper = [*_head(now), *apart, *_rates(now, earlier, span), *_workers(now, earlier, span)]
-    upper += _budget(now, earlier, span)
+    upper += [*_budget(now, earlier, span), *_pressure(now)]
     room = height - len(upper) - len(apart) - 2  # titles
     nearest = now["nearest"][: min(_MOST_NEAREST, max(_FEWEST_NEAREST, room // 2))]
     events = now["recent"][::-1][: max(_FEWEST_EVENTS, room - max(len(nearest), 1))]
@@ -150,7 +151,7 @@ def _budget(now: Status, before: Status, seconds: float) -> Iterator[Line]:
     sent, back = (
         _rate(budget["cookies"][key], earlier[key], seconds) for key in ("sent", "accepted")
     )
-    yield Line(f"SYN budget {budget['rate']:,}/s a service: {sent} cookies, {back} came back")
+    yield Line(f"SYN budget {budget['limit']} a service: {sent} cookies, {back} came back")
     over = [row for row in budget["services"] if row["engaged_s"] is not None]
     for row in over[:_MOST_SERVICES]:
         yield Line(f"  {row['service']}: SYN cookies for {_lasting(row['engaged_s'])}", Style.TITLE)
@@ -158,6 +159,16 @@ def _budget(now: Status, before: Status, seconds: float) -> Iterator[Line]:
         yield Line(f"  and {len(rest)} more over it")
     elif not over:
         yield Line(f"  services known: {len(budget['services'])}, none over it")
+
+
+def _pressure(now: Status) -> Iterator[Line]:
+    """Tell of services in distress."""
+    pressed = fullest(now["pressure"])
+    for row in pressed[:_MOST_SERVICES]:
+        held = f"{row['connections']:,} connections, no patience from {row['end']:,} on"
+        yield Line(f"PRESSED {row['service']} for {_lasting(row['pressed_s'])}: {held}", Style.BAD)
+    if rest := pressed[_MOST_SERVICES:]:
+        yield Line(f"and {len(rest)} more services that are pressed", Style.BAD)
 
 
 def _nearest(rows: list[Status], width: int) -> Iterator[Line]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rstguard.cli import learn, replay
+from rstguard.cli import learn, new, replay
 from rstguard.cli.common import (
     BAD_POLICY,
     DEFAULT_DIR,
@@ -18,8 +18,7 @@ from rstguard.cli.common import (
     RuntimeDir,
     ask_guard,
     fail,
-    interfaces,
-    one_sided,
+    load_here,
     print_json,
     print_text,
     read_policy,
@@ -27,6 +26,7 @@ from rstguard.cli.common import (
     ssh_client,
     who,
 )
+from rstguard.cli.keeping import Kept, Save, keeping
 
 app = typer.Typer(help="Check, apply and show policies.", no_args_is_help=True)
 app.command(
@@ -34,17 +34,27 @@ app.command(
     epilog="Examples: rstguard policy replay policy.yaml yesterday.pcap; "
     "rstguard policy replay policy.yaml yesterday.pcap --against stricter.yaml",
 )(replay.policy_replay)
+app.command("new", epilog=new.EXAMPLES)(new.policy_new)
 app.command("learn", epilog=learn.EXAMPLES)(learn.policy_learn)
 
 
-@app.command("check", epilog="Example: rstguard policy check policies/web-edge.yaml")
-def policy_check(file: PolicyFile, as_json: Json = False) -> None:
-    """Read a policy file and name every mistake in it, with line and column."""
-    from rstguard.policy.load import PolicyError, load
+@app.command(
+    "check",
+    epilog="Examples: rstguard policy check policies/web-edge.yaml; "
+    "rstguard policy new | rstguard policy check -",
+)
+def policy_check(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Policy file (YAML); - reads a pipe.")
+    ],
+    as_json: Json = False,
+) -> None:
+    """Name every mistake in a policy file, with line and column, and what cannot match here."""
+    from rstguard.policy.load import PolicyError
 
     problems: tuple[Any, ...]
     try:
-        problems = load(file, interfaces(), one_sided()).warnings
+        problems = load_here(file).told
         right = True
     except PolicyError as error:
         problems, right = error.problems, False
@@ -73,7 +83,7 @@ def policy_check(file: PolicyFile, as_json: Json = False) -> None:
 @app.command(
     "apply",
     epilog="Examples: rstguard policy apply /etc/rstguard/policy.yaml; "
-    "rstguard policy apply policy.yaml --confirm 60s",
+    "rstguard policy apply policy.yaml --confirm 60s; rstguard policy apply policy.yaml --save",
 )
 def policy_apply(
     file: PolicyFile,
@@ -84,10 +94,13 @@ def policy_apply(
             help="Go back by itself after this time (1s to 1h) unless `policy confirm` follows.",
         ),
     ] = None,
+    save: Save = False,
     runtime_dir: RuntimeDir = DEFAULT_DIR,
     as_json: Json = False,
 ) -> None:
     """Give the running guard another policy; rules that stay the same keep their counts."""
+    if save and confirm is not None:
+        raise typer.BadParameter("what may be rolled back is saved by `policy confirm --save`")
     seconds = None if confirm is None else _seconds(confirm)
     loaded = read_policy(file)
     done = ask_guard(
@@ -99,14 +112,16 @@ def policy_apply(
         who=who(),
         ssh=ssh_client(),
     )
+    kept = keeping(done["start_file"], loaded.text, save)
     if as_json:
-        print_json(done)
+        print_json(done | kept._asdict())
         return
     say(f"policy {done['name']} is in force (took {done['took_ms']} ms)")
     protected = ", ".join(f"{row['address']} ({row['what']})" for row in done["protected"])
     say(f"never banned, shunned or reset: {protected}")
     if seconds is not None:
         say(f"rolls back in {seconds} s unless you run `rstguard policy confirm`")
+    _tell_kept(kept)
 
 
 def _seconds(text: str) -> int:
@@ -119,14 +134,24 @@ def _seconds(text: str) -> int:
         raise typer.BadParameter(str(error), param_hint="--confirm") from None
 
 
-@app.command("confirm", epilog="Example: rstguard policy confirm")
-def policy_confirm(runtime_dir: RuntimeDir = DEFAULT_DIR, as_json: Json = False) -> None:
+@app.command("confirm", epilog="Examples: rstguard policy confirm; rstguard policy confirm --save")
+def policy_confirm(
+    save: Save = False, runtime_dir: RuntimeDir = DEFAULT_DIR, as_json: Json = False
+) -> None:
     """Keep the policy that was applied with --confirm."""
     done = ask_guard(runtime_dir, "policy-confirm", who=who())
+    text = ask_guard(runtime_dir, "policy-show")["text"]
+    kept = keeping(done["start_file"], text, save)
     if as_json:
-        print_json(done)
-    else:
-        say(f"policy {done['name']} stays")
+        print_json(done | kept._asdict())
+        return
+    say(f"policy {done['name']} stays")
+    _tell_kept(kept)
+
+
+def _tell_kept(kept: Kept) -> None:
+    for sentence in kept.sentences():
+        say(sentence)
 
 
 @app.command("rollback", epilog="Example: rstguard policy rollback")

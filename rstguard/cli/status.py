@@ -10,6 +10,7 @@ from rstguard.observe.events import sentence
 Status = dict[str, Any]
 
 _MOST_PROBLEMS = 8
+_MOST_PRESSED = 10
 _MOST_EVENTS = 10
 
 
@@ -22,9 +23,12 @@ def lines(data: Status) -> Iterator[str]:
     yield from _processes(data)
     blocked = data["blocked"]
     yield f"  blocked now: {blocked['ban']} banned, {blocked['shun']} shunned"
-    yield from _shun(data["shun"])
+    yield from _shun(data["shun"], data["syn_budget"] is None)
+    yield from _pressure(data["pressure"])
+    yield from _large(data["large_sources"])
     yield from _untracked(data["untracked"])
     yield from _forgotten(data["forgotten"])
+    yield from _limited(data["limited"])
     yield from _foreign(data["foreign_marks"])
     yield from _budget(data["syn_budget"])
     yield from (f"  {sentence(event)}" for event in data["recent"][-_MOST_EVENTS:])
@@ -52,8 +56,10 @@ def _processes(data: Status) -> Iterator[str]:
         if worker["overload"]:
             yield f"    overloaded: {worker['shed']}"
     sweeper, flows = data["sweeper"], data["counts"].get("flows", 0)
+    period = data["counts"].get("sweep_period_ms", 0)
+    often = f", one every {period / 1000:g} s" if period else ""
     yield (
-        f"  sweeper {sweeper['pid']}: {flows} connections at the last sweep, "
+        f"  sweeper {sweeper['pid']}: {flows} connections at the last sweep{often}, "
         f"{sweeper['restarts']} restarts"
     )
     if asker := data["asker"]:
@@ -73,15 +79,57 @@ def _weighed(counts: Status) -> str:
     return f"{held} RSTs, {', '.join(rest)}"
 
 
-def _shun(shun: Status) -> Iterator[str]:
+def _shun(shun: Status, counts: bool) -> Iterator[str]:
+    """Tell what becomes of shunned sources; `counts` if they are of no SYN budget as well."""
     if shun["answer"] == "challenge":
         known, cookies = len(shun["services"]), shun["cookies"]
+        services = "one service" if known == 1 else f"{known} services"
+        count = f": {cookies['sent']} cookies sent, {cookies['accepted']} came back"
         yield (
-            f"  shunned sources are challenged at the {known} services whose offers are known: "
-            f"{cookies['sent']} cookies sent, {cookies['accepted']} came back"
+            f"  shunned sources are challenged at the {services} whose offers are known"
+            f"{count if counts else ''}"
         )
     elif shun["why_not"]:
         yield f"  shunned sources are blocked, not challenged: {shun['why_not']}"
+    if shun["why_no_dnat"]:
+        yield f"  services behind DNAT get no SYN cookies: {shun['why_no_dnat']}"
+
+
+def fullest(services: list[Status]) -> list[Status]:
+    """Return services in distress, the fullest first."""
+    return sorted(services, key=lambda row: -row["connections"] / max(row["end"], 1))
+
+
+def _pressure(services: list[Status]) -> Iterator[str]:
+    """Tell of the services that are in distress, if there are any."""
+    pressed = fullest(services)
+    for row in pressed[:_MOST_PRESSED]:
+        yield (
+            f"  PRESSED for {row['pressed_s']:.0f} s: {row['service']}, {row['connections']} "
+            f"connections; patience shrinks from {row['start']} on, to nothing at {row['end']}"
+        )
+    if rest := pressed[_MOST_PRESSED:]:
+        yield f"  and {len(rest)} more services that are pressed"
+
+
+def _large(sources: list[Status]) -> Iterator[str]:
+    """Name the sources that carry a large share of all connections, and say what to do."""
+    for row in sources:
+        yield (
+            f"  LARGE for {row['since_s']} s: {row['source']}, {row['percent']}% of all proven "
+            f"connections ({row['connections']}); {_spared(row)}"
+        )
+    if sources:
+        yield (
+            "    a proxy, load balancer or health checker: `trusted:`, or `except:` of rules; "
+            "one like any other: `large_sources: {ordinary: [...]}`"
+        )
+
+
+def _spared(row: Status) -> str:
+    if not row["may_hold"]:
+        return "rules hit it as any other"
+    return f"it may hold {row['may_hold']} while services are well, until you say what it is"
 
 
 def _untracked(data: Status) -> Iterator[str]:
@@ -107,7 +155,14 @@ def _forgotten(data: Status) -> Iterator[str]:
         )
     if data["dropped"]:
         count = f"{data['dropped']} segments of no connection"
-        yield f"  beyond what the connection table is to hold: {count} dropped"
+        yield f"  beyond what all sources together may send: {count} dropped"
+
+
+def _limited(data: Status) -> Iterator[str]:
+    """Tell what the kernel dropped in front of the queue, if there was any."""
+    if any(data.values()):
+        counts = ", ".join(f"{name} {count}" for name, count in data.items() if count)
+        yield f"  beyond a rule, dropped in front of the queue: {counts}"
 
 
 def _foreign(data: Status) -> Iterator[str]:
@@ -125,11 +180,14 @@ def _budget(budget: Status | None) -> Iterator[str]:
         return
     cookies = budget["cookies"]
     yield (
-        f"  SYN budget {budget['rate']}/s: {cookies['sent']} cookies sent, "
+        f"  SYN budget {budget['limit']}: {cookies['sent']} cookies sent, "
         f"{cookies['accepted']} came back"
     )
+    if budget["why_not"]:
+        yield f"    no SYN cookies are given out: {budget['why_not']}"
     for service in budget["services"]:
         over, offers = service["engaged_s"], service["offers"]
         state = "within budget" if over is None else f"SYN cookies for {over:.0f} s"
         scale = f", wscale {offers['scale']}" if offers["scale"] >= 0 else ""
-        yield f"    {service['service']}: {state} (mss {offers['mss']}{scale})"
+        to = f", translated to {' or '.join(offers['to'])}" if offers["to"] else ""
+        yield f"    {service['service']}: {state} (mss {offers['mss']}{scale}{to})"

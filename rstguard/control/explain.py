@@ -46,7 +46,8 @@ class Explanations:
             raise ControlError(f"{text!r} is no address ({error})") from None
         guard, kernel = self._guard, self._kernel
         used = await self._used(source)
-        used |= await asyncio.to_thread(kernel.explain, guard.ruleset, source)
+        in_kernel = await asyncio.to_thread(kernel.explain, guard.ruleset, source)
+        used = {name: max(used.get(name, 0), in_kernel.get(name, 0)) for name in used | in_kernel}
         ruleset = guard.ruleset
         adopted = 1 << Labels(ruleset.labels).adopted
         elements, flows, proven = await asyncio.to_thread(_in_kernel, kernel, source)

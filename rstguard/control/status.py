@@ -7,6 +7,7 @@ import os
 from typing import Final
 
 from rstguard import __version__
+from rstguard.control import sources
 from rstguard.engine.shedding import SHED, Level
 from rstguard.ipc.requests import Request
 from rstguard.kernel import challenge, syn_budget
@@ -15,7 +16,14 @@ from rstguard.kernel.foreign import CLEARED, SPARED
 from rstguard.kernel.nfqueue import QueueState
 from rstguard.kernel.seam import Kernel
 from rstguard.kernel.sysctl import TRACKING
-from rstguard.kernel.untracked import ADOPTED, LOW_TTL, SPOOFED, SPOOFED_PASSED, STRAYS
+from rstguard.kernel.untracked import (
+    ADOPTED,
+    LIMITED,
+    LOW_TTL,
+    SPOOFED,
+    SPOOFED_PASSED,
+    STRAYS,
+)
 from rstguard.supervisor.child import Child
 from rstguard.supervisor.foreign import ForeignMarks
 from rstguard.supervisor.guard import Guard
@@ -121,10 +129,13 @@ class Status:
             "blocked": self._blocked,
             "shun": self._shun(),
             "syn_budget": self._syn_budget(now),
+            "pressure": self._pressure(now),
             "untracked": self._untracked(),
             "forgotten": self._forgotten(),
+            "limited": {name: self._ingress.counts[name] for name in LIMITED},
             "foreign_marks": self._foreign_marks(),
-            "productive": self._productive(),
+            "productive": sources.productive(guard),
+            "large_sources": sources.large_sources(guard, now),
             "learning": self._learning.status,
             "counts": {
                 **{kind: dict(by_rule) for kind, by_rule in guard.events.counts.items()},
@@ -133,6 +144,18 @@ class Status:
             "resets": self._resets(),
             "recent": guard.events.recent(_RECENT),
         }
+
+    def _pressure(self, now: float) -> list[dict[str, object]]:
+        return [
+            {
+                "service": str(service),
+                "pressed_s": round(now - one.since, 1),
+                "connections": one.live,
+                "start": one.start,
+                "end": one.end,
+            }
+            for service, one in self._guard.pressed.items()
+        ]
 
     def _resets(self) -> list[dict[str, object]]:
         return [
@@ -171,36 +194,35 @@ class Status:
         kinds = await asyncio.to_thread(self._kernel.blocked_by_kind)
         self._blocked = {"ban": kinds["ban"], "shun": kinds["shun"]}
 
-    def _productive(self) -> int:
-        """Return how many sources are productive enough for some rule to be lenient."""
-        rules = self._guard.ruleset.rules
-        least = min((rule.unless.productive for rule in rules if rule.unless), default=0)
-        return sum(percent >= least for percent in self._guard.productive.percents.values())
-
     def _shun(self) -> dict[str, object]:
         """Return what a shunned source gets: at `services` a challenge; and why not, or ""."""
         ruleset, footprint = self._guard.ruleset, self._footprint
-        known = [str(one) for one in footprint.known if ruleset.scope.protects(*one)]
+        known = [
+            str(one)
+            for one, offer in footprint.answered.items()
+            if ruleset.scope.protects(*one) and len(offer.to) < 2
+        ]
         challenges = self.challenges
         return {
             "answer": "challenge" if challenges else ruleset.blocking,
             "services": known if challenges else [],
             "cookies": self._cookies if challenges else {},
-            "why_not": self._no_challenge if challenge.in_force(ruleset) else "",
+            "why_not": self._no_cookies if challenge.in_force(ruleset) else "",
+            "why_no_dnat": footprint.translation.problem,
         }
 
     @property
     def challenges(self) -> bool:
         """Whether SYNs of shunned sources are answered with SYN cookies now."""
-        return challenge.in_force(self._guard.ruleset) and not self._no_challenge
+        return challenge.in_force(self._guard.ruleset) and not self._no_cookies
 
     @property
     def _cookies(self) -> dict[str, int]:
         return {**self._budget.counts._asdict(), "late": self._budget.late}
 
     @property
-    def _no_challenge(self) -> str:
-        return self._footprint.no_challenge or self._budget.problem
+    def _no_cookies(self) -> str:
+        return self._footprint.no_cookies or self._budget.problem
 
     def _untracked(self) -> object:
         """Return what was dropped before the tracker, in segments since the guard began."""
@@ -233,14 +255,17 @@ class Status:
         since = self._budget.engaged
         return {
             "rate": budget.rate,
+            "half_open": budget.half_open,
+            "limit": str(budget),
+            "why_not": self._no_cookies,
             "cookies": self._cookies,
             "services": [
                 {
                     "service": str(service),
-                    "offers": offer._asdict(),
+                    "offers": {**offer._asdict(), "to": [str(target) for target in offer.to]},
                     "engaged_s": round(now - since[service], 1) if service in since else None,
                 }
-                for service, offer in self._footprint.known.items()
+                for service, offer in self._footprint.answered.items()
                 if budget.ports is None or service.port in budget.ports
             ],
         }

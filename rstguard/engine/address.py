@@ -52,6 +52,13 @@ def source_key(address: int, ipv4_length: int, ipv6_length: int) -> int:
     return address >> (128 - ipv6_length if address >= V6 else 32 - ipv4_length)
 
 
+def source_of_key(key: int, ipv4_length: int, ipv6_length: int) -> Prefix:
+    """Return the network that is counted by a key of `source_key`, of the same lengths."""
+    v4 = key >> ipv4_length == 0
+    length = ipv4_length if v4 else ipv6_length
+    return Prefix(key << (32 if v4 else 128) - length, length)
+
+
 class Prefix(NamedTuple):
     """A network: tagged address with the host bits zero, and its length (0-32 or 0-128)."""
 

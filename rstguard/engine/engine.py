@@ -16,13 +16,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from rstguard.engine.address import V6, Prefix, prefix_of
+from rstguard.engine.checks import Check, Kind
 from rstguard.engine.flow import Tuple
 from rstguard.engine.heavy import HeavyHitters
+from rstguard.engine.large import Spared
 from rstguard.engine.nearest import MOST_TRUSTED, Near, told
 from rstguard.engine.newcomers import Newcomers
 from rstguard.engine.onesided import OneSided
-from rstguard.engine.rules import REASONS, Check, Kind, Meter, crossed_by_one, make_meter
-from rstguard.engine.ruleset import RATE_MEASURES, Measure, Per, Rule, RuleSet
+from rstguard.engine.rules import REASONS, Meter, crossed_by_one, make_meter
+from rstguard.engine.ruleset import RATE_MEASURES, Measure, Rule, RuleSet
 from rstguard.engine.shedding import Level
 from rstguard.engine.sources import Offence, Sources
 from rstguard.engine.verdict import (
@@ -54,6 +56,7 @@ from rstguard.engine.wire import (
 # Only TCP is diverted, and with all its headers: what cannot be read is made not to be.
 _NO_USUAL_SYN = OUTBOUND | KNOWN
 _OF_PROVEN = KNOWN | PROVEN
+_OF_NO_CONNECTION = {Kind.BAD: Measure.BAD_FLAGS, Kind.STRAY: Measure.OUT_OF_STATE}
 _OF_HANDSHAKES = frozenset({Measure.CONNECTION_RATE, Measure.SHORT_CONNECTIONS})
 """What only completed handshakes cross, so that some more of them prove who does."""
 _NO_UNPROVEN_SYN = _NO_USUAL_SYN | PROVEN | OVER
@@ -92,6 +95,8 @@ class Engine:
         self._one_sided: OneSided = one_sided or inherited
         kept = {meter.rule: meter for meter in previous.meters} if previous else {}
         self._percents: dict[int, int] = previous._percents if previous else {}
+        self._large: Spared = previous._large if previous else Spared()
+        self._large.follow(ruleset)
         meters = (
             kept.get(rule) or make_meter(rule, self._percents, self._one_sided)
             for rule in ruleset.rules
@@ -122,7 +127,8 @@ class Engine:
         """Return what is to be done about a packet that arrives at `now` (nanoseconds)."""
         if type(packet) is not Packet:
             return _UNREADABLE
-        proven: Rule | None = None
+        proven, large = None, self._large
+        crossed: Rule | None = None
         # By indices, see `Packet`: flags, state; here and below 0 is the source, 3 the port.
         if packet[6] & HANDSHAKE == SYN and not packet[9] & _NO_USUAL_SYN:
             checks, at_once = self._syn_by_port.get(packet[3], self._syn_elsewhere)
@@ -141,10 +147,15 @@ class Engine:
                 # The kernel's own SYN, for a client that has returned a SYN cookie.
                 kind = Kind.HANDSHAKE
                 checks += self._by_port[kind].get(packet.destination_port, self._elsewhere[kind])
+            elif kind in _OF_NO_CONNECTION and packet.state & OVER:
+                crossed = _blocking(checks)
             calm = PASS_AND_TRUST if kind is Kind.HANDSHAKE else PASS
-        crossed: Rule | None = None
         for check, rule in checks:
-            if check(packet, now) and (crossed is None or rule.action > crossed.action):
+            if (
+                check(packet, now)
+                and (crossed is None or rule.action > crossed.action)
+                and not (large and large.spares(rule, packet.source, now))
+            ):
                 crossed = rule
         if proven is not None:
             return self._object(packet, proven, calm, now, proven=True)
@@ -152,12 +163,16 @@ class Engine:
 
     def _crossed_by_proof(self, packet: Packet, kind: Kind, now: int) -> Rule | None:
         """Count a packet of a proven connection once more, apart; return a rule that may ban."""
-        crossed: Rule | None = None
+        crossed, large = None, self._large
         # With a SYN cookie it is a SYN and a completed handshake in one.
         for each in (Kind.SYN, Kind.HANDSHAKE) if kind is Kind.SYN else (kind,):
             port = packet.destination_port
             for check, rule in self._proofs_by_port[each].get(port, self._proofs_elsewhere[each]):
-                if check(packet, now) and crossed is None:
+                if (
+                    check(packet, now)
+                    and crossed is None
+                    and not (large and large.spares(rule, packet.source, now, apart=True))
+                ):
                     crossed = rule
         return crossed
 
@@ -172,6 +187,8 @@ class Engine:
         shift4, shift6 = 32 - ruleset.source_ipv4, 128 - ruleset.source_ipv6
         all_pass = ruleset.fail_open and not any(rule.limits_service for rule in ruleset.rules)
         all_syns, newcomers = level >= Level.SYNS, level >= Level.NEWCOMERS
+        # What the kernel has not found too many may pass, if it counts for every rule.
+        judged = _judged_in_any_case(ruleset)
 
         def decide_under_load(packet: Packet | Malformed, now: int) -> Decision:
             if type(packet) is not Packet:
@@ -186,7 +203,11 @@ class Engine:
                 if all_syns or (newcomers and not knows(packet)):
                     self.shed += 1
                     return PASS if all_pass else self._leave_undone(packet, now)
-            elif packet.state & STRAY or BAD_FLAGS[packet.flags]:
+            elif (
+                (packet.state & STRAY or BAD_FLAGS[packet.flags])
+                and not packet.state & OVER
+                and kind_of(packet) not in judged
+            ):
                 self.shed += 1
                 return PASS
             return self.decide(packet, now)
@@ -255,7 +276,7 @@ class Engine:
     def _reset(self, packet: Packet, rule: Rule) -> Decision:
         """A SYN is refused; a segment of no connection is dropped, as there is none to reset."""
         kind, reason = kind_of(packet), REASONS[rule.measure]
-        if kind in (Kind.BAD, Kind.STRAY):
+        if kind in _OF_NO_CONNECTION:
             return self._dropping[rule.name]
         known = kind is not Kind.SYN
         effect = Condemn(Tuple(*packet[:4]), rule.ends, rule.name, reason)
@@ -265,12 +286,12 @@ class Engine:
     def explain(self, source: int, now: int) -> dict[str, float]:
         """Return how much of each rule's limit a source (a tagged address) has used, 1 is all.
 
-        Rules that keep no such number, or count per service, are left out.
+        Rules that keep no such number, or count per target, are left out.
         """
         return {
             meter.rule.name: meter.used(source, now)
             for meter in self.meters
-            if meter.used and meter.rule.per is not Per.SERVICE
+            if meter.used and not meter.rule.of_target
         }
 
     def nearest(self, most: int, now: int) -> Iterator[list[Near]]:
@@ -290,19 +311,23 @@ class Engine:
         self._percents.clear()
         self._percents.update(percents)
 
+    def note_large(self, sources: Iterable[Prefix]) -> None:
+        """Take note of which sources are large and spared (`rstguard.engine.large`)."""
+        self._large.note(sources)
+
     def restore(self, offences: Iterable[Offence], now: int) -> None:
         """Remember offences of an earlier time, so that bans go on growing longer."""
         self._sources.restore(offences, now)
 
     def blocked(self, packet: Packet, rule: Rule) -> Prefix:
         """Return whom a block by `rule` is laid on: the prefix it counts, else the one source."""
-        if rule.per is Per.SERVICE:
+        if rule.of_target:
             return prefix_of(packet.source, self.ruleset.source_ipv4, self.ruleset.source_ipv6)
         return prefix_of(packet.source, rule.ipv4_length, rule.ipv6_length)
 
     def _take_over(self, previous: Engine | None) -> Newcomers:
         """Keep who was met; if a source is now of another width, that is forgotten."""
-        rules = [meter.rule for meter in self.meters if meter.rule.per is not Per.SERVICE]
+        rules = [meter.rule for meter in self.meters if not meter.rule.of_target]
         lengths = (
             min((rule.ipv4_length for rule in rules), default=32),
             min((rule.ipv6_length for rule in rules), default=128),
@@ -340,6 +365,24 @@ def _at_once(checks: Checks) -> tuple[Checks, Checks | None]:
 def _of_service(checks: Checks) -> Checks:
     """Return those of the checks of a SYN that limit a whole service."""
     return tuple((check, rule) for check, rule in checks if rule.limits_service)
+
+
+def _judged_in_any_case(ruleset: RuleSet) -> frozenset[Kind]:
+    """Return the kinds of segments of no connection that some rule limits and the kernel cannot."""
+    return frozenset(
+        kind
+        for kind, measure in _OF_NO_CONNECTION.items()
+        if ruleset.kept_by_kernel(measure) != ruleset.keeping_out(measure)
+    )
+
+
+def _blocking(checks: Checks) -> Rule | None:
+    """Return the rule that a segment of no connection has crossed by the kernel's count.
+
+    The kernel does not say which, so it is the one that blocks the narrowest prefix.
+    """
+    rules = (rule for _, rule in checks if rule.action is Action.BAN)
+    return max(rules, key=lambda rule: (rule.ipv4_length, rule.ipv6_length), default=None)
 
 
 def kind_of(packet: Packet) -> Kind:

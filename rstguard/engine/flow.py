@@ -84,6 +84,31 @@ class Flow(NamedTuple):
     server_first: bool = False
 
 
+def held_on(flow: Flow, closing: int) -> bool:
+    """Tell whether only FINs of its client have ended a connection, which its server may hold.
+
+    `closing` is the bit of a mark that says so.  The tracker takes the second FIN for the server's
+    (`HALF_CLOSED`).
+    """
+    return bool(flow.mark & closing) and not flow.server_first and flow.state != TcpState.CLOSE
+
+
+def as_held(flow: Flow, closing: int) -> Flow:
+    """Return a connection as its server holds it: half-closed, if it has not closed it."""
+    if flow[3] in BOTH_FINS and held_on(flow, closing):
+        return flow._replace(state=TcpState.FIN_WAIT)
+    return flow
+
+
+Name = tuple[int, ...]
+"""What names a connection in the table."""
+
+
+def name_of(flow: Flow) -> Name:
+    """Return its original tuple, and behind it the zone if that is not 0, which most are in."""
+    return (*flow.original, flow.zone) if flow.zone else flow.original
+
+
 def endpoint(address: int, port: int) -> str:
     """Return ``192.0.2.1:80`` or ``[2001:db8::1]:80``."""
     text = address_text(address)

@@ -12,19 +12,23 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import islice
+from operator import attrgetter
+from typing import NamedTuple
 
+from rstguard.engine.address import is_v6
+from rstguard.engine.checks import Kind
 from rstguard.engine.engine import kind_of
 from rstguard.engine.flow import LIVE, Flow, Tuple
 from rstguard.engine.handshakes import is_same_handshake, number_of
-from rstguard.engine.keys import flow_key_function, key_function
+from rstguard.engine.keys import flow_key, flow_key_function, key_function
 from rstguard.engine.limiter import Distinct, Memory
-from rstguard.engine.rules import Kind
-from rstguard.engine.ruleset import SECOND, SWEEP_MEASURES, Measure, Rule, RuleSet
+from rstguard.engine.pace import small_packets
+from rstguard.engine.ruleset import SECOND, SWEEP_MEASURES, Measure, Per, Rule, RuleSet
 from rstguard.engine.sweep import Judgement
 from rstguard.engine.verdict import PASS, PASS_AND_TRUST, Decision
 from rstguard.engine.wire import KNOWN, OUTBOUND, RST, Malformed, Packet
 
-LEARNED = frozenset(Measure) - {Measure.STALLED}
+LEARNED = frozenset(Measure) - {Measure.STALLED, Measure.REFUSED_PORTS, Measure.UNANSWERED}
 """Measures that there is a gauge for."""
 LARGEST_COUNT = 4096
 """Different targets that are told apart, of one source: no rule may allow more."""
@@ -149,11 +153,11 @@ class Gauge:
 
     def opened(self, packet: Packet, now: int) -> None:
         """A SYN: a handshake is pending."""
-        self.target(packet, _flow(packet), now)
+        self.target(packet, flow_key(packet), now)
 
     def completed(self, packet: Packet, now: int) -> None:
         """A first ACK: the handshake is no longer pending."""
-        key, flow = self.key(packet), _flow(packet)
+        key, flow = self.key(packet), flow_key(packet)
         first = self._once.get(key)
         if first is not None and first[0] == flow:
             self._once.pop(key)
@@ -161,7 +165,7 @@ class Gauge:
 
     def handshake(self, packet: Packet, now: int) -> None:
         """A first ACK: the first data may follow it before its verdict."""
-        flow = _flow(packet)
+        flow = flow_key(packet)
         number, last = number_of(packet), self._handshakes.get(flow)
         if last is None or not is_same_handshake(number - last[0], now - last[1]):
             self._handshakes.put(flow, (number, now))
@@ -174,11 +178,11 @@ class Gauge:
 
     def begins(self, packet: Packet, now: int) -> None:
         """A SYN: a connection begins."""
-        self._flows.put(_flow(packet), now)
+        self._flows.put(flow_key(packet), now)
 
     def ends(self, packet: Packet, now: int) -> None:
         """A closing segment: the connection counts if it was short."""
-        began = self._flows.pop(_flow(packet))
+        began = self._flows.pop(flow_key(packet))
         if began is not None and now - began < self.rule.shorter_than:
             self.event(packet, now)
 
@@ -202,6 +206,24 @@ _TAKES: dict[Measure, dict[Kind, Take]] = {
 }
 
 
+class _Last(NamedTuple):
+    """What the last sweep saw of a connection: counters, and when it last spoke."""
+
+    packets: int
+    spoke: int
+    bytes: int
+    client_packets: int
+    client_bytes: int
+
+
+class _News(NamedTuple):
+    """What came since: bytes, small packets of the client, and the silence before."""
+
+    bytes: int
+    small: int
+    silence: int
+
+
 class Gauges:
     """All gauges of a policy; can take the place of its engine and of its sweep.
 
@@ -217,11 +239,11 @@ class Gauges:
         kept = {gauge.rule: gauge for gauge in previous.gauges} if previous else {}
         rules = [replace(rule, in_kernel=False) for rule in ruleset.rules]
         self.gauges: tuple[Gauge, ...] = tuple(
-            kept.get(rule) or Gauge(rule, sources) for rule in rules if rule.measure in LEARNED
+            kept.get(rule) or Gauge(rule, sources) for rule in rules if is_learned(rule)
         )
         self._packets = {kind: self._takers(kind) for kind in Kind}
         self._flows = [g for g in self.gauges if g.rule.measure in SWEEP_MEASURES]
-        self._seen: dict[Tuple, tuple[int, int, int]] = previous._seen if previous else {}
+        self._seen: dict[Tuple, _Last] = previous._seen if previous else {}
         self._swept: int = previous._swept if previous else 0
         self._every = ruleset.sweep_every
 
@@ -230,9 +252,9 @@ class Gauges:
         """How often a source had to make room for others, all rules together."""
         return sum(gauge.left_out for gauge in self.gauges)
 
-    def _takers(self, kind: Kind) -> list[tuple[Take, Gauge, frozenset[int] | None]]:
+    def _takers(self, kind: Kind) -> list[tuple[Take, Gauge]]:
         return [
-            (takes[kind], gauge, gauge.rule.ports)
+            (takes[kind], gauge)
             for gauge in self.gauges
             if kind in (takes := _TAKES.get(gauge.rule.measure, {}))
         ]
@@ -251,9 +273,8 @@ class Gauges:
         return PASS_AND_TRUST if kind is Kind.HANDSHAKE else PASS
 
     def _take(self, packet: Packet, kind: Kind, now: int) -> None:
-        port = packet.destination_port
-        for take, gauge, ports in self._packets[kind]:
-            if ports is None or port in ports:
+        for take, gauge in self._packets[kind]:
+            if _concerns(gauge.rule, packet):
                 take(gauge, packet, now)
 
     def judge(self, flows: Iterable[Flow], now: int) -> Judgement:
@@ -261,45 +282,71 @@ class Gauges:
 
         A silence shows when it ends: whoever never speaks again may have been forgotten.
         """
-        seen: dict[Tuple, tuple[int, int, int]] = {}
-        news: dict[Tuple, tuple[int, int]] = {}
+        seen: dict[Tuple, _Last] = {}
+        news: dict[Tuple, _News] = {}
         flows = [flow for flow in flows if flow.state in LIVE]
         elapsed = now - self._swept if self._swept else self._every
         for flow in flows:
             packets = flow.client_packets + flow.server_packets
             total = flow.client_bytes + flow.server_bytes
             # What is met for the first time moved its bytes since the last sweep, if it is so new.
-            before = 0 if 0 <= flow.age <= elapsed else total
+            sent = flow.client_packets, flow.client_bytes
+            before = (0, 0, 0) if 0 <= flow.age <= elapsed else (total, *sent)
             last = self._seen.get(flow.original)
-            if last is None or packets < last[0]:
-                last = packets, before, now
-            silence = now - last[2] if packets != last[0] else 0
-            news[flow.original] = total - last[1], silence
-            seen[flow.original] = packets, total, last[2] if packets == last[0] else now
+            if last is None or packets < last.packets:
+                last = _Last(packets, now, *before)
+            silence = now - last.spoke if packets != last.packets else 0
+            news[flow.original] = _news(last, flow, silence)
+            spoke = last.spoke if packets == last.packets else now
+            seen[flow.original] = _Last(packets, spoke, total, *sent)
         for gauge in self._flows:
-            ports = gauge.rule.ports
-            wanted = [f for f in flows if ports is None or f.original.destination_port in ports]
+            wanted = [flow for flow in flows if _concerns(gauge.rule, flow.original)]
             self._measure(gauge, wanted, news, elapsed)
         self._seen, self._swept = seen, now
         return _NOTHING
 
     def _measure(
-        self, gauge: Gauge, flows: list[Flow], news: dict[Tuple, tuple[int, int]], elapsed: int
+        self, gauge: Gauge, flows: list[Flow], news: dict[Tuple, _News], elapsed: int
     ) -> None:
         key, measure = flow_key_function(gauge.rule), gauge.rule.measure
         if measure is Measure.CONNECTIONS:
             amounts = _sums((key(flow), 1) for flow in flows)
-        elif measure is Measure.BYTE_RATE:
-            moved = _sums((key(flow), news[flow.original][0]) for flow in flows)
-            amounts = {source: n * SECOND // elapsed for source, n in moved.items() if n > 0}
+        elif measure in (Measure.BYTE_RATE, Measure.PACKET_RATE):
+            amount_of = attrgetter("small" if measure is Measure.PACKET_RATE else "bytes")
+            moved = [(key(flow), amount_of(news[flow.original])) for flow in flows]
+            period = gauge.rule.period
+            if gauge.rule.per is Per.CONNECTION:
+                for source, amount in moved:
+                    gauge.show(source, amount * period // elapsed)
+                return
+            amounts = {source: n * period // elapsed for source, n in _sums(moved).items() if n > 0}
         else:
             for flow in flows:
-                amount = _of_connection(gauge.rule, flow, news[flow.original][1])
+                amount = _of_connection(gauge.rule, flow, news[flow.original].silence)
                 if amount is not None:
                     gauge.show(key(flow), amount)
             return
         for source, amount in amounts.items():
             gauge.show(source, amount)
+
+
+def _news(last: _Last, flow: Flow, silence: int) -> _News:
+    total = flow.client_bytes + flow.server_bytes - last.bytes
+    sent = flow.client_bytes - last.client_bytes
+    packets = flow.client_packets - last.client_packets
+    v6 = is_v6(flow.original.source)
+    return _News(total, small_packets(packets, sent, total - sent, v6), silence)
+
+
+def is_learned(rule: Rule) -> bool:
+    """Tell whether what honest sources show in calm tells a rule's limit."""
+    return rule.measure in LEARNED and not rule.when_pressed
+
+
+def _concerns(rule: Rule, of: Packet | Tuple) -> bool:
+    if rule.ports is not None and of.destination_port not in rule.ports:
+        return False
+    return not rule.is_partial or rule.concerns(of.source, of.destination)
 
 
 def _of_connection(rule: Rule, flow: Flow, silence: int) -> int | None:
@@ -319,8 +366,3 @@ def _sums(amounts: Iterable[tuple[int, int]]) -> dict[int, int]:
     for key, amount in amounts:
         sums[key] = sums.get(key, 0) + amount
     return sums
-
-
-def _flow(packet: Packet) -> int:
-    """Return a connection's name as one integer, as the engine does."""
-    return ((packet[0] << 129 | packet[1]) << 16 | packet[2]) << 16 | packet[3]

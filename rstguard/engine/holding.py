@@ -136,9 +136,20 @@ class Holding:
     def __len__(self) -> int:
         return len(self._cases)
 
+    @property
+    def orphans(self) -> int:
+        """How many connections are asked for whose RST was lost."""
+        return sum(not case.numbers for case in self._cases.values())
+
     def take_probes(self) -> list[Probe]:
         """Return what is to be sent; it is not returned again."""
         return self._questions.take()
+
+    def asked_about(self, probe: Probe) -> Flow | None:
+        """Return the connection that a probe is about, if a RST of it still waits."""
+        sends = probe.path.turned
+        case = self._cases.get(sends) or self._others.get(sends)
+        return case.flow if case else None
 
     def waits_for(self, flow: Flow) -> bool:
         """Tell whether a RST of this connection waits, in either end's name."""

@@ -4,20 +4,23 @@ Who stands behind a NAT cannot be counted, but what comes of its connections can
 data both ways, nearly all of them; a flood's do not.  A source is productive by the share of its
 completed connections, those still open or lately closed, in which both ends sent data.  Only the
 kernel's connection table is asked, and only of connections whose client proved its address: forged
-SYNs can neither earn nor spoil anybody's standing.  Standing widens a limit, it does not lift it.
+SYNs can neither earn nor spoil anybody's standing.  What the tracker had forgotten and took up
+again may have carried data before: it counts once it is productive, and spoils nothing until then.
+Standing widens a limit, it does not lift it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from heapq import nlargest
 from operator import itemgetter
 from typing import NamedTuple
 
-from rstguard.engine.address import is_v6, source_key
+from rstguard.engine.address import is_v6
 from rstguard.engine.flow import Flow
 from rstguard.engine.limiter import Limiter
-from rstguard.engine.ruleset import SECOND, Rule, RuleSet
+from rstguard.engine.ruleset import ADOPTED, SECOND, Rule, RuleSet
+from rstguard.engine.table import Table
 
 LEAST = 20
 """Completed connections in the table below which nothing is said of a source."""
@@ -27,9 +30,9 @@ MOST = 4096
 """Sources of whom standing is kept; those with the most connections."""
 MOST_BUSY = 64
 """Productive sources beyond the plain limit that cannot hide one that comes near it."""
-_HEADERS4, _HEADERS6 = 52, 72
+HEADERS4, HEADERS6 = 52, 72
 """Bytes of a segment without data: IP header, TCP header, time stamps (RFC 7323)."""
-_SYN_MORE = 8
+SYN_MORE = 8
 """What a SYN's options take beyond that, at most."""
 
 
@@ -47,17 +50,11 @@ class Standings:
     def __init__(self) -> None:
         self._known: dict[int, Standing] = {}
 
-    def look(self, flows: Iterable[Flow], ruleset: RuleSet, now: int) -> None:
+    def look(self, table: Table, ruleset: RuleSet, now: int) -> None:
         """Judge sources by the completed connections of the table, closed ones among them."""
-        ipv4, ipv6 = ruleset.source_ipv4, ruleset.source_ipv6
-        tally: dict[int, list[int]] = {}
-        for flow in flows:
-            if not flow.client_packets:  # it began while nothing was counted: nobody knows
-                continue
-            counted = tally.setdefault(source_key(flow.original.source, ipv4, ipv6), [0, 0])
-            counted[0] += 1
-            counted[1] += is_productive(flow)
-        for key, (total, productive) in tally.items():
+        adopted = 1 << ruleset.labels + ADOPTED
+        tally = table.tally(ruleset.source_ipv4, ruleset.source_ipv6, adopted)
+        for key, total, productive in tally:
             if total >= LEAST:
                 self._known[key] = Standing(100 * productive // total, total, now + LASTS)
         self._known = {key: known for key, known in self._known.items() if known.until > now}
@@ -72,10 +69,10 @@ class Standings:
 
 def is_productive(flow: Flow) -> bool:
     """Tell whether both ends of a connection have sent data, by what the kernel counted of it."""
-    headers = _HEADERS6 if is_v6(flow.original.source) else _HEADERS4
+    headers = HEADERS6 if is_v6(flow.original.source) else HEADERS4
     return (
-        flow.client_bytes > flow.client_packets * headers + _SYN_MORE
-        and flow.server_bytes > flow.server_packets * headers + _SYN_MORE
+        flow.client_bytes > flow.client_packets * headers + SYN_MORE
+        and flow.server_bytes > flow.server_packets * headers + SYN_MORE
     )
 
 
@@ -111,10 +108,3 @@ class LenientLimiter(Limiter):
         productive = [key for key, percent in self._percents.items() if percent >= self._least]
         levels = ((key, self.level(key, now)) for key in productive)
         yield nlargest(most, levels, key=itemgetter(1))
-
-
-def limit_of(rule: Rule, key: int, percents: Mapping[int, int]) -> int:
-    """Return a rule's limit for a source of this key: wider if it is productive."""
-    if rule.unless is None or percents.get(key, 0) < rule.unless.productive:
-        return rule.limit
-    return rule.limit * rule.unless.up_to

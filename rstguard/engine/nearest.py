@@ -7,7 +7,7 @@ from heapq import nlargest
 from operator import attrgetter
 from typing import NamedTuple
 
-from rstguard.engine.address import Prefix
+from rstguard.engine.address import Prefix, source_of_key
 from rstguard.engine.flow import endpoint
 from rstguard.engine.ruleset import Per, Rule, Scope
 
@@ -50,23 +50,22 @@ def largest(table: dict[int, int], most: int) -> list[tuple[int, int]]:
 
 
 def prefix_of_key(rule: Rule, key: int) -> Prefix:
-    """Return the source or prefix that a rule counts under a key."""
-    v4 = key >> rule.ipv4_length == 0
-    shift = 32 - rule.ipv4_length if v4 else 128 - rule.ipv6_length
-    return Prefix(key << shift, rule.ipv4_length if v4 else rule.ipv6_length)
+    """Return the source, prefix or destination that a rule counts under a key."""
+    return source_of_key(key, rule.ipv4_length, rule.ipv6_length)
 
 
 def subject_of_key(rule: Rule, key: int) -> str:
     """Return whom or what a rule counts under a key, as people write it."""
     if rule.per is Per.SERVICE:
         return endpoint(key >> 16, key & 0xFFFF)
-    return str(prefix_of_key(rule, key))
+    prefix = str(prefix_of_key(rule, key))
+    return f"to {prefix}" if rule.per is Per.DESTINATION else prefix
 
 
 def told(found: Iterable[tuple[int, float]], rule: Rule, scope: Scope) -> Iterator[Near]:
     """Name those that were found; to trusted ones no limit applies, so they are left out."""
     for key, used in found:
-        if rule.per is Per.SERVICE or not _is_trusted(prefix_of_key(rule, key), scope):
+        if rule.of_target or not _is_trusted(prefix_of_key(rule, key), scope):
             yield Near(rule.name, subject_of_key(rule, key), used)
 
 

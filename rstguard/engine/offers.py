@@ -12,10 +12,13 @@ connections are merely slower.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
-from rstguard.engine.address import address_text, is_v6
+from rstguard.engine.address import is_v6
 from rstguard.engine.ruleset import SECOND
+from rstguard.engine.service import Service
+from rstguard.engine.targets import Targets
 from rstguard.engine.wire import ACK, FIN, RST, SYN, Malformed, Packet, options, parse
 
 FORGET_AFTER = 60 * SECOND
@@ -32,25 +35,18 @@ _LEAST_MSS = {False: 88, True: 1220}  # below these no cookie can encode it usef
 _DEFAULT_MSS = {False: 536, True: 1220}  # RFC 9293, 3.7.1
 
 
-class Service(NamedTuple):
-    """A protected TCP port: tagged address and port as clients know them."""
-
-    address: int
-    port: int
-
-    def __str__(self) -> str:
-        """Return ``192.0.2.1:80`` or ``[2001:db8::1]:80``."""
-        text = address_text(self.address)
-        return f"[{text}]:{self.port}" if is_v6(self.address) else f"{text}:{self.port}"
-
-
 class Offer(NamedTuple):
-    """What a SYN-ACK offers: `mss` in bytes, `scale` the window scale or -1 for none."""
+    """What a SYN-ACK offers: `mss` in bytes, `scale` the window scale or -1 for none.
+
+    `to` is where connections of the service are translated to here (DNAT), all servers among which
+    they are shared out; empty where nothing is translated.
+    """
 
     mss: int
     scale: int
     sack: bool
     timestamps: bool
+    to: tuple[Service, ...] = ()
 
     def __str__(self) -> str:
         """Return it in words, as `status` shows it."""
@@ -61,6 +57,8 @@ class Offer(NamedTuple):
             parts.append("sack")
         if self.timestamps:
             parts.append("timestamps")
+        if self.to:
+            parts.append(f"translated to {' or '.join(map(str, self.to))}")
         return ", ".join(parts)
 
 
@@ -87,12 +85,19 @@ def _offer(packet: Packet, found: dict[int, bytes]) -> Offer:
 class _Known:
     """What is believed of one service, and since when."""
 
-    __slots__ = ("full_at", "mss_at", "offer", "poor", "seen_at")
+    __slots__ = ("full_at", "mss_at", "offer", "poor", "seen_at", "targets")
 
     def __init__(self, offer: Offer, now: int) -> None:
         self.offer = offer
         self.mss_at = self.full_at = self.seen_at = now
         self.poor = 0
+        self.targets: Targets | None = None
+        """Where it is translated to, if it is."""
+
+    @property
+    def usable(self) -> Offer | None:
+        """What it offers, if it is known where a connection of it must go."""
+        return self.offer if self.targets is None or self.offer.to else None
 
 
 class Offers:
@@ -105,10 +110,24 @@ class Offers:
     @property
     def known(self) -> dict[Service, Offer]:
         """What is believed of each service now, in the order of addresses and ports."""
-        return {service: self._known[service].offer for service in sorted(self._known)}
+        return {
+            service: offer
+            for service, known in sorted(self._known.items())
+            if (offer := known.usable)
+        }
 
-    def learn(self, service: Service, offer: Offer, now: int) -> bool:
+    def learn(
+        self,
+        service: Service,
+        offer: Offer,
+        now: int,
+        to: Service | None = None,
+        client: int = 0,
+    ) -> bool:
         """Take up a sample seen at `now` (ns); tell whether what is known has changed.
+
+        `to` is the server that the connection of `client`, a tagged address, was translated to; or
+        None if it was not translated.
 
         Of different maximum segment sizes the largest of the last minute counts: a server can
         receive what it once offered, and Linux offers less where a forged SYN named none.
@@ -120,15 +139,42 @@ class Offers:
                 if now - self._known[oldest].seen_at < KEPT_FOR:
                     return False
                 del self._known[oldest]
-            self._known[service] = _Known(offer, now)
+            known = self._known[service] = _Known(offer, now)
+            self._learn_target(known, to, client, now)
             return True
         known.seen_at = now
-        before = known.offer
+        before, usable = known.offer, known.usable
+        self._learn_target(known, to, client, now)
         if offer.mss >= before.mss or now - known.mss_at > FORGET_AFTER:
             known.mss_at = now
             known.offer = known.offer._replace(mss=offer.mss)
-        self._learn_extras(known, offer, now)
-        return known.offer != before
+        self._learn_extras(known, offer._replace(to=known.offer.to), now)
+        return known.usable != usable
+
+    def lapse(self, services: Collection[Service], since: int) -> bool:
+        """Forget where services are translated to that was not seen since `since` (ns).
+
+        Tells whether that changes what is known.
+        """
+        changed = False
+        for service in services:
+            known = self._known.get(service)
+            if known is None or known.targets is None:
+                continue
+            usable = known.usable
+            known.targets.lapse(since)
+            known.offer = known.offer._replace(to=known.targets.current(since))
+            changed |= known.usable != usable
+        return changed
+
+    def _learn_target(self, known: _Known, to: Service | None, client: int, now: int) -> None:
+        if to is None:
+            known.targets = None
+            known.offer = known.offer._replace(to=())
+            return
+        known.targets = known.targets or Targets()
+        known.targets.seen(to, client, now)
+        known.offer = known.offer._replace(to=known.targets.current(now))
 
     def _learn_extras(self, known: _Known, offer: Offer, now: int) -> None:
         before = known.offer

@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Final, NamedTuple
 
+from rstguard.engine.keys import service_of
 from rstguard.engine.limiter import Distinct, Memory
-from rstguard.engine.offers import Service
 from rstguard.engine.ruleset import SECOND
+from rstguard.engine.service import Service
 from rstguard.engine.wire import KNOWN, OUTBOUND, Packet
 
 ASK_EVERY: Final = SECOND
@@ -79,7 +80,7 @@ class Handshakes:
         if not self._pending.over(key, flow, now):
             return False
         if self._one_sided.find(*service, now):
-            self._pending.forget_those(key, lambda flow: _service_of(flow) == service)
+            self._pending.forget_those(key, lambda flow: service_of(flow) == service)
             return False
         return True
 
@@ -99,11 +100,6 @@ class Handshakes:
         if of_server or (last is not None and packet.sequence == (last + 1) & 0xFFFFFFFF):
             self._pending.forget(self._key(packet), flow)
         return False
-
-
-def _service_of(flow: int) -> tuple[int, int]:
-    """Return destination and port of a connection's name: the source's port is between them."""
-    return flow >> 32 & (1 << 129) - 1, flow & 0xFFFF
 
 
 class News(NamedTuple):

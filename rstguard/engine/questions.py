@@ -24,13 +24,15 @@ _BEYOND: Final = (1 << 24, _HALF - (1 << 24))
 class Probe(NamedTuple):
     """One segment to be sent: who seems to send it to whom, and its numbers.
 
-    It carries one byte, or `opens`: a SYN, with an ACK unless that number is None.
+    It carries one byte, or `opens`: a SYN, with an ACK unless that number is None.  `number` tells
+    which question to this end it is, from 1 on.
     """
 
     path: Tuple
     sequence: int
     acknowledgement: int | None
     opens: bool = False
+    number: int = 1
 
 
 class Questions:
@@ -49,7 +51,7 @@ class Questions:
         """Ask an end whose segments are `sends`."""
         asked.probes.append(sequence)
         asked.nonces.append(nonce)
-        self._probes.append(Probe(sends.turned, sequence, nonce))
+        self._probes.append(Probe(sends.turned, sequence, nonce, number=len(asked.probes)))
 
     def ask_by(self, asked: Asked, sends: Tuple, received: int | None, sent: int | None) -> None:
         """Ask an end that has received and sent so much, as far as that is known.
@@ -71,7 +73,7 @@ class Questions:
         """
         sequence = self._old(received)
         asked.probes.append(sequence)
-        self._probes.append(Probe(sends.turned, sequence, sent))
+        self._probes.append(Probe(sends.turned, sequence, sent, number=len(asked.probes)))
 
     def ask_other(self, asked: Asked, sends: Tuple, received: int | None) -> None:
         """Ask an end by numbers that nobody can guess; twice, if none of it is known."""

@@ -11,15 +11,16 @@ from dataclasses import dataclass
 from enum import Enum
 
 from rstguard.engine.address import Prefix
+from rstguard.engine.shares import DEFAULT_SHARES, Shares
 from rstguard.engine.verdict import Action, Ends
 
 SECOND = 1_000_000_000
 
 DEFAULT_MARKS = 0xFF000000
 """The bits of marks that are the guard's: eight adjacent ones (`rstguard.kernel.marks`)."""
-DEFAULT_LABELS = 122
-"""The first of the six connection labels that are the guard's."""
-LIKELY, CONFIRMED, ADOPTED, BEGUN, CONDEMNED, MPTCP = range(6)
+DEFAULT_LABELS = 120
+"""The first of the eight connection labels that are the guard's."""
+LIKELY, CONFIRMED, ADOPTED, BEGUN, CONDEMNED, MPTCP, REUSED, ANEW = range(8)
 """The labels, counted from that one (`rstguard.kernel.marks`)."""
 
 DEFAULT_LEAST_TTL = 4
@@ -39,40 +40,31 @@ class Measure(Enum):
     HALF_OPEN = "half_open"
     DISTINCT_PORTS = "distinct_ports"
     DISTINCT_HOSTS = "distinct_hosts"
+    REFUSED_PORTS = "refused_ports"
     BAD_FLAGS = "bad_flags"
     OUT_OF_STATE = "out_of_state"
     RESET_RATE = "reset_rate"
     SHORT_CONNECTIONS = "short_connections"
     CONNECTIONS = "connections"
     BYTE_RATE = "byte_rate"
+    PACKET_RATE = "packet_rate"
     SLOW = "slow"
     STALLED = "stalled"
     IDLE = "idle"
     AGE = "age"
+    UNANSWERED = "unanswered"
 
 
-RATE_MEASURES = frozenset(
-    {
-        Measure.SYN_RATE,
-        Measure.CONNECTION_RATE,
-        Measure.BAD_FLAGS,
-        Measure.OUT_OF_STATE,
-        Measure.RESET_RATE,
-        Measure.SHORT_CONNECTIONS,
-        Measure.BYTE_RATE,
-    }
-)
+RATE_MEASURES = frozenset({
+    Measure.SYN_RATE, Measure.CONNECTION_RATE, Measure.BAD_FLAGS, Measure.OUT_OF_STATE,
+    Measure.RESET_RATE, Measure.SHORT_CONNECTIONS, Measure.BYTE_RATE, Measure.PACKET_RATE,
+})  # fmt: skip
 """Measures whose `limit` is an amount per `period`."""
 
-SWEEP_MEASURES = frozenset(
-    {
-        Measure.CONNECTIONS,
-        Measure.BYTE_RATE,
-        Measure.SLOW,
-        Measure.IDLE,
-        Measure.AGE,
-    }
-)
+SWEEP_MEASURES = frozenset({
+    Measure.CONNECTIONS, Measure.BYTE_RATE, Measure.PACKET_RATE, Measure.SLOW, Measure.IDLE,
+    Measure.AGE, Measure.UNANSWERED,
+})  # fmt: skip
 """Measures judged from the kernel's connection table, not packet by packet."""
 
 
@@ -82,15 +74,26 @@ FORGEABLE = frozenset(
         Measure.HALF_OPEN,
         Measure.DISTINCT_PORTS,
         Measure.DISTINCT_HOSTS,
+        Measure.REFUSED_PORTS,
         Measure.BAD_FLAGS,
         Measure.OUT_OF_STATE,
         Measure.RESET_RATE,
     }
 )
 """Measures that count packets which anybody can send in anybody's name."""
-NEVER_BANS = frozenset({Measure.HALF_OPEN, Measure.BAD_FLAGS, Measure.OUT_OF_STATE})
+NEVER_BANS = frozenset(
+    {Measure.HALF_OPEN, Measure.REFUSED_PORTS, Measure.BAD_FLAGS, Measure.OUT_OF_STATE}
+)
 """Those of them that count nothing else: no packet of a proven connection is among what they count,
 so they never ban."""
+OF_NO_CONNECTION = (Measure.BAD_FLAGS, Measure.OUT_OF_STATE)
+"""Measures of segments that belong to no connection: what such a rule does not let pass the kernel
+drops by itself (`rstguard.kernel.limiting`)."""
+PERIODS = (SECOND, 60 * SECOND, 3600 * SECOND, 86400 * SECOND)
+"""The times over which the kernel can count."""
+_MOST_AT_ONCE = 1_000_000
+_LONGEST_REFILL = 49 * 86400 * SECOND
+"""What xt_hashlimit can keep count of: see `Rule.countable`."""
 
 
 class Divert(Enum):
@@ -111,6 +114,7 @@ NEEDS: dict[Measure, frozenset[Divert]] = {
     Measure.HALF_OPEN: frozenset({Divert.SYN, Divert.HANDSHAKE, Divert.GIVEN_UP}),
     Measure.DISTINCT_PORTS: frozenset({Divert.SYN}),
     Measure.DISTINCT_HOSTS: frozenset({Divert.SYN}),
+    Measure.REFUSED_PORTS: frozenset({Divert.SYN, Divert.HANDSHAKE, Divert.GIVEN_UP}),
     Measure.BAD_FLAGS: frozenset({Divert.BAD_FLAGS}),
     Measure.OUT_OF_STATE: frozenset({Divert.STRAY}),
     Measure.RESET_RATE: frozenset({Divert.CLOSE}),
@@ -126,11 +130,13 @@ def needs(rule: Rule) -> frozenset[Divert]:
 
 
 class Per(Enum):
-    """What a source measure counts by."""
+    """What a source measure counts by; the last two count what is sent to them by anybody."""
 
     SOURCE = "source"
     PREFIX = "prefix"
+    CONNECTION = "connection"
     SERVICE = "service"
+    DESTINATION = "destination"
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,11 +161,14 @@ class Rule:
     """One compiled rule.
 
     `limit` is a count, an amount per `period` for rate measures (`RATE_MEASURES`), bytes/s for
-    SLOW (the `under`), or nanoseconds for IDLE, AGE and STALLED (the `over`).  `period` and
-    `within`, `after`, `shorter_than`, `duration` are nanoseconds.  `burst` is a count of at
-    least 1.  `ipv4_length`/`ipv6_length` say how wide one counted source is.  `ports` is None
-    for all protected ports.  `window` is in bytes, `of` is client, server or both.  With
-    `in_kernel` the kernel counts, and only the SYNs that are too many come to the engine.
+    SLOW (the `under`), or nanoseconds for IDLE, AGE, UNANSWERED and STALLED (the `over`).
+    `period`, `within`, `after`, `shorter_than`, `duration` are nanoseconds.  `burst` is at
+    least 1.  `ipv4_length`/`ipv6_length` say how wide one counted source is, or one destination
+    with `Per.DESTINATION`.  `ports` is None for all protected ports, no `destinations` mean all
+    that are protected; sources of `excepted` are not concerned.  `window` is in bytes, `of` is
+    client, server or both.  With `in_kernel` the kernel counts, and only the SYNs that are too
+    many come to the engine.  `when_pressed` rules concern pressed services alone
+    (`rstguard.engine.pressure`).  SLOW looks at the last `over_last` nanoseconds, 0: at all.
     """
 
     name: str
@@ -183,12 +192,43 @@ class Rule:
     ends: Ends = Ends.BOTH
     in_kernel: bool = False
     unless: Unless | None = None
+    destinations: tuple[Prefix, ...] = ()
+    excepted: tuple[Prefix, ...] = ()
+    when_pressed: bool = False
+    over_last: int = 0
+
+    @property
+    def of_target(self) -> bool:
+        """Whether it counts what a service or a destination gets, whoever sends it."""
+        return self.per in (Per.SERVICE, Per.DESTINATION)
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether it concerns some destinations or sources only."""
+        return bool(self.destinations or self.excepted)
+
+    def concerns(self, source: int, destination: int) -> bool:
+        """Tell whether it concerns what a source sends to a destination (tagged addresses)."""
+        if self.destinations and not any(one.covers(destination) for one in self.destinations):
+            return False
+        return not any(one.covers(source) for one in self.excepted)
 
     @property
     def limits_service(self) -> bool:
-        """Whether the rule keeps SYNs from a service, whoever sends them."""
-        limits = self.measure is Measure.SYN_RATE and self.per is Per.SERVICE
+        """Whether the rule keeps SYNs from a service or destination, whoever sends them."""
+        limits = self.measure is Measure.SYN_RATE and self.of_target
         return limits and self.action is not Action.OBSERVE
+
+    @property
+    def countable(self) -> bool:
+        """Whether the kernel can keep the very count of a rate measure.
+
+        It does so in whole microseconds between two packets (user2credits in
+        net/netfilter/xt_hashlimit.c), and remembers a source for 2^32 milliseconds at most.
+        """
+        if self.period not in PERIODS or self.limit * SECOND > _MOST_AT_ONCE * self.period:
+            return False
+        return self.burst <= _MOST_AT_ONCE and self.refill <= _LONGEST_REFILL
 
     @property
     def refill(self) -> int:
@@ -228,10 +268,21 @@ class Scope:
 
 @dataclass(frozen=True, slots=True)
 class SynBudget:
-    """SYNs a second, per service, that reach the engine; `ports` None means all protected."""
+    """How much of a service's handshakes the kernel lets pass before it gives out SYN cookies.
 
-    rate: int
+    `rate` are SYNs a second, `half_open` handshakes that are not completed yet; None: any number.
+    `ports` None means all protected.
+    """
+
+    rate: int | None
     ports: frozenset[int] | None
+    half_open: int | None = None
+
+    def __str__(self) -> str:
+        """Return it in words: `20000/s and 128 half-open`."""
+        rate = [] if self.rate is None else [f"{self.rate}/s"]
+        waiting = [] if self.half_open is None else [f"{self.half_open} half-open"]
+        return " and ".join(rate + waiting)
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +304,8 @@ class RuleSet:
     With `strip_mptcp` SYNs to protected targets lose the option MPTCP.
     Segments with fewer than `least_ttl` hops left are dropped, 0: none.  What comes from outside in
     the name of an address that answers from inside is dropped after `spoofed_after` nanoseconds,
-    None: never; `drops_spoofed` says that it is so far.
+    None: never; `drops_spoofed` says that it is so far.  `capacity` are ports, and how many
+    connections the server of each can hold.  `shares` is about sources that carry a large one.
     """
 
     name: str
@@ -281,6 +333,8 @@ class RuleSet:
     least_ttl: int = DEFAULT_LEAST_TTL
     spoofed_after: int | None = DEFAULT_SPOOFED_AFTER
     drops_spoofed: bool = False
+    capacity: tuple[tuple[int, int], ...] = ()
+    shares: Shares = DEFAULT_SHARES
 
     @property
     def diverts(self) -> frozenset[Divert]:
@@ -292,10 +346,30 @@ class RuleSet:
         """The rule that the kernel counts SYNs for; there is at most one."""
         return next((rule for rule in self.rules if rule.in_kernel), None)
 
+    def keeping_out(self, measure: Measure) -> tuple[Rule, ...]:
+        """Return the rules of a measure that let packets not pass, the most severe first.
+
+        Of equal ones the first in the policy comes first, as in the engine.  A policy that only
+        observes has none.
+        """
+        found = (rule for rule in self.rules if rule.measure is measure)
+        severe = (rule for rule in found if self.enforce and rule.action > Action.OBSERVE)
+        return tuple(sorted(severe, key=lambda rule: rule.action, reverse=True))
+
+    def kept_by_kernel(self, measure: Measure) -> tuple[Rule, ...]:
+        """Return those of them whose limit the kernel keeps as well: not of some sources only."""
+        keeping = self.keeping_out(measure)
+        return tuple(rule for rule in keeping if rule.countable and not rule.is_partial)
+
     @property
     def sweeps(self) -> bool:
         """Whether any rule is judged from the kernel's connection table."""
         return any(rule.measure in SWEEP_MEASURES for rule in self.rules)
+
+    @property
+    def looks_for_pressure(self) -> bool:
+        """Whether it matters which services are pressed."""
+        return bool(self.capacity) or any(rule.when_pressed for rule in self.rules)
 
     @property
     def lenient(self) -> bool:

@@ -1,7 +1,9 @@
 """Load shedding: what a worker leaves undone while its queue fills, in a fixed order.
 
 1. **Strays**: segments of no connection and with impossible flags pass without being judged.  No
-   honest client waits for them, and the server refuses them itself.
+   honest client waits for them, and the server refuses them itself.  What is beyond a rule the
+   kernel has dropped before (`rstguard.kernel.limiting`), or has marked so: that is judged at every
+   level, as is what the kernel cannot count.
 2. **Newcomers**: the first SYN of a source passes, or is dropped, unjudged, as `on_failure` says.
 3. **SYNs**: so do all SYNs but those of sources that have proven their address lately.
 4. **Thinned**: the kernel does the same before the queue, so that nobody waits there behind a
@@ -35,7 +37,7 @@ SAMPLE = 16
 
 SHED = {
     Level.NOTHING: "everything is judged again",
-    Level.STRAYS: "segments of no connection are not judged",
+    Level.STRAYS: "segments of no connection within their limits are not judged",
     Level.NEWCOMERS: "first SYNs of new sources are not judged either",
     Level.SYNS: "only SYNs of sources that have proven their address are judged",
     Level.THINNED: f"of all other SYNs one in {SAMPLE} is looked at, the rest spare the queue",

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from rstguard.engine.address import prefix_of
 from rstguard.engine.keys import key_of
 from rstguard.engine.nearest import subject_of_key
-from rstguard.engine.ruleset import Measure, Per, Rule, RuleSet
+from rstguard.engine.ruleset import Measure, Rule, RuleSet
 
 HIGHEST = 3
 """Sources that are named."""
@@ -45,8 +45,8 @@ def sum_up(rule: Rule, shown: Mapping[int, int], productive: Iterable[int]) -> S
 
 
 def _keys(rule: Rule, shown: Mapping[int, int], productive: Iterable[int]) -> Collection[int]:
-    """Return the keys of a gauge that belong to productive sources; all, if it is per service."""
-    if rule.per is Per.SERVICE:
+    """Return the keys of a gauge that belong to productive sources; all, if it is per target."""
+    if rule.of_target:
         return shown.keys()
     return {key_of(rule, source) for source in productive} & shown.keys()
 
@@ -65,7 +65,7 @@ class Breadth:
 
     def __init__(self, ruleset: RuleSet, *, source_only: bool = False) -> None:
         counting = () if source_only else ruleset.rules
-        rules = [rule for rule in counting if rule.per is not Per.SERVICE]
+        rules = [rule for rule in counting if not rule.of_target]
         self._ipv4 = max([ruleset.source_ipv4, *(rule.ipv4_length for rule in rules)])
         self._ipv6 = max([ruleset.source_ipv6, *(rule.ipv6_length for rule in rules)])
 

@@ -22,8 +22,9 @@ PROVEN = 2
 """State bit: of a connection (with `KNOWN`), that an outsider cannot have forged it; of a SYN or a
 segment of no connection, that its source lately had a connection on which the server sent data."""
 OVER = 4
-"""State bit: by the kernel's count the SYN is one too many (`Rule.in_kernel`); of a RST, that the
-handshake of its connection was not over."""
+"""State bit: by the kernel's count the SYN is one too many (`Rule.in_kernel`), or the segment of no
+connection (`rstguard.kernel.limiting`); of a RST, that the handshake of its connection was not
+over."""
 OUTBOUND = 8
 """State bit: sent by the protected side."""
 STRAY = 16

@@ -8,7 +8,7 @@ no packet waits for it.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import TypeVar
@@ -96,7 +96,7 @@ class Measuring:
 
         return both
 
-    def look(self, flows: list[Flow], now: int) -> None:
+    def look(self, flows: Sequence[Flow], now: int) -> None:
         """Measure the guarded connections, closed ones too, as they are at `now`."""
         if self._gauges is None or not self.active:
             return

@@ -24,7 +24,7 @@ from rstguard.engine.shedding import Level
 from rstguard.engine.sources import Offence
 from rstguard.engine.verdict import Ban, Ends, Reason, Shun
 from rstguard.ipc import values
-from rstguard.ipc.said import Said, Weighed
+from rstguard.ipc.said import Large, Said, UnderPressure, Weighed
 from rstguard.ipc.values import MOST_NAMES, Count, CountName, RuleName, Text
 from rstguard.kernel.elements import Element, element_of
 
@@ -283,10 +283,11 @@ class FoundProductive(Said, frozen=True):
 
 Order = NewPolicy | Offences | Recheck | Learn | Stop
 Question = Explain | Nearest | Kill | Tell
-ToChild = Start | Order | Question | Productive | Blocked | Reset
+ToChild = Start | Order | Question | Productive | Large | Blocked | Reset
 
 Reply = Explained | NearestAre | Killed | Measured | LookProductive | AllMeasured
-News = Blocked | Reset | Weighed | Observed | Overloaded | Productive | NotKilled | FoundProductive
+Told = Productive | FoundProductive | UnderPressure | Large
+News = Blocked | Reset | Weighed | Observed | Overloaded | NotKilled | Told
 OfItself = Ready | Failed | Counts  # what concerns nobody but the process that says it
 FromChild = OfItself | News | Reply
 

@@ -21,7 +21,13 @@ _LARGEST_KEY: Final = V6 << 17
 MOST_NAMES: Final = 4096
 """Rules, counters or connections in one message; a policy has 500 rules at most."""
 
-Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+LATEST: Final = frozenset(
+    {"flows", "pending", "sweep_period_ms", "watched", "cannot_count", "uncounted"}
+)
+"""Counts that tell what is now: nothing to be added up over processes that died."""
+
+_LARGEST: Final = (1 << 63) - 1
+Count = Annotated[int, Meta(ge=0, le=_LARGEST)]
 RuleName = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,47}\Z")]
 """As in a policy, or one of the guard's own, such as "overload" (`rstguard.engine.engine`)."""
 LONGEST_NAME: Final = 64
@@ -42,6 +48,12 @@ def check_printable(text: str, most: int | None = None) -> None:
         raise ValueError("a text holds control characters")
     if most is not None and len(text) > most:
         raise ValueError("a name is too long")
+
+
+def check_range(number: int, largest: int = _LARGEST) -> None:
+    """Refuse numbers below 0 and above `largest`."""
+    if not 0 <= number <= largest:
+        raise ValueError("a number is out of its range")
 
 
 def check_address(address: int) -> None:

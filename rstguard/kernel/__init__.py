@@ -25,3 +25,11 @@ class InUse(KernelError):
 
 class Full(KernelError):
     """A set holds as many elements as it can."""
+
+
+class Changed(KernelError):
+    """Others changed it while it was read: what came is incomplete, and may be read again."""
+
+
+class Undone(KernelError):
+    """It was done, and is not there: another program took it away at once."""

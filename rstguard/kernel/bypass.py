@@ -13,11 +13,12 @@ It takes several looks in a row, each with enough traffic, and most of it taken 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
 
 from rstguard.kernel import matching
 from rstguard.kernel.command import printed_or_nothing
+from rstguard.kernel.counters import hits
 from rstguard.kernel.links import Link
 from rstguard.kernel.names import PREFIX
 from rstguard.kernel.seam import Kernel
@@ -33,8 +34,6 @@ _MOST_SUSPECTS: Final = 3
 BEFORE: Final = "before"
 BETWEEN: Final = "between"
 UNTRACKED: Final = "untracked"
-
-_LINE: Final = re.compile(r"\[\d+:(\d+)\] -A (\S+) (.*)")
 
 
 class Counted(NamedTuple):
@@ -62,11 +61,7 @@ def count(rules: Iterable[str], links: Iterable[Link]) -> Counted:
 def _counters(printed: str) -> Iterator[tuple[int, int]]:
     """Yield which counter and how many bytes, of each rule that counts."""
     first = True
-    for line in printed.splitlines():
-        match = _LINE.fullmatch(line)
-        if match is None:
-            continue
-        amount, chain, rule = int(match[1]), match[2], match[3]
+    for _, amount, chain, rule in hits(printed):
         if chain == f"{PREFIX}-raw" and rule.endswith(f"-j {PREFIX}-blocked"):
             yield 0, amount
         elif chain == f"{PREFIX}-blocked" and first and rule.startswith("-p tcp"):
@@ -83,15 +78,21 @@ class Taken:
 
     def __init__(self) -> None:
         self._last: Counted | None = None
+        self._of = 0
         self._where, self._looks = "", 0
         self.told = ""
         """`BEFORE`, `BETWEEN` or `UNTRACKED`, or ""."""
 
-    def look(self, now: Counted) -> bool:
-        """Take in the counters as they are now; tell whether `told` has changed."""
-        last, self._last = self._last, now
+    def look(self, now: Counted, replaced: int = 0) -> bool:
+        """Take in the counters as they are now; tell whether `told` has changed.
+
+        `replaced` says how often the rules were replaced so far: what was counted before that is
+        compared with nothing.
+        """
+        last, self._last = self._last if replaced == self._of else None, now
+        self._of = replaced
         news = [a - b for a, b in zip(now, last or now, strict=True)]
-        if min(news) < 0:  # the rules were replaced meanwhile, or an interface
+        if min(news) < 0:  # an interface was replaced meanwhile
             return False
         where = _where(Counted(*news))
         if where is None:
@@ -140,8 +141,22 @@ def sentence(where: str, names: Sequence[str], suspects: Sequence[str]) -> str:
 def suspects(kernel: Kernel, links: Iterable[Link]) -> list[str]:
     """Return what may be the reason, in words; what cannot be read is left out."""
     found = [f"an XDP program on {link.name}" for link in links if link.xdp]
+    found += _rules(kernel, {"raw": _NOTRACK, "mangle": _ENDS}, _TAKES_OUT)
+    return found[:_MOST_SUSPECTS]
+
+
+def zoning(kernel: Kernel) -> list[str]:
+    """Return the rules that give zones of the tracker; what cannot be read is left out."""
+    return _rules(kernel, {"raw": _ZONE}, _ZONE_OF_NFT)[:_MOST_SUSPECTS]
+
+
+def _rules(
+    kernel: Kernel, of_iptables: Mapping[str, re.Pattern[str]], of_nft: re.Pattern[str]
+) -> list[str]:
+    """Return the rules of others that patterns are found in, by the table of iptables."""
+    found = []
     for tool in ("iptables", "ip6tables"):
-        for table, targets in (("raw", _NOTRACK), ("mangle", _ENDS)):
+        for table, targets in of_iptables.items():
             printed = printed_or_nothing(kernel, (f"{tool}-save", "-t", table))
             found += [
                 f"`{tool} -t {table} {line}`"
@@ -150,10 +165,12 @@ def suspects(kernel: Kernel, links: Iterable[Link]) -> list[str]:
             ]
     ruleset = printed_or_nothing(kernel, ("nft", "list", "ruleset"))
     rules = (line.strip() for line in ruleset.splitlines())
-    found += [f"`{line}` in nftables" for line in rules if _TAKES_OUT.search(line)]
-    return list(dict.fromkeys(found))[:_MOST_SUSPECTS]
+    found += [f"`{line}` in nftables" for line in rules if of_nft.search(line)]
+    return list(dict.fromkeys(found))
 
 
+_ZONE: Final = re.compile(r"-j CT .*--zone")
+_ZONE_OF_NFT: Final = re.compile(r"\bct zone set\b")
 _NOTRACK: Final = re.compile(r"-j (NOTRACK|CT .*--notrack)")
 _ENDS: Final = re.compile(r"^-A PREROUTING .*-j (ACCEPT|TPROXY|DROP)")
 _TAKES_OUT: Final = re.compile(r"\b(notrack|flow add|flow offload|hook ingress)\b")

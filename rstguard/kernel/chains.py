@@ -28,7 +28,7 @@ from typing import Final
 
 from rstguard.engine.ruleset import RuleSet
 from rstguard.kernel import ingress, proof
-from rstguard.kernel.counting import table_size
+from rstguard.kernel.counting import up_to
 from rstguard.kernel.diversion import Diversion
 from rstguard.kernel.jumps import Jump
 from rstguard.kernel.marks import Bits, Marks
@@ -209,9 +209,5 @@ def _refusal(matching: Matching) -> tuple[str, ...]:
     """What it gets; a SYN can bear anybody's address, who is not to be flooded with answers."""
     unreachable = "icmp-admin-prohibited" if matching.family == 4 else "icmp6-adm-prohibited"
     kind = "tcp-reset" if matching.ruleset.blocking == "reset" else unreachable
-    rate = (
-        f"-p tcp -m hashlimit --hashlimit-upto {REFUSALS}/sec --hashlimit-burst {REFUSALS}"
-        f" --hashlimit-mode srcip --hashlimit-name {PREFIX}{matching.family}-refusal"
-        f" {table_size(1)}"
-    )
-    return f"{rate} -j REJECT --reject-with {kind}", "-j DROP"
+    rate = up_to(matching.family, "refusal", (REFUSALS, REFUSALS))
+    return f"-p tcp {rate} -j REJECT --reject-with {kind}", "-j DROP"

@@ -5,9 +5,10 @@ its SYNs would keep out the owner of the address; a cookie he returns and is ser
 forger never sees it.  Who returns cookies is judged by what he then does, which nobody else can
 have done.
 
-Only SYNs to services whose offers are known are answered (`rstguard.engine.offers`); all others of
-the source are dropped, or refused as the policy's `blocking` says.  A ban, and what is gated, gets
-no cookie.  The cost is bounded by a valve for each service: what is above it is dropped.
+Only SYNs to services whose offers are known are answered (`rstguard.engine.offers`), those behind
+DNAT in another way (`rstguard.kernel.dnat`); all others of the source are dropped, or refused as
+the policy's `blocking` says.  A ban, and what is gated, gets no cookie.  The cost is bounded by a
+valve for each service: what is above it is dropped.
 
 What the rest of the firewall forbids a source must stay forbidden: the SYN that SYNPROXY opens
 leaves by OUTPUT, and no rule of FORWARD or INPUT sees it.  So a SYN is answered behind those rules,
@@ -60,20 +61,29 @@ def blocked(services: Services) -> tuple[str, ...]:
 
 def challenge(services: Services) -> tuple[str, ...]:
     """The SYNs of shunned sources."""
-    valve = (
-        f"-m hashlimit --hashlimit-upto {MOST_A_SECOND}/sec --hashlimit-burst {MOST_A_SECOND}"
-        f" --hashlimit-mode dstip,dstport --hashlimit-name {PREFIX}{services.family}-challenge"
-        f" -g {PREFIX}-answered"
-    )
+    direct = services.untranslated.for_each(valve(services.family, f"{PREFIX}-answered"))
     if services.ruleset.blocking == "drop":
-        return (*services.for_each(valve), "-j DROP")
-    return (*services.for_each(valve), *services.for_each("-j DROP"))
+        return (*direct, "-j DROP")
+    return (*direct, *services.for_each("-j DROP"))
+
+
+def valve(family: int, to: str) -> str:
+    """Return the rule that sends to a chain as many SYNs to a service as may get a cookie."""
+    return (
+        f"-m hashlimit --hashlimit-upto {MOST_A_SECOND}/sec --hashlimit-burst {MOST_A_SECOND}"
+        f" --hashlimit-mode dstip,dstport --hashlimit-name {PREFIX}{family}-challenge -g {to}"
+    )
+
+
+def note(services: Services) -> str:
+    """Return the rule that notes a source that is given a cookie."""
+    add = f"-j SET --add-set {set_name('challenged', services.family)} src --exist"
+    return f"{add} --timeout {CHALLENGED_SECONDS}"
 
 
 def answered(services: Services) -> tuple[str, ...]:
     """Those that get a cookie, unless a rule of others is against it."""
-    add = f"-j SET --add-set {set_name('challenged', services.family)} src --exist"
-    return (f"{add} --timeout {CHALLENGED_SECONDS}",)
+    return (note(services),)
 
 
 def begun(services: Services) -> tuple[str, ...]:
@@ -89,11 +99,12 @@ def shunned(services: Services) -> tuple[str, ...]:
 
 
 def give(services: Services) -> tuple[str, ...]:
-    """A SYN of a connection that has begun, or that was translated, is not answered."""
-    return (
-        *services.for_each_offer("-m conntrack --ctstate NEW -j SYNPROXY"),
-        "-j DROP",
-    )
+    """A SYN of a connection that has begun is not answered.
+
+    Nor is one that was translated here: see `rstguard.kernel.dnat`.
+    """
+    direct = services.untranslated
+    return (*direct.for_each_offer("-m conntrack --ctstate NEW -j SYNPROXY"), "-j DROP")
 
 
 def invalid(services: Services) -> tuple[str, ...]:
@@ -112,4 +123,5 @@ def invalid(services: Services) -> tuple[str, ...]:
 def refused(services: Services, rules: tuple[str, ...]) -> tuple[str, ...]:
     """Return the rules by which blocked sources are refused, but for a SYN that is answered."""
     *before, shunned = rules
-    return (*before, *services.for_each("-j RETURN"), shunned)
+    answered = (*services.for_each("-j RETURN"), *services.led.for_each_origin("-j RETURN"))
+    return (*before, *answered, shunned)

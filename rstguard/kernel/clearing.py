@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from rstguard.engine.ruleset import RuleSet
-from rstguard.kernel import nftables
+from rstguard.kernel import nftables, tables
 from rstguard.kernel.marks import Bits, Labels, Marks
 from rstguard.kernel.matching import interface_names
 from rstguard.kernel.names import PREFIX
@@ -64,7 +64,7 @@ _PRE_ROUTING, _LOCAL_OUT = 0, 3  # linux/netfilter.h, enum nf_inet_hooks
 class Place:
     """Where the guard's bits are, which labels it gives, and on which interfaces it has queues.
 
-    Without `labels` none are given: no rule of the policy needs them, or the kernel has none.
+    Without `labels` none are given: for a trial of the rest.
     """
 
     marks: Marks
@@ -74,7 +74,7 @@ class Place:
     @classmethod
     def of(cls, ruleset: RuleSet) -> Place:
         """Return what a policy says."""
-        labels = Labels(ruleset.labels) if ruleset.bans else None
+        labels = Labels(ruleset.labels)
         return cls(Marks(ruleset.marks), tuple(interface_names(ruleset)), labels)
 
 
@@ -153,8 +153,7 @@ def apply(kernel: Kernel, place: Place) -> None:
     Raises:
         KernelError: the kernel has no nf_tables, or refused.
     """
-    if missing(kernel, place):
-        kernel.replace_table(PREFIX, chains(place))
+    tables.keep(kernel, PREFIX, chains(place))
 
 
 def missing(kernel: Kernel, place: Place) -> list[str]:
@@ -163,12 +162,7 @@ def missing(kernel: Kernel, place: Place) -> list[str]:
     Raises:
         KernelError: the kernel has no nf_tables, or could not be asked.
     """
-    held = kernel.table_comments(PREFIX)
-    return [
-        f"the chain {chain.name} in the nf_tables table inet {PREFIX}"
-        for chain in chains(place)
-        if held.get(chain.name) != [rule.comment for rule in chain.rules]
-    ]
+    return tables.missing(kernel, PREFIX, chains(place))
 
 
 def remove(kernel: Kernel) -> bool:

@@ -54,6 +54,14 @@ class Ages:
         self._ahead = ahead
         self._now = self._looked_at = now
 
+    @property
+    def unset(self) -> int | None:
+        """What to take a time stamp from, if the clock was never set: it gives the age, or below 0.
+
+        None: ask `of` for each.
+        """
+        return None if self._eras else self._now + self._ahead
+
     def of(self, began: int) -> int:
         """Return how many nanoseconds ago, at the last look, the wall's clock showed `began`.
 

@@ -6,21 +6,39 @@ Own netlink code because it was measured: 100,000 entries take the general-purpo
 from __future__ import annotations
 
 import errno
+import importlib
 import os
-from collections.abc import Iterator, Sequence
-from typing import Final
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Final, Protocol
 
 from rstguard.engine.flow import Flow, TcpState, Tuple
+from rstguard.engine.listed import Listed
+from rstguard.engine.table import Table
 from rstguard.kernel import KernelError, entry
 from rstguard.kernel.clock import Ages
-from rstguard.kernel.netlink import NLM_F_CREATE, Answer, Netlink, Request, attribute
+from rstguard.kernel.netlink import (
+    HEADER,
+    NFGEN,
+    NLM_F_CREATE,
+    Answer,
+    Netlink,
+    Request,
+    attribute,
+    attributes,
+)
+from rstguard.kernel.seam import Lost
 
 _SUBSYSTEM: Final = 1 << 8
 _NEW: Final = _SUBSYSTEM | 0
 _GET: Final = _SUBSYSTEM | 1
 _DELETE: Final = _SUBSYSTEM | 2
 _GET_STATS: Final = _SUBSYSTEM | 5
+_GET_STATS_CPU: Final = _SUBSYSTEM | 4
 _STATS_ENTRIES: Final = 1
+# enum ctattr_stats_cpu (linux/netfilter/nfnetlink_conntrack.h), in the order of `Lost`
+_LOST: Final = (9, 10, 11, 15)
+
+_FAMILIES: Final = entry.AF_INET, entry.AF_INET6
 
 _PATH: Final = Tuple(0xC0000201, 0xC0000202, 1, 1)  # 192.0.2.0/24, RFC 5737
 _BACK: Final = Tuple(0xC0000202, 0xC0000201, 1, 1)
@@ -28,6 +46,16 @@ _NOBODYS: Final = Flow(0, _PATH, _BACK, TcpState.CLOSE, 0, False, 0, 0, 0, 0, -1
 
 GONE: Final = errno.ENOENT
 """What `set_mark` and `delete` return for a connection that is no longer in the table."""
+
+
+class _Columns(Protocol):
+    """The part of `rstguard.kernel.columns.ColumnReader` that is needed here."""
+
+    def read(self, requests: Iterable[Request], ages: Ages) -> Table:
+        """Return the entries that are the answers to some dump requests."""
+
+    def close(self) -> None:
+        """Close the socket."""
 
 
 class Conntrack:
@@ -40,8 +68,10 @@ class Conntrack:
         KernelError: no netfilter netlink here, or privileges are missing.
     """
 
-    def __init__(self, ages: Ages | None = None) -> None:
+    def __init__(self, ages: Ages | None = None, columns: bool = False) -> None:
+        """`columns`: `whole` gives them, where numpy is there; once confined it is too late."""
         self._ages = ages or Ages()
+        self._reader_of_columns = _reader_of_columns() if columns else None
         self._netlink = Netlink()
         self._free = [Netlink()]
         """Sockets for dumps, no more than ever were read from at once: a confined process has only
@@ -49,8 +79,9 @@ class Conntrack:
 
     def close(self) -> None:
         """Close the sockets."""
-        for netlink in (self._netlink, *self._free):
-            netlink.close()
+        for netlink in (self._netlink, *self._free, self._reader_of_columns):
+            if netlink:
+                netlink.close()
 
     def __enter__(self) -> Conntrack:
         return self
@@ -76,13 +107,25 @@ class Conntrack:
             KernelError: the reading failed or is incomplete; what was yielded is right.
         """
         reader = self._reader(now_ns)
-        for wanted in (family,) if family else (entry.AF_INET, entry.AF_INET6):
-            attributes = entry.tcp_only()
-            if mask:
-                attributes += entry.mark_attributes(mark, mask)
-            if assured:
-                attributes += entry.assured_only()
-            yield from self._dump(reader, attributes, wanted)
+        more = entry.assured_only() if assured else b""
+        for request in _requests(mark, mask, family, more):
+            yield from self._dump(reader, request)
+
+    def whole(self, mark: int, mask: int) -> Table:
+        """Return the TCP connections whose mark, under `mask`, equals `mark`, for a sweep.
+
+        They are the same as of `dump`, in the same order; columns, if they were asked for.
+
+        Raises:
+            KernelError: the reading failed or is incomplete.
+        """
+        if self._reader_of_columns is None:
+            return Listed(self.dump(mark, mask))
+        self._ages.look()
+        try:
+            return self._reader_of_columns.read(_requests(mark, mask), self._ages)
+        except ValueError as error:
+            raise _not_understood(error) from error
 
     def _reader(self, now_ns: int | None) -> entry.Reader:
         if now_ns is not None:
@@ -90,21 +133,18 @@ class Conntrack:
         self._ages.look()
         return entry.Reader(self._ages.of)
 
-    def _dump(self, reader: entry.Reader, attributes: bytes, family: int) -> Iterator[Flow]:
+    def _dump(self, reader: entry.Reader, request: Request) -> Iterator[Flow]:
         # A socket of its own: the caller may mark connections while the dump goes on, or leave it.
         netlink = self._free.pop() if self._free else Netlink()
         read = reader.flow
         try:
-            for chunk, spans in netlink.dump(Request(_GET, family, attributes)):
+            for chunk, spans in netlink.dump(request):
                 for start, end in spans:
                     flow = read(chunk, start, end)
                     if flow is not None:
                         yield flow
         except ValueError as error:
-            raise KernelError(
-                f"The kernel's connection table could not be understood ({error}): "
-                "please report this with the kernel's version."
-            ) from error
+            raise _not_understood(error) from error
         finally:
             self._free.append(netlink)
 
@@ -119,6 +159,15 @@ class Conntrack:
         reader = self._reader(now_ns)
         answers = self._ask(_GET, flows, b"")
         return [self._found(reader, answer) for answer in answers]
+
+    def find(self, path: Tuple) -> Flow | None:
+        """Return the connection that has this tuple in either direction, in zone 0; or None.
+
+        Raises:
+            KernelError: the kernel could not be asked, or refused for another reason than absence.
+        """
+        (found,) = self.read([_NOBODYS._replace(original=path)])
+        return found
 
     @staticmethod
     def _found(reader: entry.Reader, answer: Answer) -> Flow | None:
@@ -243,6 +292,20 @@ class Conntrack:
             "load the module with `modprobe nf_conntrack_netlink`."
         )
 
+    def lost(self) -> Lost:
+        """Return what the table could not take in, over all processors, since the machine began.
+
+        Raises:
+            KernelError: the kernel could not be asked.
+        """
+        sums = [0] * len(_LOST)
+        for chunk, spans in self._netlink.dump(Request(_GET_STATS_CPU, 0, b"")):
+            for start, end in spans:
+                found = attributes(chunk[start + HEADER.size + NFGEN.size : end])
+                for place, kind in enumerate(_LOST):
+                    sums[place] += int.from_bytes(found.get(kind, b""), "big")
+        return Lost(*sums)
+
     def _ask(self, kind: int, flows: Sequence[Flow], attributes: bytes) -> list[Answer]:
         return self._netlink.transact(
             [
@@ -252,3 +315,37 @@ class Conntrack:
                 for flow in flows
             ]
         )
+
+
+def _requests(mark: int, mask: int, family: int = 0, more: bytes = b"") -> list[Request]:
+    """Return what asks for the connections that have a mark.
+
+    The kernel leaves out what is not TCP for one family at a time (EOPNOTSUPP for both), and each
+    request is a walk through the whole table: 5 ms for 262,144 empty buckets.  Hardly anything but
+    TCP bears bits of ours, so whoever asks for some is given it as well, and does not take it.
+    """
+    by_mark = (entry.mark_attributes(mark, mask) if mask else b"") + more
+    if mark and not family:
+        return [Request(_GET, 0, by_mark)]
+    wanted = (family,) if family else _FAMILIES
+    return [Request(_GET, one, entry.tcp_only() + by_mark) for one in wanted]
+
+
+def _not_understood(error: ValueError) -> KernelError:
+    return KernelError(
+        f"The kernel's connection table could not be understood ({error}): "
+        "please report this with the kernel's version."
+    )
+
+
+def _reader_of_columns() -> _Columns | None:
+    """Return what reads the table into columns, or None where there is no numpy."""
+    # Its library of linear algebra, which nothing here uses, would start a thread for each core:
+    # they would not be confined.
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
+    try:
+        module = importlib.import_module("rstguard.kernel.columns")
+    except ImportError:
+        return None
+    reader: _Columns = module.ColumnReader()
+    return reader

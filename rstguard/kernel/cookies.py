@@ -1,11 +1,12 @@
 """SYN cookies: the kernel answers SYNs in a server's place, and passes on who returns one.  Pure.
 
-Whose SYNs are answered is decided in raw PREROUTING: all of a service that is over its SYN budget
-(`rstguard.kernel.syn_budget`), which are kept from the tracker, and those of shunned sources
-(`rstguard.kernel.challenge`).  From there the way is nearly one:
+Whose SYNs are answered is decided in PREROUTING: in raw all of a service that has more a second
+than its SYN budget says (`rstguard.kernel.syn_budget`), which are kept from the tracker, and those
+of shunned sources (`rstguard.kernel.challenge`); in mangle those of a service with too many
+handshakes open (`rstguard.kernel.half_open`).  From there the way is nearly one:
 
-- filter INPUT and FORWARD: SYNPROXY answers them (those of shunned sources behind all rules there,
-  in the table "security"), and takes the ACKs that carry a cookie.
+- filter INPUT and FORWARD: SYNPROXY answers the first (the others behind all rules there, in the
+  table "security"), and takes the ACKs that carry a cookie.
 - OUTPUT: for each of those ACKs it opens the connection to the server, with the client's address as
   source.  That SYN is what the engine judges, as a SYN and as a completed handshake in one.
 
@@ -33,7 +34,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from rstguard.engine.ruleset import Divert, RuleSet
-from rstguard.kernel import challenge, forgotten, syn_budget
+from rstguard.kernel import challenge, dnat, forgotten, half_open, half_open_dnat, syn_budget
 from rstguard.kernel.chains import Plan
 from rstguard.kernel.counting import syns
 from rstguard.kernel.jumps import Jump
@@ -61,56 +62,121 @@ def with_cookies(plan: Plan, ruleset: RuleSet, family: int, known: Known) -> Pla
     if not wanted(ruleset):
         return plan
     services = Services(ruleset, family, known)
-    build = _Build(services)
+    build, behind = _Build(services), bool(services.translated.here)
     chains = {table: dict(of_table) for table, of_table in plan.chains.items()}
     raw, mangle, filters = chains["raw"], chains["mangle"], chains["filter"]
     raw[f"{PREFIX}-answer"] = build.answer()
     raw[f"{PREFIX}-opening"] = build.opening()
-    mangle[f"{PREFIX}-proved"] = build.proved()
+    mangle[f"{PREFIX}-proved"] = build.proved(admits=f"{PREFIX}-admit" in mangle)
     if ruleset.kernel_rule:
         mangle[f"{PREFIX}-returned"] = syns(ruleset, family, returned=True)
     mangle[f"{PREFIX}-joined"] = build.joined()
     on_interfaces = build.on_interfaces
     mangle[f"{PREFIX}-offers"] = on_interfaces(f"-o {{}} -j {PREFIX}-sample")
     mangle[f"{PREFIX}-sample"] = build.sample()
+    mangle[f"{PREFIX}-heard"] += (dnat.heard(services.marks),)
+    mangle[f"{PREFIX}-answers-dnat"] = dnat.sample(build.log)
     filters[f"{PREFIX}-cookies"] = on_interfaces(f"-i {{}} -j {PREFIX}-proxy")
     filters[f"{PREFIX}-proxy"] = build.proxy()
+    if behind:
+        mangle[f"{PREFIX}-bearer"] = dnat.bearer(services)
     if syn_budget.in_force(ruleset):
+        # An ACK with a cookie belongs to no connection yet, and is no stray.
+        searched = f"{_PLAIN_ACK} {syn_budget.engaged(family)} -j RETURN"
+        bearing = dnat.searched(services, syn_budget.engaged(family))
+        mangle[f"{PREFIX}-invalid"] = (*bearing, searched, *mangle[f"{PREFIX}-invalid"])
+    if syn_budget.has_rate(ruleset):
         raw[f"{PREFIX}-raw"] += on_interfaces(f"-i {{}} {SYN} -j {PREFIX}-budget")
         raw[f"{PREFIX}-budget"] = syn_budget.budget(services)
         raw[f"{PREFIX}-over"] = syn_budget.over(services)
-        *before, last = mangle[f"{PREFIX}-syn"]
-        to_queue = last in (f"-j {PREFIX}-syns", f"-j {PREFIX}-count")
+        if behind:
+            raw[f"{PREFIX}-over-dnat"] = dnat.over(services, syn_budget.note(services))
+        before, to_queue = _before_queue(mangle)
         bound = syn_budget.bound(services) if to_queue else ()
-        mangle[f"{PREFIX}-syn"] = (f"{UNTRACKED} -j RETURN", *before, *bound, last)
-        # An ACK with a cookie belongs to no connection yet, and is no stray.
-        searched = f"{_PLAIN_ACK} {syn_budget.engaged(family)} -j RETURN"
-        mangle[f"{PREFIX}-invalid"] = (searched, *mangle[f"{PREFIX}-invalid"])
+        mangle[f"{PREFIX}-syn"] = (f"{UNTRACKED} -j RETURN", *before, *bound, *to_queue)
+    counted = half_open.chains(services) if syn_budget.has_count(ruleset) else {}
+    jumps = _jumps(services.marks)
+    if counted:
+        _count(mangle, services)
+        mangle |= counted
+        filters |= half_open.freeing(services)
+        if half_open_dnat.counted(services).here:
+            raw[f"{PREFIX}-raw"] += on_interfaces(f"-i {{}} {SYN} -j {PREFIX}-full")
+            raw[f"{PREFIX}-full"] = half_open_dnat.answered(services)
+            raw[f"{PREFIX}-over"] = syn_budget.over(services)
+        jumps += half_open.answering(services.marks)
     if challenge.in_force(ruleset):
-        raw[f"{PREFIX}-blocked"] = challenge.blocked(services)
-        raw[f"{PREFIX}-challenge"] = challenge.challenge(services)
-        raw[f"{PREFIX}-answered"] = challenge.answered(services)
-        mangle[f"{PREFIX}-syn"] = (*challenge.begun(services), *mangle[f"{PREFIX}-syn"])
-        strays = challenge.invalid(services)
-        mangle[f"{PREFIX}-invalid"] = (*strays, *mangle[f"{PREFIX}-invalid"])
-        if (refused := filters.get(f"{PREFIX}-refused")) is not None:
-            filters[f"{PREFIX}-refused"] = challenge.refused(services, refused)
-        chains["security"] = {
-            f"{PREFIX}-shunned": challenge.shunned(services),
-            f"{PREFIX}-give": challenge.give(services),
-        }
-    jumps = _jumps(services.marks, challenge.in_force(ruleset))
+        _challenge(chains, services.challengeable)
+    if challenge.in_force(ruleset) or counted:
+        chains["security"] = build.behind_others(bool(counted))
+        jumps += _behind_others(services)
     return replace(plan, chains=chains, jumps=(*plan.jumps, *jumps))
 
 
-def _jumps(marks: Marks, challenges: bool) -> tuple[Jump, ...]:
+def _challenge(chains: dict[str, dict[str, tuple[str, ...]]], services: Services) -> None:
+    raw, mangle, filters = chains["raw"], chains["mangle"], chains["filter"]
+    raw[f"{PREFIX}-blocked"] = challenge.blocked(services)
+    raw[f"{PREFIX}-challenge"] = (*dnat.challenge(services), *challenge.challenge(services))
+    raw[f"{PREFIX}-answered"] = challenge.answered(services)
+    mangle[f"{PREFIX}-syn"] = (*challenge.begun(services), *mangle[f"{PREFIX}-syn"])
+    bearing = dnat.searched(services, challenge.challenged(services))
+    strays = (*bearing, *challenge.invalid(services))
+    mangle[f"{PREFIX}-invalid"] = (*strays, *mangle[f"{PREFIX}-invalid"])
+    if (refused := filters.get(f"{PREFIX}-refused")) is not None:
+        filters[f"{PREFIX}-refused"] = challenge.refused(services, refused)
+    if services.led.here:
+        raw[f"{PREFIX}-untracked"] = dnat.untracked(services)
+
+
+def _before_queue(mangle: dict[str, tuple[str, ...]]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the rules that SYNs meet, and the last of them if it leads to the queue."""
+    rules = mangle[f"{PREFIX}-syn"]
+    if rules[-1] in (f"-j {PREFIX}-syns", f"-j {PREFIX}-count"):
+        return rules[:-1], rules[-1:]
+    return rules, ()
+
+
+def _count(mangle: dict[str, tuple[str, ...]], services: Services) -> None:
+    """Lead SYNs and first ACKs to the count of open handshakes."""
+    marks = services.marks
+    before, to_queue = _before_queue(mangle)
+    answered = (f"-m connmark --mark {m} -j RETURN" for m in (marks.bearer, marks.awaiting))
+    mangle[f"{PREFIX}-syn"] = (*before, f"-j {half_open.SYNS}", *answered, *to_queue)
+    begins = f"-m connmark --mark {marks.guarded}"
+    proven = f"{begins} -j CONNMARK --set-xmark {marks.proven}"
+    first = mangle[f"{PREFIX}-first"]
+    at = first.index(proven)
+    reused = label(Labels(services.ruleset.labels).reused)
+    ends = (
+        f"{begins} {reused} -j {half_open.BRIEFLY}",
+        f"{begins} {reused.replace('--label', '! --label')} -j {half_open.DONE}",
+    )
+    mangle[f"{PREFIX}-first"] = (*first[:at], *ends, *first[at:])
+    syn, *others = mangle[f"{PREFIX}-classify"]
+    gone = f"-p tcp -m tcp --tcp-flags RST RST {begins} -j {half_open.GIVEN_UP}"
+    mangle[f"{PREFIX}-classify"] = (syn, gone, *others)
+    no_answer, *others = mangle[f"{PREFIX}-sample"]
+    mangle[f"{PREFIX}-sample"] = (no_answer, f"{begins} -j {half_open.HELD}", *others)
+
+
+def _behind_others(services: Services) -> tuple[Jump, ...]:
+    last = [Jump("security", hook, SYN, f"{PREFIX}-last") for hook in ("INPUT", "FORWARD")]
+    return (*last, *((dnat.admitting(services.marks),) if _admits(services) else ()))
+
+
+def _admits(services: Services) -> bool:
+    """Tell whether what SYNPROXY opens is looked at."""
+    challenges = challenge.in_force(services.ruleset) and services.challengeable.led.here
+    return bool(challenges or half_open_dnat.counted(services).here)
+
+
+def _jumps(marks: Marks) -> tuple[Jump, ...]:
     opening = f"-m mark --mark {marks.to_queue_known}"
     begun = "-m conntrack --ctstate ESTABLISHED --ctdir ORIGINAL"
     unsaved = f"{SYN} -m mark ! --mark {marks.none} -m connmark --mark {marks.established}"
     lost = "-p tcp -m tcp --tcp-flags FIN,RST NONE -m conntrack --ctstate INVALID,UNTRACKED"
     taken_up = f"{_PLAIN_ACK} -m conntrack --ctstate NEW"
     template = "-m conntrack --ctstate NEW"
-    last = [Jump("security", hook, SYN, f"{PREFIX}-shunned") for hook in ("INPUT", "FORWARD")]
     return (
         Jump("raw", "OUTPUT", f"{SYN_ACK} {_NO_SOCKET}", f"{PREFIX}-answer"),
         Jump("raw", "OUTPUT", f"{SYN} {template} {_NO_SOCKET}", f"{PREFIX}-opening"),
@@ -129,7 +195,6 @@ def _jumps(marks: Marks, challenges: bool) -> tuple[Jump, ...]:
             for hook in ("INPUT", "FORWARD")
             for match in (lost, taken_up)
         ),
-        *(last if challenges else ()),
     )
 
 
@@ -154,13 +219,32 @@ class _Build:
     def on_interfaces(self, rule: str) -> tuple[str, ...]:
         return tuple(rule.format(name) for name in interface_names(self.ruleset))
 
+    def behind_others(self, counted: bool) -> dict[str, tuple[str, ...]]:
+        """The table "security": SYNs that all other rules have let pass, and that get a cookie."""
+        services, challenges = self.services, challenge.in_force(self.ruleset)
+        # Others may write that into any connection's mark.
+        full = f"-m connmark --mark {self.marks.bearer} {syn_budget.engaged(self.family)}"
+        shunned = challenge.shunned(services) if challenges else ()
+        able = services.challengeable
+        too_many = (f"{full} -g {PREFIX}-give", *half_open_dnat.last(services)) if counted else ()
+        found = {
+            f"{PREFIX}-last": (*too_many, *shunned),
+            f"{PREFIX}-give": (*(dnat.give(able) if challenges else ()), *challenge.give(able)),
+        }
+        if half_open_dnat.counted(services).here:
+            found[f"{PREFIX}-passed"] = half_open_dnat.passed(services)
+        if _admits(services):
+            of_shunned = dnat.admit(able) if challenges else ()
+            found[f"{PREFIX}-admit"] = (*of_shunned, *half_open_dnat.admit(services))
+        return found
+
     def answer(self) -> tuple[str, ...]:
         return self.services.for_each("-j CT --notrack", towards=False)
 
     def opening(self) -> tuple[str, ...]:
         return self.services.for_each(f"-j MARK --set-xmark {self.marks.to_queue_known}")
 
-    def proved(self) -> tuple[str, ...]:
+    def proved(self, admits: bool) -> tuple[str, ...]:
         """SYNPROXY's SYN, which must begin a new connection in the tracker.
 
         It does not if an earlier SYN of the client's went the usual way and was never answered:
@@ -174,6 +258,9 @@ class _Build:
             f"{begun} -j DROP",
             f"-m connmark --mark {marks.unguarded} -j CONNMARK --set-xmark {marks.proven}",
         ]
+        if admits:  # here it is counted; who is refused is told by who hears of it
+            rules.append(f"-j {PREFIX}-admit")
+            rules.append(f"-m connmark ! --mark {marks.uncondemned} -j DROP")
         rules.append(f"-j SET --add-set {set_name('proven', self.family)} src --exist")
         rules.append(label(Labels(self.ruleset.labels).confirmed, add=True))
         if self.ruleset.kernel_rule:
@@ -195,10 +282,9 @@ class _Build:
     def sample(self) -> tuple[str, ...]:
         """One SYN-ACK a second of each service, and one of those that offer a window scale.
 
-        Apart, lest a flood of poor SYNs hide what the server offers others.  A service behind a
-        destination translation is not sampled and so never answered for: the connection that
-        SYNPROXY opens would not be translated.  Nor are SYN-ACKs of no connection, which connmark
-        does not match: SYNPROXY's own would confirm what is believed already.
+        Those of a service behind DNAT bear another address here: see `rstguard.kernel.dnat`.
+        SYN-ACKs of no connection, which connmark does not match, are not sampled: SYNPROXY's own
+        would confirm what is believed already.
         """
         rules = [
             "-m conntrack ! --ctstate ESTABLISHED -j RETURN",
@@ -208,14 +294,20 @@ class _Build:
         budget = self.ruleset.syn_budget
         if not self.ruleset.challenge and budget is not None and budget.ports is not None:
             rules.append(f"-p tcp -m set ! --match-set {set_name('budget-ports')} src -j RETURN")
-        for kind, offers in (("rich", "--tcp-option 3"), ("poor", "! --tcp-option 3")):
-            rules.append(
-                f"-p tcp -m tcp {offers} -m hashlimit --hashlimit-upto 1/sec --hashlimit-burst 1"
-                " --hashlimit-mode srcip,srcport"
-                f" --hashlimit-name {PREFIX}-{kind}{self.family}"
-                f" -j NFLOG --nflog-group {LOG_GROUP} --nflog-size {_LOG_BYTES}"
-            )
-        return tuple(rules)
+        return (*rules, *self.log("", LOG_GROUP))
+
+    def log(self, of: str, group: int) -> tuple[str, ...]:
+        """Rich and poor SYN-ACKs apart, lest a flood of poor SYNs hide what is offered to others.
+
+        Up to one of each a second and service; `of` names the counts.
+        """
+        return tuple(
+            f"-p tcp -m tcp {offers} -m hashlimit --hashlimit-upto 1/sec --hashlimit-burst 1"
+            " --hashlimit-mode srcip,srcport"
+            f" --hashlimit-name {PREFIX}-{of}{kind}{self.family}"
+            f" -j NFLOG --nflog-group {group} --nflog-size {_LOG_BYTES}"
+            for kind, offers in (("rich", "--tcp-option 3"), ("poor", "! --tcp-option 3"))
+        )
 
     def proxy(self) -> tuple[str, ...]:
         """What belongs to no connection, is neither FIN nor RST, and may have to do with cookies.
@@ -236,4 +328,6 @@ class _Build:
             f" {has_payload(self.family)} {forgotten.few(self.family, 'beside')} -j RETURN"
         )
         trusted = self.services.unless_trusted()  # they are given none
+        if challenge.in_force(self.ruleset):
+            rules = [*dnat.proxy(self.services), *rules]
         return (*trusted, *rules, older, *self.services.for_each_offer("-j SYNPROXY"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rstguard.engine.ruleset import SECOND, Rule, RuleSet
+from rstguard.engine.ruleset import SECOND, Per, Rule, RuleSet
 from rstguard.kernel.marks import Marks
 from rstguard.kernel.names import PREFIX
 
@@ -33,24 +33,65 @@ def syns(ruleset: RuleSet, family: int, returned: bool = False) -> tuple[str, ..
     rule = ruleset.kernel_rule
     if rule is None:
         return ()
-    length = rule.ipv4_length if family == 4 else rule.ipv6_length
-    lives = max(1, -(-rule.refill // SECOND))
     apart = RETURNED if returned else ""
     table = table_of(rule, family) + apart
     within = (
         f"-m hashlimit --hashlimit-upto {rule.limit}/{UNITS[rule.period]}"
-        f" --hashlimit-burst {rule.burst} --hashlimit-mode srcip --hashlimit-srcmask {length}"
-        f" --hashlimit-name {table} {table_size(lives, rule.period // SECOND)} -j RETURN"
+        f" --hashlimit-burst {rule.burst} {kept_in(rule, family, table)} -j RETURN"
     )
     over = f"-j MARK --set-xmark {Marks(ruleset.marks).to_queue_over}"
     queue = f"-j {PREFIX}-queue"
-    return (f"{gate(f'{PREFIX}{family}-count{apart}', lives)} {queue}", within, over, queue)
+    return (f"{gate(f'{PREFIX}{family}-count{apart}', _lives(rule))} {queue}", within, over, queue)
 
 
-def table_of(rule: Rule, family: int) -> str:
-    """Return the name of the hashlimit table: it lives on under it, so another rate has another."""
-    length = rule.ipv4_length if family == 4 else rule.ipv6_length
-    return f"{PREFIX}{family}-{rule.limit}-{rule.period // SECOND}-{rule.burst}-{length}"
+def table_of(rule: Rule, family: int, of: str = "") -> str:
+    """Return the name of the hashlimit table: it lives on under it, so another rate has another.
+
+    `of` tells it from those of the same rate that are of something else.
+    """
+    length = _length(rule, family)
+    return f"{PREFIX}{family}{of}-{rule.limit}-{rule.period // SECOND}-{rule.burst}-{length}"
+
+
+def kept_in(rule: Rule, family: int, table: str) -> str:
+    """Return the options by which hashlimit counts whom a rule counts, in a table of this name.
+
+    As iptables prints them: a mask comes last, and of a whole address not at all.
+    """
+    table = f"--hashlimit-name {table} {table_size(_lives(rule), rule.period // SECOND)}"
+    if rule.per is Per.SERVICE:
+        return f"--hashlimit-mode dstip,dstport {table}"
+    side = "dst" if rule.per is Per.DESTINATION else "src"
+    return f"--hashlimit-mode {side}ip {table}{_mask(family, side, _length(rule, family))}"
+
+
+def up_to(
+    family: int, of: str, most: tuple[int, int], side: str = "src", ipv6_length: int = 128
+) -> str:
+    """Match up to so many packets a second, and at once, of each address; `of` names the count.
+
+    `side` is "src" or "dst".  Of IPv6 so many bits are one address.
+    """
+    length = 32 if family == 4 else ipv6_length
+    return (
+        f"-m hashlimit --hashlimit-upto {most[0]}/sec --hashlimit-burst {most[1]}"
+        f" --hashlimit-mode {side}ip --hashlimit-name {PREFIX}{family}-{of} {table_size(1)}"
+        f"{_mask(family, side, length)}"
+    )
+
+
+def _mask(family: int, side: str, length: int) -> str:
+    whole = length == (32 if family == 4 else 128)
+    return "" if whole else f" --hashlimit-{side}mask {length}"
+
+
+def _length(rule: Rule, family: int) -> int:
+    return rule.ipv4_length if family == 4 else rule.ipv6_length
+
+
+def _lives(rule: Rule) -> int:
+    """Return after how many idle seconds a source has its whole burst again."""
+    return max(1, -(-rule.refill // SECOND))
 
 
 def table_size(lives: int, usually: int = 1) -> str:
@@ -73,6 +114,11 @@ def gate(name: str, lives: int) -> str:
         f"-m hashlimit --hashlimit-above {most}/sec --hashlimit-burst {most}"
         f" --hashlimit-name {name}-{most}"
     )
+
+
+def printed_alike(rate: int) -> int:
+    """Return a rate a second, at most this, that hashlimit prints as it reads it."""
+    return _MICROSECONDS // -(-_MICROSECONDS // rate)
 
 
 def _most_a_second(lives: int) -> int:

@@ -5,16 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rstguard.engine.address import is_v6
-from rstguard.engine.ruleset import Divert, Per, RuleSet
-from rstguard.kernel import counting, ingress, oneway, proof, thinning
+from rstguard.engine.ruleset import Divert, RuleSet
+from rstguard.kernel import counting, ingress, limiting, oneway, proof, thinning
+from rstguard.kernel.admission import Admission
 from rstguard.kernel.forgotten import Forgotten
+from rstguard.kernel.limiting import Limits
 from rstguard.kernel.marks import Bits, Labels
 from rstguard.kernel.matching import SYN_ONLY, UNTRACKED, Matching
 from rstguard.kernel.names import PREFIX, set_name
 from rstguard.kernel.proof import MPTCP_OPTION, PLAIN_ACK
 from rstguard.kernel.tracker import Tracker
 
-# All combinations that nf_conntrack_proto_tcp.c does not list in tcp_valid_flags.
+# All combinations that nf_conntrack_proto_tcp.c does not list in tcp_valid_flags, but for SYN+URG,
+# which is one, and never comes to these rules.
 _IMPOSSIBLE = (
     "FIN,SYN FIN,SYN",
     "SYN,RST SYN,RST",
@@ -22,6 +25,8 @@ _IMPOSSIBLE = (
     "FIN,ACK FIN",
     "FIN,SYN,RST,ACK NONE",
     "ACK,URG URG",
+    "SYN,URG SYN,URG",
+    "RST,URG RST,URG",
 )
 
 
@@ -41,6 +46,16 @@ class Diversion(Matching):
         """The rules for what the tracker does not know any more."""
         return Forgotten(self.ruleset, self.family, self.tracker)
 
+    @property
+    def limits(self) -> Limits:
+        """The limits that the kernel keeps by itself."""
+        return Limits(self.ruleset, self.family)
+
+    @property
+    def admission(self) -> Admission | None:
+        """What counts connections as they begin: not where any ACK is taken for the first."""
+        return None if self.tracker.liberal else Admission(self)
+
     def chains(self) -> dict[str, tuple[str, ...]]:
         """Return the chains by name."""
         found = {
@@ -56,9 +71,13 @@ class Diversion(Matching):
             f"{PREFIX}-window": self.window(),
             f"{PREFIX}-queue": self.queue("source"),
             **self.narrowed(),
+            **self.limits.chains(self.steering("source"), self.queues),
             **self.forgotten.chains(),
         }
         out = self.on_interfaces(f"{PREFIX}-adopt", outbound=True, tcp=True)
+        if self.admission:
+            found |= self.admission.chains()
+            out += self.admission.closing_out()
         out += self.on_interfaces(f"{PREFIX}-answers", outbound=True, tcp=True)
         found |= proof.chains(self)
         if {Divert.CLOSE, Divert.GIVEN_UP} & self.ruleset.diverts:
@@ -76,6 +95,8 @@ class Diversion(Matching):
         rules = [f"-p tcp -m tcp --tcp-flags {SYN_ONLY} -g {PREFIX}-syn"]
         if self.ruleset.enforce:
             rules.append(self.doubt())
+        if self.admission:
+            rules += self.admission.closing()
         if Divert.CLOSE in diverts:
             rules.append(f"-p tcp -m tcp ! --tcp-flags FIN,RST NONE -j {PREFIX}-close")
         if Divert.GIVEN_UP in diverts:
@@ -134,6 +155,8 @@ class Diversion(Matching):
         wrong = "-m conntrack ! --ctstatus ASSURED"
         rules = [*proof.suspects(self, wrong), f"{wrong} -j RETURN"]
         first = f"-m connmark --mark {marks.guarded}"
+        if self.admission:
+            rules += self.admission.first(first)
         if not self.tracker.liberal:  # or any number would have done
             rules += proof.likely(self, first)
         rules += [*ingress.translated(self, first), *oneway.translated(self, first)]
@@ -141,9 +164,8 @@ class Diversion(Matching):
         if Divert.HANDSHAKE in self.ruleset.diverts:
             # While nobody answers, a connection tries again with each packet, up to this many.
             # An entry that is used again has counted the packets of others, too.
-            adopted = Labels(self.ruleset.labels).adopted
-            own = f'-m connlabel ! --label "{adopted}" ' if self.ruleset.bans else ""
-            enough = f"{own}-m connbytes --connbytes {self.ruleset.inspect_packets + 2}"
+            own = f'-m connlabel ! --label "{Labels(self.ruleset.labels).reused}"'
+            enough = f"{own} -m connbytes --connbytes {self.ruleset.inspect_packets + 2}"
             enough += " --connbytes-mode packets --connbytes-dir original"
             rules += [
                 f"{enough} -j CONNMARK --set-xmark {marks.trusted}",
@@ -166,21 +188,15 @@ class Diversion(Matching):
         ]
         if wanted is not None:
             rules.append(f"-p tcp -m set ! --match-set {set_name('close-ports')} dst -j RETURN")
-        return (*rules, *self.known(), f"-j {PREFIX}-queue")
+        limits = self.limits.limits(limiting.RESETS)
+        return (*rules, *limits, *self.known(), f"-j {PREFIX}-queue")
 
     def given_up(self) -> tuple[str, ...]:
-        """A client's RST before its handshake is over, as it answers a SYN-ACK that it awaits not.
-
-        One that ends no connection is INVALID to the tracker, and goes no further here.  Such an
-        answer is bare.  With an option the tracker takes it all the same, but a server refuses a
-        signature that it has no key for, or an old time stamp, and goes on with the handshake.
-        """
+        """A client's RST before its handshake is over, as it answers a SYN-ACK it awaits not."""
         if Divert.GIVEN_UP not in self.ruleset.diverts:
             return ()
         return (
-            f"-m length ! --length {_BARE[self.family]} -j RETURN",
-            "-m conntrack ! --ctstate ESTABLISHED -j RETURN",
-            "-m conntrack --ctdir REPLY -j RETURN",
+            *given_up(self),
             f"-j MARK --set-xmark {self.marks.to_queue_given_up}",
             f"-j {PREFIX}-queue",
         )
@@ -259,7 +275,7 @@ class Diversion(Matching):
         """The tracker calls a segment INVALID for its flags or because it fits no connection."""
         rules = proof.suspects(self)
         if Divert.BAD_FLAGS in self.ruleset.diverts:
-            rules += [f"-p tcp -m tcp --tcp-flags {f} -g {PREFIX}-strays" for f in _IMPOSSIBLE]
+            rules += [f"-p tcp -m tcp --tcp-flags {f} -g {PREFIX}-flags" for f in _IMPOSSIBLE]
         rules += self.forgotten.strays()
         return (*self.in_scope(), *rules) if rules else ()
 
@@ -334,9 +350,9 @@ def worker_of(ruleset: RuleSet, client: int, queues: range) -> int:
 def queues_for(ruleset: RuleSet, queues: range) -> range:
     """Return those of the workers' queues that a policy uses.
 
-    What is counted per service comes from all sources, so one worker must see it all.
+    What is counted per target comes from all sources, so one worker must see it all.
     """
-    return queues[:1] if any(rule.per is Per.SERVICE for rule in ruleset.rules) else queues
+    return queues[:1] if any(rule.of_target for rule in ruleset.rules) else queues
 
 
 def _widest(ruleset: RuleSet, family: int) -> int:
@@ -345,3 +361,18 @@ def _widest(ruleset: RuleSet, family: int) -> int:
     if family == 4:
         return min([ruleset.source_ipv4, *(rule.ipv4_length for rule in rules)])
     return min([ruleset.source_ipv6, *(rule.ipv6_length for rule in rules)])
+
+
+def given_up(matching: Matching) -> tuple[str, ...]:
+    """Return the rules by which leaves the chain what is no client's RST that ends a handshake.
+
+    One that ends no connection is INVALID to the tracker, and goes no further here.  An answer to a
+    SYN-ACK that nobody awaits is bare.  With an option the tracker takes it all the same, but a
+    server refuses a signature that it has no key for, or an old time stamp, and goes on with the
+    handshake.
+    """
+    return (
+        f"-m length ! --length {_BARE[matching.family]} -j RETURN",
+        "-m conntrack ! --ctstate ESTABLISHED -j RETURN",
+        "-m conntrack --ctdir REPLY -j RETURN",
+    )

@@ -6,9 +6,9 @@ for it, so `ban list` works after a crash and beside a running guard.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
-from rstguard.engine.address import Prefix, is_v6
+from rstguard.engine.address import V6, Prefix, is_v6
 from rstguard.engine.ruleset import RULE_NAME, SECOND
 from rstguard.engine.verdict import Ban, Shun
 from rstguard.kernel import NotPermitted
@@ -19,6 +19,11 @@ Kind = Literal["ban", "shun"]
 
 MAX_SECONDS = 2_147_483
 """Longest time the kernel keeps an element, just under 25 days (IPSET_MAX_TIMEOUT)."""
+EVERYTHING: Final = {
+    4: (Prefix(0, 1), Prefix(1 << 31, 1)),  # a set holds no prefix of length 0
+    6: (Prefix(V6, 1), Prefix(V6 | 1 << 127, 1)),
+}
+"""What a set holds that is to hold every address of a family."""
 
 
 class Element(NamedTuple):

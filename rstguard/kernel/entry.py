@@ -132,7 +132,7 @@ def fields(data: bytes, start: int, end: int) -> Fields:
         ValueError: the message is damaged, or does not say who talks to whom.
     """
     values = list(Fields())
-    for slot, (value, value_end) in _places(data, start, end).items():
+    for slot, (value, value_end) in places(data, start, end).items():
         raw = data[value:value_end]
         if slot == _LABELS_SLOT:
             values[slot] = _labels(raw)
@@ -141,16 +141,20 @@ def fields(data: bytes, start: int, end: int) -> Fields:
     return Fields._make(values)
 
 
-def _places(data: bytes, start: int, end: int) -> dict[int, tuple[int, int]]:
-    """Return where the value of each slot of `Fields` stands, if the message can be believed."""
-    places = {
+def places(data: bytes, start: int, end: int) -> dict[int, tuple[int, int]]:
+    """Return where the value of each slot of `Fields` stands, if the message can be believed.
+
+    Raises:
+        ValueError: the message is damaged, or does not say who talks to whom.
+    """
+    found = {
         WHERE[path]: (value, value_end)
         for path, value, value_end in walk(data, start + HEADERS, end)
         if path in WHERE
     }
     address_size = 16 if data[start + FAMILY_AT] == AF_INET6 else 4
     for slot, name in enumerate(Fields._fields):
-        size = places[slot][1] - places[slot][0] if slot in places else 0
+        size = found[slot][1] - found[slot][0] if slot in found else 0
         allowed: tuple[int, ...] = (1, 2, 4, 8)
         if slot in _ADDRESS_SLOTS:
             allowed = (address_size,)
@@ -158,9 +162,9 @@ def _places(data: bytes, start: int, end: int) -> dict[int, tuple[int, int]]:
             allowed = (0, 16)
         elif slot > _LAST_NAMING_SLOT:
             allowed = (0, 1, 2, 4, 8)
-        if size not in allowed or (slot in places and not size):
+        if size not in allowed or (slot in found and not size):
             raise ValueError(f"an attribute {name} of {size} bytes")
-    return places
+    return found
 
 
 class _Layout:
@@ -176,7 +180,7 @@ class _Layout:
         self.mask = int.from_bytes(mask, "little")
         self.signature = int.from_bytes(data[start:end], "little") & self.mask
         code, at = ">", start
-        order = sorted((place, slot) for slot, place in _places(data, start, end).items())
+        order = sorted((place, slot) for slot, place in places(data, start, end).items())
         for (value, value_end), _ in order:
             code += f"{value - at}x{_CODES[value_end - value]}"
             at = value_end

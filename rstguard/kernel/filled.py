@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from rstguard.engine.admission import admitting
 from rstguard.engine.ruleset import Divert, RuleSet
-from rstguard.kernel import forgotten, ingress, oneway
+from rstguard.kernel import admission, challenge, dnat, forgotten, ingress, oneway, syn_budget
 from rstguard.kernel.names import set_name
 
 MOST: Final = 1_048_576
@@ -36,7 +37,24 @@ class SetSpec:
 def learned(digit: int, family: str, ruleset: RuleSet) -> list[SetSpec]:
     """Return the sets of one address family: `digit` is 4 or 6, `family` what ipset calls it."""
     specs = [*_forgotten(digit, family, ruleset), *_oneway(digit, family)]
+    specs += _counting(digit, family, ruleset)
+    if challenge.in_force(ruleset) or syn_budget.has_count(ruleset):
+        specs.append(_admitted(digit, family))
     return [*specs, *_inside(digit, family)] if ruleset.enforce else specs
+
+
+def _counting(digit: int, family: str, ruleset: RuleSet) -> list[SetSpec]:
+    """Return the sets of `rstguard.kernel.admission`."""
+    rules = admitting(ruleset)
+    if not rules:
+        return []
+    listened = f"family {family} maxelem 65536 timeout 0"
+    specs = [SetSpec(admission.counting_set(digit), "hash:net", listened)]
+    for rule in rules:
+        kind, options = admission.options(rule, family, admission.lives(ruleset))
+        name, sizing = admission.live_set(rule, digit), f"hashsize {admission.MOST // 8}"
+        specs.append(SetSpec(name, kind, options, sizing))
+    return specs
 
 
 def _forgotten(digit: int, family: str, ruleset: RuleSet) -> list[SetSpec]:
@@ -72,13 +90,23 @@ def _oneway(digit: int, family: str) -> list[SetSpec]:
     ]
 
 
+def _admitted(digit: int, family: str) -> SetSpec:
+    """Return the set of `rstguard.kernel.dnat`."""
+    options = f"family {family} maxelem {dnat.MOST_ADMITTED} timeout {dnat.ADMITTED_SECONDS}"
+    sizing = f"hashsize {dnat.MOST_ADMITTED // 4} forceadd"
+    return SetSpec(dnat.admitted_set(digit), "hash:ip,port,ip", options, sizing)
+
+
 def _inside(digit: int, family: str) -> list[SetSpec]:
     """Return the sets of `rstguard.kernel.ingress`."""
     options = f"family {family} maxelem {ingress.MOST_INSIDE} timeout {ingress.INSIDE_SECONDS}"
     brief = f"family {family} maxelem {ingress.MOST_INSIDE} timeout {ingress.DOUBT_SECONDS}"
+    # Nobody asks which they are: it is enough that the set is not empty.
+    replaced = f"family {family} maxelem 64 timeout {ingress.REPLACED_SECONDS}"
     sizing = f"hashsize {ingress.MOST_INSIDE // 4} forceadd"
     return [
         SetSpec(ingress.inside_set(digit), "hash:ip", options, sizing),
         SetSpec(ingress.translated_set(digit), "hash:ip,port", options, sizing),
         SetSpec(ingress.doubt_set(digit), "hash:ip,port,ip", brief, sizing),
+        SetSpec(ingress.replaced_set(digit), "hash:ip,port,ip", replaced, "hashsize 64 forceadd"),
     ]

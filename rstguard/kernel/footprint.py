@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from rstguard.engine.offers import Offer, Service
+from rstguard.engine.offers import Offer
 from rstguard.engine.ruleset import RuleSet
+from rstguard.engine.service import Service
 from rstguard.kernel import (
     KernelError,
     chains,
-    challenge,
     clearing,
     cookies,
     holding,
@@ -25,6 +25,8 @@ from rstguard.kernel import (
     tracker,
 )
 from rstguard.kernel.diversion import queues_for
+from rstguard.kernel.dnat import Translation
+from rstguard.kernel.marks import Marks
 from rstguard.kernel.names import PREFIX
 from rstguard.kernel.seam import Kernel
 from rstguard.kernel.untracked import Hits
@@ -47,14 +49,18 @@ class Footprint:
         self.queues = queues
         self.known: dict[Service, Offer] = {}
         """The services that SYN cookies may be given out for; takes effect with `divert`."""
+        self.answered: dict[Service, Offer] = {}
+        """Those for which the rules in place give some out."""
         self._placed: dict[int, iptables.Present] = {}
         """What is in the kernel since the last `divert`."""
         self._clears = True
         """Whether our bits come off packets before they are routed (`rstguard.kernel.clearing`)."""
-        self.no_challenge = ""
-        """Why shunned sources are dropped though the policy would challenge them, or ""."""
+        self.no_cookies = ""
+        """Why no cookies are given out though the policy would have some given, or ""."""
         self._proxied: set[int] = set()
         """Families in which there is a rule with SYNPROXY since this guard began."""
+        self.translation = Translation(kernel)
+        """What translates connections that SYNPROXY opens to services behind DNAT."""
         self._tracker = tracker.USUAL
         """How the connection tracker was set when rules were last put in place."""
         self.hits = Hits()
@@ -80,8 +86,11 @@ class Footprint:
         with self._changing():
             done = sysctl.apply(self._kernel, sysctl.TRACKING, self._record)
             self.changed = [change for change in done if change.outcome is sysctl.Outcome.SET]
-            ipset.apply(self._kernel, ruleset, len(self.queues))
+            self._make_sets(ruleset)
             ipset.forget_services(self._kernel)
+
+    def _make_sets(self, ruleset: RuleSet) -> None:
+        ipset.apply(self._kernel, ruleset, len(self.queues), self.known)
 
     def altered(self) -> list[sysctl.Change]:
         """Return the sysctls that others have changed since.
@@ -111,27 +120,35 @@ class Footprint:
         with self._changing():
             self._tracker = tracker.look(self._kernel)
             self._clear(ruleset)
+            self.translation.apply(Marks(ruleset.marks), self._answerable(ruleset))
+            ipset.complete(self._kernel, ruleset, len(self.queues), self.known)
             counted = bool(self._placed)  # before the first rules nothing is
             if counted:
                 self.hits.look(self._kernel)
             self._placed = self._put(ruleset)
+            self.answered = self.translation.usable(self.known)
             self._proxied |= {f for f, plan in self._plans(ruleset).items() if _proxies(plan)}
+            self.hits.replaced += 1
             if counted:
                 self.hits.look(self._kernel)
             self._prune(ruleset)
 
     def _put(self, ruleset: RuleSet) -> dict[int, iptables.Present]:
         """Without SYN cookies the guard works as well: who is shunned is then dropped."""
-        before, self.no_challenge = self.no_challenge, ""
+        before, self.no_cookies = self.no_cookies, ""
         try:
             return iptables.apply(self._kernel, self._plans(ruleset))
         except KernelError as error:
-            if not challenge.in_force(ruleset) or syn_budget.in_force(ruleset):
+            if not cookies.wanted(ruleset) or syn_budget.has_rate(ruleset):
                 raise
-            self.no_challenge = str(error)
+            self.no_cookies = str(error)
             placed = iptables.apply(self._kernel, self._plans(ruleset))
             if not before:
-                log.warning("shunned sources are dropped, not challenged: %s", error)
+                log.warning(
+                    "shunned sources are dropped, not challenged, and open handshakes are not "
+                    "counted: %s",
+                    error,
+                )
             return placed
 
     def _clear(self, ruleset: RuleSet) -> None:
@@ -152,7 +169,7 @@ class Footprint:
 
     def _prune(self, ruleset: RuleSet) -> None:
         try:
-            ipset.prune(self._kernel, ruleset, len(self.queues))
+            ipset.prune(self._kernel, ruleset, len(self.queues), self.known)
         except KernelError as error:  # it matches nothing any more, and the next change tries again
             log.warning("a set that no rule of the guard needs could not be removed: %s", error)
 
@@ -171,13 +188,13 @@ class Footprint:
             )
         with self._changing():
             try:
-                ipset.apply(self._kernel, new, len(self.queues))
+                self._make_sets(new)
                 if divert:
                     self.divert(new)
                 if old.scope != new.scope:
                     ipset.forget_services(self._kernel)
             except KernelError:
-                ipset.apply(self._kernel, old, len(self.queues))
+                self._make_sets(old)
                 if divert:
                     self.divert(old)
                 raise
@@ -195,7 +212,9 @@ class Footprint:
             uncleared = clearing.missing(self._kernel, place) if self._clears else []
             rules = iptables.missing(self._kernel, self._plans(ruleset), self._placed)
             moved = tracker.look(self._kernel) != self._tracker and bool(self._placed)
-            return [*uncleared, *rules, *([_MOVED] if moved else [])]
+            known = self.translation.usable(self._answerable(ruleset))
+            untranslated = self.translation.missing(Marks(ruleset.marks), known)
+            return [*uncleared, *untranslated, *rules, *([_MOVED] if moved else [])]
 
     def lost(self, ruleset: RuleSet) -> list[str]:
         """Return which rules and sets others have taken away, in words.
@@ -206,7 +225,7 @@ class Footprint:
         with self._whole:
             return [
                 *self.missing(ruleset),
-                *ipset.lost(self._kernel, ruleset, len(self.queues)),
+                *ipset.lost(self._kernel, ruleset, len(self.queues), self.answered),
             ]
 
     def restore(self, ruleset: RuleSet) -> None:
@@ -216,7 +235,7 @@ class Footprint:
             KernelError: something was refused.
         """
         with self._changing():
-            ipset.apply(self._kernel, ruleset, len(self.queues))
+            self._make_sets(ruleset)
             self.divert(ruleset)
 
     def rules(self, ruleset: RuleSet) -> dict[str, str]:
@@ -224,12 +243,19 @@ class Footprint:
         return _texts(self._plans(ruleset))
 
     def _plans(self, ruleset: RuleSet) -> dict[int, chains.Plan]:
-        if self.no_challenge:
-            ruleset = replace(ruleset, challenge=False)
-        plans = _plans(ruleset, self.queues, self.known, self._tracker)
+        if self.no_cookies:
+            ruleset = replace(ruleset, challenge=False, syn_budget=None)
+        known = self.translation.usable(self.known)
+        plans = _plans(ruleset, self.queues, known, self._tracker)
         if self._clears:
             plans = {family: chains.unsaved(plan) for family, plan in plans.items()}
         return {family: self._keeping(family, plan) for family, plan in plans.items()}
+
+    def _answerable(self, ruleset: RuleSet) -> dict[Service, Offer]:
+        """Return the services for which a policy may have cookies given out."""
+        if not cookies.wanted(ruleset):
+            return {}
+        return {s: offer for s, offer in self.known.items() if ruleset.scope.protects(*s)}
 
     def _keeping(self, family: int, plan: chains.Plan) -> chains.Plan:
         """Add a rule with SYNPROXY that no packet comes to, if there was one and would be none.
@@ -263,6 +289,7 @@ class Footprint:
         """
         with self._whole:
             removed = iptables.remove(self._kernel)
+            removed = self.translation.remove() or removed
             return clearing.remove(self._kernel) or removed
 
     def remove(self, keep_bans: bool = False) -> list[str]:

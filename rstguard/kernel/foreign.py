@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple
 
 from rstguard.kernel.command import Commands, printed_or_nothing
-from rstguard.kernel.names import PREFIX
+from rstguard.kernel.counters import hits
+from rstguard.kernel.names import PREFIX, is_ours
 
 CLEARED, SPARED = "cleared", "spared"
 """What is counted: packets of guarded connections that had bits of others, which were taken off;
@@ -31,8 +32,8 @@ _NFT_SET: Final = re.compile(r"(meta|ct) mark set (.*)")
 _NFT_MATCHED: Final = re.compile(r"(?:meta|ct) mark (?:and |& )?(?:!= |== )?(0x[0-9a-f]+)")
 _NUMBER: Final = re.compile(r"(and |& )?\b(0x[0-9a-f]+|\d+)\b")
 _COUNTS: Final = {
-    f"-A {PREFIX}-foreign -j MARK": CLEARED,
-    f"-A {PREFIX}-condemned -m connlabel": SPARED,
+    (f"{PREFIX}-foreign", "-j MARK"): CLEARED,
+    (f"{PREFIX}-condemned", "-m connlabel"): SPARED,
 }
 
 
@@ -95,13 +96,11 @@ def told(found: Found, mask: int) -> list[str]:
 
 
 def _counted(printed: str) -> Counter[str]:
-    """Read lines as ``[12:720] -A rstguard-foreign -j MARK --set-xmark 0x0/0xff000000``."""
     found: Counter[str] = Counter()
-    for line in printed.splitlines():
-        count, _, rule = line.partition("] ")
-        for beginning, what in _COUNTS.items():
-            if rule.startswith(beginning):
-                found[what] += int(count[1:].partition(":")[0])
+    for packets, _, chain, rule in hits(printed):
+        for (of, beginning), what in _COUNTS.items():
+            if chain == of and rule.startswith(beginning):
+                found[what] += packets
     return found
 
 
@@ -144,7 +143,7 @@ def of_nft(printed: str) -> Iterator[Use]:
         if words[:1] == ["table"]:
             table = " ".join(words[1:3])
             of_iptables_ = words[1] in ("ip", "ip6") and words[2] in _TABLES_OF_IPTABLES
-            skips = of_iptables_ or words[2] == PREFIX
+            skips = of_iptables_ or words[2] == PREFIX or is_ours(words[2])
         if skips or "mark" not in line:
             continue
         if bits := _of_nft_rule(line):

@@ -26,9 +26,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from rstguard.engine.ruleset import Divert
+from rstguard.engine.ruleset import Divert, Measure
 from rstguard.kernel import oneway
-from rstguard.kernel.counting import table_size
+from rstguard.kernel.counting import printed_alike, up_to
 from rstguard.kernel.marks import Labels
 from rstguard.kernel.matching import Matching
 from rstguard.kernel.names import PREFIX, set_name
@@ -50,7 +50,6 @@ _FEW: Final = (5, 20)
 """Segments a second, and at once, of one proven source that pass beside what others must pass."""
 _PART: Final = 4
 """The valve leaves this part of the table to them, shared out by two families and two ways."""
-_MICROSECONDS: Final = 1_000_000
 
 _FITS_NOTHING: Final = "-m conntrack --ctstate NEW -m conntrack ! --ctstatus CONFIRMED"
 _SPEAKS: Final = "-p tcp -m tcp --tcp-flags SYN,RST,ACK ACK"
@@ -58,19 +57,12 @@ _SPEAKS: Final = "-p tcp -m tcp --tcp-flags SYN,RST,ACK ACK"
 
 def few(family: int, of: str) -> str:
     """Match up to a few segments a second of each source; `of` names the count."""
-    return (
-        f"-m hashlimit --hashlimit-upto {_FEW[0]}/sec --hashlimit-burst {_FEW[1]}"
-        f" --hashlimit-mode srcip --hashlimit-name {PREFIX}{family}-{of} {table_size(1)}"
-    )
+    return up_to(family, of, _FEW)
 
 
 def most_a_second(tracker: Tracker) -> int:
-    """Return how many entries a second each of the four ways may make.
-
-    It is a number that hashlimit prints as it reads it (`rstguard.kernel.counting`).
-    """
-    wanted = max(1, tracker.most // (_PART * UNANSWERED_SECONDS * 4))
-    return _MICROSECONDS // -(-_MICROSECONDS // wanted)
+    """Return how many entries a second each of the four ways may make."""
+    return printed_alike(max(1, tracker.most // (_PART * UNANSWERED_SECONDS * 4)))
 
 
 def serving_set(family: int) -> str:
@@ -99,6 +91,8 @@ class Forgotten(Matching):
         rules = []
         if self.ruleset.enforce:
             rules.append(f"{_FITS_NOTHING} -g {PREFIX}-valve")
+        if self.ruleset.kept_by_kernel(Measure.OUT_OF_STATE):
+            return (*rules, f"-g {PREFIX}-unfit")
         # What is of a service that answers by another way makes entries as well, and is no stray.
         rules += [f"-j {PREFIX}-lost"] if self.counts else oneway.strays(self)
         return tuple(rules)
@@ -139,7 +133,7 @@ class Forgotten(Matching):
             f"-m set ! {lost.format('match-set')} -j SET {grace.format('add-set')} --exist",
             f"-j SET {lost.format('add-set')} --exist",
             f"-m set {grace.format('match-set')} -j RETURN",
-            f"-j {PREFIX}-strays",
+            f"-g {PREFIX}-limit-strays",
         )
 
     def adopt(self) -> tuple[str, ...]:

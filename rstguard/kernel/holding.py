@@ -6,6 +6,8 @@ entry by then, which the asker repairs (`rstguard.kernel.conntrack.Conntrack.reo
 
 - In the queue *held* a RST waits for its verdict.  Its connection is marked HELD before that, and
   before any limit, so that the asker finds those again whose RST got lost.
+- A SYN of a connection of which a RST was held has the tracker forget it, if it was closed by that.
+  So such SYNs wait in front of the tracker, in the same queue, for the same decision.
 - In the queue *answers* short segments of HELD connections come to the asker, and RSTs that fit
   nothing but bear the name of such a connection: with a RST a dead end answers a probe.  Bulk data
   is not diverted.
@@ -21,8 +23,9 @@ from rstguard.kernel import proof
 from rstguard.kernel.chains import Plan
 from rstguard.kernel.counting import table_size
 from rstguard.kernel.jumps import Jump
-from rstguard.kernel.matching import Matching
+from rstguard.kernel.matching import UNTRACKED, Matching
 from rstguard.kernel.names import PREFIX, set_name
+from rstguard.kernel.services import SYN
 
 _INVALID: Final = "-m conntrack --ctstate INVALID"
 _RST: Final = "-p tcp -m tcp --tcp-flags SYN,RST RST"
@@ -31,8 +34,10 @@ NAMED_SECONDS: Final = 3
 """How long RSTs in the name of a connection are looked at after one of its was held."""
 _SHORT: Final = {4: 120, 6: 140}
 """Bytes of an IP packet that can only be a segment with some options and hardly any data."""
-_OF_CONNECTION: Final = (20, 8)
-"""RSTs a second that wait of one connection and direction, and at once; the rest are dropped."""
+_OF_CONNECTION: Final = (50, 32)
+"""RSTs a second that wait of one connection and direction, and at once; the rest are dropped.
+
+An honest one comes with three answers, which the tracker takes for RSTs like any."""
 _OF_NETWORK: Final = (1000, 200)
 """Likewise of the connections of all clients in a /24 or /48."""
 _ANSWERS: Final = (50, 16)
@@ -84,8 +89,14 @@ def with_holding(plan: Plan, ruleset: RuleSet, family: int, queues: Queues) -> P
         f"{PREFIX}-asked": build.asked(),
         f"{PREFIX}-local": (asked,),
     }
-    local = Jump("mangle", "OUTPUT", "", f"{PREFIX}-local", last=True)
-    return replace(plan, chains=chains, jumps=(*plan.jumps, local))
+    chains["raw"][f"{PREFIX}-behind"] = build.behind()
+    # Last: a packet that comes back from a queue goes on at the next hook.
+    behind = f"{SYN} -m set --match-set {named_set(family)} src,src,dst"
+    jumps = (
+        Jump("raw", "PREROUTING", behind, f"{PREFIX}-behind", last=True),
+        Jump("mangle", "OUTPUT", "", f"{PREFIX}-local", last=True),
+    )
+    return replace(plan, chains=chains, jumps=(*plan.jumps, *jumps))
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +127,14 @@ class _Build(Matching):
         ]
         return tuple(rules)
 
+    def behind(self) -> tuple[str, ...]:
+        """SYNs behind a RST; those that are answered with a cookie do not get to the tracker."""
+        return (
+            f"{UNTRACKED} -j RETURN",
+            self.each_connection("syn", _OF_CONNECTION),
+            f"-j NFQUEUE --queue-num {self.ours.held}{self.bypass}",
+        )
+
     @property
     def bypass(self) -> str:
         return " --queue-bypass" if self.ruleset.fail_open else ""
@@ -124,18 +143,21 @@ class _Build(Matching):
         """More are dropped, and their connections stay HELD: the asker asks for those as well."""
         size = table_size(NAMED_SECONDS)
         width = 24 if self.family == 4 else 48
-        each = (
-            f"-m hashlimit --hashlimit-above {_OF_CONNECTION[0]}/sec --hashlimit-burst"
-            f" {_OF_CONNECTION[1]} --hashlimit-mode srcip,srcport,dstip,dstport"
-            f" --hashlimit-name {PREFIX}{self.family}-rst {size} -j DROP"
-        )
         networks = (
             f"-m conntrack --ctdir {way} -m hashlimit --hashlimit-above {_OF_NETWORK[0]}/sec"
             f" --hashlimit-burst {_OF_NETWORK[1]} --hashlimit-mode {end}ip --hashlimit-{end}mask"
             f" {width} --hashlimit-name {PREFIX}{self.family}-rst-{end} {size} -j DROP"
             for way, end in (("ORIGINAL", "src"), ("REPLY", "dst"))
         )
-        return [each, *networks]
+        return [self.each_connection("rst", _OF_CONNECTION), *networks]
+
+    def each_connection(self, name: str, most: tuple[int, int]) -> str:
+        """Drop what is more than so many a second, and at once, of one connection's direction."""
+        return (
+            f"-m hashlimit --hashlimit-above {most[0]}/sec --hashlimit-burst {most[1]}"
+            " --hashlimit-mode srcip,srcport,dstip,dstport"
+            f" --hashlimit-name {PREFIX}{self.family}-{name} {table_size(NAMED_SECONDS)} -j DROP"
+        )
 
     def outside(self) -> tuple[str, ...]:
         """What came in on a protected interface; and whether a worker is to see it, if it goes on.
@@ -155,14 +177,9 @@ class _Build(Matching):
 
     def asked(self) -> tuple[str, ...]:
         """What may be an answer to a probe."""
-        size = table_size(NAMED_SECONDS)
         queue = f"-j NFQUEUE --queue-num {self.ours.answers} --queue-bypass"
         short = f"-m length --length 0:{_SHORT[self.family]}"
         ack = "-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK ACK"
-        too_many = (
-            f"-m hashlimit --hashlimit-above {_ANSWERS[0]}/sec --hashlimit-burst {_ANSWERS[1]}"
-            " --hashlimit-mode srcip,srcport,dstip,dstport"
-            f" --hashlimit-name {PREFIX}{self.family}-answers {size} -j DROP"
-        )
+        too_many = self.each_connection("answers", _ANSWERS)
         fits = "-m conntrack ! --ctstate INVALID -j RETURN"
         return (f"{ack} {short} {queue}", fits, too_many, queue)

@@ -16,7 +16,8 @@ than where the segment came from (the rpfilter match), or it has moved: then it 
 
 The sets rstguard-inside4 and -inside6 hold these addresses, rstguard-translated4 and -translated6
 the services that seem to be this host's own, and are not.  Those called rstguard-doubt4 and -doubt6
-hold the connections for which a RST or FIN has just come in.
+hold the connections for which a RST or FIN has just come in, rstguard-replaced4 and -replaced6
+those of them whose place a SYN has just taken.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ MOST_INSIDE: Final = 65_536
 DOUBT_SECONDS: Final = 10
 """How long it is known that a RST or FIN came: as long as a closed entry stays in the table
 (nf_conntrack_tcp_timeout_close)."""
+REPLACED_SECONDS: Final = 3
+"""How long it is known that a SYN took the place of one of them: until the sweeper has asked."""
 _LOCAL: Final = "-m addrtype --dst-type LOCAL"
 
 
@@ -55,6 +58,11 @@ def doubt_set(family: int) -> str:
     return set_name("doubt", family)
 
 
+def replaced_set(family: int) -> str:
+    """Return the name of the set of those whose place a SYN has just taken."""
+    return set_name("replaced", family)
+
+
 def translated(matching: Matching, first: str) -> list[str]:
     """Return the rules for the first ACK of a connection, which `first` matches.
 
@@ -70,18 +78,21 @@ def translated(matching: Matching, first: str) -> list[str]:
 
 
 def replacing(matching: Matching) -> list[str]:
-    """Return the rule for a SYN that takes the place of a connection that was in doubt.
+    """Return the rules for a SYN that takes the place of a connection that was in doubt.
 
     The tracker forgets what it takes for over as soon as a SYN of the same ends comes
     (tcp_packet in nf_conntrack_proto_tcp.c), before anybody could look at it: so the new entry is
-    looked at (`rstguard.sweeper.doubts`).
+    looked at (`rstguard.sweeper.doubts`).  To find it the whole table is walked through, so that a
+    set tells whether there is any.
     """
     if not matching.ruleset.enforce:
         return []
     marks = matching.marks
     new = f"-m conntrack --ctstate NEW -m connmark --mark {marks.guarded}"
     doubted = f"-m set --match-set {doubt_set(matching.family)} src,src,dst"
-    return [f"{new} {doubted} -j CONNMARK --set-xmark {marks.closing}"]
+    added = f"-j SET --add-set {replaced_set(matching.family)} src,src,dst --exist"
+    closing = f"-m conntrack --ctstate NEW -m connmark --mark {marks.replacing}"
+    return [f"{new} {doubted} -j CONNMARK --set-xmark {marks.closing}", f"{closing} {added}"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,9 +158,10 @@ class Ingress(Matching):
         server, as a RST does (tcp_packet in nf_conntrack_proto_tcp.c): mark, labels, counters and
         age stay.  A client's SYN alone proves nothing, as anybody can forge it.
         """
-        adopted = Labels(self.ruleset.labels).adopted
+        labels = Labels(self.ruleset.labels)
         return (
-            *([proof.label(adopted, add=True)] if self.ruleset.bans else []),
+            proof.label(labels.reused, add=True),
+            proof.label(labels.anew, add=True),
             f"-j CONNMARK --set-xmark {self.marks.guarded}",
         )
 

@@ -9,13 +9,39 @@ from __future__ import annotations
 import contextlib
 import errno
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from struct import pack
+from typing import Protocol
 
+from rstguard.engine.flow import Flow, Tuple
 from rstguard.kernel import KernelError
 from rstguard.kernel.marks import Marks
 
 _SEND_BUFFER = 4 << 20
+
+
+class Sender(Protocol):
+    """What sends packets: an `Injector`."""
+
+    def send(self, packets: Iterable[bytes], mark: int = 0) -> int:
+        """Send packets, routed by a mark; return how many left."""
+
+
+def way_of(path: Tuple, flow: Flow, marks: Marks, tries: int) -> int:
+    """Return the mark by which a probe of a connection is to be routed.
+
+    With two uplinks the mark of a connection often says by which its client is reached, and may say
+    nothing of its server, or the other way round: so each is tried in turn, the usual one first.
+    `tries` counts from 1.
+    """
+    to_client = path == flow.original.turned
+    return flow.mark & ~marks.mask if to_client == bool(tries & 1) else 0
+
+
+def send_each(sender: Sender, packets: Sequence[tuple[bytes, int]]) -> None:
+    """Send packets, each with the mark that it is to be routed by."""
+    for way in dict.fromkeys(way for _, way in packets):
+        sender.send((packet for packet, its in packets if its == way), way)
 
 
 class Injector:

@@ -13,6 +13,9 @@ rstguard-proven4, -proven6  hash:ip         sources that a server lately answere
                                             returned a SYN cookie; filled by the chains
 rstguard-suspect4, -suspect6  hash:ip         sources that lately sent an ACK of no connection;
                                             filled by the chains
+rstguard-admitted4, -6      hash:ip,port,ip  sources, and servers behind DNAT that they may reach
+                                            (`rstguard.kernel.dnat`); filled by the chains
+rstguard-passed4, -passed6  hash:ip         those whom a full one of them may answer by a cookie
 rstguard-trusted4, -6       hash:net        the policy's `trusted`
 rstguard-protected4, -spared6  hash:net        protected addresses: they are not blocked
 rstguard-dst4, -dst6        hash:net        the policy's `protect.destinations`, or everything
@@ -21,6 +24,9 @@ rstguard-close-ports        bitmap:port     ports whose FINs and RSTs a rule nee
                                             unless it needs all
 rstguard-engaged4, -6       hash:ip,port    services that were lately over the SYN budget; filled
                                             by the chains
+rstguard-half4-…, -beside4-…  hash:ip,port    SYNs that are not completed yet, of each service
+rstguard-full4, -full6      hash:ip,port    services with too many of them; filled by the chains
+rstguard-once4, -again4, …  hash:ip,port,ip  whom a server has sent one SYN-ACK, and one more
 rstguard-budget-ports       bitmap:port     ports of the SYN budget, unless it means all
 rstguard-named4, -named6    hash:ip,port,ip  connections of which a RST is held, in both directions;
                                             filled by the chains
@@ -28,12 +34,17 @@ rstguard-reset-exempt4, -6  hash:net        the policy's `reset_exempt`
 rstguard-inside4, -inside6  hash:ip         addresses that answer from inside; filled by the chains
 rstguard-translated4, -6    hash:ip,port    services whose target is translated here; likewise
 rstguard-doubt4, -doubt6    hash:ip,port,ip  connections for which a RST or FIN has just come in
+rstguard-replaced4, -6      hash:ip,port,ip  those whose place a SYN has just taken
 rstguard-serving4, -6       hash:ip,port    services that have answered a client; filled by the
                                             chains
 rstguard-lost4, -lost6      hash:ip         sources that lately sent a segment of no connection,
 rstguard-grace4, -grace6                    those whose first one has just come, and those that a
 rstguard-answered4, -6                      server has answered; filled by the chains
 rstguard-asked4, …          hash:ip,port    who answers, and who does not (`rstguard.kernel.oneway`)
+rstguard-live4-…, -live6-…  hash:ip(,port)  keys of a rule `connections` with a count of their
+                                            connections; filled by the chains, corrected by the
+                                            sweeper (`rstguard.kernel.admission`)
+rstguard-counting4, -6      hash:net        everything while the sweeper hears of connections
 rstguard-thin4-0, -thin6-0  hash:net        everything while worker 0 is overrun, else nothing;
 (-1, …: other workers)                      filled by the worker (`rstguard.kernel.thinning`)
 ==========================  ==============  ==================================================
@@ -51,6 +62,7 @@ from rstguard.kernel import (
     KernelError,
     challenge,
     forgotten,
+    half_open,
     holding,
     syn_budget,
     thinning,
@@ -61,6 +73,7 @@ from rstguard.kernel.filled import FIXED, MOST, SetSpec, learned
 from rstguard.kernel.names import BAN_SETS, BLOCK_SETS, GATE_SETS, is_ours, set_name
 from rstguard.kernel.proof import SUSPECT_SECONDS
 from rstguard.kernel.seam import Kernel
+from rstguard.kernel.services import NOBODY, Known
 
 PROOF_SECONDS = 600
 """How long an answered connection proves a source's address, in seconds."""
@@ -73,8 +86,8 @@ _RELEASE_SECONDS = 2.0
 _RELEASE_LOOK = 0.02
 
 
-def plan(ruleset: RuleSet, workers: int = 1) -> tuple[SetSpec, ...]:
-    """Return the sets that a policy and its workers need.  Pure."""
+def plan(ruleset: RuleSet, workers: int = 1, known: Known = NOBODY) -> tuple[SetSpec, ...]:
+    """Return the sets that a policy, its workers and the known services need.  Pure."""
     scope = ruleset.scope
     everything = (Prefix(0, 0), Prefix(V6, 0))
     times = {"proven": PROOF_SECONDS, "suspect": SUSPECT_SECONDS}
@@ -115,6 +128,7 @@ def plan(ruleset: RuleSet, workers: int = 1) -> tuple[SetSpec, ...]:
         if syn_budget.in_force(ruleset):
             engaged = f"family {family} maxelem 65536 timeout {syn_budget.ENGAGED_SECONDS}"
             specs.append(SetSpec(syn_budget.engaged_set(digit), "hash:ip,port", engaged))
+        specs += half_open.sets(ruleset, digit, known)
         if holding.in_force(ruleset):
             named = f"family {family} maxelem 65536 timeout {holding.NAMED_SECONDS}"
             name, kind = holding.named_set(digit), "hash:ip,port,ip"
@@ -140,7 +154,7 @@ def forget_services(kernel: Commands) -> None:
         ipset(kernel, "flush", forgotten.serving_set(family))
 
 
-def apply(kernel: Commands, ruleset: RuleSet, workers: int = 1) -> None:
+def apply(kernel: Commands, ruleset: RuleSet, workers: int = 1, known: Known = NOBODY) -> None:
     """Bring the sets of this network namespace in line with a policy, and check the result.
 
     Each set that the policy fills is built beside the old one and swapped with it, so a packet
@@ -151,7 +165,7 @@ def apply(kernel: Commands, ruleset: RuleSet, workers: int = 1) -> None:
     Raises:
         KernelError: ipset is missing, or the kernel refused something.
     """
-    specs = plan(ruleset, workers)
+    specs = plan(ruleset, workers, known)
     present = _sets(kernel)
     clears = [f"destroy {name}" for name in present if is_ours(name) and name.endswith(_FRESH)]
     builds: list[str] = []
@@ -173,11 +187,22 @@ def apply(kernel: Commands, ruleset: RuleSet, workers: int = 1) -> None:
     _verify(kernel, specs)
 
 
-def lost(kernel: Commands, ruleset: RuleSet, workers: int = 1) -> list[str]:
+def complete(kernel: Commands, ruleset: RuleSet, workers: int = 1, known: Known = NOBODY) -> None:
+    """Make the sets that are not there; those that are stay as they are.
+
+    Raises:
+        KernelError: the kernel refused one.
+    """
+    present = _sets(kernel)
+    absent = [spec for spec in plan(ruleset, workers, known) if spec.name not in present]
+    _restore(kernel, [_creation(spec, spec.name) for spec in absent if spec.members is None])
+
+
+def lost(kernel: Commands, ruleset: RuleSet, workers: int = 1, known: Known = NOBODY) -> list[str]:
     """Return which sets that a policy fills are gone or have lost members, in words; quick."""
     present = _sets(kernel)
     found = []
-    for spec in plan(ruleset, workers):
+    for spec in plan(ruleset, workers, known):
         held = present.get(spec.name)
         if held is None:
             found.append(f"the set {spec.name}")
@@ -200,13 +225,13 @@ def blocked_by_kind(kernel: Commands) -> dict[Kind, int]:
     return {"ban": bans, "shun": sum(held.values()) - bans}
 
 
-def prune(kernel: Kernel, ruleset: RuleSet, workers: int = 1) -> None:
+def prune(kernel: Kernel, ruleset: RuleSet, workers: int = 1, known: Known = NOBODY) -> None:
     """Remove the rstguard sets that a policy does not need.
 
     Raises:
         KernelError: one of them is still matched on by a rule.
     """
-    needed = {spec.name for spec in plan(ruleset, workers)}
+    needed = {spec.name for spec in plan(ruleset, workers, known)}
     _destroy(kernel, needed)
 
 
@@ -277,8 +302,7 @@ def _options(text: str) -> frozenset[tuple[str, str]]:
     """Return the options that say what a set is for; versions of ipset differ in the others."""
     words = text.split()
     found = {word: words[at + 1] for at, word in enumerate(words[:-1]) if word in _VALUED}
-    if "comment" in words:
-        found["comment"] = ""
+    found |= {word: "" for word in ("comment", "counters") if word in words}
     whole = "32" if found.get("family") == "inet" else "128"
     return frozenset(pair for pair in found.items() if pair != ("netmask", whole))
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from rstguard.kernel import KernelError
+from rstguard.kernel import KernelError, Undone
 from rstguard.kernel.chains import Plan
 from rstguard.kernel.jumps import Jump
 from rstguard.kernel.names import PREFIX
@@ -121,7 +121,7 @@ def apply(kernel: Kernel, plans: dict[int, Plan]) -> dict[int, Present]:
     present = _read_all(kernel, plans)
     lacking = _lacking(plans, present, {})
     if lacking:
-        raise KernelError(
+        raise Undone(
             f"iptables accepted the rules but {lacking[0]} is not there; another tool may be "
             "rewriting the firewall: stop it or try again"
         )

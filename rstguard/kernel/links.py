@@ -107,18 +107,3 @@ def protected(patterns: Iterable[str], here: Sequence[Link]) -> list[Link]:
         for link in here
         if any(fnmatch.fnmatchcase(link.name, pattern) for pattern in patterns)
     ]
-
-
-def amiss(patterns: Sequence[str], here: Sequence[Link]) -> tuple[str, ...]:
-    """Return what is wrong with the interfaces that a policy protects, in words.  Pure.
-
-    That not one of them is here is told elsewhere, as then nothing is filtered.
-    """
-    found = protected(patterns, here)
-    gone = [name for name in patterns if found and not protected([name], here)]
-    names = ", ".join(link.name for link in here)
-    return (
-        *(f"no interface here is called {name}: renamed, or gone? (there are {names})"
-          for name in gone),
-        *filter(None, map(complaint, found)),
-    )  # fmt: skip

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from rstguard.engine.nearest import Near
-from rstguard.engine.offers import Service
 from rstguard.engine.ruleset import RuleSet
+from rstguard.engine.service import Service
 from rstguard.kernel import (
     KernelError,
     NotPermitted,
@@ -93,9 +93,9 @@ class Linux:
         return Sets()
 
     @_at_hand
-    def table(self) -> Conntrack:
+    def table(self, columns: bool = False) -> Conntrack:
         """Return the connection table."""
-        return Conntrack()
+        return Conntrack(columns=columns)
 
     @_at_hand
     def injector(self, marks: Marks) -> Injector:

@@ -1,7 +1,7 @@
 """The plan of all bits that the guard keeps on connections and packets, those to come included.
 
 Eight adjacent bits of the mark, chosen by the policy's key `marks` (`DEFAULT_MARKS`); every other
-bit belongs to other software and is never changed.  Six labels beside them (`Labels`).
+bit belongs to other software and is never changed.  Eight labels beside them (`Labels`).
 
 On a connection (connmark), GUARDED, PROVEN and TRUSTED are *stages*: who is trusted has proved
 itself, and who has proved itself is guarded.  Two bits hold the three.  A stage only rises, and
@@ -11,7 +11,8 @@ A mark bit is what a dump filters by, what a rule clears again, and what must wo
 that are older than the guard.  A label is what is only ever set, and only on connections that began
 while some rule asked for labels: older ones have no room for them, and none can be made
 (nf_conntrack_labels.c: nf_ct_labels_ext_add when an entry is made; nf_connlabels_replace gives
-ENOSPC, xt_connlabel sets nothing).  No dump filters by labels, and no rule clears one.
+ENOSPC, xt_connlabel sets nothing).  No dump filters by labels, and no rule clears
+one: a process can (`rstguard.sweeper.sweeping`).
 
 On a packet the bits mean something else, and only between a rule of ours and the queue, or between
 the queue and the next hook function, where they are taken off it before it is routed
@@ -32,6 +33,7 @@ from typing import Final, NamedTuple
 from rstguard.engine import wire
 from rstguard.engine.ruleset import (
     ADOPTED,
+    ANEW,
     BEGUN,
     CONDEMNED,
     CONFIRMED,
@@ -39,6 +41,7 @@ from rstguard.engine.ruleset import (
     DEFAULT_MARKS,
     LIKELY,
     MPTCP,
+    REUSED,
 )
 from rstguard.engine.verdict import Ends
 
@@ -85,7 +88,8 @@ PLAN: Final = (
     Meaning(
         _ON_CONNECTION, "CLOSING", _CLOSING,
         "a RST or FIN came in its client's name, and its server has not closed it: the sweeper"
-        " looks what became of its ends; or its SYN took the place of one of which this is true",
+        " looks what became of its ends; or its SYN took the place of one of which this is true;"
+        " not GUARDED: an ACK that may bear a SYN cookie, and is not to be translated",
     ),
     Meaning(
         _ON_CONNECTION, "CONDEMNED_SOURCE", _CONDEMNED_SOURCE,
@@ -97,7 +101,8 @@ PLAN: Final = (
     ),
     Meaning(
         _ON_CONNECTION, "HELD", _HELD,
-        "a RST is held back until the end that it claims to come from was asked",
+        "a RST is held back until the end that it claims to come from was asked; not GUARDED: a"
+        " SYN to a service with too many open handshakes, dropped behind all rules",
     ),
     Meaning(
         _ON_CONNECTION, "RST_SENT_SOURCE", _RST_SENT_SOURCE,
@@ -117,7 +122,8 @@ PLAN: Final = (
     ),
     Meaning(
         _LABEL, "ADOPTED", ADOPTED,
-        "taken up in mid-life, or where another of the same ends had been: its age is not known",
+        "the tracker had forgotten it and has taken it up again: nobody knows its age and window"
+        " scale",
     ),
     Meaning(
         _LABEL, "BEGUN", BEGUN,
@@ -129,6 +135,16 @@ PLAN: Final = (
     ),
     Meaning(
         _LABEL, "MPTCP", MPTCP, "its server has agreed to MPTCP: a RST ends a subflow alone",
+    ),
+    Meaning(
+        _LABEL, "REUSED", REUSED,
+        "its entry had been another's: the age, the bytes and the packets that the kernel counts"
+        " are of both",
+    ),
+    Meaning(
+        _LABEL, "ANEW", ANEW,
+        "the same since the last sweep, which clears it, and LIKELY and CONFIRMED: those were"
+        " another's",
     ),
     Meaning(_INTO, "KNOWN", _TO_QUEUE_KNOWN, "the tracker calls the connection established"),
     Meaning(
@@ -230,15 +246,31 @@ class Marks:
         """On a packet that the guard sends to make a silent end speak, until it is known by it."""
 
     @property
+    def bearer(self) -> Bits:
+        """An entry made by an ACK that may bear a SYN cookie: it ends where that is read."""
+        return Bits(self.closing.value, self.closing.mask | self.stage_mask)
+
+    @property
+    def awaiting(self) -> Bits:
+        """One made by a SYN to a service behind DNAT that is full: it ends behind all rules."""
+        return Bits(self.held.value, self.held.mask | self.stage_mask)
+
+    @property
+    def replacing(self) -> Bits:
+        """One whose SYN took the place of a doubted one."""
+        bits = self.guarded.value | self.closing.value
+        return Bits(bits, self.guarded.mask | self.doubted.mask)
+
+    @property
     def states(self) -> tuple[int, ...]:
         """The state bits of `rstguard.engine.wire` for ``mark >> base & 255`` of a packet."""
         return tuple(map(_state, range(_ALL + 1)))
 
 
 class Labels:
-    """The numbers of the labels, from `first` on (0-122).
+    """The numbers of the labels, from `first` on (0-120).
 
-    A policy that bans needs the connlabel match (CONFIG_NETFILTER_XT_MATCH_CONNLABEL and
+    They need the connlabel match (CONFIG_NETFILTER_XT_MATCH_CONNLABEL and
     CONFIG_NF_CONNTRACK_LABELS; the check "proof of address" of `rstguard doctor`).
     """
 
@@ -249,6 +281,8 @@ class Labels:
         self.begun = first + BEGUN
         self.condemned = first + CONDEMNED
         self.mptcp = first + MPTCP
+        self.reused = first + REUSED
+        self.anew = first + ANEW
 
 
 def _one(value: int) -> Bits:

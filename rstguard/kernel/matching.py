@@ -12,6 +12,8 @@ from rstguard.kernel.names import set_name
 SYN_ONLY = "FIN,SYN,RST,ACK SYN"
 UNTRACKED = "-m conntrack --ctstate UNTRACKED"
 """What was kept from the tracker in the raw table, such as SYNs that a cookie is to answer."""
+_MOST_PORTS = 15
+"""What the multiport match takes at once; a range counts as two."""
 SYN_ACK = "-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK SYN,ACK"
 
 
@@ -80,3 +82,30 @@ def interface_names(ruleset: RuleSet) -> list[str]:
 def negated(match: str) -> str:
     """Return a match on a set turned into its opposite."""
     return match.replace("-m set ", "-m set ! ", 1)
+
+
+def ports_named(ports: frozenset[int] | None) -> tuple[str, ...]:
+    """Return matches, of which one fits, for what goes to these ports; "" if they are None: all."""
+    if ports is None:
+        return ("",)
+    several: list[list[str]] = [[]]
+    room = _MOST_PORTS
+    for first, last in _runs(ports):
+        needed = 1 if first == last else 2
+        if needed > room:
+            several.append([])
+            room = _MOST_PORTS
+        several[-1].append(str(first) if first == last else f"{first}:{last}")
+        room -= needed
+    return tuple(f"-p tcp -m multiport --dports {','.join(some)} " for some in several if some)
+
+
+def _runs(ports: frozenset[int]) -> list[tuple[int, int]]:
+    """Return the first and the last of each run of ports."""
+    runs: list[tuple[int, int]] = []
+    for port in sorted(ports):
+        if runs and runs[-1][1] == port - 1:
+            runs[-1] = runs[-1][0], port
+        else:
+            runs.append((port, port))
+    return runs

@@ -28,8 +28,13 @@ from rstguard.kernel.netlink import (
 
 _LIST: Final = 6 << 8 | 7
 _PROTOCOL, _SETNAME, _ADT = 1, 2, 8
+_FLAGS, _DATA = 6, 7
+_HEADER_ALONE: Final = 1 << 2
+"""IPSET_FLAG_LIST_HEADER."""
 _TIMEOUT, _COMMENT = 6, 26
+_ENTRIES: Final = 24
 _VERSION: Final = 6
+_NETWORK_ORDER: Final = 0x4000
 _HEAD: Final = HEADER.size + NFGEN.size
 _SIZE: Final = ATTRIBUTE.size
 _V6_LENGTH: Final = 17
@@ -42,10 +47,9 @@ def members(netlink: Netlink, name: str, of: Collection[Prefix] | None = None) -
         KernelError: there is no such set, or it may not be read; its cause is the OSError.
     """
     wanted = None if of is None else {packed(p.network) + bytes((p.length,)) for p in of}
-    asked = attribute(_PROTOCOL, bytes((_VERSION,))) + attribute(_SETNAME, name.encode() + b"\0")
     found = []
     try:
-        for chunk, spans in netlink.dump(Request(_LIST, socket.AF_INET, asked)):
+        for chunk, spans in netlink.dump(Request(_LIST, socket.AF_INET, _of(name))):
             for start, end in spans:
                 for prefix, rest, after in _elements(chunk, start + _HEAD, end):
                     if wanted is None or prefix in wanted:
@@ -54,6 +58,26 @@ def members(netlink: Netlink, name: str, of: Collection[Prefix] | None = None) -
     except (IndexError, struct.error) as error:
         raise KernelError(f"the kernel's list of the set {name} cannot be read: {error}") from None
     return found
+
+
+def entries(netlink: Netlink, name: str) -> int:
+    """Return how many elements a set of any type holds whose time is not over.
+
+    Raises:
+        KernelError: there is no such set, or it may not be read; its cause is the OSError.
+    """
+    flags = attribute(_FLAGS | _NETWORK_ORDER, _HEADER_ALONE.to_bytes(4, "big"))
+    for chunk, spans in netlink.dump(Request(_LIST, socket.AF_INET, _of(name) + flags)):
+        for start, end in spans:
+            for kind, at, last in _nests(chunk, start + _HEAD, end):
+                if kind == _DATA:
+                    values = {k: chunk[a:b] for k, a, b in _nests(chunk, at, last)}
+                    return int.from_bytes(values.get(_ENTRIES, b""), "big")
+    return 0
+
+
+def _of(name: str) -> bytes:
+    return attribute(_PROTOCOL, bytes((_VERSION,))) + attribute(_SETNAME, name.encode() + b"\0")
 
 
 def _elements(chunk: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:

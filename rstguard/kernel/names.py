@@ -5,10 +5,11 @@ Whatever bears the prefix is ours to change and to remove; nothing else is.
 
 from __future__ import annotations
 
+from hashlib import blake2b
 from typing import Final
 
 PREFIX: Final = "rstguard"
-"""The name of the nf_tables table, and how the name of every chain and set begins."""
+"""The name of an nf_tables table, and how the name of every other, chain and set begins."""
 
 
 def set_name(what: str, family: int | None = None) -> str:
@@ -21,6 +22,11 @@ SHUN_SETS: Final = (set_name("shun", 4), set_name("shun", 6))
 GATE_SETS: Final = (set_name("gate", 4), set_name("gate", 6))
 BLOCK_SETS: Final = BAN_SETS + GATE_SETS + SHUN_SETS
 """All that hold whom the guard blocks, the most severe first."""
+
+
+def short_id(text: str) -> str:
+    """Return ten characters that stand for a text: the name of a set has room for 31 in all."""
+    return blake2b(text.encode(), digest_size=5).hexdigest()
 
 
 def is_ours(name: str) -> bool:

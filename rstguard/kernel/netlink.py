@@ -14,7 +14,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
-from rstguard.kernel import KernelError
+from rstguard.kernel import Changed, KernelError
 
 NETLINK_ROUTE: Final = 0
 NETLINK_NETFILTER: Final = 12
@@ -190,12 +190,11 @@ class Netlink:
         One dump at a time; what is left of one that is broken off is read and forgotten.
 
         Raises:
-            KernelError: the dump failed, was interrupted (NLM_F_DUMP_INTR) or overran the socket;
-                what was yielded before then is valid but incomplete.
+            KernelError: the dump failed or overran the socket, or (Changed) was interrupted
+                (NLM_F_DUMP_INTR); what was yielded before then is valid but incomplete.
         """
-        number = self._next(1)
-        self._send(encode(request, NLM_F_DUMP, number))
-        interrupted = done = False
+        number = self._begin_dump(request)
+        changed = done = False
         try:
             while not done:
                 chunk = self._receive()
@@ -203,21 +202,24 @@ class Netlink:
                 for start, end, kind, flags, sequence in messages(chunk):
                     if sequence != number:
                         continue
-                    interrupted = interrupted or bool(flags & NLM_F_DUMP_INTR)
+                    changed = changed or bool(flags & NLM_F_DUMP_INTR)
                     if kind >= NLMSG_FIRST_OWN:
                         spans.append((start, end))
                     elif kind in (NLMSG_ERROR, NLMSG_DONE):
                         done = True
-                        _raise_failed(chunk, start, end)
+                        raise_failed(chunk, start, end)
                 yield chunk, spans
         finally:
             if not done:
                 self._read_up(number)
-        if interrupted:
-            raise KernelError(
-                "The connection table changed while it was read, so the reading is incomplete: "
-                "read it again."
-            )
+        if changed:
+            raise interrupted()
+
+    def _begin_dump(self, request: Request) -> int:
+        """Ask for a dump; return the number that its messages bear."""
+        number = self._next(1)
+        self._send(encode(request, NLM_F_DUMP, number))
+        return number
 
     def _read_up(self, number: int) -> None:
         """Read the rest of a dump: the kernel begins no other on this socket before its end."""
@@ -245,20 +247,30 @@ class Netlink:
     def _receive(self) -> bytes:
         try:
             chunk, _, flags, _ = self._socket.recvmsg(CHUNK)
-        except TimeoutError as error:
-            raise KernelError(
-                f"The kernel gave no netlink answer within {PATIENCE:.0f} s: "
-                "see `dmesg` for what holds it up."
-            ) from error
         except OSError as error:
-            if error.errno == errno.ENOBUFS:
-                raise KernelError(
-                    "Netlink answers were lost because the socket overran: ask again."
-                ) from error
-            raise KernelError(f"Could not read from netlink: {_say(error)}.") from error
+            raise unreadable(error) from error
         if flags & socket.MSG_TRUNC:
             raise KernelError(f"The kernel sent a netlink message of more than {CHUNK} bytes.")
         return chunk
+
+
+def unreadable(error: OSError) -> KernelError:
+    """Return what to say when nothing can be read from a socket."""
+    if isinstance(error, TimeoutError):
+        return KernelError(
+            f"The kernel gave no netlink answer within {PATIENCE:.0f} s: "
+            "see `dmesg` for what holds it up."
+        )
+    if error.errno == errno.ENOBUFS:
+        return KernelError("Netlink answers were lost because the socket overran: ask again.")
+    return KernelError(f"Could not read from netlink: {_say(error)}.")
+
+
+def interrupted() -> Changed:
+    """Return what to say of a dump that bears NLM_F_DUMP_INTR."""
+    return Changed(
+        "The table changed while it was read, so the reading is incomplete: read it again."
+    )
 
 
 def messages(chunk: bytes) -> Iterator[tuple[int, int, int, int, int]]:
@@ -281,8 +293,12 @@ def messages(chunk: bytes) -> Iterator[tuple[int, int, int, int, int]]:
         raise KernelError(f"The kernel sent a netlink message that is cut off at byte {start}.")
 
 
-def _raise_failed(chunk: bytes, start: int, end: int) -> None:
-    """Raise what the end of a dump reports, if it is an error."""
+def raise_failed(chunk: bytes, start: int, end: int) -> None:
+    """Raise what the end of a dump reports, if it is an error.
+
+    Raises:
+        KernelError: it is one.
+    """
     if end - start < HEADER.size + _ERROR.size:
         return
     code = -_ERROR.unpack_from(chunk, start + HEADER.size)[0]

@@ -6,7 +6,7 @@ import errno
 import socket
 import struct
 from collections.abc import Iterator
-from typing import Self
+from typing import Final, Self
 
 from rstguard.kernel import InUse, KernelError, NotPermitted
 from rstguard.kernel.netlink import (
@@ -16,11 +16,14 @@ from rstguard.kernel.netlink import (
     NETLINK_NETFILTER,
     NFGEN,
     NLA_TYPE_MASK,
+    RECEIVE_BUFFER,
+    SO_RCVBUFFORCE,
     Request,
     attribute,
     configure,
     messages,
 )
+from rstguard.kernel.seam import Copies, Copy
 
 # linux/netfilter/nfnetlink.h and nfnetlink_log.h
 _SUBSYSTEM = 4
@@ -28,8 +31,10 @@ _PACKET, _CONFIG = 0, 1
 _CFG_CMD, _CFG_MODE, _CFG_QTHRESH = 1, 2, 5
 _BIND = 1
 _COPY_PACKET = 2
-_PAYLOAD = 9
+_PAYLOAD, _PREFIX = 9, 10
 _WHOLE = 0xFFFF
+_AT_ONCE: Final = 4096
+"""Packets that one reading brings at most, so that a flood of them holds nobody up for long."""
 
 
 class PacketLog:
@@ -57,6 +62,10 @@ class PacketLog:
         except OSError as error:
             self._socket.close()
             raise _refused(group, error) from error
+        try:
+            self._socket.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, RECEIVE_BUFFER)
+        except PermissionError:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
         self._socket.setblocking(False)
 
     def __enter__(self) -> Self:
@@ -75,35 +84,47 @@ class PacketLog:
 
     def receive(self) -> list[bytes]:
         """Return the packets that have arrived, each from its IP header on."""
-        packets: list[bytes] = []
-        while True:
+        return [copy.packet for copy in self.read().copies]
+
+    def read(self) -> Copies:
+        """Return the packets that have arrived, with the prefix of the rule that sent each."""
+        copies: list[Copy] = []
+        lost = False
+        while len(copies) < _AT_ONCE:
             try:
                 chunk = self._socket.recv(CHUNK)
             except BlockingIOError:
-                return packets
+                break
             except OSError as error:
-                if error.errno == errno.ENOBUFS:
-                    continue  # some were lost; others of their kind will come
-                raise KernelError(f"cannot read logged packets ({error.strerror})") from error
-            packets += _payloads(chunk)
+                if error.errno != errno.ENOBUFS:
+                    raise KernelError(f"cannot read logged packets ({error.strerror})") from error
+                lost = True
+                continue
+            copies += _copies(chunk)
+        return Copies(copies, lost)
 
     def _configure(self, attributes: bytes) -> None:
         kind = _SUBSYSTEM << 8 | _CONFIG
         configure(self._socket, Request(kind, socket.AF_UNSPEC, attributes, self._group))
 
 
-def _payloads(chunk: bytes) -> Iterator[bytes]:
+def _copies(chunk: bytes) -> Iterator[Copy]:
     for start, end, kind, _, _ in messages(chunk):
         if kind != _SUBSYSTEM << 8 | _PACKET:
             continue
         at = start + HEADER.size + NFGEN.size
+        packet, prefix = b"", ""
         while at + 4 <= end:
             length, attribute_kind = ATTRIBUTE.unpack_from(chunk, at)
             if length < 4 or at + length > end:
                 break
             if attribute_kind & NLA_TYPE_MASK == _PAYLOAD:
-                yield chunk[at + 4 : at + length]
+                packet = chunk[at + 4 : at + length]
+            elif attribute_kind & NLA_TYPE_MASK == _PREFIX:
+                prefix = chunk[at + 4 : at + length].rstrip(b"\0").decode("ascii", "replace")
             at += (length + 3) & ~3
+        if packet:
+            yield Copy(prefix, packet)
 
 
 def _refused(group: int, error: OSError) -> KernelError:

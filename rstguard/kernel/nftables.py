@@ -1,7 +1,8 @@
 """A table of nf_tables of our own: made whole, compared, taken away.
 
 Written as netlink messages (linux/netfilter/nf_tables.h), for the command `nft` may not be there.
-Only what `rstguard.kernel.clearing` needs: chains at hooks, rules that match and set marks.
+Only what `rstguard.kernel.clearing` and `rstguard.kernel.dnat` need: chains at hooks, rules that
+match, set marks and translate targets.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ import socket
 import struct
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Final, NamedTuple
 
-from rstguard.kernel import KernelError
+from rstguard.engine.address import is_v6, packed
+from rstguard.engine.service import Service
+from rstguard.kernel import Changed, KernelError
 from rstguard.kernel.entry import walk
 from rstguard.kernel.marks import Bits
 from rstguard.kernel.netlink import (
@@ -36,6 +40,8 @@ from rstguard.kernel.netlink import (
 _INET: Final = 1
 _SUBSYSTEM: Final = 10
 _HEADERS: Final = HEADER.size + NFGEN.size
+_READINGS: Final = 10
+"""So often is read what others change meanwhile."""
 _BEGIN, _END = 0x10, 0x11
 _CREATE, _APPEND = 0x400, 0x800
 _NEW_TABLE, _DELETE_TABLE, _NEW_CHAIN = 0, 2, 3
@@ -46,9 +52,14 @@ _HOOK_NUMBER, _HOOK_PRIORITY = 1, 2
 _RULE_TABLE, _RULE_CHAIN, _RULE_EXPRESSIONS, _RULE_COMMENT = 1, 2, 4, 7
 _EQUAL, _UNEQUAL = 0, 1
 _NAME_BYTES = 16  # IFNAMSIZ
-_TRANSPORT_HEADER, _FLAGS_AT = 2, 13
+_NETWORK_HEADER, _TRANSPORT_HEADER = 1, 2
+_PORT_AT, _FLAGS_AT = 2, 13
+_IPV4, _IPV6 = 2, 10  # NFPROTO_IPV4, NFPROTO_IPV6
+_DESTINATION = {False: (16, 4), True: (24, 16)}
+"""Where the IP header has it, and how long it is."""
+_TRANSLATE_DESTINATION, _RANDOM = 1, 1
 _TCP, _SYN, _SYN_RST_ACK_FIN = 6, 0x02, 0x17
-_REGISTER = struct.pack(">I", 1)
+_REGISTER, _SECOND_REGISTER = struct.pack(">I", 1), struct.pack(">I", 2)
 _ALL_BITS = 0xFFFFFFFF
 
 
@@ -61,6 +72,7 @@ class Field(NamedTuple):
 
 MARK_OF_PACKET: Final = Field("meta", 3)
 _DEVICE_OF_PACKET: Final = Field("meta", 6)
+_FAMILY_OF_PACKET: Final = Field("meta", 15)
 _PROTOCOL_OF_PACKET: Final = Field("meta", 16)
 MARK_OF_CONNECTION: Final = Field("ct", 3)
 _LABELS_OF_CONNECTION: Final = Field("ct", 13)
@@ -78,7 +90,7 @@ class Rule(NamedTuple):
 
 
 class Chain(NamedTuple):
-    """A chain at a hook (enum nf_inet_hooks), of type filter or route."""
+    """A chain at a hook (enum nf_inet_hooks), of type filter, route or nat."""
 
     name: str
     hook: int
@@ -125,21 +137,29 @@ def comments(table: str) -> dict[str, list[str]]:
     Raises:
         KernelError: the kernel has no nf_tables, or could not be asked.
     """
-    found: dict[str, list[str]] = {}
     netlink = Netlink()
     try:
-        kind = _SUBSYSTEM << 8 | _GET_RULE
-        for chunk, spans in netlink.dump(Request(kind, _INET, _named(_RULE_TABLE, table))):
-            for start, end in spans:
-                values = {
-                    path: chunk[value:value_end]
-                    for path, value, value_end in walk(chunk, start + _HEADERS, end)
-                }
-                chain = values[(_RULE_CHAIN,)].rstrip(b"\0").decode()
-                comment = values.get((_RULE_COMMENT,), b"")[2:].rstrip(b"\0")
-                found.setdefault(chain, []).append(comment.decode(errors="replace"))
+        # Any other program's change, to any table, interrupts it (nft_base_seq).
+        for _ in range(_READINGS - 1):
+            with suppress(Changed):
+                return _comments(netlink, table)
+        return _comments(netlink, table)
     finally:
         netlink.close()
+
+
+def _comments(netlink: Netlink, table: str) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    kind = _SUBSYSTEM << 8 | _GET_RULE
+    for chunk, spans in netlink.dump(Request(kind, _INET, _named(_RULE_TABLE, table))):
+        for start, end in spans:
+            values = {
+                path: chunk[value:value_end]
+                for path, value, value_end in walk(chunk, start + _HEADERS, end)
+            }
+            chain = values[(_RULE_CHAIN,)].rstrip(b"\0").decode()
+            comment = values.get((_RULE_COMMENT,), b"")[2:].rstrip(b"\0")
+            found.setdefault(chain, []).append(comment.decode(errors="replace"))
     return found
 
 
@@ -233,20 +253,61 @@ def is_tcp() -> bytes:
 
 def is_syn(yes: bool = True) -> bytes:
     """Match a TCP segment that is, or is not, the first of its connection."""
-    load = _expression(
-        "payload",
-        attribute(1, _REGISTER),
-        *(
-            attribute(kind, struct.pack(">I", value))
-            for kind, value in ((2, _TRANSPORT_HEADER), (3, _FLAGS_AT), (4, 1))
-        ),
-    )
+    load = _load_bytes(_TRANSPORT_HEADER, _FLAGS_AT, 1)
     registers = attribute(1, _REGISTER) + attribute(2, _REGISTER)
     mask = nest(4, attribute(1, bytes((_SYN_RST_ACK_FIN,))))
     only = _expression(
         "bitwise", registers, attribute(3, struct.pack(">I", 1)), mask, nest(5, attribute(1, b"\0"))
     )
     return load + only + _compare_bytes(_EQUAL if yes else _UNEQUAL, bytes((_SYN,)))
+
+
+def is_of(v6: bool) -> bytes:
+    """Match IPv6, or IPv4."""
+    return _load(_FAMILY_OF_PACKET) + _compare_bytes(_EQUAL, bytes((_IPV6 if v6 else _IPV4,)))
+
+
+def goes_to(service: Service) -> bytes:
+    """Match TCP to a service, of packets of its family."""
+    address = _load_bytes(_NETWORK_HEADER, *_DESTINATION[is_v6(service.address)])
+    port = _load_bytes(_TRANSPORT_HEADER, _PORT_AT, 2)
+    return (
+        is_tcp()
+        + address
+        + _compare_bytes(_EQUAL, packed(service.address))
+        + port
+        + _compare_bytes(_EQUAL, service.port.to_bytes(2, "big"))
+    )
+
+
+def one_in(number: int) -> bytes:
+    """Match one packet in so many, by chance."""
+    values = ((2, number), (3, _RANDOM))
+    drawn = (attribute(kind, struct.pack(">I", value)) for kind, value in values)
+    return _expression("numgen", attribute(1, _REGISTER), *drawn) + _compare(_EQUAL, 0)
+
+
+def send_to(service: Service) -> bytes:
+    """Translate the target of a new connection."""
+    address, port = packed(service.address), service.port.to_bytes(2, "big")
+    return (
+        _immediate(_REGISTER, address)
+        + _immediate(_SECOND_REGISTER, port)
+        + _translation(is_v6(service.address), with_port=True)
+    )
+
+
+def leave(v6: bool) -> bytes:
+    """Translate the target of a new connection to what it is, so that nobody does so after us."""
+    return _load_bytes(_NETWORK_HEADER, *_DESTINATION[v6]) + _translation(v6, with_port=False)
+
+
+def _translation(v6: bool, with_port: bool) -> bytes:
+    kind = attribute(1, struct.pack(">I", _TRANSLATE_DESTINATION))
+    family = attribute(2, struct.pack(">I", _IPV6 if v6 else _IPV4))
+    address = attribute(3, _REGISTER) + attribute(4, _REGISTER)
+    port = attribute(5, _SECOND_REGISTER) + attribute(6, _SECOND_REGISTER) if with_port else b""
+    return _expression("nat", kind, family, address, port)
 
 
 def put(field: Field, bits: Bits) -> bytes:
@@ -256,13 +317,23 @@ def put(field: Field, bits: Bits) -> bytes:
 
 def give_label(number: int) -> bytes:
     """Give the connection a label, if it has room for any."""
-    value = attribute(1, (1 << number).to_bytes(_LABEL_BYTES, sys.byteorder))
-    load = _expression("immediate", attribute(1, _REGISTER), nest(2, value))
-    return load + _store(_LABELS_OF_CONNECTION)
+    value = (1 << number).to_bytes(_LABEL_BYTES, sys.byteorder)
+    return _immediate(_REGISTER, value) + _store(_LABELS_OF_CONNECTION)
 
 
 def _expression(name: str, *attributes: bytes) -> bytes:
     return nest(1, attribute(1, _text(name)), nest(2, *attributes))
+
+
+def _immediate(register: bytes, value: bytes) -> bytes:
+    return _expression("immediate", attribute(1, register), nest(2, attribute(1, value)))
+
+
+def _load_bytes(header: int, at: int, length: int) -> bytes:
+    """Load bytes of a packet, by where they are in one of its headers."""
+    where = ((2, header), (3, at), (4, length))
+    attributes = (attribute(kind, struct.pack(">I", value)) for kind, value in where)
+    return _expression("payload", attribute(1, _REGISTER), *attributes)
 
 
 def _value(kind: int, value: int) -> bytes:

@@ -21,12 +21,14 @@ minute, to anybody, and the service is two-sided.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 from rstguard.engine.address import parse_address
-from rstguard.engine.offers import Service
+from rstguard.engine.service import Service
 from rstguard.kernel import NotThere
 from rstguard.kernel.command import Commands
+from rstguard.kernel.counters import hits
 from rstguard.kernel.elements import ipset
 from rstguard.kernel.matching import SYN_ACK, Matching, negated
 from rstguard.kernel.names import PREFIX, set_name
@@ -96,6 +98,12 @@ def strays(matching: Matching) -> list[str]:
 def noted(matching: Matching) -> tuple[str, ...]:
     """Return the chain for it: it passes, and is counted for no rule."""
     return (_add(matching, ONEWAY, "dst"), _add(matching, ASKED, "dst"))
+
+
+def noted_so_far(printed: Iterable[str]) -> int:
+    """Return how many packets the rules of that chain have counted, by ``iptables-save -c``."""
+    there = (hit for text in printed for hit in hits(text))
+    return sum(hit.packets for hit in there if hit.chain == f"{PREFIX}-oneway")
 
 
 def answer(matching: Matching) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
+import tempfile
 from pathlib import Path
 
 from rstguard.kernel import KernelError
@@ -50,6 +51,30 @@ def read(file: Path) -> str | None:
         if file.is_symlink():
             raise _others_work(file) from None
         raise KernelError(f"{file} cannot be read ({error}): look at it, and remove it") from None
+    finally:
+        os.close(directory)
+
+
+def write(file: Path, text: str) -> None:
+    """Replace a file whole: written beside it, on the disk before it takes the name.
+
+    Raises:
+        OSError: it cannot be written; what was there is still there.
+    """
+    with tempfile.NamedTemporaryFile(
+        "w", dir=file.parent, prefix=f"{file.name}.", delete=False
+    ) as fresh:
+        try:
+            fresh.write(text)
+            fresh.flush()
+            os.fsync(fresh.fileno())
+            Path(fresh.name).replace(file)
+        except OSError:
+            Path(fresh.name).unlink(missing_ok=True)
+            raise
+    directory = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory)
     finally:
         os.close(directory)
 

@@ -8,6 +8,7 @@ makes it load the module.  Rules are tried in a network namespace made for it, n
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import platform
 import re
@@ -59,6 +60,7 @@ def checks(queue: int, queues: int = 1) -> list[Check]:
         _foreign(),
         _binding(host),
         _reader(host),
+        _sweeps(),
         _tracking(host),
         _tracking_room(host),
         _queue_support(host),
@@ -178,6 +180,18 @@ def _reader(host: Host) -> Check:
         Outcome.WARNING,
         f"packets are read by netfilterqueue, at more cost: rstguard's own reader {problem}",
         f"{host.install('gcc', 'libc6-dev', 'python3-dev')}, and install rstguard again",
+    )
+
+
+def _sweeps() -> Check:
+    """Without numpy the guard judges the same connections, one after the other."""
+    if importlib.util.find_spec("numpy"):
+        return Check("sweeps", Outcome.OK, "the whole connection table is judged at once")
+    return Check(
+        "sweeps",
+        Outcome.WARNING,
+        "connections are judged one after the other, at five times the cost: there is no numpy",
+        f"{sys.executable} -m pip install 'rstguard[fast]'",
     )
 
 

@@ -74,15 +74,11 @@ def label(number: int, add: bool = False) -> str:
 
 def suspects(matching: Matching, wrong: str = PLAIN_ACK) -> list[str]:
     """Return the rule that notes who sends an ACK that fits nothing; `wrong` matches it."""
-    if not matching.ruleset.bans:
-        return []
     return [f"{wrong} -j SET --add-set {set_name('suspect', matching.family)} src --exist"]
 
 
 def likely(matching: Matching, first: str) -> list[str]:
     """Return the rule for the first ACK of a connection; `first` matches that no other came yet."""
-    if not matching.ruleset.bans:
-        return []
     labels = Labels(matching.ruleset.labels)
     return [f"{first} {negated(matching.in_set('suspect'))} {label(labels.likely, add=True)}"]
 
@@ -91,15 +87,15 @@ def bits(matching: Matching, likely: bool = True) -> list[str]:
     """Return the rules that tell the reader of the queue that a segment's connection is proven.
 
     They add a bit.  Without `likely` it must be CONFIRMED: for what bans over one connection.
-    Without a rule that bans nobody asks, and there are no labels.
+    Without a rule that bans nobody asks.
     """
     add = f"-j MARK --set-xmark {matching.marks.to_queue_proven}"
     if not matching.ruleset.bans:
         return [add]
     labels = Labels(matching.ruleset.labels)
     numbers = (labels.likely, labels.confirmed) if likely else (labels.confirmed,)
-    # On an entry that is used again the labels are those of the connection before.
-    own = f'-m connlabel ! --label "{labels.adopted}"'
+    # On an entry that is used again they are those of the connection before, until the next sweep.
+    own = f'-m connlabel ! --label "{labels.anew}"'
     return [f"{own} {label(number)} {add}" for number in numbers]
 
 
@@ -114,8 +110,6 @@ def unless_proven(matching: Matching) -> list[str]:
 
 def agreed(matching: Matching) -> list[str]:
     """Return the rule that notes that a server's SYN-ACK has agreed to MPTCP, whoever it is."""
-    if not matching.ruleset.bans:
-        return []
     number = Labels(matching.ruleset.labels).mptcp
     option = f"-m tcp --tcp-option {MPTCP_OPTION}"
     answer = f"{SYN_ACK.replace('-m tcp', option)} -m conntrack --ctdir REPLY"
@@ -123,12 +117,10 @@ def agreed(matching: Matching) -> list[str]:
 
 
 def not_condemned(matching: Matching) -> str:
-    """Match a connection that the guard has not condemned, whatever its mark says; or return "".
+    """Match a connection that the guard has not condemned, whatever its mark says.
 
     Those that are older than the guard have no room for labels: there the mark alone tells.
     """
-    if not matching.ruleset.bans:
-        return ""
     labels = Labels(matching.ruleset.labels)
     return f'{label(labels.begun)} -m connlabel ! --label "{labels.condemned}"'
 

@@ -11,10 +11,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol, Self
 
 from rstguard.engine.address import Prefix
-from rstguard.engine.flow import Flow
+from rstguard.engine.flow import Flow, Tuple
 from rstguard.engine.nearest import Near
-from rstguard.engine.offers import Service
 from rstguard.engine.ruleset import RuleSet
+from rstguard.engine.service import Service
+from rstguard.engine.table import Table
 from rstguard.kernel.command import Commands
 from rstguard.kernel.elements import Element, Kind
 from rstguard.kernel.links import Link
@@ -35,6 +36,19 @@ class CookieCounts(NamedTuple):
     refused: int
 
 
+class Lost(NamedTuple):
+    """What the connection table of this namespace could not take in, as `conntrack -S` names it.
+
+    `insert_failed` and `drop` count other things as well, such as two packets of one connection
+    that both are its first; `early_drop` are connections given up for others.
+    """
+
+    insert_failed: int = 0
+    drop: int = 0
+    early_drop: int = 0
+    chain_too_long: int = 0
+
+
 class Pollable(Protocol):
     """What can be waited on until there is something to read."""
 
@@ -53,6 +67,14 @@ class Closing(Protocol):
         """Give it back; what was changed through it stays."""
 
 
+class Counted(NamedTuple):
+    """An element of a set with counters: a tagged address and a port, or -1, and its count."""
+
+    address: int
+    port: int
+    packets: int
+
+
 class ElementSets(Closing, Protocol):
     """The elements of the kernel's sets: see `rstguard.kernel.sets.Sets`.
 
@@ -69,11 +91,17 @@ class ElementSets(Closing, Protocol):
     def put(self, name: str, prefixes: Iterable[Prefix], seconds: int) -> None:
         """Put prefixes into a set that has times but no comments, or renew them there."""
 
+    def count(self, name: str, elements: Iterable[Counted], seconds: int) -> None:
+        """Put elements into a set with times and counters, or change what they count there."""
+
     def take(self, name: str, prefixes: Iterable[Prefix]) -> None:
         """Take prefixes out of a set; those that are not there do not matter."""
 
     def list(self) -> list[Element]:
         """Return who is banned or shunned, bans first."""
+
+    def entries(self, name: str) -> int:
+        """Return how many elements a set holds, of any type."""
 
     def contains(self, address: int) -> bool:
         """Tell whether a tagged address is banned or shunned, itself or in a wider prefix."""
@@ -98,8 +126,14 @@ class Connections(Closing, Protocol):
     ) -> Iterator[Flow]:
         """Yield the TCP connections whose mark, under `mask`, equals `mark`."""
 
+    def whole(self, mark: int, mask: int) -> Table:
+        """Return those connections for a sweep: columns, if they were asked for and can be had."""
+
     def read(self, flows: Sequence[Flow], now_ns: int | None = None) -> list[Flow | None]:
         """Return each connection as it is now, or None; found by tuple and zone, not by `ident`."""
+
+    def find(self, path: Tuple) -> Flow | None:
+        """Return the connection of which a packet of these ends is, in zone 0; or None."""
 
     def set_mark(self, flows: Sequence[Flow], bits: int, mask: int) -> list[int]:
         """Mark connections (old & ~mask) | bits; return an errno for each, 0 for success."""
@@ -127,6 +161,9 @@ class Connections(Closing, Protocol):
 
     def count(self) -> int:
         """Return how many entries the table holds, of all protocols."""
+
+    def lost(self) -> Lost:
+        """Return what it could not take in, since the machine began."""
 
 
 class PacketSender(Closing, Protocol):
@@ -170,8 +207,25 @@ class PacketQueue(Pollable, Protocol):
         """Give the queue up; packets still in it are dropped."""
 
 
+class Copy(NamedTuple):
+    """A packet from its IP header on, and the prefix that its NFLOG rule gives, or ""."""
+
+    prefix: str
+    packet: bytes
+
+
+class Copies(NamedTuple):
+    """What has arrived; `lost`: some found the socket full."""
+
+    copies: list[Copy]
+    lost: bool
+
+
 class PacketCopies(Closing, Pollable, Protocol):
     """What NFLOG rules send to one group: see `rstguard.kernel.nflog.PacketLog`."""
+
+    def read(self) -> Copies:
+        """Return the packets that have arrived, with the prefixes of the rules."""
 
     def receive(self) -> list[bytes]:
         """Return the packets that have arrived, each from its IP header on."""
@@ -187,7 +241,8 @@ class Kernel(Commands, Protocol):
     def run(self, arguments: Sequence[str], text: str = "") -> str:
         """Run one of the kernel's tools with `text` as its input and return what it prints.
 
-        The guard runs iptables-save and iptables-restore, those of IPv6, ipset, and `nft list`.
+        The guard runs iptables-save and iptables-restore, those of IPv6, ipset, `nft list` and
+        `ip` to look at addresses and routes; commands of its own also `ss`.
 
         Raises:
             NotThere: the tool, or what it was to work on, does not exist.
@@ -225,8 +280,8 @@ class Kernel(Commands, Protocol):
     def sets(self) -> ElementSets:
         """Return what adds, removes and looks up elements of sets."""
 
-    def table(self) -> Connections:
-        """Return the connection table."""
+    def table(self, columns: bool = False) -> Connections:
+        """Return the connection table; `columns`: it is to be read for sweeps."""
 
     def injector(self, marks: Marks) -> PacketSender:
         """Return what sends ready-made packets, which bear the mark of a probe.

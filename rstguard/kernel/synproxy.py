@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rstguard.engine.address import parse_address
-from rstguard.engine.offers import Service
+from rstguard.engine.service import Service
 from rstguard.kernel.command import Commands
 from rstguard.kernel.elements import ipset
 from rstguard.kernel.seam import CookieCounts

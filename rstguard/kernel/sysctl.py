@@ -12,9 +12,7 @@ show no bytes and no age (net/netfilter/nf_conntrack_acct.c, nf_conntrack_timest
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
@@ -100,7 +98,7 @@ def apply(kernel: Kernel, wanted: Mapping[str, str], record: Path) -> list[Chang
     for name, value in wanted.items():
         outcome = Outcome.UNCHANGED
         if found[name] != value:
-            _write(kernel, name, value)
+            write(kernel, name, value)
             outcome = Outcome.SET
         changes.append(Change(name, found[name], value, outcome))
     return changes
@@ -133,13 +131,18 @@ def _give_back(kernel: Kernel, name: str, saved: _Saved) -> Change:
     except NotThere:
         return Change(name, saved.ours, saved.before, Outcome.GONE)
     if now == saved.ours:
-        _write(kernel, name, saved.before)
+        write(kernel, name, saved.before)
         return Change(name, now, saved.before, Outcome.RESTORED)
     outcome = Outcome.UNCHANGED if now == saved.before else Outcome.LEFT
     return Change(name, saved.before, now, outcome)
 
 
-def _write(kernel: Kernel, name: str, value: str) -> None:
+def write(kernel: Kernel, name: str, value: str) -> None:
+    """Give a sysctl a value, and see that it took it.
+
+    Raises:
+        KernelError: it did not.
+    """
     kernel.write_sysctl(name, value)
     if kernel.read_sysctl(name) != value:
         raise KernelError(f"the sysctl {name} did not take the value {value}: set it by hand")
@@ -170,25 +173,9 @@ def _not_ours(record: Path, why: str) -> KernelError:
 
 
 def _save(saved: Mapping[str, _Saved], record: Path) -> None:
-    """Replace the record whole: written beside it, on the disk before it takes the name."""
     document = {"version": 1, "sysctls": {name: s._asdict() for name, s in saved.items()}}
     try:
-        with tempfile.NamedTemporaryFile(
-            "w", dir=record.parent, prefix=f"{record.name}.", delete=False
-        ) as fresh:
-            try:
-                fresh.write(json.dumps(document, indent=2) + "\n")
-                fresh.flush()
-                os.fsync(fresh.fileno())
-                Path(fresh.name).replace(record)
-            except OSError:
-                Path(fresh.name).unlink(missing_ok=True)
-                raise
-        directory = os.open(record.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        owned.write(record, json.dumps(document, indent=2) + "\n")
     except OSError as problem:
         raise KernelError(
             f"the record of old sysctl values {record} cannot be written ({problem.strerror}): "

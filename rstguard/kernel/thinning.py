@@ -8,24 +8,20 @@ flood are seen.  The entries expire by themselves, so a worker that dies leaves 
 
 from __future__ import annotations
 
-from rstguard.engine.address import V6, Prefix
-from rstguard.engine.ruleset import SECOND, RuleSet
+from rstguard.engine.address import Prefix, is_v6
+from rstguard.engine.ruleset import Rule, RuleSet
 from rstguard.engine.shedding import SAMPLE
-from rstguard.kernel.counting import LARGEST_RATE, UNITS, table_size
+from rstguard.kernel.counting import UNITS, kept_in, table_of
+from rstguard.kernel.elements import EVERYTHING
 from rstguard.kernel.marks import Marks
-from rstguard.kernel.names import PREFIX, set_name
+from rstguard.kernel.matching import ports_named
+from rstguard.kernel.names import set_name
 from rstguard.kernel.seam import ElementSets
 
 SECONDS = 3
 """How long a queue stays closed without being told so again."""
 
-_MOST_PORTS = 15
-"""What the multiport match takes at once."""
 _SAMPLED = f"-m statistic --mode nth --every {SAMPLE} --packet 0"
-_EVERYTHING = {
-    4: (Prefix(0, 1), Prefix(1 << 31, 1)),  # a set holds no prefix of length 0
-    6: (Prefix(V6, 1), Prefix(V6 | 1 << 127, 1)),
-}
 
 
 def thin_set(family: int, index: int) -> str:
@@ -35,7 +31,7 @@ def thin_set(family: int, index: int) -> str:
 
 def syns(ruleset: RuleSet, family: int, index: int, to_queue: str) -> tuple[str, ...]:
     """Return the chain of the new SYNs of a worker's sources.  Pure."""
-    limits = service_limits(ruleset, family) if ruleset.enforce else ()
+    limits = service_limits(ruleset, family, to_queue) if ruleset.enforce else ()
     drops = ruleset.enforce and not ruleset.fail_open
     return (
         _usually(family, index, to_queue),
@@ -47,30 +43,38 @@ def syns(ruleset: RuleSet, family: int, index: int, to_queue: str) -> tuple[str,
     )
 
 
-def service_limits(ruleset: RuleSet, family: int) -> tuple[str, ...]:
+def service_limits(ruleset: RuleSet, family: int, to_queue: str) -> tuple[str, ...]:
     """Return the rules that drop what spares the queue but is more than a service may get.
 
     The kernel counts that apart from the engine, so a service gets its limit, and what comes
-    through the queue besides.
+    through the queue besides.  Whom a rule excepts goes to the queue, where all rules are known.
     """
-    rules = []
+    rules: list[str] = []
     for rule in ruleset.rules:
-        if not rule.limits_service or rule.period not in UNITS or rule.limit > LARGEST_RATE:
+        if not rule.limits_service or not rule.countable:
             continue
-        lives = max(1, -(-rule.refill // SECOND))
-        table = f"{PREFIX}{family}-of-{rule.limit}-{rule.period // SECOND}-{rule.burst}"
-        limit = (
-            f"-m hashlimit --hashlimit-above {rule.limit}/{UNITS[rule.period]}"
-            f" --hashlimit-burst {min(rule.burst, LARGEST_RATE)} --hashlimit-mode dstip,dstport"
-            f" --hashlimit-name {table} {table_size(lives, rule.period // SECOND)} -j DROP"
-        )
-        ports = sorted(rule.ports or ())
-        several = [
-            ports[start : start + _MOST_PORTS] for start in range(0, len(ports), _MOST_PORTS)
+        to = [f"-d {prefix} " for prefix in rule.destinations if _is_of(prefix, family)]
+        if rule.destinations and not to:
+            continue
+        excepted = [prefix for prefix in rule.excepted if _is_of(prefix, family)]
+        rules += [f"-s {prefix} {to_queue}" for prefix in excepted]
+        limit = _limit(rule, family)
+        rules += [
+            where + match + limit for where in to or [""] for match in ports_named(rule.ports)
         ]
-        named = (f"-p tcp -m multiport --dports {','.join(map(str, some))} " for some in several)
-        rules += [match + limit for match in (named if ports else ("",))]
     return tuple(rules)
+
+
+def _is_of(prefix: Prefix, family: int) -> bool:
+    return is_v6(prefix.network) is (family == 6)
+
+
+def _limit(rule: Rule, family: int) -> str:
+    table = table_of(rule, family, f"-of-{rule.per.value}")
+    return (
+        f"-m hashlimit --hashlimit-above {rule.limit}/{UNITS[rule.period]}"
+        f" --hashlimit-burst {rule.burst} {kept_in(rule, family, table)} -j DROP"
+    )
 
 
 def strays(family: int, index: int, to_queue: str) -> tuple[str, ...]:
@@ -88,7 +92,7 @@ def thin(sets: ElementSets, index: int) -> None:
     Raises:
         KernelError: the kernel refused.
     """
-    for family, prefixes in _EVERYTHING.items():
+    for family, prefixes in EVERYTHING.items():
         sets.put(thin_set(family, index), prefixes, SECONDS)
 
 
@@ -98,5 +102,5 @@ def restore(sets: ElementSets, index: int) -> None:
     Raises:
         KernelError: the kernel refused.
     """
-    for family, prefixes in _EVERYTHING.items():
+    for family, prefixes in EVERYTHING.items():
         sets.take(thin_set(family, index), prefixes)

@@ -1,6 +1,7 @@
 """Reads how many segments were hit by rules of which `status` tells.
 
-Those of `rstguard.kernel.ingress`, before the tracker, and of `rstguard.kernel.forgotten`.
+Those of `rstguard.kernel.ingress`, before the tracker, of `rstguard.kernel.forgotten` and of
+`rstguard.kernel.limiting`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import threading
 from collections import Counter
 from typing import Final
 
+from rstguard.kernel import limiting
+from rstguard.kernel.counters import hits
 from rstguard.kernel.names import PREFIX
 from rstguard.kernel.seam import Kernel
 
@@ -18,13 +21,21 @@ SPOOFED_PASSED: Final = "spoofed_passed"
 STRAYS: Final = "strays"
 ADOPTED: Final = "adopted"
 """What is counted: dropped for its few hops; spoofed and dropped; spoofed and only counted; of no
-connection, and dropped; and connections that were adopted."""
+connection, and dropped by a valve; and connections that were adopted."""
+LIMITED: Final = tuple(measure.value for measure in limiting.KINDS.values())
+"""What is counted besides: segments beyond the rules of these measures, dropped by the kernel."""
 
 _RULES: Final = {
     (f"{PREFIX}-low-ttl", "DROP"): LOW_TTL,
     (f"{PREFIX}-spoofed", "DROP"): SPOOFED,
     (f"{PREFIX}-spoofed", "RETURN"): SPOOFED_PASSED,
     (f"{PREFIX}-valve", "DROP"): STRAYS,
+    **{(f"{PREFIX}-valve-{kind}", "DROP"): STRAYS for kind in limiting.KINDS},
+    **{
+        (f"{PREFIX}-{chain}-{kind}", "DROP"): measure.value
+        for kind, measure in limiting.KINDS.items()
+        for chain in ("over", "block")
+    },
     (f"{PREFIX}-adopted", "CONNMARK"): ADOPTED,
 }
 COMMANDS: Final = tuple(
@@ -47,9 +58,11 @@ class Hits:
         self._untold: Counter[str] = Counter()
         self._seen: Counter[tuple[int, str]] = Counter()
         self.total: Counter[str] = Counter()
-        """By `LOW_TTL`, `SPOOFED`, `SPOOFED_PASSED`, `STRAYS` and `ADOPTED`."""
+        """By `LOW_TTL`, `SPOOFED`, `SPOOFED_PASSED`, `STRAYS`, `ADOPTED` and `LIMITED`."""
         self.printed: list[str] = []
         """What `COMMANDS` printed at the last look."""
+        self.replaced = 0
+        """How often the rules were replaced: then all that they count begins at 0."""
 
     def news(self, kernel: Kernel) -> Counter[str]:
         """Return what has come since this was last asked, in packets.
@@ -84,10 +97,10 @@ class Hits:
 
 
 def _counted(printed: str) -> Counter[str]:
-    """Read lines as ``[12:720] -A rstguard-low-ttl -j DROP``: the rule that counts has no match."""
+    """Sum up the rules that count: they have no match."""
     found: Counter[str] = Counter()
-    for line in printed.splitlines():
-        words = line.split()
-        if words[1:2] == ["-A"] and words[3:4] == ["-j"] and (words[2], words[4]) in _RULES:
-            found[_RULES[words[2], words[4]]] = int(words[0][1:].partition(":")[0])
+    for packets, _, chain, rule in hits(printed):
+        words = rule.split()
+        if words[0] == "-j" and (what := _RULES.get((chain, words[1]))):
+            found[what] += packets
     return found

@@ -9,7 +9,11 @@ from typing import NamedTuple
 
 from rstguard.kernel.command import own_program
 from rstguard.lab import LabError
-from rstguard.lab.topology import ATTACKER, SERVER
+from rstguard.lab.forging import FORGED
+from rstguard.lab.topology import ATTACKER, ATTACKERS, SERVER
+
+FIRST_SCANNED, OPEN = 8_000, 10
+"""Where scans begin, and how many of the ports they try are open."""
 
 PACKAGES = {
     "hping3": "hping3",
@@ -26,6 +30,9 @@ class Attack(NamedTuple):
 
     `onlooker` are the options of a `rstguard.lab.onlooker` on the wire, `rules` iptables rules that
     the gateway has of its own, `idle` and `busy` how many innocents hold a connection each.
+    With `newcomers` every other legitimate request comes from an address that nobody has seen yet,
+    with `slow` every third takes a second and a half to be sent.  `ports` are those that the server
+    has open beside 22 and 80.
     """
 
     commands: tuple[tuple[str, ...], ...] = ()
@@ -34,6 +41,9 @@ class Attack(NamedTuple):
     rules: tuple[tuple[str, ...], ...] = ()
     idle: int = 0
     busy: int = 0
+    newcomers: bool = False
+    slow: bool = False
+    ports: tuple[int, ...] = ()
 
     def require_tools(self) -> None:
         """Check that all tools are installed.
@@ -56,6 +66,16 @@ def syn_flood(seconds: float) -> Attack:
     return Attack((_hping(seconds, 10_000, "-S", "-p", "80"),), prepare=(silence,))
 
 
+def half_open(seconds: float) -> Attack:
+    """SYNs from ever new forged sources, no more than a busy site has, that nobody completes."""
+    return Attack((_forged_syns(seconds, 500),), newcomers=True)
+
+
+def forged_flood(seconds: float) -> Attack:
+    """The same, as many as two senders can."""
+    return Attack((_forged_syns(seconds, 25_000),) * 2, newcomers=True)
+
+
 def bad_flags(seconds: float) -> Attack:
     """Null, xmas and SYN+FIN segments, as scanners and stack fingerprinting send them."""
     return Attack(
@@ -67,10 +87,26 @@ def bad_flags(seconds: float) -> Attack:
     )
 
 
+def strays(seconds: float) -> Attack:
+    """Segments of no connection, of four kinds, from one source and from ever new forged ones."""
+    kinds = (("-A",), ("-F", "-A"), ("-R",), ("-S", "-A"))
+    commands = (
+        _hping(seconds, 10_000, *kind, *sources, "-p", "80")
+        for kind in kinds
+        for sources in ((), _FORGED)
+    )
+    return Attack(tuple(commands))
+
+
 def connection_flood(seconds: float) -> Attack:
     """A new connection for each request, more at once than the server can hold."""
     length = f"-d{math.ceil(seconds)}s"
     return Attack((("wrk", "-t1", "-c600", length, "-H", "Connection: close", _url("/")),))
+
+
+def keepalive_flood(seconds: float) -> Attack:
+    """Requests one after the other on ten connections that stay open."""
+    return Attack((("wrk", "-t1", "-c10", f"-d{math.ceil(seconds)}s", _url("/")),))
 
 
 def slowloris(seconds: float) -> Attack:
@@ -90,9 +126,25 @@ def port_scan(seconds: float) -> Attack:
     return Attack(((*scan, *pace, "-p", "1-65535", SERVER),))
 
 
+def scan_fast(seconds: float) -> Attack:
+    """All of 1,000 ports in three seconds and a half, each connected to once."""
+    return _scan(seconds, 1_000, 300)
+
+
+def scan_slow(seconds: float) -> Attack:
+    """As many ports as twelve seconds have room for, ten a second."""
+    return _scan(seconds, 120, 10)
+
+
 def idle_hoard(seconds: float) -> Attack:
     """Many connections with half a request each, and then silence."""
     return Attack((_strike("hoard", seconds, "--rate", "150", "--count", "800"),))
+
+
+def botnet(seconds: float) -> Attack:
+    """Half a request of each of 4,000 sources, one connection and one network each."""
+    spread = ("--sources", "4000", "--apart", "256")
+    return Attack((_crowd(seconds, 500, ATTACKERS, *spread),), slow=True)
 
 
 def evasion(seconds: float) -> Attack:
@@ -135,6 +187,13 @@ def _url(path: str) -> str:
     return f"http://{SERVER}{path}"
 
 
+_FORGED = ("--rand-source", "-o", f"{FORGED:x}")
+
+
+def _forged_syns(seconds: float, rate: int) -> tuple[str, ...]:
+    return _hping(seconds, rate, "-S", *_FORGED, "-p", "80")
+
+
 def _hping(seconds: float, rate: int, *options: str) -> tuple[str, ...]:
     amount = ("-i", f"u{1_000_000 // rate}", "-c", str(math.ceil(rate * seconds)))
     return ("hping3", "-q", "-I", "eth0", "-a", ATTACKER, *amount, *options, SERVER)
@@ -143,6 +202,18 @@ def _hping(seconds: float, rate: int, *options: str) -> tuple[str, ...]:
 def _slow_requests(seconds: float, mode: str, url: str) -> Attack:
     amount = ("-c", "900", "-r", "100", "-i", "2", "-x", "8", "-l", str(math.ceil(seconds)))
     return Attack((("slowhttptest", mode, *amount, "-u", url),))
+
+
+def _crowd(seconds: float, rate: int, network: str, *options: str) -> tuple[str, ...]:
+    whose = ("--network", network, "--rate", str(rate), "--seconds", f"{seconds:g}")
+    return tuple(own_program("rstguard.lab.crowd", SERVER, "80", *whose, *options))
+
+
+def _scan(seconds: float, count: int, rate: int) -> Attack:
+    """A scan of so many ports, of which ten are open, at even distances."""
+    ports = tuple(range(FIRST_SCANNED, FIRST_SCANNED + count, count // OPEN))
+    scan = _strike("scan", seconds, "--rate", str(rate), "--count", str(count))
+    return Attack((scan,), ports=ports)
 
 
 def _strike(kind: str, seconds: float, *options: str) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
 """Legitimate clients: one new connection and one GET per request, at a steady modest pace.
 
 A program of its own, to be run inside the clients' namespace as ``python -m rstguard.lab.client``,
-with ``--new`` to let every other request come from an address that nobody has seen before.
+with ``--new`` to let every other request come from an address that nobody has seen before, and
+``--slow`` to let every third take `SLOW` seconds to be sent.
 It writes the line ``ready`` after the first good answer, then works until its standard input is
 closed, and ends with one line of JSON: a list of `Request`.
 """
@@ -29,6 +30,10 @@ PER_SECOND_WITH_NEW = 100
 TIMEOUT = 3.0
 """Seconds after which a person would have given up."""
 
+SLOW = 1.5
+"""Seconds that a slow client needs to send a request."""
+
+_SOURCES = len(CLIENTS) + len(CLIENTS6)
 _REQUEST = b"GET / HTTP/1.1\r\nHost: lab\r\nConnection: close\r\n\r\n"
 
 
@@ -41,12 +46,15 @@ class Request(NamedTuple):
     failure: str
 
 
-async def fetch(source: str, *, timeout: float = TIMEOUT) -> Request:
-    """Make one request from a source address and tell how it went."""
+async def fetch(source: str, *, timeout: float = TIMEOUT, sending: float = 0) -> Request:
+    """Make one request from a source address and tell how it went.
+
+    `sending` are the seconds it takes to be sent, line by line; its time-out begins after them.
+    """
     start = time.monotonic()
     try:
-        async with asyncio.timeout(timeout):
-            failure = await _exchange(source)
+        async with asyncio.timeout(timeout + sending):
+            failure = await _exchange(source, sending)
     except TimeoutError:
         failure = "timed out"
     except ConnectionRefusedError:
@@ -58,11 +66,15 @@ async def fetch(source: str, *, timeout: float = TIMEOUT) -> Request:
     return Request(start, time.monotonic() - start, source, failure)
 
 
-async def _exchange(source: str) -> str:
+async def _exchange(source: str, sending: float) -> str:
     server = SERVER6 if ":" in source else SERVER
     reader, writer = await asyncio.open_connection(server, 80, local_addr=(source, 0))
     try:
-        writer.write(_REQUEST)
+        lines = _REQUEST.splitlines(keepends=True) if sending else [_REQUEST]
+        writer.write(lines[0])
+        for line in lines[1:]:
+            await asyncio.sleep(sending / (len(lines) - 1))
+            writer.write(line)
         answer = await reader.read(-1)
     finally:
         writer.close()
@@ -87,7 +99,7 @@ def _sources(new: bool) -> Iterator[str]:
     return itertools.chain.from_iterable(zip(known, strangers, strict=False))
 
 
-async def _work(new: bool) -> list[Request]:
+async def _work(new: bool, slow: bool) -> list[Request]:
     sources = _sources(new)
     await _first_answer((*CLIENTS, *CLIENTS6))
     rate = PER_SECOND_WITH_NEW if new else PER_SECOND
@@ -98,7 +110,9 @@ async def _work(new: bool) -> list[Request]:
     running: list[asyncio.Task[Request]] = []
     begin = time.monotonic()
     for number in itertools.count():
-        running.append(asyncio.create_task(fetch(next(sources))))
+        # A third of each source's requests, whatever the count of sources.
+        sending = SLOW if slow and number // _SOURCES % 3 == 0 else 0
+        running.append(asyncio.create_task(fetch(next(sources), sending=sending)))
         wait = begin + (number + 1) / rate - time.monotonic()
         with suppress(TimeoutError):
             await asyncio.wait_for(ended.wait(), max(wait, 0.001))
@@ -109,7 +123,8 @@ async def _work(new: bool) -> list[Request]:
 
 def main() -> None:
     """Run until standard input ends, then write the requests as JSON."""
-    json.dump(asyncio.run(_work("--new" in sys.argv)), sys.stdout)
+    requests = asyncio.run(_work("--new" in sys.argv, "--slow" in sys.argv))
+    json.dump(requests, sys.stdout)
     sys.stdout.write("\n")
 
 

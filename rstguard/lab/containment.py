@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rstguard.lab.observer import Held, Sample
-from rstguard.lab.scenarios import FAILED, HELD, LOST, PACKETS, Scenario
+from rstguard.lab.scenarios import FAILED, HELD, LEARNED, LOST, PACKETS, Scenario
 
 
 def held_contained(held: Sequence[Held], first: float, limit: int) -> float | None:
@@ -49,6 +49,8 @@ def contained_when(scenario: Scenario) -> str:
         return f"the server holds at most {scenario.limit} connections of the attacker"
     if scenario.measure == LOST:
         return f"no more than {scenario.limit} of the innocents' connections are lost"
+    if scenario.measure == LEARNED:
+        return f"the attacker learns of at most {scenario.limit} open ports"
     if scenario.measure == FAILED:
         return f"at most {scenario.limit} % of the legitimate requests fail"
     return f"at most {scenario.limit} attack {scenario.measure} a second reach the server"

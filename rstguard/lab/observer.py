@@ -2,7 +2,7 @@
 
 A program of its own (``python -m rstguard.lab.observer``): it writes ``ready``, samples until its
 standard input is closed, and ends with one line of JSON.  Packets are counted by the kernel through
-a packet socket with a filter for the attacker's address, and for the type of service by which the
+a packet socket with a filter for the attacker's addresses, and for the type of service by which the
 lab's attackers mark what they send in others' names (linux/filter.h, packet(7)), connections by
 reading /proc/net/tcp and tcp6.
 """
@@ -16,11 +16,12 @@ import socket
 import struct
 import sys
 import time
+from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import NamedTuple
 
 from rstguard.lab.forging import FORGED
-from rstguard.lab.topology import ATTACKER
+from rstguard.lab.topology import ATTACKER, ATTACKERS
 
 INTERVAL = 0.02
 """Seconds between two samples of the packet counts."""
@@ -36,12 +37,16 @@ _ETH_P_IP = 0x0800
 _LOAD_WORD, _LOAD_BYTE, _LOAD_BYTE_X, _LOAD_IP_HEADER_LENGTH = 0x20, 0x30, 0x50, 0xB1
 _AND, _JUMP_IF_EQUAL, _RETURN = 0x54, 0x15, 0x06
 
+_ATTACKER = int(IPv4Address(ATTACKER))
+_ATTACKERS, _MASK = map(int, (IPv4Network(ATTACKERS)[0], IPv4Network(ATTACKERS).netmask))
+_BYTES = -1 if sys.byteorder == "little" else 1
+
 _ESTABLISHED = frozenset({"01", "04", "05", "08"})
 _SYN_RECEIVED = frozenset({"03", "0C"})
 
 
 class Sample(NamedTuple):
-    """Packets and SYNs of the attacker since the sample before; monotonic seconds."""
+    """Packets and SYNs of the attackers since the sample before; monotonic seconds."""
 
     time: float
     packets: int
@@ -49,7 +54,7 @@ class Sample(NamedTuple):
 
 
 class Held(NamedTuple):
-    """Connections of the attacker that the server holds now; monotonic seconds."""
+    """Connections of the attackers that the server holds now; monotonic seconds."""
 
     time: float
     established: int
@@ -74,9 +79,9 @@ class Observation(NamedTuple):
 
 
 def counter(*, only_syns: bool) -> socket.socket:
-    """Return a packet socket that counts IPv4 packets of the attacker, forged ones too."""
-    address = int.from_bytes(socket.inet_aton(ATTACKER), "big")
-    program = [(_LOAD_WORD, 0, 0, 12), (_JUMP_IF_EQUAL, 2, 0, address)]
+    """Return a packet socket that counts IPv4 packets of the attackers, forged ones too."""
+    program = [(_LOAD_WORD, 0, 0, 12), (_JUMP_IF_EQUAL, 4, 0, _ATTACKER)]
+    program += [(_AND, 0, 0, _MASK), (_JUMP_IF_EQUAL, 2, 0, _ATTACKERS)]
     program += [(_LOAD_BYTE, 0, 0, 1), (_JUMP_IF_EQUAL, 0, 5 if only_syns else 1, FORGED)]
     if only_syns:
         # Byte 13 of the TCP header: SYN set, ACK not set.
@@ -103,19 +108,23 @@ def read_count(sock: socket.socket) -> int:
     return int(packets)
 
 
-def count_connections(tables: list[str], attacker: str) -> tuple[int, int]:
-    """Count established and half-open connections with an IPv4 address in /proc/net tables."""
-    # The tables show an address as one number in the machine's byte order.
-    number = int.from_bytes(socket.inet_aton(attacker), sys.byteorder)
-    suffix = f"{number:08X}"
+def count_connections(tables: list[str]) -> tuple[int, int]:
+    """Count the attackers' established and half-open IPv4 connections in /proc/net tables."""
     established = half_open = 0
     for table in tables:
         for line in table.splitlines()[1:]:
             fields = line.split(maxsplit=4)
-            if fields[2].partition(":")[0].endswith(suffix):
+            if _is_attackers(fields[2].partition(":")[0]):
                 established += fields[3] in _ESTABLISHED
                 half_open += fields[3] in _SYN_RECEIVED
     return established, half_open
+
+
+def _is_attackers(shown: str) -> bool:
+    """Tell whether an address as the tables show it, or one mapped into IPv6, is an attacker's."""
+    # Each 32 bits are one number in the machine's byte order.
+    number = int.from_bytes(bytes.fromhex(shown[-8:])[::_BYTES], "big")
+    return number == _ATTACKER or number & _MASK == _ATTACKERS
 
 
 def _observe() -> Observation:
@@ -129,7 +138,7 @@ def _observe() -> Observation:
         seen.samples.append(Sample(now, read_count(packets), read_count(syns)))
         if len(seen.samples) % CONNECTIONS_EVERY == 0:
             texts = [path.read_text(encoding="ascii") for path in tables]
-            seen.held.append(Held(time.monotonic(), *count_connections(texts, ATTACKER)))
+            seen.held.append(Held(time.monotonic(), *count_connections(texts)))
     return seen
 
 

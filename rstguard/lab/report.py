@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from ipaddress import IPv6Network, ip_network
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Any
 
 from rich.table import Table
@@ -15,11 +15,8 @@ from rstguard.lab.client import Request
 from rstguard.lab.containment import contained_when, held_contained, rate_contained
 from rstguard.lab.innocents import Innocent
 from rstguard.lab.observer import Observation
-from rstguard.lab.scenarios import FAILED, HELD, LOST, Scenario
-from rstguard.lab.topology import ATTACKER, ATTACKERS6
-
-LEAST_SUCCESS = 99.0
-"""Percent of legitimate requests that must succeed with the guard."""
+from rstguard.lab.scenarios import FAILED, HELD, LEARNED, LOST, Scenario
+from rstguard.lab.topology import ATTACKER, ATTACKERS, ATTACKERS6
 
 _TOLD = (
     ("verdict.drop", "packets dropped on a worker's word"),
@@ -50,7 +47,8 @@ class Legitimate:
 class Reached:
     """What of the attack reached the server.
 
-    `seconds_to_contain` counts from the attack's first packet at the server; None: not contained.
+    `learned` is how many open ports it found, None if it looked for none.  `seconds_to_contain`
+    counts from the attack's first packet at the server; None: not contained.
     """
 
     packets: int
@@ -59,6 +57,7 @@ class Reached:
     most_half_open: int
     held_at_end: int
     seconds_to_contain: float | None
+    learned: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +149,7 @@ def reached(
     end: float,
     honest: Legitimate,
     innocents: Innocents | None = None,
+    learned: int | None = None,
 ) -> Reached:
     """Sum up what the server saw between begin and end of the attack."""
     samples = [sample for sample in seen.samples if begin <= sample.time < end]
@@ -160,6 +160,8 @@ def reached(
         contained = held_contained(held, first, scenario.limit)
     elif scenario.measure == LOST:
         contained = 0.0 if innocents and innocents.lost <= scenario.limit else None
+    elif scenario.measure == LEARNED:
+        contained = 0.0 if learned is not None and learned <= scenario.limit else None
     elif scenario.measure == FAILED:
         contained = 0.0 if 100 - honest.success_percent <= scenario.limit else None
     else:
@@ -171,6 +173,7 @@ def reached(
         most_half_open=max((row.half_open for row in held), default=0),
         held_at_end=held[-1].established if held else 0,
         seconds_to_contain=None if contained is None else round(contained, 2),
+        learned=learned,
     )
 
 
@@ -234,6 +237,7 @@ def _column(half: Half) -> dict[str, str]:
         "attack SYNs at server": f"{seen.syns:,}",
         "attacker held, most / at end": f"{seen.most_held:,} / {seen.held_at_end:,}",
         "attacker half-open, most": f"{seen.most_half_open:,}",
+        **({} if seen.learned is None else {"open ports found": str(seen.learned)}),
         **_innocents_rows(half.innocents),
         "contained": _contained(seen.seconds_to_contain),
         "processor time of the guard": f"{half.guard.cpu_percent:.1f} %" if half.guard else "",
@@ -266,7 +270,7 @@ def _problems(result: Result) -> list[str]:
     good, seen = result.guarded.legitimate, result.guarded.reached
     if result.without.reached.seconds_to_contain is not None:
         found.append("the attack was none: without the guard it stayed below the limit, too")
-    if not good.success_percent >= LEAST_SUCCESS:
+    if not good.success_percent >= result.scenario.success:
         found.append(f"only {good.success_percent} % of the legitimate requests succeeded")
     if seen.seconds_to_contain is None:
         found.append(f"not contained: that is, {contained_when(result.scenario)}")
@@ -286,9 +290,11 @@ def _banned_wrongly(guard: Guard | None) -> list[str]:
     """Return the sources that were banned and are none of the attacker's."""
     bans = guard.bans if guard else []
     sources = [str(ban["source"]) for ban in bans if ban["kind"] == "ban"]
-    return [source for source in sources if source != ATTACKER and not _is_attackers6(source)]
+    return [source for source in sources if not _is_attackers(source)]
 
 
-def _is_attackers6(source: str) -> bool:
+def _is_attackers(source: str) -> bool:
     network = ip_network(source)
-    return isinstance(network, IPv6Network) and network.subnet_of(IPv6Network(ATTACKERS6))
+    if isinstance(network, IPv6Network):
+        return network.subnet_of(IPv6Network(ATTACKERS6))
+    return source == ATTACKER or network.subnet_of(IPv4Network(ATTACKERS))

@@ -7,6 +7,7 @@ import select
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from rstguard.ipc.requests import ControlError
 from rstguard.kernel.command import own_program
@@ -18,10 +19,11 @@ from rstguard.lab.innocents import Innocent
 from rstguard.lab.network import Network, stop
 from rstguard.lab.observer import Observation
 from rstguard.lab.report import Guard, Half, Innocents, Result, legitimate, reached, sum_up
-from rstguard.lab.scenarios import Scenario
-from rstguard.lab.server import start_server
-from rstguard.lab.topology import Lab
+from rstguard.lab.scenarios import LEARNED, Scenario
+from rstguard.lab.server import CAPACITY, start_server
+from rstguard.lab.topology import SERVER, SERVER6, Lab
 from rstguard.lab.usage import cpu_seconds
+from rstguard.lab.waiting import wait_until
 
 Progress = Callable[[str, float], None]
 """Called with what goes on and how much of this half is done (0 to 1)."""
@@ -53,12 +55,14 @@ def run_half(scenario: Scenario, seconds: float, progress: Progress, *, guarded:
     with Lab() as lab:
         for rule in attack.rules:
             lab.run("gateway", "iptables", "-w", *rule)
-        start_server(lab)
+        start_server(lab, connections=scenario.connections or CAPACITY, ports=attack.ports)
         observer = start_program(lab, "server", "observer")
-        client = start_program(lab, "client", "client")
+        kinds = ["--new"] * attack.newcomers + ["--slow"] * attack.slow
+        client = start_program(lab, "client", "client", *kinds)
         guard = GuardProcess(lab, scenario.policy, lab.directory / "runtime") if guarded else None
         if guard:
             guard.start(whole=True)
+            _settle(guard)
         for command in attack.prepare:
             lab.run("attacker", *command)
         others = _Others(lab, attack)
@@ -78,15 +82,24 @@ def run_half(scenario: Scenario, seconds: float, progress: Progress, *, guarded:
         for process in attackers:
             stop(process, patience=2)
         forged, innocents = others.collect()
+        learned = None
+        if scenario.measure == LEARNED:
+            learned = len((lab.directory / "attack-0.log").read_text(encoding="utf-8").splitlines())
         did = _account(guard, 100 * used / (end - begin)) if guard else None
         seen = Observation.from_json(collect(lab, observer, "observer"))
         requests = [Request(*row) for row in json.loads(collect(lab, client, "client"))]
         honest = legitimate(requests, begin, end)
-        arrived = reached(seen, scenario, begin, end, honest, innocents)
+        arrived = reached(seen, scenario, begin, end, honest, innocents, learned)
         if not arrived.packets and not forged:
             why = lab.log_tail(f"attack-{failed.index(True)}.log") if any(failed) else "no reason"
             raise LabError(f"The attack of {scenario.name} sent nothing to the server: {why}")
         return Half(round(end - begin, 1), honest, arrived, did, innocents)
+
+
+def _settle(guard: GuardProcess) -> None:
+    """Wait until it knows what the server offers, as one does that has run for a while."""
+    with suppress(TimeoutError):
+        wait_until(lambda: len(guard.status()["shun"]["services"]) >= len((SERVER, SERVER6)))
 
 
 class _Others:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 
 from rstguard.lab import LabError, attacks
+from rstguard.lab.server import bearable
+from rstguard.lab.topology import SERVER, SERVER6
 
 PACKETS = "packets"
 SYNS = "SYNs"
 HELD = "connections held"
 LOST = "innocents' connections lost"
+LEARNED = "open ports that the attacker learned of"
 FAILED = "percent of legitimate requests failed"
 
 
@@ -21,9 +26,14 @@ class Scenario:
     The attack counts as contained when what the server sees of `measure` stays at or below `limit`
     for the rest of the attack: attack packets or SYNs within any one second, or connections that
     the server holds for the attacker; or when at its end no more innocents than `limit` have lost
-    their connections, or no more percent of the legitimate requests have failed.  `seconds` is how
-    long each half lasts unless asked for otherwise, `least_seconds` how long it must last for the
-    guard to have had its turn.
+    their connections, no more open ports were found, or no more percent of the legitimate requests
+    have failed.  `success` is how many percent of these must succeed with the guard.
+
+    `seconds` is how long each half lasts unless asked for otherwise, `least_seconds` how long it
+    must last for the guard to have had its turn.  `sample` names the sample policy that the guard
+    runs with, as it is but for interface and addresses; without one it runs with a policy of the
+    scenario's own.  `connections` are the worker_connections of a server of which the sample states
+    the `capacity`; by None it says nothing of it, and the server is the usual one.
     """
 
     name: str
@@ -33,12 +43,42 @@ class Scenario:
     limit: int
     seconds: int
     least_seconds: int
+    sample: str = ""
+    connections: int | None = None
+    success: float = 99.0
 
     @property
     def policy(self) -> str:
         """The text of the policy file that the guard runs with."""
-        file = resources.files("rstguard.lab") / "policies" / f"{self.name}.yaml"
-        return file.read_text(encoding="utf-8")
+        if not self.sample:
+            file = resources.files("rstguard.lab") / "policies" / f"{self.name}.yaml"
+            return file.read_text(encoding="utf-8")
+        return _adapted(_sample(self.sample), self.connections)
+
+
+def _sample(name: str) -> str:
+    """Return the text of a sample policy, which is elsewhere where nothing was installed."""
+    package = resources.files("rstguard")
+    installed = package / "policies" / f"{name}.yaml"
+    if installed.is_file():
+        return installed.read_text(encoding="utf-8")
+    return Path(str(package)).with_name("policies").joinpath(f"{name}.yaml").read_text("utf-8")
+
+
+def _adapted(policy: str, connections: int | None) -> str:
+    """Return a sample with the lab's interface and addresses, and what its server can hold."""
+    changes = {
+        r"^  interfaces: \[.*?\]": "  interfaces: [eth0]",
+        r"^  destinations: \[.*?\]": f'  destinations: [{SERVER}, "{SERVER6}"]',
+    }
+    if connections is not None:
+        capacity = bearable(connections)
+        changes[r"^# (pressure: \{capacity: ).*"] = rf"\g<1>{{80: {capacity}}}}}"
+    for before, after in changes.items():
+        policy, changed = re.subn(before, after, policy, flags=re.MULTILINE)
+        if changed != 1:
+            raise LabError(f"A sample policy has {changed} lines like '{before}', not one.")
+    return policy
 
 
 SCENARIOS = (
@@ -52,6 +92,24 @@ SCENARIOS = (
         least_seconds=3,
     ),
     Scenario(
+        name="half-open",
+        summary="hping3: 500 SYNs a second, each from another forged source",
+        plan=attacks.half_open,
+        measure=FAILED,
+        limit=1,
+        seconds=12,
+        least_seconds=8,
+    ),
+    Scenario(
+        name="forged-flood",
+        summary="hping3: tens of thousands of SYNs a second, each from another forged source",
+        plan=attacks.forged_flood,
+        measure=FAILED,
+        limit=1,
+        seconds=12,
+        least_seconds=8,
+    ),
+    Scenario(
         name="conn-flood",
         summary="wrk: 600 clients at once, a new connection for each request",
         plan=attacks.connection_flood,
@@ -59,6 +117,15 @@ SCENARIOS = (
         limit=50,
         seconds=8,
         least_seconds=3,
+    ),
+    Scenario(
+        name="keepalive-flood",
+        summary="wrk: thousands of requests a second on 10 connections that stay open",
+        plan=attacks.keepalive_flood,
+        measure=PACKETS,
+        limit=100,
+        seconds=12,
+        least_seconds=8,
     ),
     Scenario(
         name="slowloris",
@@ -88,6 +155,26 @@ SCENARIOS = (
         least_seconds=3,
     ),
     Scenario(
+        name="scan-fast",
+        summary="a scan of 1,000 ports, of which 10 are open, at 300 a second",
+        plan=attacks.scan_fast,
+        measure=LEARNED,
+        limit=1,
+        seconds=8,
+        least_seconds=4,
+        sample="strict-gateway",
+    ),
+    Scenario(
+        name="scan-slow",
+        summary="a scan of 120 ports, of which 10 are open, at 10 a second",
+        plan=attacks.scan_slow,
+        measure=LEARNED,
+        limit=1,
+        seconds=12,
+        least_seconds=12,
+        sample="strict-gateway",
+    ),
+    Scenario(
         name="idle-hoard",
         summary="800 connections opened, half a request sent on each, then silence",
         plan=attacks.idle_hoard,
@@ -95,6 +182,18 @@ SCENARIOS = (
         limit=100,
         seconds=12,
         least_seconds=9,
+    ),
+    Scenario(
+        name="botnet",
+        summary="4,000 sources, each of another /24: half a request each, 500 new ones a second",
+        plan=attacks.botnet,
+        measure=FAILED,
+        limit=3,
+        seconds=12,
+        least_seconds=8,
+        sample="web-edge",
+        connections=768,
+        success=97.0,
     ),
     Scenario(
         name="ssh-brute",
@@ -111,6 +210,15 @@ SCENARIOS = (
         plan=attacks.bad_flags,
         measure=PACKETS,
         limit=10,
+        seconds=8,
+        least_seconds=3,
+    ),
+    Scenario(
+        name="strays",
+        summary="hping3: ACKs, FINs, RSTs, SYN-ACKs of no connection, one source and random ones",
+        plan=attacks.strays,
+        measure=PACKETS,
+        limit=300,
         seconds=8,
         least_seconds=3,
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from rstguard.kernel.command import own_program
@@ -15,6 +16,16 @@ BODY = "the lab's server is well\n"
 CAPACITY = 512
 """nginx's worker_connections: connections that the server can hold at once."""
 
+
+def bearable(connections: int) -> int:
+    """Return how many of so many worker_connections nginx can hold and still serve who comes.
+
+    With less than a sixteenth of them free it ends those that have not asked yet, in the order in
+    which they came (ngx_drain_connections).
+    """
+    return connections * 15 // 16
+
+
 _BANNER = "SSH-2.0-OpenSSH_9.6"
 _MODULES = (
     Path("/usr/lib/nginx/modules/ngx_stream_module.so"),
@@ -22,10 +33,13 @@ _MODULES = (
 )
 
 
-def start_server(lab: Lab, access_log: str = "off") -> None:
+def start_server(
+    lab: Lab, access_log: str = "off", connections: int = CAPACITY, ports: Sequence[int] = ()
+) -> None:
     """Start nginx in the server's namespace; the first answered request tells that it is up.
 
-    `access_log` is the name of a log file in the lab's directory, "off" for none.
+    `access_log` is the name of a log file in the lab's directory, "off" for none; `connections` are
+    its worker_connections, and `ports` are open beside 22 and 80.
 
     Raises:
         LabError: nginx is not installed.
@@ -34,13 +48,20 @@ def start_server(lab: Lab, access_log: str = "off") -> None:
         raise LabError("nginx is missing: apt-get install nginx-light libnginx-mod-stream.")
     stream = _stream_module()
     path = lab.directory / "nginx.conf"
-    path.write_text(configuration(lab.directory, stream, access_log), encoding="utf-8")
+    text = configuration(lab.directory, stream, access_log, connections, ports)
+    path.write_text(text, encoding="utf-8")
     lab.start("server", "nginx", "-c", str(path), "-p", str(lab.directory), log="nginx.log")
     if stream is None:
         lab.start("server", *own_program("rstguard.lab.server"), log="banner.log")
 
 
-def configuration(directory: Path, stream: str | None, access_log: str = "off") -> str:
+def configuration(
+    directory: Path,
+    stream: str | None,
+    access_log: str = "off",
+    connections: int = CAPACITY,
+    ports: Sequence[int] = (),
+) -> str:
     """Return nginx's configuration.
 
     `stream` is the line that loads the stream module, "" if nginx has it built in, or None if
@@ -52,6 +73,7 @@ def configuration(directory: Path, stream: str | None, access_log: str = "off") 
         f"{name}_temp_path {directory / name};"
         for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
+    more = " ".join(f"listen [::]:{port} ipv6only=off;" for port in ports)
     page = BODY.replace("\n", "\\n")
     return f"""{stream or ""}
 user root;
@@ -60,12 +82,12 @@ worker_processes 1;
 worker_rlimit_nofile 4096;
 pid {directory / "nginx.pid"};
 error_log {directory / "nginx-error.log"} crit;
-events {{ worker_connections {CAPACITY}; multi_accept on; }}
+events {{ worker_connections {connections}; multi_accept on; }}
 http {{
   access_log {access_log if access_log == "off" else directory / access_log};
   {temporary}
   server {{
-    listen [::]:80 ipv6only=off backlog=511;
+    listen [::]:80 ipv6only=off backlog=511; {more}
     default_type text/plain;
     location / {{ return 200 "{page}"; }}
     location /upload {{ proxy_pass http://127.0.0.1:8080; }}

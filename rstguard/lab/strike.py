@@ -3,26 +3,28 @@
 ``python -m rstguard.lab.strike hoard`` opens connections, sends the beginning of a request on each
 and is silent for ever; ``… hide`` does so and hides each from the gateway's tracker; ``… brute``
 knocks at port 22 again and again as a password guesser does; ``… spread`` does so from one IPv6
-network after the other.  All end by themselves after ``--seconds``.
+network after the other; ``… scan`` connects to each of ``--count`` ports once, in no order, and
+writes a line for each that is open.  All end by themselves after ``--seconds``.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import resource
 import socket
+import sys
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from functools import partial
 from ipaddress import ip_network
 from struct import pack
 
 from rstguard.engine.wire import ACK, FIN, PSH, RST
+from rstguard.lab.crowd import BEGUN, allow_all_files
 from rstguard.lab.forging import raw_socket, segment
 from rstguard.lab.topology import ATTACKERS6, SERVER, SERVER6
 
-# A request that has begun is not closed by nginx when it runs short, an idle connection is.
-_BEGUN = b"GET / HTTP/1.1\r\nHost: lab\r\n"
 _GUESS = b"SSH-2.0-libssh_0.9\r\n"
 
 _SIGNED = 19, bytes(16)
@@ -30,6 +32,9 @@ _SIGNED = 19, bytes(16)
 _TIME_STAMP = 8
 _CLOCK = 24
 """TCP_TIMESTAMP of linux/tcp.h: the time stamp that a socket would send now."""
+_FIRST_SCANNED, _STRIDE = 8_000, 787
+"""A scan's first port, and from each to the next that it tries, round the ports there are: a
+prime number, so that it tries each once."""
 _CONNECTIONS_OF_EACH, _OF_ONE_48 = 5, 24
 """Of those that spread out: how often a /64 connects, and how many of them are of the same /48."""
 
@@ -76,7 +81,7 @@ async def _hold(end: float, trick: Callable[[socket.socket], list[bytes]] | None
         reader, writer = await asyncio.open_connection(SERVER, 80)
     except OSError:
         return
-    writer.write(_BEGUN)
+    writer.write(BEGUN)
     try:
         if trick:
             with raw_socket() as raw:
@@ -113,7 +118,18 @@ async def _guess(server: str, own: tuple[str, int] | None) -> None:
         pass  # Refused or silent: try the next one.
 
 
+async def _scan(number: int, end: float, count: int) -> None:
+    port = _FIRST_SCANNED + number * _STRIDE % count
+    with suppress(TimeoutError, OSError):
+        async with asyncio.timeout(end - time.monotonic()):
+            _, writer = await asyncio.open_connection(SERVER, port)
+            sys.stdout.write(f"{port}\n")
+            sys.stdout.flush()
+            writer.close()
+
+
 _KINDS = {"hoard": _hoard, "hide": _hide, "brute": _brute, "spread": _spread}
+_SCAN = "scan"
 
 
 async def _strike(
@@ -133,14 +149,14 @@ async def _strike(
 def main() -> None:
     """Strike as the command line says."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("kind", choices=tuple(_KINDS))
+    parser.add_argument("kind", choices=(*_KINDS, _SCAN))
     parser.add_argument("--rate", type=int, required=True, help="connections a second")
     parser.add_argument("--count", type=int, default=100_000, help="connections at most")
     parser.add_argument("--seconds", type=float, required=True)
     options = parser.parse_args()
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-    attempt = _KINDS[options.kind]
+    allow_all_files()
+    scan = partial(_scan, count=options.count)
+    attempt = scan if options.kind == _SCAN else _KINDS[options.kind]
     asyncio.run(_strike(attempt, rate=options.rate, count=options.count, seconds=options.seconds))
 
 

@@ -24,7 +24,8 @@ from rstguard.lab.network import Host, Network, remove_namespace
 ATTACKER = "192.0.2.66"
 SERVER = "203.0.113.10"
 SERVER6 = "2001:db8:5::10"
-CLIENTS = ("198.51.100.11", "198.51.100.12", "198.51.100.13", "198.51.100.14")
+CLIENTS = ("198.51.100.11", "198.51.100.27", "198.51.100.43", "198.51.100.59")
+"""Each in a /28 of its own, which some policy may take for one party."""
 NEW_CLIENTS = "100.64.0.0/16"
 """Where clients come from that nobody has seen before; they live in the clients' namespace."""
 CLIENTS6 = ("2001:db8:c1::11", "2001:db8:c2::11")
@@ -32,6 +33,9 @@ INNOCENTS = "100.65.0.0/24"
 """Who holds connections that an attack is aimed at; they live in the clients' namespace, too."""
 SILENT = "100.66.0.0/24"
 """Hosts that answer nothing."""
+_BEHIND_CLIENTS = (NEW_CLIENTS, INNOCENTS, SILENT)
+ATTACKERS = "172.16.0.0/12"
+"""Where attackers of many addresses come from; all these are the attacker's host's."""
 ATTACKERS6 = "2001:db8:ba00::/40"
 """All 256 networks of 48 bits are the attacker's."""
 CLIENTS_ROUTER, ATTACKERS_ROUTER = "198.51.100.9", "192.0.2.67"
@@ -104,12 +108,14 @@ class Lab(Network):
     def build(self) -> None:
         """Make the hosts, links and ways; what crosses the wire meets no rules there."""
         super().build()
-        self.ip("client", f"route add local {INNOCENTS} dev lo")
-        self.ip("attacker", f"route add local {ATTACKERS6} dev lo")
+        self.ip("client", *(f"route add local {own} dev lo" for own in (INNOCENTS, NEW_CLIENTS)))
+        self.ip("attacker", *(f"route add local {own} dev lo" for own in (ATTACKERS, ATTACKERS6)))
         self.ip(
             "gateway",
-            *(f"route add {network} via {CLIENTS_ROUTER}" for network in (INNOCENTS, SILENT)),
+            *(f"route add {network} via {CLIENTS_ROUTER}" for network in _BEHIND_CLIENTS),
             f"route add {ATTACKERS6} via {_ATTACKERS_ROUTER6}",
+            # Its host answers as `ATTACKERS`, and takes and answers nothing of all the others.
+            f"route add default via {ATTACKERS_ROUTER}",
         )
         with self.inside("wire"):
             # Settings of a module that is not there are settings that nobody needs.

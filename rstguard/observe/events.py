@@ -48,15 +48,22 @@ KINDS = MappingProxyType(
         "rearmed": "a rule that was capped bans again",
         "gated": "so many sources of a network are banned that its other SYNs are dropped as well",
         "low_ttl": "segments that would not have reached their server begin to be dropped",
-        "strays": "more segments of no connection come than the connection table is to hold: the "
+        "strays": "more segments of no connection come than all sources together may send: the "
         "rest is dropped",
+        "limited": "segments beyond a rule begin to be dropped in front of the queue: of no "
+        "connection, with impossible flags, or RSTs",
         "adopted": "the connection tracker had forgotten connections whose servers go on: they are "
         "taken up again",
         "spoofed": "segments begin to come from outside in the name of an address that answers "
         "from inside: counted, then dropped",
         "foreign_marks": "another program uses mark bits of the guard's",
         "one_sided": "of a service only one side is seen, or no more: its answers pass elsewhere",
-        "unseen": "a protected interface is such that the rules do not see its traffic",
+        "unseen": "a protected interface or destination is such that the rules do not see its "
+        "traffic",
+        "large_source": "a source carries a large share of all proven connections, as a proxy does",
+        "pressed": "a service is in distress: what makes no progress at it has ever less time",
+        "calm": "a service is in distress no more",
+        "table_full": "the connection table is or was full, so that connections were dropped",
         "panic": "all traffic passes on an administrator's word, or no longer",
         "left_out": "events of the last second that were not written, by their number",
     }

@@ -103,6 +103,11 @@ def _forgotten(data: Snapshot) -> Iterator[Sample]:
         yield (name,), float(count)
 
 
+def _limited(data: Snapshot) -> Iterator[Sample]:
+    for name, count in data["limited"].items():
+        yield (name,), float(count)
+
+
 def _foreign(data: Snapshot) -> Iterator[Sample]:
     for name in ("cleared", "spared"):
         yield (name,), float(data["foreign_marks"][name])
@@ -184,8 +189,11 @@ TABLE: tuple[Row, ...] = (
         "that answers from inside), spoofed_passed (the same, only counted).", _untracked),
     Row("rstguard_forgotten_total", "counter", ("what",),
         "What the connection tracker did not know any more: adopted (connections that were taken "
-        "up again as their server spoke), dropped (segments of no connection beyond what its table "
-        "is to hold).", _forgotten),
+        "up again as their server spoke), dropped (segments of no connection beyond what all "
+        "sources together may send).", _forgotten),
+    Row("rstguard_limited_total", "counter", ("measure",),
+        "Segments beyond a rule that the kernel dropped in front of the queue, whatever the load, "
+        "by the rule's measure: out_of_state, bad_flags, reset_rate.", _limited),
     Row("rstguard_foreign_marks_total", "counter", ("what",),
         "Marks of other programs with bits of the guard's: cleared (packets that they were taken "
         "off), spared (segments that went on though such a mark condemns their connection).",
@@ -210,6 +218,19 @@ TABLE: tuple[Row, ...] = (
     Row("rstguard_sweep_cpu_seconds_total", "counter", (),
         "Processor time that sweeps took.",
         _one(lambda data: data["counts"].get("sweep_cpu_us", 0) / 1e6)),
+    Row("rstguard_sweep_period_seconds", "gauge", (),
+        "Time from one sweep to the next: `sweep_every`, or five times what the last one took of a"
+        " core, if that is longer.",
+        _one(lambda data: data["counts"].get("sweep_period_ms", 0) / 1e3)),
+    Row("rstguard_pressed_connections", "gauge", ("service",),
+        "Live connections of each service that is in distress now.",
+        lambda data: [((row["service"],), float(row["connections"])) for row in data["pressure"]]),
+    Row("rstguard_large_source_connections", "gauge", ("source",),
+        "Proven connections of each source that carries a large share of all, and of which nobody "
+        "has said yet what it is.",
+        lambda data: [
+            ((row["source"],), float(row["connections"])) for row in data["large_sources"]
+        ]),
     Row("rstguard_syn_budget_engaged", "gauge", ("service",),
         "1 while the kernel answers a service's SYNs with SYN cookies, else 0.", _services),
     Row("rstguard_syn_cookies_total", "counter", ("outcome",),

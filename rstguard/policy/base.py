@@ -6,8 +6,9 @@ from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator
 
+from rstguard.engine.address import Prefix
 from rstguard.engine.ruleset import RULE_NAME
-from rstguard.policy.quantities import PortRange, count, show
+from rstguard.policy.quantities import PortRange, count, network, show
 from rstguard.policy.quantities import ports as port_range
 
 Item = TypeVar("Item")
@@ -36,6 +37,10 @@ Ports = Annotated[
 ]
 
 
+Network = Annotated[Prefix, PlainValidator(network)]
+Networks = Annotated[tuple[Network, ...], Field(max_length=1000), AfterValidator(not_empty)]
+
+
 class Model(BaseModel):
     """What all parts of a policy share: unknown keys are errors, and nothing changes later."""
 
@@ -51,3 +56,10 @@ class Widths(Model):
 
     ipv4: Annotated[int, PlainValidator(count(8, 32))] = 32
     ipv6: Annotated[int, PlainValidator(count(24, 128))] = 64
+
+
+class DestinationWidths(Model):
+    """How wide one counted destination is, in bits of the address."""
+
+    destination_ipv4: Annotated[int, PlainValidator(count(8, 32))] = 24
+    destination_ipv6: Annotated[int, PlainValidator(count(24, 128))] = 48

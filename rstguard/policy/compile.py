@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from rstguard.engine.address import Prefix
 from rstguard.engine.ruleset import (
+    OF_NO_CONNECTION,
     RATE_MEASURES,
     SECOND,
     SWEEP_MEASURES,
@@ -21,12 +22,17 @@ from rstguard.engine.ruleset import (
     Unless,
     needs,
 )
+from rstguard.engine.shares import DEFAULT_SHARES, Shares
 from rstguard.engine.verdict import Action, Ends
-from rstguard.policy import rules
-from rstguard.policy.base import Widths
+from rstguard.policy import model, rules
+from rstguard.policy.base import DestinationWidths, Widths
 from rstguard.policy.model import Policy
 from rstguard.policy.offload import offload, why_not
 from rstguard.policy.quantities import PortRange, duration_text, expand, ports_text
+
+_OF_ONE_CONNECTION = frozenset(
+    {Measure.SLOW, Measure.STALLED, Measure.IDLE, Measure.AGE, Measure.UNANSWERED}
+)
 
 
 def compile_policy(policy: Policy) -> RuleSet:
@@ -46,7 +52,7 @@ def compile_policy(policy: Policy) -> RuleSet:
         source_ipv4=policy.source.ipv4,
         source_ipv6=policy.source.ipv6,
         inspect_packets=policy.inspect.packets,
-        syn_budget=SynBudget(budget.rate, _ports(budget.ports)) if budget else None,
+        syn_budget=_budget(budget) if budget else None,
         blocking=policy.blocking,
         covers_all=policy.ban_covers == "everything",
         challenge=policy.shun == "challenge",
@@ -62,8 +68,18 @@ def compile_policy(policy: Policy) -> RuleSet:
         least_ttl=policy.least_ttl,
         spoofed_after=policy.drop_spoofed_after,
         drops_spoofed=policy.drop_spoofed_after == 0,
+        capacity=tuple(sorted(policy.pressure.capacity.items())),
+        shares=_shares(policy.large_sources),
     )
     return offload(ruleset) if policy.offload == "auto" else ruleset
+
+
+def _shares(large: model.LargeSources) -> Shares:
+    return Shares(large.share, large.after, large.ordinary)
+
+
+def _budget(budget: model.SynBudget) -> SynBudget:
+    return SynBudget(budget.rate, _ports(budget.ports), budget.half_open)
 
 
 def _ports(ranges: tuple[PortRange, ...] | None) -> frozenset[int] | None:
@@ -71,9 +87,8 @@ def _ports(ranges: tuple[PortRange, ...] | None) -> frozenset[int] | None:
 
 
 def _rule(rule: rules.AnyRule, source: Widths) -> Rule:
-    per = rule.per if isinstance(rule, rules.SourceRule) else None
-    widths = per if isinstance(per, Widths) else source
-    counted = Per.SERVICE if per == "service" else Per.SOURCE if per is None else Per.PREFIX
+    per = rule.per if isinstance(rule, rules.SourceRule | rules.PacketRateRule) else None
+    counted, widths = _counted(per, source)
     more = rule.escalate
     common = Rule(
         name=rule.name,
@@ -81,6 +96,8 @@ def _rule(rule: rules.AnyRule, source: Widths) -> Rule:
         action=Action[rule.then.upper()],
         limit=0,
         ports=_ports(rule.ports),
+        destinations=rule.destinations,
+        excepted=rule.excepted,
         per=counted,
         ipv4_length=widths.ipv4,
         ipv6_length=widths.ipv6,
@@ -89,8 +106,20 @@ def _rule(rule: rules.AnyRule, source: Widths) -> Rule:
         keep_existing=rule.keep_existing,
         ends=Ends(rule.ends),
         unless=_unless(rule),
+        when_pressed=rule.when == "pressed",
     )
     return _limited(common, rule)
+
+
+def _counted(per: rules.Counted, source: Widths) -> tuple[Per, Widths]:
+    """Return what a rule counts by, and how wide one of it is."""
+    if isinstance(per, DestinationWidths):
+        return Per.DESTINATION, Widths(ipv4=per.destination_ipv4, ipv6=per.destination_ipv6)
+    if isinstance(per, Widths):
+        return Per.PREFIX, per
+    if per is None:
+        return Per.SOURCE, source
+    return Per(per), source
 
 
 def _unless(rule: rules.AnyRule) -> Unless | None:
@@ -105,7 +134,7 @@ def _limited(common: Rule, rule: rules.AnyRule) -> Rule:
     `100/s`, and ten at once of `10/m`, where a second's worth would object to the second event.
     """
     match rule:
-        case rules.RateRule() | rules.ShortConnectionsRule():
+        case rules.RateRule() | rules.ShortConnectionsRule() | rules.PacketRateRule():
             rated = replace(
                 common,
                 limit=rule.over.amount,
@@ -120,10 +149,16 @@ def _limited(common: Rule, rule: rules.AnyRule) -> Rule:
         case rules.HalfOpenRule() | rules.DistinctRule():
             return replace(common, limit=rule.over, within=rule.within)
         case rules.SlowRule():
-            return replace(common, limit=rule.under, after=rule.after, of=rule.of)
+            return replace(
+                common,
+                limit=rule.under,
+                after=rule.after,
+                of=rule.of,
+                over_last=rule.over_last or 0,
+            )
         case rules.StalledRule():
             return replace(common, limit=rule.over, window=rule.window)
-        case rules.ConnectionsRule() | rules.IdleRule():
+        case rules.ConnectionsRule() | rules.IdleRule() | rules.UnansweredRule():
             return replace(common, limit=rule.over)
 
 
@@ -153,9 +188,14 @@ def _head(ruleset: RuleSet) -> Iterator[str]:
     if ruleset.syn_budget:
         budget = ruleset.syn_budget
         yield (
-            f"  SYN budget    {budget.rate}/s to each service; "
+            f"  SYN budget    {budget} for each service; "
             f"above it SYN cookies, ports {_port_set(budget.ports)}"
         )
+    if ruleset.capacity:
+        held = (f"{most} connections at port {port}" for port, most in ruleset.capacity)
+        yield f"  capacity      {', '.join(held)}"
+    if ruleset.shares != DEFAULT_SHARES:
+        yield f"  large source  {_large(ruleset.shares)}"
     shown = {"drop": "silence", "reset": "a RST", "unreachable": "an ICMP error"}
     yield f"  blocked       sees {shown[ruleset.blocking]}; a shun lasts {_time(ruleset)}"
     if not ruleset.covers_all:
@@ -169,6 +209,11 @@ def _head(ruleset: RuleSet) -> Iterator[str]:
         if ruleset.reset_exempt:
             yield f"  not asked     {_prefixes(ruleset.reset_exempt)}"
     yield f"  untracked     {', '.join(_untracked(ruleset)) or 'nothing'}"
+
+
+def _large(shares: Shares) -> str:
+    but = f", but not {_prefixes(shares.ordinary)}" if shares.ordinary else ""
+    return f"{shares.least}% of all proven connections for {duration_text(shares.after)}{but}"
 
 
 def _untracked(ruleset: RuleSet) -> Iterator[str]:
@@ -210,8 +255,11 @@ def _rules(ruleset: RuleSet) -> Iterator[str]:
 
 def describe_rule(rule: Rule) -> str:
     """Return when a rule is hit and what it then does, on one line."""
-    ports = "" if rule.ports is None else f", ports {_port_set(rule.ports)}"
-    return f"{_condition(rule)}{ports} -> {_action(rule)}"
+    only = "" if rule.ports is None else f", ports {_port_set(rule.ports)}"
+    only += f", to {_prefixes(rule.destinations)}" if rule.destinations else ""
+    only += f", except from {_prefixes(rule.excepted)}" if rule.excepted else ""
+    only += ", when pressed" if rule.when_pressed else ""
+    return f"{_condition(rule)}{only} -> {_action(rule)}"
 
 
 def _condition(rule: Rule) -> str:
@@ -223,6 +271,9 @@ def _condition(rule: Rule) -> str:
         text += f"over {rule.limit}{unit} in {period}, burst {rule.burst}"
     elif rule.measure is Measure.SLOW:
         text += f"under {rule.limit} bytes/s of {rule.of} after {duration_text(rule.after)}"
+        text += f" in the last {duration_text(rule.over_last)}" if rule.over_last else ""
+    elif rule.measure is Measure.UNANSWERED:
+        text += f"over {duration_text(rule.limit)}, less the fuller the service is"
     elif rule.measure in (Measure.IDLE, Measure.AGE, Measure.STALLED):
         text += f"over {duration_text(rule.limit)}"
     else:
@@ -239,10 +290,10 @@ def _condition(rule: Rule) -> str:
 
 
 def _per(rule: Rule) -> str:
-    if rule.measure in (Measure.SLOW, Measure.STALLED, Measure.IDLE, Measure.AGE):
+    if rule.measure in _OF_ONE_CONNECTION:
         return "connection"
-    if rule.per is Per.SERVICE:
-        return "service"
+    if rule.per in (Per.SERVICE, Per.CONNECTION):
+        return str(rule.per.value)
     return f"{rule.per.value} (/{rule.ipv4_length}, /{rule.ipv6_length})"
 
 
@@ -275,6 +326,13 @@ def _tiers(ruleset: RuleSet) -> Iterator[str]:
     swept = [rule.name for rule in ruleset.rules if rule.measure in SWEEP_MEASURES]
     if swept:
         yield f"sweep every {duration_text(ruleset.sweep_every)} for {', '.join(swept)}"
+    kept = (
+        rule.name
+        for measure in (*OF_NO_CONNECTION, Measure.RESET_RATE)
+        for rule in ruleset.kept_by_kernel(measure)
+    )
+    if names := ", ".join(kept):
+        yield f"the kernel drops what is beyond the limit in front of the queue for {names}"
     for rule in ruleset.rules:
         if reason := why_not(ruleset, rule):
             yield f"not counted by the kernel: {rule.name}, {reason}"

@@ -36,6 +36,8 @@ def _settings(ruleset: RuleSet) -> dict[str, str]:
         "name": ruleset.name,
         "while the engine is down": "traffic passes" if ruleset.fail_open else "nothing passes",
         "SYN budget": "none",
+        "capacity": "not stated",
+        "large source": "as by default",
         "RSTs": "are not asked for",
         "not asked": "nobody",
         "sweep every": f"{ruleset.sweep_every / 1e9:g} s",

@@ -16,17 +16,21 @@ from pydantic_core import ErrorDetails
 from rstguard.engine.ruleset import Measure
 from rstguard.policy.base import Widths
 from rstguard.policy.document import Path
-from rstguard.policy.model import Inspect, Policy, Protect, SynBudget
+from rstguard.policy.model import Inspect, Policy, Pressure, Protect, SynBudget
 from rstguard.policy.quantities import show
 from rstguard.policy.rules import MEASURES, Escalate, RuleBase, Unless
 
 
 class Finding(NamedTuple):
-    """Something to say about a part of a policy; `at_key` points at the key, not its value."""
+    """Something to say about a part of a policy; `at_key` points at the key, not its value.
+
+    A `note` says what the policy does not do, which need be no mistake.
+    """
 
     path: Path
     message: str
     at_key: bool = False
+    note: bool = False
 
 
 def explain(error: ErrorDetails) -> Finding:
@@ -75,6 +79,8 @@ def _path(location: Sequence[str | int]) -> Path:
         del path[4:5]
     if len(path) > 2 and path[0] == "rules":
         del path[2]
+    if path[-1] == "[key]":  # of a mapping whose keys are anybody's choice
+        path.pop()
     # An absent key that has an alias is named by its field.
     return tuple("for" if part == "ban_for" else part for part in path)
 
@@ -86,6 +92,7 @@ def _model_at(location: Sequence[str | int]) -> type[BaseModel]:
         "source": Widths,
         "inspect": Inspect,
         "syn_budget": SynBudget,
+        "pressure": Pressure,
         "escalate": Escalate,
         "per": Widths,
         "unless": Unless,

@@ -12,7 +12,7 @@ from pathlib import Path as FilePath
 
 from pydantic import ValidationError
 
-from rstguard.policy.check import check
+from rstguard.policy.check import Around, check
 from rstguard.policy.document import LARGEST, Document, read
 from rstguard.policy.explain import Finding, explain
 from rstguard.policy.model import MOST_RULES, Policy
@@ -23,24 +23,31 @@ __all__ = ["Loaded", "PolicyError", "Problem", "load", "parse"]
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A valid policy, the text it was read from, and what is odd about it though allowed."""
+    """A valid policy, the text it was read from, and what is odd about it though allowed.
+
+    `told` are warnings and notes; a note says what the policy does not do, and is no mistake.
+    """
 
     policy: Policy
-    warnings: tuple[Problem, ...]
+    told: tuple[Problem, ...]
     text: str
+
+    @property
+    def warnings(self) -> tuple[Problem, ...]:
+        """What its author has probably not meant."""
+        return tuple(problem for problem in self.told if problem.severity == "warning")
 
 
 def load(
     path: str | os.PathLike[str],
-    interfaces: Collection[str] | None = None,
+    around: Around | None = None,
     one_sided: Collection[str] = (),
 ) -> Loaded:
     """Read and validate a policy file.
 
     Args:
         path: the file.
-        interfaces: names of the interfaces that exist, to warn of others; None: do not look.  A
-            mapping says of each why no packet can be seen to come in by it, or "".
+        around: tells what of the policy cannot match here, to warn of it; None: do not look.
         one_sided: services of which a guard here sees only one side, to warn of them.
 
     Raises:
@@ -59,13 +66,13 @@ def load(
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise _unreadable(name, f"the file cannot be read ({reason}): is it a file?") from None
-    return parse(text, name, interfaces, one_sided)
+    return parse(text, name, around, one_sided)
 
 
 def parse(
     text: str | bytes,
     name: str,
-    interfaces: Collection[str] | None = None,
+    around: Around | None = None,
     one_sided: Collection[str] = (),
 ) -> Loaded:
     """Validate the text of a policy; `name` is the file's name in messages, the rest as for `load`.
@@ -85,11 +92,11 @@ def parse(
         problems += _errors(document, map(explain, details))
     if problems or policy is None:
         raise PolicyError(_sorted(problems))
-    warnings = [
-        replace(_problem(document, finding), severity="warning")
-        for finding in check(policy, interfaces, one_sided)
+    told = [
+        replace(_problem(document, finding), severity="note" if finding.note else "warning")
+        for finding in check(policy, around, one_sided)
     ]
-    return Loaded(policy, _sorted(warnings), text if isinstance(text, str) else text.decode())
+    return Loaded(policy, _sorted(told), text if isinstance(text, str) else text.decode())
 
 
 def _refuse_too_many_rules(document: Document) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Final, Literal
 
-from pydantic import AfterValidator, Field, PlainValidator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, model_validator
 
 from rstguard.engine.address import V6, Prefix
 from rstguard.engine.ruleset import (
@@ -20,7 +20,7 @@ from rstguard.engine.ruleset import (
     DEFAULT_SPOOFED_AFTER,
     SECOND,
 )
-from rstguard.policy.base import Model, Name, Ports, Widths, not_empty
+from rstguard.policy.base import Model, Name, Network, Networks, Ports, Widths, not_empty
 from rstguard.policy.quantities import (
     MINUTE,
     count,
@@ -28,6 +28,8 @@ from rstguard.policy.quantities import (
     duration_or_never,
     mark_bits,
     network,
+    percent,
+    port,
     rate_per_second,
     show,
 )
@@ -65,7 +67,7 @@ def _trusted(value: object) -> Prefix:
     return prefix
 
 
-Network = Annotated[Prefix, PlainValidator(network)]
+Capacity = Annotated[int, PlainValidator(count(10, 10_000_000))]
 Trusted = Annotated[Prefix, PlainValidator(_trusted)]
 Interface = Annotated[str, PlainValidator(_interface)]
 
@@ -76,9 +78,7 @@ class Protect(Model):
     interfaces: Annotated[tuple[Interface, ...], AfterValidator(not_empty)] = Field(
         examples=["[eth0]"], max_length=64
     )
-    destinations: Annotated[tuple[Network, ...], AfterValidator(not_empty)] = Field(
-        default=(), max_length=1000
-    )
+    destinations: Networks = ()
     ports: Ports | None = None
 
 
@@ -89,10 +89,41 @@ class Inspect(Model):
 
 
 class SynBudget(Model):
-    """SYNs a second, per service, that reach the engine."""
+    """What a service gets of SYNs before the kernel answers them with SYN cookies."""
 
-    rate: Annotated[int, PlainValidator(rate_per_second)] = Field(examples=["20000/s"])
+    half_open: Annotated[int, PlainValidator(count(16, 4096))] = 128
+    rate: Annotated[int, PlainValidator(rate_per_second)] | None = Field(
+        default=None, examples=["20000/s"]
+    )
     ports: Ports | None = None
+
+
+def _budget(value: object) -> object:
+    """Read `auto`, which is what nothing said means, and `off`, which is None."""
+    if value == "auto":
+        return SynBudget()
+    if value is None or (isinstance(value, str) and value != "off"):
+        raise ValueError(
+            f"{show(value)} is no SYN budget: write auto, off, or a mapping as {{half_open: 128}}"
+        )
+    return None if value == "off" else value
+
+
+class Pressure(Model):
+    """What an administrator knows of what services can bear; the rest is learned."""
+
+    capacity: Annotated[
+        dict[Annotated[int, PlainValidator(port)], Capacity],
+        Field(max_length=1000),
+    ] = Field(default={}, examples=["{443: 768}"])
+
+
+class LargeSources(Model):
+    """Sources that carry a large share of all proven connections, as a proxy does."""
+
+    share: Annotated[int, PlainValidator(percent(10, 90))] = 25
+    after: Annotated[int, PlainValidator(duration(10 * SECOND, 24 * 60 * MINUTE))] = 10 * MINUTE
+    ordinary: Annotated[tuple[Network, ...], Field(max_length=1000)] = ()
 
 
 class Policy(Model):
@@ -128,7 +159,9 @@ class Policy(Model):
     trusted: tuple[Trusted, ...] = Field(default=(), max_length=1000)
     source: Widths = Widths()
     inspect: Inspect = Inspect()
-    syn_budget: SynBudget | None = None
+    syn_budget: Annotated[SynBudget | None, BeforeValidator(_budget)] = SynBudget()
+    pressure: Pressure = Pressure()
+    large_sources: LargeSources = LargeSources()
     rules: tuple[Annotated[AnyRule, Field(discriminator="measure")], ...] = Field(
         examples=["[]"], max_length=MOST_RULES
     )

@@ -16,10 +16,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from rstguard.engine.ruleset import NEEDS, SECOND, Divert, Measure, Per, Rule, RuleSet
+from rstguard.engine.ruleset import NEEDS, PERIODS, SECOND, Divert, Measure, Rule, RuleSet
 from rstguard.engine.verdict import Action
 
-_PERIODS = (SECOND, 60 * SECOND, 3600 * SECOND, 86400 * SECOND)
 _LARGEST_RATE = 10_000
 """SYNs in a period up to which hashlimit's rate is exact to a hundredth."""
 _LARGEST_BURST = 10_000
@@ -54,12 +53,14 @@ def _measured(rule: Rule) -> bool:
 def _own_obstacle(rule: Rule) -> str:
     if rule.measure is Measure.CONNECTIONS:
         return "the kernel counts a connection from its SYN on, which can be forged"
-    if rule.per is Per.SERVICE:
-        return "it counts per service"
+    if rule.of_target:
+        return f"it counts per {rule.per.value}"
     if rule.unless is not None:
         return "the kernel does not know which sources are productive"
     if rule.ports is not None:
         return "it is for some ports only"
+    if rule.is_partial:
+        return "it is for some destinations or sources only"
     return ""
 
 
@@ -77,9 +78,9 @@ def _obstacle(ruleset: RuleSet, rule: Rule) -> str:
         if other != rule and Divert.SYN in NEEDS.get(other.measure, ()):
             return f"rule {other.name} needs every SYN in the queue"
     budget = ruleset.syn_budget
-    if budget is None:
-        return "without a SYN budget forged sources could fill the kernel's table"
-    if rule.period not in _PERIODS or rule.limit > _LARGEST_RATE or rule.burst > _LARGEST_BURST:
+    if budget is None or budget.rate is None:
+        return "without a rate in the SYN budget forged sources could fill the kernel's table"
+    if rule.period not in PERIODS or rule.limit > _LARGEST_RATE or rule.burst > _LARGEST_BURST:
         return "the kernel cannot count at this rate exactly"
     if budget.rate * max(rule.refill, SECOND) > _MOST_SOURCES * SECOND:
         return "at the budget's rate the kernel's table could fill up"

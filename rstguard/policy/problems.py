@@ -21,11 +21,11 @@ class Problem:
     column: int
     where: str
     message: str
-    severity: Literal["error", "warning"] = "error"
+    severity: Literal["error", "warning", "note"] = "error"
 
     def __str__(self) -> str:
         parts = [f"{self.file}:{self.line}:{self.column}"]
-        parts += ["warning"] * (self.severity == "warning")
+        parts += [self.severity] * (self.severity != "error")
         parts += [self.where] * bool(self.where)
         return ": ".join([*parts, self.message])
 

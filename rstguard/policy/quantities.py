@@ -260,6 +260,14 @@ def ports(value: object) -> PortRange:
     return PortRange(first, last)
 
 
+def port(value: object) -> int:
+    """Read a key that is one port; the document gives keys as text."""
+    number = int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
+    if type(number) is int and 1 <= number <= 65535:
+        return number
+    raise ValueError(f"{show(value)} is not a port: write one number from 1 to 65535")
+
+
 def network(value: object) -> Prefix:
     """Read an address or a network of either family.
 

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from pydantic import BaseModel
 
 from rstguard.policy.base import Widths
-from rstguard.policy.model import Inspect, Policy, Protect, SynBudget
+from rstguard.policy.model import Inspect, LargeSources, Policy, Pressure, Protect, SynBudget
 from rstguard.policy.rules import MEASURES, Escalate, RuleBase, Unless
 
 MEANINGS = MappingProxyType(
@@ -33,12 +33,13 @@ MEANINGS = MappingProxyType(
         "shun_for": "how long a shun lasts, `1s` to `10m`, by default `10s`",
         "offload": "`auto` (the default): the kernel counts what it counts as the engine does; "
         "or `never`",
-        "sweep_every": "how often the connection table is read, `500ms` to `1m`, by default `2s`",
+        "sweep_every": "how often the connection table is read, `500ms` to `1m`, by default `2s`; "
+        "more seldom where it is so large that this would take more than a fifth of a core",
         "bans_per_minute": "a rule that bans in more networks (an IPv4 /24, an IPv6 /48) a minute "
         "shuns instead until that is over, by default 1000",
         "marks": "the eight adjacent bits of marks that are the guard's, by default `0xff000000`; "
         "changed only by a restart",
-        "labels": "the first of the six connection labels that are the guard's, by default 122; "
+        "labels": "the first of the eight connection labels that are the guard's, by default 120; "
         "changed only by a restart",
         "mptcp": "`allow` (the default), or `strip`: SYNs to protected targets lose the option "
         "MPTCP, so that their connections are plain TCP, which a kill ends for certain",
@@ -51,13 +52,31 @@ MEANINGS = MappingProxyType(
         "trusted": "networks that are never counted, reset, shunned or banned",
         "source": "how wide one source is: by default `{ipv4: 32, ipv6: 64}`",
         "inspect": "how much of a connection the engine sees",
-        "syn_budget": "above it the kernel answers a service's SYNs with SYN cookies",
+        "syn_budget": "above it the kernel answers a service's SYNs with SYN cookies: `auto` (the "
+        "default: 128 open handshakes of each service), `off`, or the keys below",
+        "half_open": "handshakes of one service that wait for the client's ACK, 16 to 4096, by "
+        "default 128: no more than the server's backlog holds",
+        "pressure": "what is known of how much services can bear",
+        "capacity": "by port, how many connections the server of each can hold, 10 to 10000000; "
+        "without it what a service bore before tells when it is pressed",
+        "large_sources": "sources that carry a large share of all proven connections: named, and "
+        "spared by rules for numbers up to what they bore, until it is said what they are",
+        "share": "percent of all proven connections from which on a source is large, `10%` to "
+        "`90%`, by default `25%`",
+        "ordinary": "networks of sources that are like any other, whatever they carry",
         "rules": "every rule sees every packet it applies to; the most severe action wins",
         "interfaces": 'where untrusted traffic comes in; globs end in `*`, as `"wan*"`',
-        "destinations": "addresses and networks; omitted: any",
+        "destinations": "addresses and networks; omitted: any (in a rule: all that are protected)",
+        "except": "networks of sources that the rule does not concern, those of a load balancer, "
+        "say",
+        "destination_ipv4": "bits of an IPv4 address, 8 to 32, by default 24",
+        "destination_ipv6": "bits of an IPv6 address, 24 to 128, by default 48",
         "ports": "numbers and ranges; omitted: any (in a rule: all that are protected)",
         "packets": "inbound packets of a connection before it is trusted, by default 8",
-        "rate": "SYNs a second to one service",
+        "rate": "SYNs a second to one service, by default any number; what is above it is "
+        "answered in front of all other rules",
+        "when": "`always` (the default), or `pressed`: only at services in distress, and no more "
+        "than relieves them; for `connections`, `slow`, `idle`, `age`; of `unanswered` always so",
         "then": "what is done: `observe`, `drop`, `reset` or `ban`",
         "for": "how long a ban lasts, `1s` to `24d`; only with `then: ban`",
         "escalate": "each new ban lasts longer; only with `then: ban`",
@@ -68,15 +87,20 @@ MEANINGS = MappingProxyType(
         "memory": "how long an offence is remembered, `1m` to `90d`",
         "productive": "share of the source's completed connections that carried data both ways, "
         "`50%` to `100%`",
-        "per": "`{ipv4: N, ipv6: M}` counts by prefix, `service` by destination and port",
+        "per": "`{ipv4: N, ipv6: M}` counts by prefix, `service` by destination and port, "
+        "`{destination_ipv4: N, destination_ipv6: M}` all that goes to one of such networks; with "
+        "`packet_rate` instead of the last two `connection`, each by itself",
         "over": "the limit; beyond it the rule is hit",
         "burst": "how much at once, by default what the limit allows in its own time",
         "unless": "a productive source may go further",
         "within": "how long a target, or an unfinished handshake, counts",
         "shorter_than": "how old a connection may be and still count as short, `100ms` to `1h`",
-        "after": "how old a connection must be to be judged",
+        "after": "how old a connection must be to be judged; of a large source, for how long it "
+        "has carried its share, `10s` to `24h`, by default `10m`",
         "under": "bytes a second that it must move",
         "of": "whose bytes count: `client` (the default), `server` or `both`",
+        "over_last": "the time over which `slow` averages, `10s` to `24h`, up to twice as long; "
+        "omitted: the whole life of the connection",
         "window": "bytes of advertised window, 0 to 65535",
         "ipv4": "bits of an IPv4 address, 8 to 32",
         "ipv6": "bits of an IPv6 address, 24 to 128",
@@ -88,6 +112,8 @@ _PARTS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("protect", Protect),
     ("inspect", Inspect),
     ("syn_budget", SynBudget),
+    ("pressure", Pressure),
+    ("large_sources", LargeSources),
     ("source", Widths),
 )
 _OF_RULES: tuple[tuple[str, type[BaseModel]], ...] = (("escalate", Escalate), ("unless", Unless))

@@ -22,7 +22,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from rstguard.engine.ruleset import SECOND
-from rstguard.policy.base import Model, Name, Ports, Widths
+from rstguard.policy.base import DestinationWidths, Model, Name, Networks, Ports, Widths
 from rstguard.policy.quantities import (
     DAY,
     HOUR,
@@ -54,9 +54,22 @@ ActionName = Literal["observe", "drop", "reset", "ban"]
 
 
 def _per_tag(value: object) -> str | None:
-    if value == "service":
-        return "service"
+    """Say by which keys a value of `per` counts; those of sources and destinations do not mix."""
+    if value in ("service", "connection"):
+        return str(value)
+    if isinstance(value, DestinationWidths):
+        return "destinations"
+    if isinstance(value, dict) and value.keys() & DestinationWidths.model_fields.keys():
+        return None if value.keys() & Widths.model_fields.keys() else "destinations"
     return "widths" if isinstance(value, dict | Widths) else None
+
+
+Counted = Widths | DestinationWidths | Literal["service", "connection"] | None
+"""What a rule may count by: by default a source."""
+
+
+def _is_target(per: Counted) -> bool:
+    return per == "service" or isinstance(per, DestinationWidths)
 
 
 class Escalate(Model):
@@ -72,9 +85,14 @@ class RuleBase(Model):
 
     actions: ClassVar[tuple[str, ...]] = get_args(ActionName)
     instead: ClassVar[str] = ""
+    by_sweep: ClassVar[bool] = False
+    """Whether it is judged from the connection table, so that it can wait for pressure."""
 
     name: Name = Field(examples=["syn-rate"])
     ports: Ports | None = None
+    destinations: Networks = ()
+    excepted: Networks = Field(default=(), alias="except")
+    when: Literal["always", "pressed"] = "always"
     then: ActionName = Field(examples=["drop"])
     ban_for: int | None = Field(default=None, alias="for", validate_default=True)
     escalate: Escalate | None = None
@@ -90,6 +108,16 @@ class RuleBase(Model):
                 raise ValueError(f"{show(name)} names an earlier rule too: each needs its own name")
             info.context.add(name)
         return name
+
+    @field_validator("when")
+    @classmethod
+    def _of_connections(cls, when: str) -> str:
+        if when == "pressed" and not cls.by_sweep:
+            raise ValueError(
+                "pressed goes only with connections, slow, idle, age and unanswered, which the "
+                "sweep judges: remove it, as this measure is judged packet by packet or by source"
+            )
+        return when
 
     @field_validator("then")
     @classmethod
@@ -150,11 +178,14 @@ class SourceRule(RuleBase):
 
     per: (
         Annotated[
-            Annotated[Widths, Tag("widths")] | Annotated[Literal["service"], Tag("service")],
+            Annotated[Widths, Tag("widths")]
+            | Annotated[DestinationWidths, Tag("destinations")]
+            | Annotated[Literal["service"], Tag("service")],
             Discriminator(
                 _per_tag,
                 custom_error_type="per",
-                custom_error_message="cannot be counted by: write {ipv4: 24, ipv6: 48} or service",
+                custom_error_message="cannot be counted by: write {ipv4: 24, ipv6: 48}, "
+                "{destination_ipv4: 24} or service",
             ),
         ]
         | None
@@ -162,12 +193,11 @@ class SourceRule(RuleBase):
 
     @field_validator("per")
     @classmethod
-    def _services_are_not_banned(
-        cls, per: Widths | Literal["service"] | None, info: ValidationInfo
-    ) -> Widths | Literal["service"] | None:
-        if per == "service" and info.data.get("then") == "ban":
+    def _targets_are_not_banned(cls, per: Counted, info: ValidationInfo) -> Counted:
+        if _is_target(per) and info.data.get("then") == "ban":
+            what = "service" if per == "service" else "destination"
             raise ValueError(
-                "a service cannot be banned, and who happens to cross its limit may be innocent: "
+                f"a {what} cannot be banned, and who happens to cross its limit may be innocent: "
                 "use `then: drop` or reset, or count per {ipv4: N, ipv6: M}"
             )
         return per
@@ -205,20 +235,18 @@ class HalfOpenRule(SourceRule):
 
 
 class DistinctRule(SourceRule):
-    """More than `over` different ports or hosts tried `within` a time."""
+    """More than `over` different ports or hosts tried `within` a time, or such that refused."""
 
-    measure: Literal["distinct_ports", "distinct_hosts"]
+    measure: Literal["distinct_ports", "distinct_hosts", "refused_ports"]
     over: Annotated[int, PlainValidator(count(1, 4096))] = Field(examples=["15"])
     within: Annotated[int, PlainValidator(duration(SECOND, DAY))] = Field(examples=["10s"])
 
     @field_validator("per")
     @classmethod
-    def _of_a_source(
-        cls, per: Widths | Literal["service"] | None
-    ) -> Widths | Literal["service"] | None:
-        if per == "service":
+    def _of_a_source(cls, per: Counted) -> Counted:
+        if _is_target(per):
             raise ValueError(
-                "a service has only one host and port: count per {ipv4: N, ipv6: M}, or remove it"
+                "it counts what a source tries: count per {ipv4: N, ipv6: M}, or remove it"
             )
         return per
 
@@ -236,10 +264,11 @@ class ShortConnectionsRule(SourceRule):
 
 
 class ConnectionsRule(SourceRule):
-    """More than `over` established connections at once; the newest beyond it are reset."""
+    """More than `over` established connections at once; the newest are reset, as they begin."""
 
     actions: ClassVar[tuple[str, ...]] = ("observe", "reset", "ban")
     instead: ClassVar[str] = "use reset (ends the newest beyond the limit), ban or observe"
+    by_sweep: ClassVar[bool] = True
 
     measure: Literal["connections"]
     over: Annotated[int, PlainValidator(count(1, 10_000_000))] = Field(examples=["200"])
@@ -260,6 +289,35 @@ class ByteRateRule(SourceRule):
     burst: Annotated[int | None, PlainValidator(size)] = None
 
 
+class PacketRateRule(RuleBase):
+    """More than `over` small packets of clients in a time, as many requests on few connections are.
+
+    What acknowledges a download, and an upload's full segments, do not count.
+    """
+
+    actions: ClassVar[tuple[str, ...]] = ("observe", "reset", "ban")
+    instead: ClassVar[str] = (
+        "the packets have passed when they are counted; use reset (ends the connections), ban or "
+        "observe"
+    )
+
+    per: (
+        Annotated[
+            Annotated[Widths, Tag("widths")] | Annotated[Literal["connection"], Tag("connection")],
+            Discriminator(
+                _per_tag,
+                custom_error_type="per",
+                custom_error_message="cannot be counted by: write {ipv4: 24, ipv6: 48} "
+                "or connection",
+            ),
+        ]
+        | None
+    ) = None
+    measure: Literal["packet_rate"]
+    over: RateValue = Field(examples=["200/s"])
+    burst: Burst | None = None
+
+
 class ConnectionRule(RuleBase):
     """A rule that judges each connection by itself."""
 
@@ -268,12 +326,15 @@ class ConnectionRule(RuleBase):
 
 
 class SlowRule(ConnectionRule):
-    """Older than `after`, and fewer bytes a second than `under`."""
+    """Older than `after`, and fewer bytes a second than `under`, in its life or `over_last`."""
+
+    by_sweep: ClassVar[bool] = True
 
     measure: Literal["slow"]
     after: ConnectionTime = Field(examples=["20s"])
     under: Annotated[int, PlainValidator(byte_rate)] = Field(examples=["50 B/s"])
     of: Literal["client", "server", "both"] = "client"
+    over_last: Annotated[int, PlainValidator(duration(10 * SECOND, DAY))] | None = None
 
 
 class StalledRule(ConnectionRule):
@@ -287,13 +348,29 @@ class StalledRule(ConnectionRule):
 class IdleRule(ConnectionRule):
     """Silent for `over`, or older than `over`."""
 
+    by_sweep: ClassVar[bool] = True
+
     measure: Literal["idle", "age"]
     over: ConnectionTime = Field(examples=["15m"])
 
 
+class UnansweredRule(ConnectionRule):
+    """Without a byte of its server for `over`, which shrinks to nothing as a pressed service fills.
+
+    No more are ended than bring the service back to where pressure begins, and last those that can
+    least be told from honest ones.
+    """
+
+    by_sweep: ClassVar[bool] = True
+
+    measure: Literal["unanswered"]
+    over: Annotated[int, PlainValidator(duration(SECOND, HOUR))] = Field(examples=["30s"])
+    when: Literal["pressed"] = "pressed"
+
+
 AnyRule = (
     RateRule | HalfOpenRule | DistinctRule | ShortConnectionsRule | ConnectionsRule | ByteRateRule
-    | SlowRule | StalledRule | IdleRule
+    | PacketRateRule | SlowRule | StalledRule | IdleRule | UnansweredRule
 )  # fmt: skip
 
 MEASURES = MappingProxyType(

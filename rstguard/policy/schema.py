@@ -40,6 +40,7 @@ _BY_READER: Mapping[str, dict[str, Any]] = MappingProxyType(
         "duration": _DURATION,
         "duration_or_never": _DURATION | {"pattern": r"^([0-9. smhdwy]+|never)$"},
         "percent": {"type": "string", "pattern": "^[0-9]{1,3} ?%$", "examples": ["80%"]},
+        "port": {"type": "integer"},
         "ports": {"type": ["integer", "string"], "examples": [443, "8000-8100"]},
         "rate": _RATE,
         "rate_per_second": _RATE,
@@ -59,6 +60,13 @@ class _Generator(GenerateJsonSchema):
         """Return the schema of a value that one of our readers reads."""
         reader = schema["function"]["function"]
         return dict(_BY_READER[reader.__qualname__.partition(".")[0]])
+
+    def function_before_schema(
+        self, schema: core_schema.BeforeValidatorFunctionSchema
+    ) -> JsonSchemaValue:
+        """Return the schema of a SYN budget, which two words stand for as well."""
+        budget = self.generate_inner(schema["schema"])
+        return {"anyOf": [{"enum": ["auto", "off"]}, *budget["anyOf"][:1]]}
 
     def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
         """Leave out defaults: they are in the engine's units, not in those of the file."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from rstguard.engine.address import Prefix, prefix_of
 from rstguard.engine.capping import BanCap
+from rstguard.engine.flow import LIVE
 from rstguard.engine.limiter import Memory
 from rstguard.engine.rules import REASONS
 from rstguard.engine.ruleset import SECOND, Rule, RuleSet
 from rstguard.engine.verdict import Action, Ban, Condemn, Decision, Shun, Verdict
 from rstguard.engine.wire import Packet
-from rstguard.replay.connections import Connection, name_of
+from rstguard.replay.connections import MOST, Connection, name_of
 from rstguard.replay.hits import Hit, Hits
 from rstguard.replay.way import Blocks, Way
 
@@ -33,6 +34,9 @@ class Effects:
         self.hits = Hits()
         self.bans, self.shuns = Blocks(), Blocks()
         self.held: dict[int, dict[int, Connection]] = {}
+        self._over: dict[int, Connection] = {}
+        """Those that are over and that the kernel's table still shows, the longest over first."""
+        self._shows_over = ruleset.lenient or ruleset.looks_for_pressure
         self._way = way
         self._actions = {rule.name: rule.action for rule in ruleset.rules}
         self._productive: Memory[int] = Memory()
@@ -152,12 +156,34 @@ class Effects:
             return
         if not held:
             del self.held[key]
+        if self._shows_over and connection.hit is None and connection.state not in LIVE:
+            self._over[connection.ident] = connection
+            if len(self._over) > MOST:
+                del self._over[next(iter(self._over))]
         if connection.productive and connection.hit is None:
             if len(self._good) < _MOST_GOOD:
                 self._good.add(connection.source)
             for width in self._widths:
                 source = prefix_of(connection.source, *width)
                 self._productive.put(source, (self._productive.get(source) or 0) + 1)
+
+    @property
+    def shows_any(self) -> bool:
+        """Whether `shown` may have any."""
+        return bool(self.held or self._over)
+
+    def shown(self, now: int) -> list[Connection]:
+        """Return what the kernel's table shows of guarded connections at `now`.
+
+        Those that are over are among them where it matters how productive a source is, or how a
+        service does; what has expired is let go.
+        """
+        every = [one for held in self.held.values() for one in held.values()]
+        for connection in every:
+            if connection.expired(now):
+                self.let_go(connection)
+        self._over = {ident: one for ident, one in self._over.items() if not one.expired(now)}
+        return [one for one in every if not one.expired(now)] + list(self._over.values())
 
     def end(self, connection: Connection, rule: Rule, now: int) -> None:
         """A sweep rule objects to a connection."""

@@ -15,7 +15,7 @@ from math import ceil, floor
 from pathlib import Path
 from typing import Any
 
-from rstguard.engine.gauges import LARGEST_COUNT, LEARNED, Gauges
+from rstguard.engine.gauges import LARGEST_COUNT, Gauges, is_learned
 from rstguard.engine.ruleset import RATE_MEASURES, SECOND, Measure, Rule, RuleSet
 from rstguard.engine.shown import Shown, sum_up
 from rstguard.policy.quantities import DAY, HOUR, MINUTE, duration_text
@@ -150,8 +150,9 @@ def left_out_text(count: int) -> str:
 
 def propose(rule: Rule, shown: Shown | None, length: int, margin: float) -> Proposal:
     """Return what sources have shown about a rule's limit, in so many nanoseconds."""
-    if shown is None or rule.measure not in LEARNED:
-        return Proposal(rule, (), (), None, "this measure is not learned", ())
+    if shown is None or not is_learned(rule):
+        said = "what holds under pressure alone" if rule.when_pressed else "this measure"
+        return Proposal(rule, (), (), None, f"{said} is not learned", ())
     amounts = shown.amounts[:: -1 if rule.measure is Measure.SLOW else 1]
     values = [amount for amount, productive, _ in amounts for _ in range(productive)]
     kept = _why_kept(rule, values, length)

@@ -19,6 +19,7 @@ from typing import Protocol
 
 from rstguard.engine.engine import Engine
 from rstguard.engine.flow import LIVE, Flow, TcpState
+from rstguard.engine.large import spared
 from rstguard.engine.ruleset import SECOND, Measure, RuleSet
 from rstguard.engine.sweep import Judgement, Sweep
 from rstguard.engine.verdict import Decision
@@ -369,25 +370,25 @@ class Replay:
         """Sweep as often as the guard would have since the packet before."""
         every = self.ruleset.sweep_every
         step = max(every, (now - self._sweep_at) // _MOST_SWEEPS)
+        looks = self.ruleset.sweeps or self.ruleset.lenient
         while self._sweep_at <= now:
-            if self._effects.held and self.ruleset.sweeps:
+            if looks and self._effects.shows_any:
                 self._sweep(self._sweep_at)
             self._sweep_at += step
 
     def _sweep(self, now: int) -> None:
         self.counts.sweeps += 1
-        every = [one for held in self._effects.held.values() for one in held.values()]
-        for connection in every:
-            if connection.expired(now):
-                self._effects.let_go(connection)
-        live = {one.ident: one for one in every if not one.expired(now)}
+        shown = {one.ident: one for one in self._effects.shown(now)}
         judgement = self._sweeping.judge(
-            [one.flow(now, self.ruleset.labels) for one in live.values()], now
+            [one.flow(now, self.ruleset.labels) for one in shown.values()], now
         )
+        if isinstance(self._sweeping, Sweep) and isinstance(self._judge, Engine):
+            self._judge.note_productive(self._sweeping.standings.percents())
+            self._judge.note_large(spared(self._sweeping.found_large(now)))
         for flow, rule in judgement.observed:
             self._effects.observe(flow.original.source, rule, now)
         for flow, rule in judgement.condemned:
-            self._effects.end(live[flow.ident], rule, now)
+            self._effects.end(shown[flow.ident], rule, now)
         for effect in judgement.blocks:
             self._effects.block(effect, now)
 

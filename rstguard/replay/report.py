@@ -104,7 +104,8 @@ def _notes(replay: Replay, capture: Capture) -> Iterable[str]:
             f"{replay.ruleset.bans_per_minute:,} networks in a minute (bans_per_minute): the guard "
             "would let it shun instead for a while, the replay goes on as before"
         )
-    if replay.ruleset.syn_budget is not None:
+    budget = replay.ruleset.syn_budget
+    if budget is not None and budget.rate is not None:
         yield "the SYN budget is not replayed: every SYN was judged, as it is below the budget"
 
 

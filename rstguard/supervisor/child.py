@@ -30,6 +30,7 @@ from rstguard.ipc.messages import (
     Stop,
     ToChild,
 )
+from rstguard.ipc.values import LATEST
 from rstguard.supervisor.backoff import Backoff
 from rstguard.supervisor.sending import Sending
 from rstguard.supervisor.spawn import REAP_SECONDS, Kind, Process, Spawn, Spawned, fate_of
@@ -137,7 +138,7 @@ class Child:
                 self._become(State.FAILED, reason)
                 self._settled.set()
                 return
-            self._before += self._now
+            self._before += Counter({n: c for n, c in self._now.items() if n not in LATEST})
             self._now = Counter()
             self.restarts += 1
             delay = self._backoff.failed(loop.time())

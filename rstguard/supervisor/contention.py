@@ -56,6 +56,10 @@ class Contention:
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         detail = f"{lost[0]}{more} {self._how}"
         self._events.add(Event("restored", self._subject, detail=detail))
+        self.tell(lost)
+
+    def tell(self, lost: Sequence[str]) -> None:
+        """Tell of a fight if there is one; what is `lost` may or may not have been put back."""
         if not self._backoff.persists:
             self._told = False
         elif not self._told:

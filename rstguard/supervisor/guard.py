@@ -11,15 +11,29 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from rstguard.engine.offers import Service
-from rstguard.engine.ruleset import RuleSet
+from rstguard.engine.ruleset import SECOND, RuleSet
+from rstguard.engine.service import Service
 from rstguard.engine.shedding import Level
 from rstguard.ipc.messages import Productive
+from rstguard.ipc.said import Large
 from rstguard.kernel.sysctl import Change
 from rstguard.observe.events import EventLog
 from rstguard.policy.load import Loaded
 from rstguard.supervisor.child import Child
+
+
+class Pressed(NamedTuple):
+    """A service in distress: since when (the loop's time), and how many connections it holds.
+
+    From `start` on patience with those that make no progress shrinks, to nothing at `end`.
+    """
+
+    since: float
+    live: int
+    start: int
+    end: int
 
 
 @dataclass(slots=True, eq=False)
@@ -48,6 +62,8 @@ class Guard:
     """Rules and sets that were not as they should be when they were last looked at."""
     unseen: tuple[str, ...] = ()
     """What of the protected interfaces the rules do not see, in words."""
+    crowded: str = ""
+    """Why connections find no room in the tracker's table, or ""."""
     altered: tuple[Change, ...] = ()
     """Sysctls that other programs have changed and that were not put back yet."""
     one_sided: tuple[Service, ...] = ()
@@ -66,7 +82,13 @@ class Guard:
     """Tells why servers' offers cannot be learned, or ""."""
     overload: dict[int, Level] = field(default_factory=dict)
     """How much the worker of a process id sheds."""
+    pressed: dict[Service, Pressed] = field(default_factory=dict)
+    """The services in distress."""
     productive: Productive = field(default_factory=lambda: Productive({}))
+    large: Large = field(default_factory=lambda: Large(()))
+    """The sources that carry a large share of all connections."""
+    large_at: float = 0.0
+    """When that was told."""
 
     @property
     def sweeper(self) -> Child:
@@ -92,6 +114,10 @@ class Guard:
     def counts(self) -> Counter[str]:
         """What all processes counted since the guard started."""
         return sum((child.totals for child in self.children), Counter())
+
+    def large_now(self, now: float) -> Large:
+        """Return the large sources, as old as they are at a time of the loop."""
+        return self.large.later(max(0, int((now - self.large_at) * SECOND)))
 
     @property
     def mode(self) -> str:

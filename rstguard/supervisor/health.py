@@ -7,6 +7,7 @@ from enum import Enum
 from typing import Final, NamedTuple
 
 from rstguard.engine.shedding import Level
+from rstguard.kernel.admission import REFUSED_GROUP, TOLD_GROUP
 from rstguard.supervisor.child import State
 from rstguard.supervisor.guard import Guard
 
@@ -92,6 +93,18 @@ def _degraded(guard: Guard, now: float) -> Iterator[str]:
             "forged RSTs are told, not held: this kernel does not let a connection be called "
             "established again that a RST has closed"
         )
+    if guard.counts["cannot_count"]:
+        yield (
+            "connections are counted by sweeps alone, so between two more may be open than a rule "
+            f"allows: another program reads NFLOG group {TOLD_GROUP} or {REFUSED_GROUP}, or the "
+            "kernel has no NFLOG; stop it, or load nfnetlink_log, and restart the guard"
+        )
+    if guard.counts["uncounted"]:
+        yield (
+            "more connections began in the last minute than could be counted one by one: their "
+            "limits were held by the kernel's own count, and closed ones freed no place before the "
+            "next sweep"
+        )
     if guard.unplaced_at is not None and now - guard.unplaced_at < RECENT:
         yield "bans could not be placed in the last minute: a set is full, or the kernel refused"
     if any(level is not Level.NOTHING for level in guard.overload.values()):
@@ -106,6 +119,8 @@ def _degraded(guard: Guard, now: float) -> Iterator[str]:
 def _around(guard: Guard) -> Iterator[str]:
     """What the network, or other programs beside the guard, keep it from."""
     yield from guard.unseen
+    if guard.crowded:
+        yield guard.crowded
     if guard.one_sided:
         shown = ", ".join(map(str, guard.one_sided[:3]))
         more = f" and {len(guard.one_sided) - 3} more" if len(guard.one_sided) > 3 else ""

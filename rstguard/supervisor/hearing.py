@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import assert_never
 
+from rstguard.engine.service import Service
 from rstguard.engine.shedding import SHED, Level
 from rstguard.engine.verdict import Reason
 from rstguard.ipc.messages import (
@@ -24,10 +25,10 @@ from rstguard.ipc.messages import (
     Reply,
     Reset,
 )
-from rstguard.ipc.said import Weighed
+from rstguard.ipc.said import Large, UnderPressure, Weighed
 from rstguard.observe.events import Event
 from rstguard.supervisor.bans import Bans
-from rstguard.supervisor.guard import Guard
+from rstguard.supervisor.guard import Guard, Pressed
 from rstguard.supervisor.inquiry import Inquiry
 from rstguard.supervisor.learning import Learning
 
@@ -61,12 +62,10 @@ class Hearing:
             case NotKilled():
                 for one in message.unconfirmed:
                     guard.events.add(Event("not_killed", str(one.flow), detail=one.sentence))
-            case Productive():
-                guard.productive = message
-                for worker in guard.workers:
-                    worker.send(message)
-            case Overloaded():
-                self._overloaded(message)
+            case Productive() | Large():
+                self._of_sources(message)
+            case Overloaded() | UnderPressure():
+                self._strained(message)
             case Measured() | LookProductive() | AllMeasured() | FoundProductive():
                 self._learning.heard(message)
             case _:
@@ -101,6 +100,51 @@ class Hearing:
         reason, held = Reason.FORGED_RESET, message.held
         event = Event(kind, str(message.flow), "", reason, ", ".join(signs), enforced=held)
         self._guard.events.add(event)
+
+    def _strained(self, message: Overloaded | UnderPressure) -> None:
+        match message:
+            case Overloaded():
+                self._overloaded(message)
+            case UnderPressure():
+                self._pressed(message)
+
+    def _pressed(self, message: UnderPressure) -> None:
+        """Tell which services begin to be in distress, and which no longer are."""
+        guard, now = self._guard, asyncio.get_running_loop().time()
+        before, guard.pressed = guard.pressed, {}
+        for one in message.services:
+            service = Service(one.address, one.port)
+            since = before[service].since if service in before else now
+            guard.pressed[service] = Pressed(since, one.live, one.start, one.end)
+            if service not in before:
+                detail = f"{one.live} connections: patience shrinks from {one.start} to {one.end}"
+                guard.events.add(Event("pressed", str(service), detail=detail))
+        for service in before.keys() - guard.pressed.keys():
+            guard.events.add(Event("calm", str(service), detail="no sign of distress any more"))
+
+    def _of_sources(self, message: Productive | Large) -> None:
+        """Have the workers know what the sweeper has found of sources."""
+        for worker in self._guard.workers:
+            worker.send(message)
+        match message:
+            case Productive():
+                self._guard.productive = message
+            case Large():
+                self._large(message)
+
+    def _large(self, message: Large) -> None:
+        """Tell which sources are large that were not."""
+        guard = self._guard
+        before = {one.source for one in guard.large.sources}
+        guard.large, guard.large_at = message, asyncio.get_running_loop().time()
+        for one in message.sources:
+            if one.source not in before:
+                spared = "spared" if one.bore else "not spared, as it has borne nothing in calm"
+                detail = (
+                    f"{one.share}% of all proven connections, {one.connections} of them; {spared}: "
+                    "say what it is"
+                )
+                guard.events.add(Event("large_source", str(one.source), detail=detail))
 
     def _overloaded(self, message: Overloaded) -> None:
         guard = self._guard

@@ -1,6 +1,6 @@
 """What is dropped before the tracker: counted, told, and when spoofed segments begin to be dropped.
 
-So is what the tracker does not know: dropped beyond the valve, or adopted.
+So is what the tracker does not know: dropped beyond a valve or a rule, or adopted.
 
 Whatever seems to be spoofed is counted for some time first, so that who has routes that nobody
 thought of can read of it before it hurts.  No number of such segments keeps them from being dropped
@@ -20,7 +20,15 @@ from rstguard.engine.verdict import Reason
 from rstguard.ipc.requests import ControlError
 from rstguard.kernel import KernelError
 from rstguard.kernel.seam import Kernel
-from rstguard.kernel.untracked import ADOPTED, LOW_TTL, SPOOFED, SPOOFED_PASSED, STRAYS, Hits
+from rstguard.kernel.untracked import (
+    ADOPTED,
+    LIMITED,
+    LOW_TTL,
+    SPOOFED,
+    SPOOFED_PASSED,
+    STRAYS,
+    Hits,
+)
 from rstguard.observe.events import Event
 from rstguard.supervisor.change import Change
 from rstguard.supervisor.guard import Guard
@@ -35,6 +43,7 @@ _REASONS: Final = {
     SPOOFED: Reason.SPOOFED,
     SPOOFED_PASSED: Reason.SPOOFED,
     STRAYS: Reason.STRAYS,
+    **{name: Reason[name.upper()] for name in LIMITED},
 }
 
 
@@ -82,7 +91,7 @@ class Ingress:
             if now - self._came.get(what, -CALM_SECONDS) >= CALM_SECONDS:
                 reason = _REASONS.get(what)
                 event = Event(
-                    reason.code if reason else what,
+                    "limited" if what in LIMITED else reason.code if reason else what,
                     "outside",
                     reason=reason,
                     detail=_detail(what, packets),
@@ -116,7 +125,7 @@ def _detail(what: str, packets: int) -> str:
     if what == ADOPTED:
         return f"{packets} connection{'s' * (packets != 1)}: age and window scale are not known"
     count = f"{packets} segment" + "s" * (packets != 1)
-    if what == STRAYS:
+    if what == STRAYS or what in LIMITED:
         return f"{count} dropped"
     if what == SPOOFED_PASSED:
         return f"{count}, only counted so far"

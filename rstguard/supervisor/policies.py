@@ -49,6 +49,8 @@ class Policies:
         self._change = change
         self._record = record
         self._protected = protected
+        self._start_file = guard.file
+        """What the guard reads when it starts, or is told to read its policy again."""
         self._waiting: _Waiting | None = None
         self._before: tuple[Loaded, str] | None = None
         self._number = 0
@@ -144,6 +146,7 @@ class Policies:
             "took_ms": round(took * 1000, 1),
             "confirm_s": wait,
             "number": self._number,
+            "start_file": self._start_file,
         }
 
     async def _confirm(self, request: Request) -> object:
@@ -157,7 +160,7 @@ class Policies:
             await self._mark(number, KEPT)
             name = self._guard.ruleset.name
             self._guard.events.add(Event("policy", name, detail=f"confirmed by {_who(request)}"))
-            return {"name": name, "number": number}
+            return {"name": name, "number": number, "start_file": self._start_file}
 
     async def _rollback(self, request: Request) -> object:
         async with self._one_by_one:

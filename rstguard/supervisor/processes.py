@@ -65,6 +65,7 @@ class Processes:
             Start(guard.ruleset, queue, index),
             *record.offences(),
             guard.productive,
+            guard.large_now(asyncio.get_running_loop().time()),
             *learning.first(),
         )
 

@@ -6,10 +6,10 @@ import asyncio
 import logging
 import os
 import signal
-import socket
 from collections.abc import Awaitable, Callable
 
 from rstguard.ipc.requests import ControlError
+from rstguard.policy.check import Around
 from rstguard.policy.load import Loaded, PolicyError, load
 from rstguard.supervisor.notify import Notifier
 
@@ -24,16 +24,18 @@ Change = Callable[[Loaded, str], Awaitable[None]]
 class Service:
     """What systemd and a SIGHUP want of a guard."""
 
-    def __init__(self, file: str, summary: Callable[[], str]) -> None:
+    def __init__(self, file: str, summary: Callable[[], str], around: Around) -> None:
         """Speak for a guard.
 
         Args:
             file: the policy file that a SIGHUP reads again.
             summary: how the guard is, in one line.
+            around: tells what of a policy cannot match here.
         """
         self.file = file
         self.notifier = Notifier(os.environ, os.getpid())
         self._summary = summary
+        self._around = around
         self._hangup = asyncio.Event()
 
     def listen(self) -> None:
@@ -76,9 +78,8 @@ class Service:
                 self.notifier.ready()
 
     async def _reload(self, change: Change) -> None:
-        here = [name for _, name in socket.if_nameindex()]
         try:
-            loaded = await asyncio.to_thread(load, self.file, here)
+            loaded = await asyncio.to_thread(load, self.file, self._around)
             for problem in loaded.warnings:
                 log.warning("%s", problem)
             await change(loaded, self.file)

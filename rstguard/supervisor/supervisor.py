@@ -21,6 +21,7 @@ from rstguard.supervisor.capped import Capped
 from rstguard.supervisor.change import Change
 from rstguard.supervisor.child import StartFailed
 from rstguard.supervisor.foreign import ForeignMarks
+from rstguard.supervisor.fullness import Fullness
 from rstguard.supervisor.guard import Guard
 from rstguard.supervisor.ingress import Ingress
 from rstguard.supervisor.interfaces import Interfaces
@@ -55,6 +56,7 @@ class Parts(NamedTuple):
     settings: Settings
     one_sided: OneSided
     interfaces: Interfaces
+    fullness: Fullness
     budget: Budget
     ingress: Ingress
     foreign: ForeignMarks
@@ -173,6 +175,7 @@ class Supervisor:
             parts.settings.watch(),
             parts.one_sided.watch(),
             parts.interfaces.watch(),
+            parts.fullness.watch(),
             parts.budget.apply(),
             parts.budget.look(),
             parts.ingress.watch(),

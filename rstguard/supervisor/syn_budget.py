@@ -12,14 +12,16 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 
-from rstguard.engine.offers import Offers, Service, read_offer
-from rstguard.engine.ruleset import RuleSet
+from rstguard.engine.flow import Tuple
+from rstguard.engine.offers import Offer, Offers, read_offer
+from rstguard.engine.ruleset import SECOND, RuleSet
 from rstguard.engine.segment import cookie_rst
+from rstguard.engine.service import Service
 from rstguard.engine.wire import ACK, SYN, Packet, parse
-from rstguard.kernel import KernelError, cookies, syn_budget
+from rstguard.kernel import KernelError, cookies, dnat, syn_budget
 from rstguard.kernel.footprint import Footprint
 from rstguard.kernel.marks import Marks
-from rstguard.kernel.seam import CookieCounts, Kernel, PacketCopies, PacketSender
+from rstguard.kernel.seam import Connections, CookieCounts, Kernel, PacketCopies, PacketSender
 from rstguard.observe.events import Event, EventLog
 
 log = logging.getLogger(__name__)
@@ -29,6 +31,8 @@ _REWRITE_AFTER = 0.05
 """Seconds in which samples that come together lead to one change of the rules."""
 _REWRITE_EVERY = 1.0
 """Seconds from one change of the rules to the next, at least."""
+_FRESH = SECOND * 9 // 10
+"""Age (ns) of a connection whose SYN-ACK is surely not a repeated one (RFC 6298, 2: after 1 s)."""
 _OVER_SECONDS = 5
 """A service is told as disengaged when it was below budget for so long."""
 
@@ -41,9 +45,9 @@ class Budget:
         kernel: Kernel,
         footprint: Footprint,
         events: EventLog,
-        rewrite: Callable[[], Awaitable[None]],
+        rewrite: Callable[[dict[Service, Offer]], Awaitable[None]],
     ) -> None:
-        """`rewrite` puts the rules in place anew, for what `footprint.known` then holds."""
+        """`rewrite` puts the rules in place anew, for what services are known to offer."""
         self.engaged: dict[Service, float] = {}
         """The services over budget, and since when (monotonic seconds)."""
         self._kernel = kernel
@@ -52,6 +56,8 @@ class Budget:
         self._rewrite = rewrite
         self._offers = Offers()
         self._log: PacketCopies | None = None
+        self._log_of_translated: PacketCopies | None = None
+        self._table: Connections | None = None
         self._injector: PacketSender | None = None
         self.problem = ""
         """Why nothing can be learned, though the policy does without a SYN budget; or ""."""
@@ -66,7 +72,7 @@ class Budget:
         """Begin to watch, or stop, as the policy in force says.
 
         Raises:
-            KernelError: what the rules log cannot be received, and there is a SYN budget.
+            KernelError: what the rules log cannot be received, and a SYN budget has a rate.
         """
         self.problem = ""
         self._has_budget = syn_budget.in_force(ruleset)
@@ -77,21 +83,32 @@ class Budget:
         elif self._log is None:
             self._injector = self._injector or self._kernel.injector(Marks(ruleset.marks))
             try:
-                self._log = self._kernel.packet_log(cookies.LOG_GROUP)
+                self._listen()
             except KernelError as error:
-                if self._has_budget:
+                if syn_budget.has_rate(ruleset):
                     raise
                 self.problem = str(error)
-                log.warning("shunned sources are dropped, not challenged: %s", error)
-                return
-            asyncio.get_running_loop().add_reader(self._log.fileno(), self._receive)
+                log.warning("no SYN cookies are given out: %s", error)
+
+    def _listen(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._table = self._table or self._kernel.table()
+        self._log = self._kernel.packet_log(cookies.LOG_GROUP)
+        loop.add_reader(self._log.fileno(), self._receive)
+        try:
+            self._log_of_translated = self._kernel.packet_log(dnat.LOG_GROUP)
+        except KernelError:
+            self.stop()
+            raise
+        loop.add_reader(self._log_of_translated.fileno(), self._receive_translated)
 
     def stop(self) -> None:
         """Stop watching; what was learned is kept for another policy."""
-        if self._log is not None:
-            asyncio.get_running_loop().remove_reader(self._log.fileno())
-            self._log.close()
-            self._log = None
+        for one in (self._log, self._log_of_translated):
+            if one is not None:
+                asyncio.get_running_loop().remove_reader(one.fileno())
+                one.close()
+        self._log = self._log_of_translated = None
         self.engaged.clear()
 
     def end(self) -> None:
@@ -117,6 +134,29 @@ class Budget:
             if isinstance(packet, Packet) and packet.flags & (SYN | ACK) == SYN:
                 self.late += self._injector.send([cookie_rst(packet)])
 
+    def _receive_translated(self) -> None:
+        """Take in SYN-ACKs as servers behind DNAT send them; the tracker knows who was asked."""
+        assert self._log_of_translated is not None
+        assert self._table is not None
+        now = time.monotonic_ns()
+        for data in self._log_of_translated.receive():
+            read, packet = read_offer(data), parse(data)
+            if read is None or not isinstance(packet, Packet):
+                continue
+            server, offer = read
+            answer = Tuple(*packet[:4])
+            try:
+                flow = self._table.find(answer)
+            except KernelError as error:
+                log.error("where a service is translated to cannot be read: %s", error)
+                return
+            if flow is None or flow.reply != answer or flow.age > _FRESH:
+                continue  # a repeated SYN-ACK tells where its SYN went long ago
+            asked = flow.original
+            service = Service(asked.destination, asked.destination_port)
+            if self._offers.learn(service, offer, now, server, asked.source):
+                self._changed.set()
+
     async def apply(self) -> None:
         """Rewrite the rules whenever something new was learned; does not end by itself."""
         while True:
@@ -125,10 +165,8 @@ class Budget:
             self._changed.clear()
             before, known = self._footprint.known, self._offers.known
             try:
-                self._footprint.known = known
-                await self._rewrite()
+                await self._rewrite(known)
             except KernelError as error:
-                self._footprint.known = before
                 log.error("what servers offer was learned but not put to use: %s", error)
                 await asyncio.sleep(_LOOK_EVERY)
                 self._changed.set()
@@ -152,8 +190,16 @@ class Budget:
                 if self._has_budget and (self.engaged or counted.sent != self._counted.sent):
                     self._note(await asyncio.to_thread(self._kernel.seconds_since_over))
                 self._counted = counted
+                self._lapse()
             except KernelError as error:
                 log.error("the state of the SYN cookies cannot be read: %s", error)
+
+    def _lapse(self) -> None:
+        """Forget where services are that are asked, and do not answer from there any more."""
+        since = asyncio.get_running_loop().time() - dnat.LAPSE_SECONDS
+        asked = [service for service, began in self.engaged.items() if began <= since]
+        if self._offers.lapse(asked, time.monotonic_ns() - dnat.LAPSE_SECONDS * SECOND):
+            self._changed.set()
 
     def _note(self, since_over: dict[Service, int]) -> None:
         now = asyncio.get_running_loop().time()

@@ -7,7 +7,6 @@ in a fight (`rstguard.supervisor.contention`).
 from __future__ import annotations
 
 import asyncio
-import fnmatch
 import logging
 from collections import deque
 from collections.abc import Iterator
@@ -15,7 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from rstguard.kernel import KernelError, owned
+from rstguard.engine.offers import Offer
+from rstguard.engine.service import Service
+from rstguard.kernel import KernelError, Undone, owned, standing
 from rstguard.kernel.footprint import Footprint
 from rstguard.kernel.seam import Kernel
 from rstguard.observe.events import Event
@@ -103,15 +104,24 @@ class Upkeep:
         if wanted != self._withdrawn:
             await self._switch(wanted)
 
-    async def rewrite(self) -> None:
+    async def rewrite(self, known: dict[Service, Offer]) -> None:
         """Put the rules in place for what servers were found to offer.
 
+        Nobody may look meanwhile, who would miss the rules that are still to come.
+
         Raises:
-            KernelError: iptables refused.
+            KernelError: iptables refused, and what was known before still is.
         """
+        footprint = self._footprint
         async with self._guard.changing:
-            if not self._guard.panic:
-                await asyncio.to_thread(self._footprint.divert, self._guard.ruleset)
+            before, footprint.known = footprint.known, known
+            if self._guard.panic:
+                return
+            try:
+                await asyncio.to_thread(footprint.divert, self._guard.ruleset)
+            except KernelError:
+                footprint.known = before
+                raise
 
     async def look(self, seconds: float) -> None:
         """Find anew what is missing, for `status`; what takes longer than `seconds` goes on alone.
@@ -154,7 +164,11 @@ class Upkeep:
             lost = await self._missing()
             if not lost or not self._contention.due():
                 return
-            await asyncio.to_thread(self._footprint.restore, guard.ruleset)
+            try:
+                await asyncio.to_thread(self._footprint.restore, guard.ruleset)
+            except Undone:
+                self._contention.tell(lost)
+                raise
             await self._record.bring_back()
             guard.missing = ()
             self._complaints.clear()
@@ -183,11 +197,4 @@ class Upkeep:
 
     def _unmatched(self) -> str:
         """Return why no packet can come under the policy, or ""."""
-        patterns = self._guard.ruleset.scope.interfaces
-        here = self._kernel.interfaces()
-        if any(fnmatch.fnmatchcase(name, pattern) for name in here for pattern in patterns):
-            return ""
-        return (
-            f"nothing can match: no interface here is called {' or '.join(patterns)} "
-            f"(there are {', '.join(here)}); name the right one under protect: interfaces"
-        )
+        return standing.unmatched(self._guard.ruleset.scope.interfaces, self._kernel.interfaces())

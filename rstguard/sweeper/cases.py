@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final, NamedTuple
 
-from rstguard.engine.flow import BOTH_FINS, Flow, TcpState, Tuple
+from rstguard.engine.flow import Flow, TcpState, Tuple, held_on
 from rstguard.engine.segment import opening
 from rstguard.engine.verdict import Ends, Reason
 from rstguard.kernel.marks import Labels, Marks
@@ -40,22 +40,6 @@ STRICT_AFTER: Final = 3
 
 OVER: Final = frozenset({TcpState.TIME_WAIT, TcpState.CLOSE})
 """States in which no end will send data any more."""
-
-
-def held_on(flow: Flow, marks: Marks) -> bool:
-    """Tell whether only FINs of its client have ended a connection, which its server may hold.
-
-    The tracker takes the second for the server's (`HALF_CLOSED` in `rstguard.engine.flow`).
-    """
-    by_client = bool(flow.mark & marks.closing.mask) and not flow.server_first
-    return by_client and flow.state != TcpState.CLOSE
-
-
-def as_held(flow: Flow, marks: Marks) -> Flow:
-    """Return a connection as its server holds it: half-closed, if it has not closed it."""
-    if flow[3] in BOTH_FINS and held_on(flow, marks):
-        return flow._replace(state=TcpState.FIN_WAIT)
-    return flow
 
 
 class Target(NamedTuple):
@@ -136,7 +120,7 @@ class Case:
             return self.result(Outcome.SUBFLOW if of_mptcp else Outcome.RESET, now)
         # Other software has changed the mark; it may have taken RST_SENT bits with it.
         self.disturbed |= self.condemned and not seen.mark & self.marks.condemned.mask
-        over = seen.state in OVER and not held_on(seen, self.marks)
+        over = seen.state in OVER and not held_on(seen, self.marks.closing.mask)
         if over and not seen.mark & self.marks.rst_sent.mask and not self.disturbed:
             # The kernel reports the mark before the state, and a RST may pass in between: only the
             # second such reading is proof.
@@ -208,14 +192,3 @@ def probe_paths(flow: Flow, ends: int, marks: Marks) -> list[Tuple]:
     if ends & marks.rst_sent_destination.mask:
         paths.append(flow.reply.turned)
     return paths
-
-
-def way_of(path: Tuple, flow: Flow, marks: Marks, tries: int) -> int:
-    """Return the mark by which a probe on one of the `probe_paths` is to be routed.
-
-    With two uplinks the mark of a connection often says by which its client is reached, and may say
-    nothing of its server, or the other way round: so each is tried in turn, the usual one first.
-    `tries` counts from 1.
-    """
-    to_client = path == flow.original.turned
-    return flow.mark & ~marks.mask if to_client == bool(tries & 1) else 0

@@ -24,6 +24,7 @@ from rstguard.engine.flow import Flow, Tuple
 from rstguard.engine.segment import probe
 from rstguard.engine.verdict import Ends
 from rstguard.kernel import condemning
+from rstguard.kernel.inject import Sender, send_each, way_of
 from rstguard.kernel.marks import Labels, Marks
 from rstguard.sweeper.cases import (
     MILLISECOND,
@@ -35,7 +36,6 @@ from rstguard.sweeper.cases import (
     Target,
     opening_of,
     probe_paths,
-    way_of,
 )
 
 __all__ = ["Condemner", "Outcome", "Progress", "Result", "Target", "select"]
@@ -68,13 +68,6 @@ class Table(condemning.Table, Protocol):
 
     def delete(self, flows: Sequence[Flow]) -> list[int]:
         """Forget connections; return an errno for each."""
-
-
-class Sender(Protocol):
-    """The part of `rstguard.kernel.inject.Injector` that is needed here."""
-
-    def send(self, packets: Iterable[bytes], mark: int = 0) -> int:
-        """Send packets, routed by a mark; return how many left."""
 
 
 _Item = tuple[tuple[Tuple, int], Case]
@@ -230,12 +223,9 @@ class Condemner:
                 over.append(target.flow)
         if over:  # a new connection of the same addresses and ports is welcome again
             self._table.delete(over)
-        self._send([(probe(path, self._draw(), self._draw()), way) for path, way in paths])
-        self._send(openings)
-
-    def _send(self, packets: list[tuple[bytes, int]]) -> None:
-        for way in dict.fromkeys(way for _, way in packets):
-            self._sender.send((packet for packet, its in packets if its == way), way)
+        probes = [(probe(path, self._draw(), self._draw()), way) for path, way in paths]
+        send_each(self._sender, probes)
+        send_each(self._sender, openings)
 
     def _close(self, key: tuple[Tuple, int], result: Result) -> None:
         del self._cases[key]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 from rstguard.engine.address import Prefix
-from rstguard.engine.flow import Flow
+from rstguard.engine.flow import Flow, as_held
 from rstguard.engine.ruleset import SECOND, RuleSet
 from rstguard.engine.verdict import Ends, Reason
 from rstguard.ipc.channel import ChildEnd
@@ -17,7 +17,6 @@ from rstguard.kernel.elements import Element
 from rstguard.kernel.marks import Labels, Marks
 from rstguard.kernel.seam import Connections, ElementSets
 from rstguard.sweeper import targets
-from rstguard.sweeper.cases import as_held
 from rstguard.sweeper.condemner import MOST_PENDING, Condemner, Target
 from rstguard.sweeper.condemner import select as chosen
 from rstguard.sweeper.kills import MOST_TOLD, Kills
@@ -158,7 +157,7 @@ class Ending:
 
     def _kill(self, kill: Kill, now: int) -> None:
         flows = chosen(
-            (as_held(flow, self._marks) for flow in self._table.dump()),
+            (as_held(flow, self._marks.closing.mask) for flow in self._table.dump()),
             kill.source,
             kill.source_port,
             kill.destination,

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Final, assert_never
 
+from rstguard.engine.address import prefix_of
 from rstguard.engine.ruleset import SECOND, RuleSet
 from rstguard.ipc.channel import ChildEnd
 from rstguard.ipc.messages import (
@@ -36,9 +37,11 @@ from rstguard.ipc.messages import (
     Tell,
     ToChild,
 )
+from rstguard.ipc.said import Large
 from rstguard.kernel import KernelError
 from rstguard.kernel.marks import Labels, Marks
 from rstguard.kernel.seam import Kernel
+from rstguard.sweeper.admitting import Admitting
 from rstguard.sweeper.condemner import Condemner
 from rstguard.sweeper.doubts import Doubts
 from rstguard.sweeper.ending import Ending
@@ -56,7 +59,7 @@ _AFTER_FAILURE: Final = SECOND // 10
 
 
 class Sweeper:
-    """Sweeps at the policy's pace, and serves requests to kill at any time."""
+    """Sweeps at the policy's pace, or slower, and serves requests to kill at any time."""
 
     def __init__(
         self,
@@ -81,20 +84,30 @@ class Sweeper:
             KernelError: the connection table or raw sockets cannot be had.
         """
         self._channel, self._clock = channel, clock
-        table, sets = kernel.table(), kernel.sets()
+        table, sets = kernel.table(columns=True), kernel.sets()
         marks, labels = Marks(start.ruleset.marks), Labels(start.ruleset.labels)
         injector = kernel.injector(marks)
         condemner = Condemner(table, injector, marks, draw=draw, labels=labels)
         self._counts: Counter[str] = Counter()
         self._ending = Ending(channel, table, sets, condemner, self._counts, clock, marks, labels)
-        self._sweeping = Sweeping(
-            channel, table, sets, self._ending, self._counts, start.ruleset, cpu_clock
+        self._admitting = Admitting(
+            channel, kernel, table, sets, injector, self._counts, marks, cpu_clock
         )
         patience = int(kernel.read_sysctl(_PATIENCE))
         self._doubts = Doubts(
-            channel, table, injector, marks, self._counts, clock, draw, patience, labels
+            channel, table, sets, injector, marks, self._counts, clock, draw, patience, labels
         )
-        self._sweep_at = self._report_at = self._rests_until = 0
+        self._sweeping = Sweeping(
+            channel,
+            table,
+            sets,
+            self._ending,
+            self._doubts,
+            self._counts,
+            start.ruleset,
+            cpu_clock,
+        )
+        self._sweep_at = self._report_at = self._rests_until = self._soonest_sweep = 0
         self._running = True
         self._follow(start.ruleset)
         self._counts["adopted"] = adopt_existing(table, start.ruleset.scope, kernel.ways, marks)
@@ -105,6 +118,7 @@ class Sweeper:
         self._ending.follow(ruleset)
         self._doubts.follow(ruleset)
         self._sweeping.follow(ruleset)
+        self._admitting.follow(ruleset, self._sweeping.sweep.admissions)
 
     def run(self) -> None:
         """Serve until told to stop.
@@ -112,11 +126,16 @@ class Sweeper:
         Raises:
             Closed: the supervisor is gone.
         """
-        poll = select.poll()
-        poll.register(self._channel.fileno(), select.POLLIN)
+        channel, both = select.poll(), select.poll()
+        for poll in (channel, both):
+            poll.register(self._channel.fileno(), select.POLLIN)
+        for descriptor in self._admitting.descriptors:
+            both.register(descriptor, select.POLLIN)
         self.begin()
         wait: int | None = 0
         while wait is not None:
+            rests = self._admitting.rests(self._clock())
+            poll, wait = (channel, min(wait, rests)) if rests else (both, wait)
             poll.poll(-(-wait // _MILLISECOND))
             wait = self.turn()
 
@@ -151,9 +170,13 @@ class Sweeper:
     def _work(self, now: int) -> None:
         self._ending.work(now)
         self._doubts.work(now)
-        if now >= self._sweep_at:
-            self._sweep_at = now + self._sweep_every
-            self._sweeping.judge(now)
+        self._admitting.work(now)
+        early = self._admitting.wants_sweep and now >= self._soonest_sweep
+        if early or now >= self._sweep_at:
+            self._sweep_at = now + self._sweep_every  # also if it fails
+            self._sweep_at = now + self._sweeping.judge(now)
+            self._soonest_sweep = now + self._sweeping.rest
+            self._admitting.swept(now)
             self._ending.work(now)
 
     def _wait(self) -> int:
@@ -176,8 +199,11 @@ class Sweeper:
         match message:
             case Blocked():
                 ending.of_blocked(message)
+                if message.element.kind == "ban":  # a shun is had by SYNs in anybody's name
+                    sweep.large.note_hit(message.element.source, message.reason)
             case Reset():
                 ending.of_verdict(message)
+                sweep.large.note_hit(prefix_of(message.flow.source, 32, 128), message.reason)
             case Kill():
                 ending.asked(message)
             case Recheck():
@@ -192,6 +218,8 @@ class Sweeper:
                 self._channel.send(Ready(generation))
             case Offences(offences):
                 sweep.restore(offences, now)
+            case Large(sources):
+                sweep.large.restore(sources, now)
             case Learn() | Tell():
                 self._sweeping.measuring.obey(message)
             case Stop():

@@ -57,7 +57,7 @@ def of_verdicts(table: Connections, resets: Sequence[Reset]) -> list[Target]:
     Raises:
         KernelError: the connection table cannot be read.
     """
-    flows = table.read([_named(reset.flow) for reset in resets]) if resets else []
+    flows = table.read([named(reset.flow) for reset in resets]) if resets else []
     return [
         Target(flow, reset.ends, reset.rule, reset.reason)
         for flow, reset in zip(flows, resets, strict=True)
@@ -83,6 +83,6 @@ def _of_sources(
                 break
 
 
-def _named(original: Tuple) -> Flow:
+def named(original: Tuple) -> Flow:
     """Return a flow that bears nothing but its name, to ask the table for the rest."""
     return Flow(0, original, original, 0, 0, False, 0, 0, 0, 0, -1, 0, 0)

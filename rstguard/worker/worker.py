@@ -39,6 +39,7 @@ from rstguard.ipc.messages import (
     Tell,
     ToChild,
 )
+from rstguard.ipc.said import Large
 from rstguard.kernel import KernelError, thinning
 from rstguard.kernel.marks import Marks
 from rstguard.kernel.nfqueue import LENGTH
@@ -223,6 +224,8 @@ class Worker:
                     self._looking.begin(self._engine.nearest(message.most, self._clock()))
             case Productive():
                 self._engine.note_productive(message.percents)
+            case Large():
+                self._engine.note_large(message.spared)
             case Offences():
                 self._engine.restore(message.offences, self._clock())
             case Learn() | Tell():

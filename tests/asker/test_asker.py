@@ -122,3 +122,74 @@ def test_a_connection_that_was_opened_again_is_not_forgotten_as_a_closed_one(
     flow = driven.kernel.connections.get(driven.path)
     assert flow is not None
     assert flow.timeout == (lifetime if left == 5 else left)
+
+
+def answered(driven: Driven) -> list[tuple[int, bool]]:
+    """Have the client report the last probe as a duplicate; return all verdicts on what waited."""
+    sequence = driven.asked().sequence
+    driven.send(driven.queues.answers, "A", ("SAck", (sequence, sequence + 1)))
+    driven.asker.turn()
+    judged = driven.kernel.packets.judged
+    return [(one.number, one.passed) for one in judged if one.queue == driven.queues.held]
+
+
+@pytest.mark.parametrize("flags", ["RS", "SR", "S"])
+def test_a_syn_behind_a_forged_reset_is_forged_too(driven: Driven, flags: str) -> None:
+    """Also if it is read first, and if the RST was lost: the connection is marked."""
+    for flag in flags:
+        driven.send(driven.queues.held, flag)
+    driven.asker.turn()
+    assert not driven.kernel.packets.judged
+    assert sorted(answered(driven)) == [(number, False) for number, _ in enumerate(flags, 1)]
+
+
+def test_a_syn_behind_an_honest_reset_passes_after_it(driven: Driven) -> None:
+    for flag in "RS":
+        driven.send(driven.queues.held, flag)
+    driven.asker.turn()
+    driven.now += 10 * SECOND
+    driven.asker.turn()
+    judged = [(one.number, one.passed) for one in driven.kernel.packets.judged]
+    assert judged == [(1, True), (2, True)]
+    driven.send(driven.queues.held, "S")
+    driven.asker.turn()
+    assert driven.kernel.packets.judged[-1].passed
+
+
+def test_of_many_syns_behind_a_reset_some_wait(driven: Driven) -> None:
+    for flag in "R" + 20 * "S":
+        driven.send(driven.queues.held, flag)
+    driven.asker.turn()
+    assert [one.passed for one in driven.kernel.packets.judged] == [False] * 12
+
+
+def test_a_syn_of_no_connection_that_waits_passes(driven: Driven) -> None:
+    flow = driven.kernel.connections.get(driven.path)
+    assert flow is not None
+    driven.kernel.connections.put(flow._replace(mark=0))
+    driven.send(driven.queues.held, "S")
+    driven.asker.turn()
+    assert [one.passed for one in driven.kernel.packets.judged] == [True]
+    assert not driven.kernel.packets.sent
+
+
+def test_a_syn_whose_connection_cannot_be_looked_up_has_its_verdict(driven: Driven) -> None:
+    driven.kernel.faults.fail("table.read", times=1)
+    driven.send(driven.queues.held, "S")
+    driven.asker.turn()
+    assert [one.passed for one in driven.kernel.packets.judged] == [False]
+
+
+def test_an_answer_that_has_come_in_time_counts_however_many_others_wait_before_it(
+    driven: Driven,
+) -> None:
+    driven.send(driven.queues.held, "R")
+    driven.asker.turn()
+    sequence = driven.asked().sequence
+    for _ in range(500):
+        driven.send(driven.queues.answers, "A", ("SAck", (1, 2)))
+    driven.send(driven.queues.answers, "A", ("SAck", (sequence, sequence + 1)))
+    driven.now += 2 * SECOND
+    driven.asker.turn()
+    judged = [one.passed for one in driven.kernel.packets.judged if one.queue == driven.queues.held]
+    assert judged == [False]

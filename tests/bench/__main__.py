@@ -13,21 +13,26 @@ from pathlib import Path
 
 from rich.console import Console
 
+from tests.bench.admission import admission
 from tests.bench.blocks import blocks
+from tests.bench.cap import cap
 from tests.bench.engine_speed import engine
+from tests.bench.evasion import evasion
 from tests.bench.figures import Benchmark, Figure, as_data, table
 from tests.bench.forged import forged
-from tests.bench.forgetful import forgetful
+from tests.bench.forgetful import forgetful, forgetful_dropped, forgetful_flooded
 from tests.bench.held import held
 from tests.bench.honest import honest
 from tests.bench.kills import kills
 from tests.bench.messages import messages
+from tests.bench.pressure import pressure
+from tests.bench.proof import PACKETS, TRIALS, proof
 from tests.bench.queue_speed import queue, suricata, workers
 from tests.bench.reflected import reflected
 from tests.bench.replay_speed import replays
 from tests.bench.resets import resets
 from tests.bench.sources import sources
-from tests.bench.sweeps import million, sweeps
+from tests.bench.sweeps import beside, million, sweeps
 from tests.bench.traffic import bulk, connections
 from tests.bench.waits import waits
 from tests.bench.ways import ways
@@ -38,6 +43,11 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     held,
     honest,
     reflected,
+    evasion,
+    cap,
+    admission,
+    pressure,
+    proof,
     ways,
     blocks,
     engine,
@@ -50,8 +60,11 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     sources,
     forged,
     forgetful,
+    forgetful_dropped,
+    forgetful_flooded,
     sweeps,
     million,
+    beside,
     replays,
     waits,
 )
@@ -64,6 +77,9 @@ def main() -> None:
     parser.add_argument("names", metavar="NAME", nargs="*", help=f"one of {', '.join(names)}")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON to a file, too")
+    sizes = parser.add_argument_group("the size of `proof`")
+    sizes.add_argument("--trials", type=int, default=TRIALS, metavar="N")
+    sizes.add_argument("--packets", type=int, default=PACKETS, metavar="N", help="of each trial")
     asked = parser.parse_args()
     unknown = [name for name in asked.names if name not in names]
     if unknown:
@@ -74,7 +90,8 @@ def main() -> None:
     said = Console(stderr=True)
     for name in asked.names or names:
         said.print(f"{name}: {names[name].__doc__}")
-        figures += names[name]()
+        sized = name == proof.__name__
+        figures += proof(asked.trials, asked.packets) if sized else names[name]()
     text = json.dumps(as_data(figures), indent=2)
     if asked.out:
         asked.out.write_text(text + "\n")

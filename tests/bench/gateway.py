@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import resource
 import socket
 import subprocess
 import time
@@ -138,3 +139,9 @@ def memory_mb(pid: int, field: str = "VmHWM") -> float:
 def milliseconds_since(began: int) -> float:
     """Return the time since a reading of `time.monotonic_ns`, in milliseconds."""
     return (time.monotonic_ns() - began) / 1e6
+
+
+def allow_files(count: int) -> None:
+    """Let this process have so many open files, if not more."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count, max(count, hard)))

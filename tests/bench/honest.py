@@ -165,8 +165,8 @@ def _in_bulk(site: Site, listener: socket.socket, count: int) -> list[float]:
 def _again(site: Site, listener: socket.socket, count: int) -> list[float]:
     """The port of a connection that was aborted opens the next at once: the time of both."""
     times = []
-    client, server = _pair(site, listener)
     for _ in range(count):
+        client, server = _pair(site, listener)
         port = client.getsockname()[1]
         began = _abort(client)
         with site.inside("client"):
@@ -176,8 +176,8 @@ def _again(site: Site, listener: socket.socket, count: int) -> list[float]:
         client.connect((SERVER, PORT))
         times += _until_reset(began, server)
         server = _greeted(client, listener)
-    client.close()
-    server.close()
+        client.close()
+        server.close()
     return times
 
 

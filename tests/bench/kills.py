@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
-import resource
 import select
 import socket
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from statistics import median
 
 from rstguard.lab.guard import GuardProcess
 from rstguard.lab.waiting import wait_until
@@ -19,11 +19,13 @@ from tests.bench.gateway import (
     PORT,
     SERVER,
     Site,
+    allow_files,
     milliseconds_since,
     policy_of,
 )
+from tests.support.odd import odd_segments
 
-IDLE_GOAL_MS, HOARD_GOAL_MS, BULK_GOAL_MS = 1000.0, 5000.0, 500.0
+IDLE_GOAL_MS, HOARD_GOAL_MS, BULK_GOAL_MS, LATER_GOAL_MS = 1000.0, 5000.0, 500.0, 100.0
 HOARD = 2000
 _IDLE_TIMES, _BULK_TIMES, _HOARD_TIMES = 9, 7, 3
 _PATIENCE_MS = 15_000
@@ -34,7 +36,7 @@ Pair = tuple[socket.socket, socket.socket]
 
 def kills() -> Iterator[Figure]:
     """From `rstguard kill` to the death of both ends: idle, busy, and 2,000 at once."""
-    _allow_files(4 * HOARD + 200)
+    allow_files(4 * HOARD + 200)
     with Site() as site, site.listen("server", PORT) as listener:
         guard = site.guard(policy_of(_RULE))
         commands, requests = [], []
@@ -47,6 +49,13 @@ def kills() -> Iterator[Figure]:
             bulk_commands.append(_kill_bulk(site, listener, _by_command(guard)))
             bulk_requests.append(_kill_bulk(site, listener, _by_request(guard)))
         bans = [_kill_hoard(site, listener, guard, ban=True) for _ in range(_HOARD_TIMES)]
+        plain, busy = [], []
+        for _ in range(_IDLE_TIMES):
+            plain.append(_kill_idle(site, listener, _by_request(guard)))
+            busy.append(_kill_beside_odd_segments(site, listener, _by_request(guard)))
+        drop = ["-A", "INPUT", "-m", "conntrack", "--ctstate", "INVALID", "-j", "DROP"]
+        site.run("server", "iptables", "-w", *drop)
+        strict = [_kill_idle(site, listener, _by_request(guard)) for _ in range(_IDLE_TIMES)]
         guard.stop()
     both = "both ends have ECONNRESET; from the start of the command, Python's own start included"
     asked = "from the request on the control socket"
@@ -57,9 +66,19 @@ def kills() -> Iterator[Figure]:
     yield at_most(HOARD_GOAL_MS, f"ban: {HOARD:,} idle connections", bans, "ms", all_of)
     yield at_most(BULK_GOAL_MS, "kill: bulk stream, by request", bulk_requests, "ms", asked)
     yield seen("kill: bulk stream, by the command", bulk_commands, "ms", both)
+    odd = "behind 500 segments a second that the server answers as often as it may, in turns"
+    yield at_most(
+        LATER_GOAL_MS, "kill: later beside odd segments", [_later(busy, plain)], "ms", odd
+    )
+    strictly = "the server drops INVALID segments; by request"
+    yield at_most(IDLE_GOAL_MS, "kill: idle connection, strict server", strict, "ms", strictly)
 
 
 Kill = Callable[[int], None]
+
+
+def _later(these: list[float], those: list[float]) -> float:
+    return max(0.0, median(these) - median(those))
 
 
 def _by_command(guard: GuardProcess) -> Kill:
@@ -89,6 +108,15 @@ def _pair(site: Site, listener: socket.socket) -> Pair:
 def _kill_idle(site: Site, listener: socket.socket, kill: Kill) -> float:
     pair = _pair(site, listener)
     return _time_of_death(pair, lambda: kill(pair[0].getsockname()[1]))
+
+
+def _kill_beside_odd_segments(site: Site, listener: socket.socket, kill: Kill) -> float:
+    pair = _pair(site, listener)
+    pair[0].sendall(b"hello")
+    assert pair[1].recv(5) == b"hello"
+    port = pair[0].getsockname()[1]
+    with odd_segments(site, pair[0].dup()):
+        return _time_of_death(pair, lambda: kill(port))
 
 
 def _kill_hoard(site: Site, listener: socket.socket, guard: GuardProcess, ban: bool) -> float:
@@ -165,8 +193,3 @@ def _kill_bulk(site: Site, listener: socket.socket, kill: Kill) -> float:
     if not all(deaths):
         raise RuntimeError("an end of the stream did not die")
     return (max(deaths) - began) / 1e6
-
-
-def _allow_files(count: int) -> None:
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (count, max(count, hard)))

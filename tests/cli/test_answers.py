@@ -123,10 +123,18 @@ STATUS = {
     "policy": {"name": EVIL, "mode": "enforce", "confirm_s": None}, "workers": [],
     "sweeper": {"pid": 1, "restarts": 0}, "asker": {"pid": 2, "restarts": 0},
     "blocked": {"ban": 0, "shun": 0}, "counts": {},
-    "shun": {"answer": "drop", "services": [], "why_not": EVIL, "cookies": {}},
+    "shun": {"answer": "drop", "services": [], "why_not": EVIL, "why_no_dnat": EVIL, "cookies": {}},
     "untracked": {"low_ttl": 0, "spoofed": 0, "spoofed_passed": 0},
     "foreign_marks": {"problems": [], "cleared": 0, "spared": 0}, "syn_budget": None,
+    "pressure": [],
+    "large_sources": [
+        {"source": "203.0.113.9", "percent": 61, "connections": 1234, "bore": 1000,
+         "may_hold": 2000, "since_s": 1500},
+        {"source": "203.0.113.8", "percent": 26, "connections": 500, "bore": 0,
+         "may_hold": 0, "since_s": 700},
+    ],
     "forgotten": {"adopted": 0, "dropped": 0},
+    "limited": {"out_of_state": 0, "bad_flags": 0, "reset_rate": 0},
     "recent": [EVENT],
 }  # fmt: skip
 ENTRY = {

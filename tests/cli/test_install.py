@@ -12,8 +12,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from rstguard.cli import app
+from rstguard.cli import app, install, new
+from rstguard.kernel import linux, sizing
+from rstguard.kernel.links import Link
+from rstguard.kernel.place import Place
 from rstguard.policy.load import load
+from tests.support.fake_kernel import FakeKernel
 
 ROOT = Path(__file__).parent.parent.parent
 UNIT = ROOT / "systemd" / "rstguard.service"
@@ -31,6 +35,7 @@ def tree(root: Path) -> set[str]:
 
 def test_what_is_put_in_place_is_taken_away(tmp_path: Path) -> None:
     said = invoke(tmp_path, "install", "--interface", "wan0")
+    assert "connection table: not sized, as this is not its machine" in said
     assert tree(tmp_path) == {
         "etc/systemd/system/rstguard.service",
         "etc/sysusers.d/rstguard.conf",
@@ -48,13 +53,64 @@ def test_what_is_put_in_place_is_taken_away(tmp_path: Path) -> None:
     assert tree(tmp_path) == set()
 
 
+def test_the_first_policy_is_written_from_what_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Below a directory nothing is looked at: it may become another machine's."""
+    monkeypatch.setattr(new, "look", lambda: Place((Link("wan7", True),), defaults=("wan7",)))
+    first = install.first_policy
+    assert "interfaces: [wan7]" in first(Path("/"), (), install.Changes(tmp_path, True))
+    assert first(tmp_path, (), changes := install.Changes(tmp_path, True)) == ""
+    assert "`rstguard policy new --out /etc/rstguard/policy.yaml`" in changes.told[0]
+    assert "interfaces: [wan0, wan1]" in first(tmp_path, ("wan0", "wan1"), changes)
+    assert "not written" in invoke(tmp_path, "install")
+    assert not (tmp_path / "etc/rstguard/policy.yaml").exists()
+
+
 def test_a_policy_is_never_overwritten_and_twice_is_once(tmp_path: Path) -> None:
-    invoke(tmp_path, "install")
+    invoke(tmp_path, "install", "--interface", "wan0")
     policy = tmp_path / "etc/rstguard/policy.yaml"
     policy.write_text("mine")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     assert "replaced" not in invoke(tmp_path, "install")
     assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def sized(tmp_path: Path, kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> install.Changes:
+    """Size the table of a pretended kernel, as on the machine itself."""
+    monkeypatch.setattr(linux, "Linux", lambda: kernel)
+    monkeypatch.setattr(sizing, "memory", lambda: 16 << 30)
+    monkeypatch.setattr(install, "STATE", tmp_path / "state")
+    return install.Changes(tmp_path, dry_run=False)
+
+
+def test_the_connection_table_is_sized_and_given_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = FakeKernel()
+    kernel.sysctls[sizing.BUCKETS] = "65536"
+    changes = sized(tmp_path, kernel, monkeypatch)
+    install.size_tracker(changes, Path("/"), False)
+    assert changes.told[-1] == "connection table: 1048576 entries (was 262144)"
+    assert kernel.sysctls[sizing.BUCKETS] == "1048576"
+    lines = (tmp_path / "etc/sysctl.d/60-rstguard.conf").read_text().splitlines()
+    assert lines[1:] == [f"{sizing.MOST} = 1048576", f"{sizing.BUCKETS} = 1048576"]
+    install.size_tracker(changes, Path("/"), False)
+    assert changes.told[-1] == "connection table: 1048576 entries are enough, nothing changed"
+    install.unsize_tracker(changes, Path("/"), False)
+    assert (kernel.sysctls[sizing.MOST], kernel.sysctls[sizing.BUCKETS]) == ("262144", "65536")
+
+
+def test_why_the_connection_table_is_not_sized(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = FakeKernel()
+    changes = sized(tmp_path, kernel, monkeypatch)
+    install.size_tracker(changes, Path("/"), False)
+    assert changes.told[-1].startswith("connection table: not sized: there is no sysctl net.netf")
+    kernel.sysctls[sizing.BUCKETS] = "65536"
+    install.size_tracker(changes, Path("/"), True)
+    assert kernel.sysctls[sizing.BUCKETS] == "65536"
 
 
 def test_a_dry_run_changes_nothing(tmp_path: Path) -> None:
@@ -81,7 +137,9 @@ def test_fail2ban(tmp_path: Path) -> None:
 
 def test_wrong_words(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["install", "--interface", "a b", "--root", str(tmp_path)])
-    assert done.exit_code == 2
+    assert done.exit_code == 1
+    assert done.output.count("\n") == 1
+    assert tree(tmp_path) == set()
     (tmp_path / "etc").write_text("a file")
     done = CliRunner().invoke(app, ["install", "--root", str(tmp_path)])
     assert done.exit_code == 1

@@ -42,7 +42,7 @@ def status(**more: Any) -> dict[str, Any]:
         "policy": {"name": "p", "mode": "enforce", "confirm_s": None},
         "blocked": {"ban": 1, "shun": 0}, "counts": {"packets": 5, "ban": {"syn-rate": 1}},
         "workers": [worker(number) for number in range(16)], "syn_budget": None,
-        "recent": [event] * 50,
+        "pressure": [], "large_sources": [], "recent": [event] * 50,
     } | more  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def near(source: str, percent: float, rule: str = "syn-rate") -> dict[str, Any]:
 
 def budget(sent: int, accepted: int, *engaged: float | None) -> dict[str, Any]:
     return {
-        "rate": 20000,
+        "limit": "20000/s",
         "cookies": {"sent": sent, "accepted": accepted},
         "services": [
             {"service": f"203.0.113.10:{port}", "engaged_s": seconds}
@@ -125,7 +125,7 @@ def test_workers_that_are_hard_pressed_come_first() -> None:
 def test_the_syn_budget() -> None:
     now = status(syn_budget=budget(2005, 25, None, 65.0, 2.0, 3.0))
     lines = shown(now, status(syn_budget=budget(5, 5, None)))
-    at = lines.index("SYN budget 20,000/s a service: 1,000/s cookies, 10/s came back")
+    at = lines.index("SYN budget 20000/s a service: 1,000/s cookies, 10/s came back")
     assert lines[at + 1 : at + 4] == [
         "  203.0.113.10:81: SYN cookies for 1 min 5 s",
         "  203.0.113.10:82: SYN cookies for 2 s",
@@ -133,6 +133,19 @@ def test_the_syn_budget() -> None:
     ]
     calm = shown(status(syn_budget=budget(5, 5, None)))
     assert "  services known: 1, none over it" in calm
+
+
+def test_services_in_distress_stand_out() -> None:
+    def pressed(number: int, connections: int) -> dict[str, Any]:
+        service = f"203.0.113.10:{number}"
+        return {"service": service, "pressed_s": 65.0, "connections": connections, "end": 1000}
+
+    lines = shown(status(pressure=[pressed(1, 600), pressed(2, 900), pressed(3, 700)]))
+    first = lines.index(
+        "!PRESSED 203.0.113.10:2 for 1 min 5 s: 900 connections, no patience from 1,000 on"
+    )
+    assert lines[first + 1].startswith("!PRESSED 203.0.113.10:3")
+    assert lines[first + 2] == "!and 1 more services that are pressed"
 
 
 def test_what_is_wrong_stands_out() -> None:

@@ -44,6 +44,14 @@ def holding(lab: ThreeHosts, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield guard
 
 
+@pytest.fixture(params=["1", "0"], ids=["loose", "strict"])
+def loose(lab: ThreeHosts, request: pytest.FixtureRequest) -> Iterator[None]:
+    """Have the tracker take up what it has not seen begin, or not."""
+    set_tracker(lab, {"tcp_loose": request.param})
+    yield
+    set_tracker(lab, {"tcp_loose": "1"})
+
+
 @pytest.fixture
 def mute(lab: ThreeHosts) -> Iterator[None]:
     """Have the client's host send no RST for what no socket of its own has begun.

@@ -31,6 +31,7 @@ POLICY = f"""
 version: 1
 name: actions
 shun: drop
+syn_budget: off
 shun_for: 2s
 protect: {{interfaces: [out]}}
 rules:

@@ -72,7 +72,7 @@ def test_no_connection_suffers(guard: Guard, lab: ThreeHosts, serve: Open, v6: b
             crowd.more(5)
             lasting.talk()
     assert (crowd.failures, crowd.repeated) == ([], 0)
-    assert guard.filtering()
+    assert guard.filtering(), guard.status()["problems"]
     guard.apply(policy())
 
 
@@ -146,7 +146,7 @@ def test_a_bad_policy_leaves_the_old_one(guard: Guard, tmp_path: Path) -> None:
     with pytest.raises(ControlError, match=r"rules\[0\]"):
         guard.apply(file.read_text())
     assert guard.status()["policy"]["name"] == "applied"
-    assert guard.filtering()
+    assert guard.filtering(), guard.status()["problems"]
 
 
 def test_what_the_kernel_refuses_is_taken_back(lab: ThreeHosts, guard: Guard, serve: Open) -> None:

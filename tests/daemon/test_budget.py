@@ -12,16 +12,16 @@ from collections.abc import Iterator
 import pytest
 
 from rstguard.lab.waiting import wait_until
-from tests.support.budget import Flood, engaged, over_budget, state_of
+from tests.support.budget import Flood, engaged, learned, over_budget, state_of
 from tests.support.guard import Guard
-from tests.support.network import OUTSIDE4, OUTSIDE6, SERVER4, ThreeHosts
+from tests.support.network import SERVER4, ThreeHosts
 from tests.support.sources import BOTH_FAMILIES, give_sources, source
 from tests.support.traffic import Link, Service, connect, fate
 
 pytestmark = pytest.mark.netns
 
 RATE = 200
-PLAIN, ONCE, TRANSLATED, ELSEWHERE, FLOODED = range(8001, 8006)
+PLAIN, ONCE, ELSEWHERE, FLOODED = range(8001, 8005)
 FREE_BIND = {False: (socket.IPPROTO_IP, 15), True: (socket.IPPROTO_IPV6, 78)}
 """IP_FREEBIND and IPV6_FREEBIND."""
 
@@ -30,7 +30,7 @@ version: 1
 sweep_every: 500ms
 {{head}}
 protect: {{{{interfaces: [out]}}}}
-syn_budget: {{{{rate: {RATE}/s, ports: [{PLAIN}, {ONCE}, {TRANSLATED}, {FLOODED}]}}}}
+syn_budget: {{{{rate: {RATE}/s, half_open: 4096, ports: [{PLAIN}, {ONCE}, {FLOODED}]}}}}
 rules:
   - {{{{name: once, measure: syn_rate, ports: [{ONCE}], over: 1/m, burst: 1, then: drop}}}}
   - {{{{name: flood, measure: syn_rate, ports: [{FLOODED}], over: 1/m, burst: 5, then: ban,
@@ -60,22 +60,12 @@ def opened(lab: ThreeHosts) -> Iterator[list[Service]]:
         service.close()
 
 
-def target_of(service: Service, place: str) -> str:
-    if place == "server":
-        return service.address
-    return OUTSIDE6 if service.v6 else OUTSIDE4
-
-
 def open_service(
     lab: ThreeHosts, guard: Guard, opened: list[Service], port: int, v6: bool, place: str
 ) -> Service:
     """Open a service and wait until the guard knows what it offers."""
-    service = Service(lab, port, place, v6)
-    service.address = target_of(service, place)
-    opened.append(service)
-    service.connect(source(v6)).talk()
-    wait_until(lambda: state_of(guard, service) is not None)
-    return service
+    opened.append(Service(lab, port, place, v6))
+    return learned(guard, opened[-1], place)
 
 
 def accepted(guard: Guard) -> int:
@@ -112,7 +102,7 @@ def test_what_a_server_offers_is_learned_in_full(
     assert (offers["mss"], offers["sack"], offers["timestamps"]) == (1460, True, True)
     assert offers["scale"] > 0
     said = guard.cli("status").stdout
-    assert f"SYN budget {RATE}/s: " in said
+    assert f"SYN budget {RATE}/s and 4096 half-open: " in said
     assert f"    {SERVER4}:{PLAIN}: " in said
 
 
@@ -309,29 +299,6 @@ def test_a_service_without_cookies_fills_no_queue(
         seconds = time.monotonic() - began + 1.5  # the counts are told twice a second
         assert guard.status()["counts"]["packets"] - seen < RATE * seconds
     assert state_of(guard, service) is None
-
-
-def test_a_translated_service_gets_no_cookies(
-    lab: ThreeHosts, guard: Guard, opened: list[Service]
-) -> None:
-    rule = ["PREROUTING", "-i", "out", "-p", "tcp", "-d", OUTSIDE4, "--dport", str(TRANSLATED)]
-    rule += ["-j", "DNAT", "--to-destination", SERVER4]
-    lab.run("gateway", "iptables", "-t", "nat", "-A", *rule)
-    try:
-        service = Service(lab, TRANSLATED)
-        opened.append(service)
-        service.address = OUTSIDE4
-        with Flood(lab, OUTSIDE4, TRANSLATED) as flood:
-            wait_until(lambda: flood.sent > 4 * RATE)
-            for _ in range(5):
-                service.connect(source(False)).talk()
-        # What comes later is learned, so what came before was looked at.
-        open_service(lab, guard, opened, TRANSLATED, True, "server")
-        assert state_of(guard, service) is None
-        service.address = SERVER4
-        assert state_of(guard, service) is None
-    finally:
-        lab.run("gateway", "iptables", "-t", "nat", "-D", *rule)
 
 
 def test_a_policy_that_observes_gives_out_no_cookies(

@@ -15,6 +15,7 @@ import pytest
 
 from rstguard.lab.waiting import wait_until
 from tests.support.guard import Guard
+from tests.support.hurry import greeting, hurry
 from tests.support.network import ThreeHosts
 from tests.support.sources import BOTH_FAMILIES, neighbours, server_address, source
 from tests.support.traffic import connect
@@ -108,3 +109,32 @@ def test_one_wide_network_is_gated_and_turns_nothing_off(
         wait_until(lambda: (guard.block_of(other) or {}).get("kind") == "ban")
         assert guard.cli("ban", "remove", gate["source"]).returncode == 0
         web.visit(late)
+
+
+@BOTH_FAMILIES
+def test_a_rule_that_bans_in_many_networks_is_capped_alone_and_nothing_is_lifted(
+    lab: ThreeHosts, tmp_path: Path, v6: bool
+) -> None:
+    """`python -m tests.bench cap` does this with 5,000 sources, and waits until it bans again."""
+    port, of_other = 8513, 8514
+    rules = POLICY + POLICY.splitlines()[-1].replace("fast", f"other, ports: [{of_other}]") + "\n"
+    rules = rules.replace("name: fast", f"name: fast, ports: [{port}]")
+    sources = [source(v6) for _ in range(8)]
+
+    def banned() -> set[str]:
+        return {row["source"] for row in guard.ask("ban-list") if row["kind"] == "ban"}
+
+    with (
+        greeting(lab, port, v6),
+        greeting(lab, of_other, v6),
+        Guard(lab, rules, tmp_path / "guard") as guard,
+    ):
+        hurry(lab, sources, port, 5)
+        wait_until(lambda: guard.status()["capped"] == ["fast"])
+        before = banned()
+        hurry(lab, [late := source(v6)], port, 5)
+        wait_until(lambda: (guard.block_of(late) or {}).get("kind") == "shun")
+        hurry(lab, [offender := source(v6)], of_other, 5)
+        wait_until(lambda: (guard.block_of(offender) or {}).get("kind") == "ban")
+        assert before <= banned()
+        assert hurry(lab, [source(v6)], port, 3) == 3

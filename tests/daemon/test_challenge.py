@@ -11,9 +11,10 @@ import pytest
 
 from rstguard.lab.waiting import wait_until
 from tests.support.beside import beside
+from tests.support.budget import learned
 from tests.support.forged import forger
 from tests.support.guard import Guard
-from tests.support.network import OUTSIDE4, OUTSIDE6, SERVER4, ThreeHosts
+from tests.support.network import SERVER4, ThreeHosts
 from tests.support.sources import BOTH_FAMILIES, source
 from tests.support.traffic import Open, Service, connect, fate
 
@@ -23,6 +24,7 @@ PORT, RARE, UNKNOWN, KEPT = 8080, 8081, 8082, 8083
 POLICY = f"""\
 version: 1
 name: challenge
+syn_budget: off
 {{head}}
 protect: {{{{interfaces: [out]}}}}
 sweep_every: 500ms
@@ -42,16 +44,6 @@ rules:
 def guard(lab: ThreeHosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guard]:
     with Guard(lab, POLICY.format(head=""), tmp_path_factory.mktemp("challenge")) as guard:
         yield guard
-
-
-def learned(guard: Guard, service: Service, place: str = "server") -> Service:
-    """Wait until the guard knows what a service offers."""
-    if place == "gateway":
-        service.address = OUTSIDE6 if service.v6 else OUTSIDE4
-    service.connect(source(service.v6)).talk()
-    name = f"[{service.address}]" if service.v6 else service.address
-    wait_until(lambda: f"{name}:{service.port}" in guard.status()["shun"]["services"])
-    return service
 
 
 @contextlib.contextmanager
@@ -151,7 +143,8 @@ def test_who_returns_cookies_in_a_hurry_is_banned(
                 break
             opened.append(stack.enter_context(one))
         wait_until(lambda: (guard.block_of(attacker) or {}).get("kind") == "ban")
-        for one in opened:
+        # Of a later one the last ACK may have come behind the ban: its server never heard of it.
+        for one in opened[: 3 + 3 + 1]:
             wait_until(lambda one=one: fate(one) in ("ECONNRESET", "EPIPE"))  # type: ignore[misc]
         assert service.waiting() <= 3 + 3
 
@@ -246,7 +239,7 @@ def test_a_policy_may_drop_instead(lab: ThreeHosts, guard: Guard, serve: Open) -
     service, victim = learned(guard, serve(PORT)), source(False)
     guard.apply(POLICY.format(head="shun: drop"))
     try:
-        found = {"answer": "drop", "services": [], "why_not": "", "cookies": {}}
+        found = {"answer": "drop", "services": [], "why_not": "", "why_no_dnat": "", "cookies": {}}
         assert guard.status()["shun"] == found
         with flooded(lab, guard, victim, service), pytest.raises(TimeoutError):
             service.connect(victim, timeout=1.5)

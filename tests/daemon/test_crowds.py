@@ -30,10 +30,12 @@ ANSWER = {
     "state": "filtering", "filtering": True, "version": "1", "workers": [],
     "policy": {"name": "p", "mode": "enforce"}, "counts": {}, "resets": [],
     "sweeper": {"restarts": 0}, "asker": None, "blocked": {"ban": 0, "shun": 0},
-    "shun": {"answer": "drop", "services": [], "why_not": "", "cookies": {}},
+    "shun": {"answer": "drop", "services": [], "why_not": "", "why_no_dnat": "", "cookies": {}},
     "sysctls": {}, "untracked": {"low_ttl": 0, "spoofed": 0, "spoofed_passed": 0},
     "foreign_marks": {"problems": [], "cleared": 0, "spared": 0}, "syn_budget": None,
+    "pressure": [], "large_sources": [],
     "forgotten": {"adopted": 0, "dropped": 0},
+    "limited": {"out_of_state": 0, "bad_flags": 0, "reset_rate": 0},
     "productive": 0, "uptime_s": 1.0, "recent": [], "panic": False, "capped": [],
 }  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -53,10 +54,13 @@ def test_every_query_finds_something(lab: ThreeHosts, serve: Open, tmp_path: Pat
         wait_until(lambda: state_of(guard, web) is not None)
         with over_budget(lab, guard, web):
             address = source(False)
-            for _ in range(6):
+            for _ in range(2):
                 other.connect(address)
+            for _ in range(4):
+                other.refuse(address)
             wait_until(lambda: guard.events("reset", "holds") > 0)
-            connect(lab, address, other.address, OTHER).close()
+            with suppress(ConnectionResetError):
+                connect(lab, address, other.address, OTHER).close()
             wait_until(lambda: guard.events("ban", "fast") > 0)
             for expression, _ in dashboard.asked():
                 for name, labels in dashboard.selectors(expression):

@@ -16,7 +16,7 @@ from rstguard.engine.flow import Flow
 from rstguard.kernel.conntrack import Conntrack
 from rstguard.kernel.marks import Labels, Marks
 from rstguard.lab.waiting import wait_until
-from tests.support.budget import over_budget, state_of
+from tests.support.budget import engaged, over_budget, state_of
 from tests.support.forgetting import (
     FORGETTING,
     Outward,
@@ -35,15 +35,16 @@ from tests.support.traffic import Link, Open, Service, segments
 
 pytestmark = pytest.mark.netns
 
-PORT, OTHER, QUIET, BUDGET, BEHIND, PLAIN = range(8101, 8107)
-"""Services: protected, not protected, protected but for one test alone, with a SYN budget, and two
-outside, of which the first is reached by masquerading."""
+PORT, OTHER, QUIET, BUDGET, BEHIND, PLAIN, MASKED = range(8101, 8108)
+"""Services: protected, not protected, protected but for one test alone, with a SYN budget, two
+outside, of which the first is reached by masquerading, and a protected one that sees all its
+clients masqueraded."""
 POLICY = f"""\
 version: 1
 name: forgetful
-protect: {{interfaces: [out], ports: [{PORT}, {QUIET}, {BUDGET}]}}
+protect: {{interfaces: [out], ports: [{PORT}, {QUIET}, {BUDGET}, {MASKED}]}}
 sweep_every: 500ms
-syn_budget: {{rate: 200/s, ports: [{BUDGET}]}}
+syn_budget: {{rate: 200/s, half_open: 4096, ports: [{BUDGET}]}}
 rules:
   - {{name: strays, measure: out_of_state, over: 20/s, burst: 20, then: ban, for: 10m}}
   - {{name: rate, measure: connection_rate, over: 50/s, burst: 50, then: ban, for: 10m}}
@@ -96,13 +97,22 @@ def harmed(guard: Guard) -> dict[str, int]:
 
 
 @contextlib.contextmanager
+def masks(lab: ThreeHosts) -> Iterator[None]:
+    """Masquerade both ways."""
+    with masquerading(lab, BEHIND), masquerading(lab, MASKED, "in"):
+        yield
+
+
+@contextlib.contextmanager
 def mixed(lab: ThreeHosts, serve: Open) -> Iterator[tuple[Flows, Flows]]:
     """Yield connections that are busy, and some that are idle.
 
     No masqueraded download is among them: without a guard it dies as well, of the gateway's own RST
-    to a segment from outside that it has no translation for any more.
+    to a segment from outside that it has no translation for any more.  So does a masqueraded upload
+    now and then, if an acknowledgement comes before the next segment; hence those rest meanwhile.
     """
-    inside, other = serve(PORT), serve(OTHER)
+    inside, other, masked = serve(PORT), serve(OTHER), serve(MASKED)
+    masked.masked = True
     outside = [Outward(lab, port) for port in (BEHIND, PLAIN)]
     address = source(False)
     busy = {
@@ -110,11 +120,16 @@ def mixed(lab: ThreeHosts, serve: Open) -> Iterator[tuple[Flows, Flows]]:
         "download": turned(inside.connect(address)),
         "unprotected upload": other.connect(address),
         "unprotected download": turned(other.connect(address)),
-        "masqueraded": outside[0].reach(),
         "outward upload": outside[1].reach(),
         "outward download": turned(outside[1].reach()),
     }
-    idle = {"idle": inside.connect(address), "unprotected": other.connect(address)}
+    idle = {
+        "idle": inside.connect(address),
+        "its server goes on": turned(inside.connect(address)),
+        "unprotected": other.connect(address),
+        "masqueraded inward": masked.connect(address),
+        "masqueraded": outside[0].reach(),
+    }
     for link in (*busy.values(), *idle.values()):
         link.talk()
     try:
@@ -131,7 +146,7 @@ def test_mixed_traffic_goes_on(
 ) -> None:
     firewall = invalid_dropped(lab) if drops else contextlib.nullcontext()
     before = harmed(way) if way else {}
-    with masquerading(lab, BEHIND), firewall, mixed(lab, serve) as (busy, idle):
+    with masks(lab), firewall, mixed(lab, serve) as (busy, idle):
         fresh = serve(QUIET)
         with streams(busy) as running:
             assert kept(running) == {}
@@ -232,27 +247,30 @@ def test_an_upload_is_kept_during_a_flood_of_strays(
         if way:
             dropped = way.status()["forgotten"]["dropped"]
             wait_until(lambda: way.status()["forgotten"]["dropped"] > dropped + 20_000, 20)
-        for _ in range(2):
-            flush(lab)
+        for forget in FORGETTING.values():
+            forget(lab)
             assert kept(running) == {}
         if way:
             with lab.inside("gateway"), Conntrack() as table:
                 assert table.count() < 262_144 / 1200 * 20
 
 
-def test_an_upload_is_kept_while_its_service_is_over_budget(
-    lab: ThreeHosts, guard: Guard, serve: Open
+@pytest.mark.parametrize("drops", [False, True], ids=["", "INVALID-dropped"])
+def test_what_goes_on_is_kept_while_its_service_is_over_budget(
+    lab: ThreeHosts, guard: Guard, serve: Open, drops: bool
 ) -> None:
+    firewall = invalid_dropped(lab) if drops else contextlib.nullcontext()
     service: Service = serve(BUDGET)
+    wait_until(lambda: not engaged(guard, service), 30)  # what a cookie begins, no entry outlives
     address, before = source(False), harmed(guard)
     upload, download, idle = (service.connect(address) for _ in range(3))
     for link in (upload, download, idle):
         link.talk()
     wait_until(lambda: state_of(guard, service) is not None)
     busy = {"upload": upload, "download": turned(download)}
-    with over_budget(lab, guard, service), streams(busy) as running:
-        for _ in range(2):
-            flush(lab)
+    with firewall, over_budget(lab, guard, service), streams(busy) as running:
+        for forget in FORGETTING.values():
+            forget(lab)
             assert kept(running) == {}
             idle.talk()
             service.connect(address).talk()

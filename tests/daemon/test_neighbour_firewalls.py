@@ -26,6 +26,7 @@ version: 1
 name: two-firewalls
 protect: {interfaces: [out]}
 shun: drop
+syn_budget: off
 rules:
   - {name: many, measure: connections, over: 50, then: reset}
   - {name: rate, measure: connection_rate, over: 100/s, then: ban, for: 10m}
@@ -153,6 +154,12 @@ RESTORE = "iptables-restore -n < "
 FLUSH = tuple(
     f"iptables -w -t {table} {what}" for table in ("filter", "nat") for what in ("-F", "-X")
 )
+FLUSH_ALL = tuple(
+    f"{tool} -w -t {table} {what}"
+    for tool in ("iptables", "ip6tables")
+    for table in ("raw", "mangle", "nat", "filter")
+    for what in ("-F", "-X")
+)
 LEGACY = """\
 *filter
 :FORWARD ACCEPT [0:0]
@@ -177,9 +184,11 @@ FIREWALLS = {
         breaks=True,
     ),
     "firewalld": Firewall(
-        (f"nft -f - < {FIREWALLD}",),
-        (f"nft -f - < {FIREWALLD}",),
+        # Whatever its back end, it empties the tables of iptables when it starts and reloads.
+        (*FLUSH_ALL, f"nft -f - < {FIREWALLD}"),
+        (*FLUSH_ALL, f"nft -f - < {FIREWALLD}"),
         ("nft delete table inet firewalld",),
+        breaks=True,
     ),
     "ufw": Firewall(
         (RESTORE + UFW, "iptables -w -A FORWARD -j ufw-before-forward"),

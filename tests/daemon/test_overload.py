@@ -25,6 +25,7 @@ PORT = 8001
 POLICY = """
 version: 1
 name: overload
+syn_budget: off
 shun_for: 60s
 protect: {interfaces: [out]}
 rules:

@@ -57,7 +57,7 @@ def test_what_nobody_confirms_goes_back_by_itself(guard: Guard) -> None:
 
 def test_what_is_confirmed_stays(guard: Guard) -> None:
     guard.cli("policy", "apply", write(guard, "second"), "--confirm", "1s")
-    assert guard.cli("policy", "confirm").stdout == "policy second stays\n"
+    assert guard.cli("policy", "confirm").stdout.startswith("policy second stays\n")
     assert guard.status()["policy"]["confirm_s"] is None
     late = guard.cli("policy", "confirm")
     assert late.returncode == 1

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from random import getrandbits
 
@@ -12,16 +10,14 @@ import pytest
 
 from rstguard.engine.address import parse_address
 from rstguard.engine.flow import Tuple
-from rstguard.engine.segment import emit, probe
-from rstguard.engine.wire import ACK, Packet
+from rstguard.engine.segment import probe
 from rstguard.kernel.inject import Injector
 from rstguard.kernel.marks import Marks
-from rstguard.lab.forging import numbers, raw_socket
-from tests.support.beside import beside
 from tests.support.guard import Guard
 from tests.support.network import ThreeHosts
+from tests.support.odd import odd_segments
 from tests.support.sources import BOTH_FAMILIES, source
-from tests.support.traffic import Link, Open
+from tests.support.traffic import Open
 
 pytestmark = pytest.mark.netns
 
@@ -31,20 +27,6 @@ name: busy
 protect: {interfaces: [out]}
 rules: []
 """
-
-
-@contextmanager
-def busy(lab: ThreeHosts, link: Link) -> Iterator[None]:
-    """Send 500 segments a second that the server must answer, but for its limit, with an ACK."""
-    sends, expects = numbers(link.client)
-    (own, port), (there, service) = link.client.getsockname()[:2], link.client.getpeername()[:2]
-    path = Tuple(parse_address(own), parse_address(there), port, service)
-    # Just behind what was sent already: the tracker takes it, the server has to answer.
-    old = emit(Packet(*path, (sends - 20) & 0xFFFFFFFF, expects, ACK, 512, 0))
-    with lab.inside("client"):
-        raw = raw_socket(":" in there)
-    with raw, beside(lambda: raw.sendto(old, (there, 0)), 0.002):
-        yield
 
 
 @BOTH_FAMILIES
@@ -57,7 +39,7 @@ def test_a_kill_does_not_wait_for_a_busy_limiter(
         for _ in range(5):
             link = web.connect(source(v6))
             link.talk()
-            with busy(lab, link):
+            with odd_segments(lab, link.client):
                 began = time.monotonic()
                 killed = guard.kill(source=link.client.getsockname()[0])
                 took.append(time.monotonic() - began)

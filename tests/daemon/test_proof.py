@@ -28,6 +28,7 @@ PORT, RARE, HOARD = 8080, 8081, 8082
 POLICY = f"""\
 version: 1
 name: proof
+syn_budget: off
 protect: {{interfaces: [out]}}
 sweep_every: 500ms
 shun_for: 1s

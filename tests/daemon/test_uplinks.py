@@ -10,10 +10,12 @@ from collections.abc import Iterator
 
 import pytest
 
+from rstguard.lab.waiting import wait_until
+from tests.support.forged import Since, forge
 from tests.support.guard import Guard
 from tests.support.network import SERVER4, ThreeHosts
 from tests.support.sources import host
-from tests.support.traffic import Service, connect, services
+from tests.support.traffic import Link, Service, connect, services
 
 pytestmark = pytest.mark.netns
 
@@ -21,6 +23,7 @@ PORT = 8401
 POLICY = """
 version: 1
 name: uplinks
+forged_resets: hold
 protect: {interfaces: [out, up2]}
 rules:
   - {name: hoarder, measure: connections, over: 200, then: ban, for: 60s}
@@ -63,21 +66,36 @@ def lab() -> Iterator[ThreeHosts]:
         yield lab
 
 
-def test_a_silent_client_behind_the_second_uplink_is_reset(
-    lab: ThreeHosts, tmp_path_factory: pytest.TempPathFactory
+@pytest.fixture(scope="module")
+def guard(lab: ThreeHosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guard]:
+    with Guard(lab, POLICY, tmp_path_factory.mktemp("uplinks"), workers=1) as guard:
+        yield guard
+
+
+def test_a_forged_reset_in_the_name_of_a_client_behind_it_ends_nothing(
+    lab: ThreeHosts, guard: Guard
 ) -> None:
     service = Service(lab, PORT)
-    with (
-        Guard(lab, POLICY, tmp_path_factory.mktemp("uplinks"), workers=1) as guard,
-        services(service),
-    ):
+    with services(service):
+        client = connect(lab, CLIENT, SERVER4, PORT)
+        link = Link(client, service.accept())
+        link.talk()
+        since = Since(guard)
+        forge(lab, link)
+        wait_until(lambda: since.counts("forged_resets") == 1)
+        link.talk()
+
+
+def test_a_silent_client_behind_the_second_uplink_is_reset(lab: ThreeHosts, guard: Guard) -> None:
+    service = Service(lab, PORT)
+    with services(service):
         client = connect(lab, CLIENT, SERVER4, PORT)
         server = service.accept()
         with client, server:
             client.settimeout(5)
             client.sendall(b"x")
             assert server.recv(1) == b"x"
-            outcome = guard.kill(port=PORT)
+            outcome = guard.kill(source_port=client.getsockname()[1])
             assert (outcome["killed"], outcome["confirmed"]) == (1, 1), outcome
             with pytest.raises(ConnectionResetError):
                 client.recv(1)

@@ -41,6 +41,8 @@ def test_metrics(lab: ThreeHosts, guard: Guard) -> None:
     assert values["rstguard_filtering"] == 1
     rest = {
         "capped_rules",
+        "large_source_connections",
+        "pressed_connections",
         "syn_budget_engaged",
         "syn_cookies_total",
         "resets_total",

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rstguard.engine.address import V6, parse_prefix
+from rstguard.engine.checks import Kind
 from rstguard.engine.engine import Engine, kind_of
-from rstguard.engine.rules import Kind
 from rstguard.engine.ruleset import SECOND, Escalate, Measure, Per, Rule
 from rstguard.engine.sources import Sources
 from rstguard.engine.verdict import (

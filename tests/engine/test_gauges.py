@@ -157,6 +157,27 @@ def test_what_moved_before_anybody_looked_is_nobodys_rate() -> None:
     assert these.gauges[0].shown[1] == 300
 
 
+def asking(source: int, port: int, asked: int, age: int) -> Flow:
+    """Return a connection that has made so many requests of 60 bytes."""
+    one = flow(source, asked, 112 * asked, age)
+    return one._replace(original=one.original._replace(source_port=port))
+
+
+def test_requests_show_by_source_or_by_connection() -> None:
+    these = Gauges(
+        ruleset(
+            rule(Measure.PACKET_RATE, period=SECOND),
+            rule(Measure.PACKET_RATE, period=SECOND, per=Per.CONNECTION, name="each"),
+        )
+    )
+    these.judge([asking(1, port, 100, 9 * SECOND) for port in (1, 2)], 10**18)
+    later = [asking(1, 1, 100 + 1000, 11 * SECOND), asking(1, 2, 100 + 400, 11 * SECOND)]
+    these.judge(later, 10**18 + 2 * SECOND)
+    by_source, by_connection = (gauge.shown[1] for gauge in these.gauges)
+    assert 400 <= by_connection <= 500
+    assert 550 <= by_source <= 700
+
+
 def test_a_silence_shows_when_it_ends() -> None:
     these = gauges(Measure.IDLE)
     for second in range(0, 10, 2):

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import pytest
+
 from rstguard.engine.address import parse_address
 from rstguard.engine.engine import Engine
 from rstguard.engine.flow import Flow, TcpState
 from rstguard.engine.lenient import LASTS, LEAST, MOST, Standings
-from rstguard.engine.ruleset import SECOND, Measure, Rule, Unless
+from rstguard.engine.ruleset import ADOPTED, SECOND, Measure, Rule, Unless
 from rstguard.engine.sweep import Sweep
 from rstguard.engine.verdict import Action, Verdict
 from tests.support.flows import flow
 from tests.support.packets import CLIENT, packet, rule, ruleset
+from tests.support.tables import AsTable
+
+pytestmark = pytest.mark.usefixtures("as_table")
 
 RULES = ruleset()
 KEY = parse_address(CLIENT)
@@ -34,42 +39,53 @@ def unused(port: int, *, source: str = CLIENT) -> Flow:
     )
 
 
-def percents(*flows: Flow) -> dict[int, int]:
+def percents(as_table: AsTable, *flows: Flow) -> dict[int, int]:
     standings = Standings()
-    standings.look(flows, RULES, 0)
+    standings.look(as_table(flows), RULES, 0)
     return standings.percents()
 
 
-def test_closed_connections_count_too() -> None:
+def test_closed_connections_count_too(as_table: AsTable) -> None:
     flows = [used(port, closed=port % 2 == 0) for port in range(LEAST)]
-    assert percents(*flows) == {KEY: 100}
+    assert percents(as_table, *flows) == {KEY: 100}
 
 
-def test_without_data_it_is_not_productive() -> None:
+def test_without_data_it_is_not_productive(as_table: AsTable) -> None:
     flows = [used(port) for port in range(15)] + [unused(100 + port) for port in range(5)]
-    assert percents(*flows) == {KEY: 75}
+    assert percents(as_table, *flows) == {KEY: 75}
 
 
-def test_of_few_connections_nothing_is_said() -> None:
-    assert percents(*(used(port) for port in range(LEAST - 1))) == {}
+def test_what_was_forgotten_and_taken_up_again_spoils_nothing(as_table: AsTable) -> None:
+    """Of an office's WebSockets a tracker that was emptied sees no more than small pings."""
+    adopted = 1 << RULES.labels + ADOPTED
+    pings = [unused(100 + port)._replace(labels=adopted) for port in range(200)]
+    assert percents(as_table, *pings) == {}
+    assert percents(as_table, *(used(port) for port in range(LEAST)), *pings) == {KEY: 100}
+    back = [used(100 + port)._replace(labels=adopted) for port in range(LEAST)]
+    assert percents(as_table, *back) == {KEY: 100}
+    assert percents(as_table, *back, *(unused(port) for port in range(5))) == {KEY: 80}
 
 
-def test_standing_lasts_a_while_and_then_ends() -> None:
+def test_of_few_connections_nothing_is_said(as_table: AsTable) -> None:
+    assert percents(as_table, *(used(port) for port in range(LEAST - 1))) == {}
+
+
+def test_standing_lasts_a_while_and_then_ends(as_table: AsTable) -> None:
     standings = Standings()
-    standings.look([used(port) for port in range(LEAST)], RULES, 0)
-    standings.look([], RULES, LASTS - 1)
+    standings.look(as_table(used(port) for port in range(LEAST)), RULES, 0)
+    standings.look(as_table([]), RULES, LASTS - 1)
     assert standings.percents() == {KEY: 100}
-    standings.look([], RULES, LASTS)
+    standings.look(as_table([]), RULES, LASTS)
     assert standings.percents() == {}
 
 
-def test_the_table_is_bounded() -> None:
+def test_the_table_is_bounded(as_table: AsTable) -> None:
     flows = [
         used(port, source=f"10.{number >> 8}.{number & 255}.1")
         for number in range(MOST + 100)
         for port in range(LEAST)
     ]
-    assert len(percents(*flows)) == MOST
+    assert len(percents(as_table, *flows)) == MOST
 
 
 def passed(engine: Engine, count: int, now: int = SECOND) -> int:
@@ -109,7 +125,7 @@ def test_the_sweep_lets_a_productive_source_hold_more() -> None:
     assert hit.count(KEY) == 10
 
 
-def test_what_began_uncounted_says_nothing_of_a_source() -> None:
+def test_what_began_uncounted_says_nothing_of_a_source(as_table: AsTable) -> None:
     flows = [used(port) for port in range(LEAST)]
     uncounted = [flow(port, packets=0) for port in range(100, 200)]
-    assert percents(*flows, *uncounted) == {KEY: 100}
+    assert percents(as_table, *flows, *uncounted) == {KEY: 100}

@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from rstguard.engine.address import parse_prefix
 from rstguard.engine.engine import Engine
+from rstguard.engine.onesided import OneSided
 from rstguard.engine.ruleset import NEVER_BANS, SECOND, Measure, Per, Rule
 from rstguard.engine.verdict import Action, Ban, Condemn, Decision, Reason, Shun, Verdict
 from rstguard.engine.wire import (
@@ -112,6 +114,30 @@ RATE: list[Case] = [
             (0, packet(source="192.0.2.1", port=443), PASS),
             (0, packet(source="192.0.2.1", destination="203.0.113.11"), PASS),
         ],
+    ),
+    Case(
+        "counted by destination, all that is sent to one network shares one count",
+        rule(Measure.SYN_RATE, per=Per.DESTINATION, ipv4_length=24, ipv6_length=48),
+        [(0, packet(source=f"198.51.{n}.1", destination=f"203.0.113.{n}"), PASS) for n in (1, 2, 3)]
+        + [
+            (0, packet(source="192.0.2.1", destination="203.0.113.77", port=443), DROP),
+            (0, packet(source="192.0.2.1", destination="203.0.114.77"), PASS),
+        ],
+    ),
+    Case(
+        "a rule for some destinations does not count the others",
+        rule(Measure.SYN_RATE, destinations=(parse_prefix("203.0.113.8/29"),)),
+        [(0, packet(destination="203.0.113.3"), PASS)] * 9
+        + [(0, packet(destination="203.0.113.9"), PASS)] * 3
+        + [(0, packet(destination="203.0.113.9"), DROP)]
+        + [(0, packet(destination="203.0.113.3"), PASS)],
+    ),
+    Case(
+        "sources that a rule excepts are neither counted nor hit",
+        rule(Measure.SYN_RATE, per=Per.SERVICE, excepted=(parse_prefix("198.51.100.0/24"),)),
+        [(0, packet(source="198.51.100.9"), PASS)] * 9
+        + [(0, packet(source="192.0.2.1"), PASS)] * 3
+        + [(0, packet(source="192.0.2.1"), DROP), (0, packet(source="198.51.100.9"), PASS)],
     ),
     Case(
         "a rule for some ports does not count the others",
@@ -239,6 +265,41 @@ def visit(port: int, start: int, length: int, last: str) -> list[tuple[int, Pack
     ]
 
 
+def refused(port: int) -> list[tuple[int, Packet, str]]:
+    answer = packet(RST | ACK, port=port, source_port=port, state=OUTBOUND | OVER).turned()
+    return [(0, packet(port=port, source_port=port), PASS), (0, answer, PASS)]
+
+
+REFUSED: list[Case] = [
+    Case(
+        "three closed ports are allowed, and whoever met a fourth is hit at his next SYN",
+        rule(Measure.REFUSED_PORTS),
+        [event for port in (1, 2, 3, 3, 4) for event in refused(port)]
+        + [(1, packet(port=80), DROP), (1, packet(port=80, source="192.0.2.9"), PASS)],
+    ),
+    Case(
+        "silence counts after four seconds, whoever comes then",
+        rule(Measure.REFUSED_PORTS),
+        [(0, packet(port=p, source_port=p), PASS) for p in (1, 2, 3, 4)]
+        + [(3_900, packet(port=80), PASS), (4_100, packet(source="192.0.2.9"), PASS)]
+        + [(4_100, packet(port=81), DROP)],
+    ),
+    Case(
+        "what is answered counts for nobody, be it late, nor what its client gives up",
+        rule(Measure.REFUSED_PORTS),
+        [(0, packet(port=p, source_port=p), PASS) for p in range(1, 10)]
+        + [(10, first_ack(port=p, source_port=p), TRUST) for p in range(1, 5)]
+        + [(20, packet(RST, port=p, source_port=p, state=OVER), PASS) for p in range(5, 8)]
+        + [(4_100, packet(port=80), PASS)],
+    ),
+    Case(
+        "it is over when the refusals are too old",
+        rule(Measure.REFUSED_PORTS),
+        [event for port in (1, 2, 3, 4) for event in refused(port)]
+        + [(1, packet(port=80), DROP), (10_100, packet(port=80), PASS)],
+    ),
+]
+
 SHORT: list[Case] = [
     Case(
         "a fourth connection that ends early is one too many",
@@ -328,7 +389,7 @@ STALLED: list[Case] = [
     ),
 ]
 
-CASES = RATE + TARGETS + HALF_OPEN + SHORT + STALLED
+CASES = RATE + TARGETS + HALF_OPEN + REFUSED + SHORT + STALLED
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.rule.measure.value}: {case.text}")
@@ -426,6 +487,29 @@ def test_packets_of_proven_connections_ban(measure: Measure) -> None:
             seen = bare._replace(state=state, source_port=port)
             outcomes.append(outcome(engine.decide(seen, SECOND)))
     assert (BAN in outcomes) == (measure not in NEVER_BANS)
+
+
+def test_a_scanner_is_shunned_by_the_refusal_that_is_one_too_many() -> None:
+    engine = Engine(ruleset(rule(Measure.REFUSED_PORTS, Action.BAN)))
+    scan = [seen for port in range(1, 5) for _, seen, _ in refused(port)]
+    decisions = [engine.decide(seen, SECOND) for seen in scan]
+    assert [bool(decision.effects) for decision in decisions] == 7 * [False] + [True]
+    (effect,) = decisions[-1].effects
+    assert isinstance(effect, Shun)
+    assert decisions[-1].verdict is Verdict.ACCEPT  # a RST frees the other end
+
+
+def test_silence_where_only_one_side_is_seen_says_nothing() -> None:
+    engine = Engine(
+        ruleset(rule(Measure.REFUSED_PORTS)), one_sided=OneSided(lambda _address, port: port < 9)
+    )
+    for port in range(1, 12):
+        engine.decide(packet(port=port, source_port=port), SECOND)
+    assert engine.decide(packet(port=80), 6 * SECOND).verdict is Verdict.ACCEPT
+    engine.decide(packet(port=80), 6 * SECOND)
+    for port in (12, 13):
+        engine.decide(packet(port=port, source_port=port), 7 * SECOND)
+    assert engine.decide(packet(port=81), 11 * SECOND + 1).verdict is Verdict.DROP
 
 
 def test_data_that_overtakes_the_verdict_on_its_handshake_is_no_second_connection() -> None:

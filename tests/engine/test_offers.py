@@ -15,11 +15,11 @@ from rstguard.engine.offers import (
     KEPT_FOR,
     Offer,
     Offers,
-    Service,
     read_offer,
 )
 from rstguard.engine.ruleset import SECOND
 from rstguard.engine.segment import emit
+from rstguard.engine.service import Service
 from rstguard.engine.wire import ACK, RST, SYN, Packet, options
 
 V4 = Service(parse_address("192.0.2.1"), 80)

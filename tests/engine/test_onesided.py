@@ -6,9 +6,9 @@ import pytest
 
 from rstguard.engine.address import parse_address
 from rstguard.engine.engine import Engine
-from rstguard.engine.offers import Service
 from rstguard.engine.onesided import ASK_EVERY, MOST, OneSided, Told
 from rstguard.engine.ruleset import SECOND, Measure
+from rstguard.engine.service import Service
 from rstguard.engine.verdict import Action, Verdict
 from rstguard.engine.wire import ACK, KNOWN, SYN
 from tests.support.packets import SERVER, packet, rule, ruleset

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rstguard.engine.address import parse_address
+from rstguard.engine.address import Prefix, parse_address
 from rstguard.engine.engine import OVERLOAD, Engine
 from rstguard.engine.heavy import HeavyHitters
 from rstguard.engine.ruleset import SECOND, Measure, Per, RuleSet
 from rstguard.engine.shedding import Level, Shedding
 from rstguard.engine.verdict import PASS, Action, Ban, Condemn, Reason, Shun, Verdict
-from rstguard.engine.wire import ACK, KNOWN, PROVEN, STRAY, SYN, Packet
+from rstguard.engine.wire import ACK, KNOWN, OVER, PROVEN, STRAY, SYN, Packet
 from tests.support.packets import CLIENT, MILLISECOND, SERVER, rule, ruleset
 
 OFFENDER, TARGET = parse_address(CLIENT), parse_address(SERVER)
@@ -198,3 +199,60 @@ def test_a_proven_source_is_not_watched() -> None:
     for _ in range(5000):
         decision = engine.at(Level.SYNS)(segment(OFFENDER, SYN, PROVEN), SECOND)
         assert decision is PASS
+
+
+OF_NO_CONNECTION = {Measure.OUT_OF_STATE: ACK, Measure.BAD_FLAGS: 0}
+WITHOUT_KERNEL: dict[str, dict[str, Any]] = {
+    "in time": {"period": 7 * SECOND},
+    "in rate": {"limit": 2_000_000},
+    "of some": {"destinations": (Prefix(TARGET, 32),)},
+}
+"""What the kernel cannot count."""
+
+
+@pytest.mark.parametrize("level", Level)
+@pytest.mark.parametrize("fail_open", [True, False], ids=["open", "closed"])
+@pytest.mark.parametrize("action", [Action.DROP, Action.RESET, Action.BAN])
+@pytest.mark.parametrize("measure", OF_NO_CONNECTION)
+def test_no_level_lets_pass_what_the_kernel_found_too_many(
+    level: Level, fail_open: bool, action: Action, measure: Measure
+) -> None:
+    """A rule that bans has it shown; of others it comes here if at all by a change of policy."""
+    rules = replace(ruleset(rule(measure, action, limit=9)), fail_open=fail_open)
+    engine = Engine(rules)
+    over = segment(OFFENDER, OF_NO_CONNECTION[measure], STRAY | OVER)
+    decision = engine.at(level)(over, SECOND)
+    if action is Action.BAN:
+        assert decision.verdict is Verdict.DROP
+        assert [type(effect) for effect in decision.effects] == [Shun]
+        assert decision == Engine(rules).decide(over, SECOND)
+
+
+@pytest.mark.parametrize("level", Level)
+@pytest.mark.parametrize("action", [Action.DROP, Action.RESET, Action.BAN])
+@pytest.mark.parametrize("measure", OF_NO_CONNECTION)
+@pytest.mark.parametrize("cannot", WITHOUT_KERNEL)
+def test_what_the_kernel_cannot_count_is_judged_at_each_level(
+    level: Level, action: Action, measure: Measure, cannot: str
+) -> None:
+    rules = ruleset(
+        rule(
+            measure, action, **{"limit": 1, "burst": 1, "period": SECOND, **WITHOUT_KERNEL[cannot]}
+        )
+    )
+    assert not rules.kept_by_kernel(measure)
+    engine, alike = Engine(rules), Engine(rules)
+    stray = segment(OFFENDER, OF_NO_CONNECTION[measure], STRAY)
+    decisions = [engine.at(level)(stray, SECOND) for _ in range(3)]
+    assert decisions == [alike.decide(stray, SECOND) for _ in range(3)]
+    assert decisions[-1].verdict is Verdict.DROP
+
+
+def test_the_narrowest_is_shunned_where_the_kernel_does_not_say_by_which_rule() -> None:
+    wide = replace(rule(Measure.OUT_OF_STATE, Action.BAN, 9), ipv4_length=24, name="wide")
+    narrow = rule(Measure.OUT_OF_STATE, Action.BAN, 9)
+    elsewhere = replace(narrow, name="elsewhere", ports=frozenset({443}))
+    engine = Engine(ruleset(wide, narrow, elsewhere))
+    (shun,) = engine.decide(segment(OFFENDER, ACK, STRAY | OVER), SECOND).effects
+    assert isinstance(shun, Shun)
+    assert (shun.rule, shun.source.length) == (narrow.name, 32)

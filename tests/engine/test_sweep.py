@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,8 @@ from rstguard.engine.sweep import Judgement, Sweep
 from rstguard.engine.verdict import Action, Ban, Reason, Shun
 from tests.support.flows import START, flow
 from tests.support.packets import CLIENT, rule, ruleset
+
+pytestmark = pytest.mark.usefixtures("as_table")
 
 
 def ports_of(judgement: Judgement) -> list[int]:
@@ -229,12 +232,86 @@ def test_bytes_moved_in_gusts_count_as_much_as_a_steady_stream() -> None:
     assert [1] in condemned(BYTES, *sweeps)
 
 
+# packet_rate
+
+PACKETS = resets(Measure.PACKET_RATE, 100, burst=500, period=SECOND)
+EACH = resets(Measure.PACKET_RATE, 100, burst=100, period=SECOND, per=Per.CONNECTION)
+
+
+def asking(port: int, asked: int, age: float) -> Flow:
+    """Return a connection that has made so many requests of 60 bytes, each answered by 100."""
+    return flow(port, sent=asked * 112, received=asked * 152, packets=asked, age=age)
+
+
+def test_requests_of_all_connections_of_a_source_count_together() -> None:
+    sweeps = [(at, [asking(n, 80 * at, at) for n in (1, 2, 3)]) for at in range(0, 20, 2)]
+    found = condemned(PACKETS, *sweeps)
+    assert found[0] == []
+    assert [1, 2, 3] in found
+    calm = [(at, [asking(n, 30 * at, at) for n in (1, 2, 3)]) for at in range(0, 20, 2)]
+    assert condemned(PACKETS, *calm) == [[]] * 10
+
+
+def test_requests_of_each_connection_count_by_themselves() -> None:
+    many = [(at, [asking(n, 90 * at, at) for n in range(1, 40)]) for at in range(0, 20, 2)]
+    assert condemned(EACH, *many) == [[]] * 10
+    one = [(at, [asking(1, 400 * at, at), asking(2, 90 * at, at)]) for at in range(0, 20, 2)]
+    assert condemned(EACH, *one) == [[], *[[1]] * 9]
+
+
+def test_what_a_connection_said_before_anybody_looked_is_no_rate() -> None:
+    assert condemned(EACH, (0, [asking(1, 10**6, -1)]), (2, [asking(1, 10**6, -1)])) == [[], []]
+
+
+def test_a_download_is_no_flood_of_packets() -> None:
+    sweeps = [
+        (at, [flow(1, sent=52 * 5000 * at, received=1500 * 10_000 * at, packets=5000 * at, age=at)])
+        for at in range(0, 20, 2)
+    ]
+    assert condemned(EACH, *sweeps) == [[]] * 10
+    assert condemned(PACKETS, *sweeps) == [[]] * 10
+
+
+@pytest.mark.parametrize("per", [Per.SOURCE, Per.CONNECTION])
+def test_a_flood_of_requests_bans_whom_the_server_has_answered(per: Per) -> None:
+    bans = rule(Measure.PACKET_RATE, Action.BAN, 100, burst=100, period=SECOND, per=per)
+    for answered, kind in ((True, Ban), (False, Shun)):
+        sweep = Sweep(ruleset(bans))
+        forged: dict[str, Any] = {} if answered else {"labels": 0, "server_bytes": 0}
+        sweep.judge([asking(1, 1, 1)._replace(**forged)], START)
+        judgement = sweep.judge([asking(1, 5000, 3)._replace(**forged)], START + 2 * SECOND)
+        assert [type(block) for block in judgement.blocks] == [kind]
+
+
+def test_how_near_a_source_is_to_a_limit_of_packets_is_told_of_sources_alone() -> None:
+    sweep = Sweep(ruleset(replace(PACKETS, name="all"), replace(EACH, name="each")))
+    sweep.judge([asking(1, 1, 1)], START)
+    sweep.judge([asking(1, 600, 3)], START + 2 * SECOND)
+    assert [near.rule for near in sweep.nearest(5)] == ["all"]
+    assert list(sweep.explain(parse_address(CLIENT))) == ["all"]
+
+
 # who, where, what
 
 
 def test_a_rule_for_some_ports_leaves_the_others() -> None:
     old = resets(Measure.AGE, SECOND, ports=frozenset({22}))
     assert condemned(old, (0, [flow(1, service=22, age=2), flow(2, service=80, age=2)])) == [[1]]
+
+
+def test_a_rule_for_some_destinations_and_sources_leaves_the_others() -> None:
+    partial = resets(
+        Measure.CONNECTIONS, 1, per=Per.DESTINATION, ipv4_length=24,
+        destinations=(parse_prefix("203.0.113.0/24"),), excepted=(parse_prefix("192.0.2.1"),),
+    )  # fmt: skip
+    held = [
+        flow(1, destination="203.0.113.1", age=9),
+        flow(2, destination="203.0.113.2", source="192.0.2.2", age=8),
+        flow(3, destination="203.0.114.3", age=7),
+        flow(4, destination="203.0.114.4", age=6),
+        flow(5, destination="203.0.113.5", source="192.0.2.1", age=5),
+    ]
+    assert condemned(partial, (0, held)) == [[2]]
 
 
 def test_a_trusted_source_is_left_alone() -> None:
@@ -376,8 +453,9 @@ def test_nothing_is_remembered_of_connections_that_are_gone() -> None:
     sweep = Sweep(ruleset(resets(Measure.IDLE, SECOND), rule(Measure.AGE, Action.OBSERVE, 0)))
     sweep.judge([flow(n, age=1) for n in range(1000)], START)
     sweep.judge([], START + SECOND)
-    assert not sweep._seen
     assert not sweep._reported
+    again = sweep.judge([flow(n, age=-1) for n in range(1000)], START + 2 * SECOND)
+    assert (again.condemned, len(again.observed)) == ((), 1000)
 
 
 def test_no_connections_no_objections() -> None:

@@ -7,6 +7,7 @@ import random
 from rstguard.engine.address import V6, Prefix, parse_address, parse_prefix
 from rstguard.engine.flow import Tuple
 from rstguard.engine.holding import Outcome
+from rstguard.engine.large import LargeSource
 from rstguard.engine.nearest import Near
 from rstguard.engine.shedding import Level
 from rstguard.engine.verdict import Ends, Reason
@@ -30,7 +31,7 @@ from rstguard.ipc.messages import (
     Reset,
     Unconfirmed,
 )
-from rstguard.ipc.said import Weighed
+from rstguard.ipc.said import Large, PressedService, UnderPressure, Weighed
 from rstguard.kernel.elements import Element
 
 FLOW = Tuple(parse_address("198.51.100.7"), parse_address("203.0.113.10"), 40000, 443)
@@ -53,6 +54,10 @@ EXAMPLES: tuple[FromChild, ...] = (
     Weighed(FLOW, Outcome.FORGED, True, False, False, 1, 64, 512, True),
     Weighed(FLOW6, Outcome.HONEST, False, True, True, -1, -1, 0, False),
     Overloaded(4711, Level.THINNED),
+    UnderPressure(()),
+    UnderPressure((PressedService(FLOW6.destination, 443, 700, 384, 729),)),
+    Large(()),
+    Large((LargeSource(BAN.source, 61, 1234, 0, 0), LargeSource(BAN6.source, 30, 600, 500, 9))),
     Counts({"packets": 1 << 62, "rule.syn-rate": 3, "verdict.drop": 3}),
     Productive({}),
     Productive({KEY6 >> 64: 100, 0xC6336407: 0}),

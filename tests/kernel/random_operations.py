@@ -161,7 +161,8 @@ def _of_elements(random: Random, _rulesets: Sequence[RuleSet]) -> Operation:
     def look(side: Side) -> object:
         with side.kernel.sets() as sets:
             listed = sorted(element[:3] for element in sets.list())
-            return sets.contains(address), sets.proven(address), listed
+            counted = sets.entries(set_name)
+            return sets.contains(address), sets.proven(address), listed, counted
 
     def remove(side: Side) -> bool:
         with side.kernel.sets() as sets:

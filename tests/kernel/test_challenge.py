@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 
 from rstguard.engine.address import parse_address, parse_prefix
-from rstguard.engine.offers import Offer, Service
+from rstguard.engine.offers import Offer
 from rstguard.engine.ruleset import SECOND, Measure, Rule, RuleSet, Scope, SynBudget
+from rstguard.engine.service import Service
 from rstguard.engine.verdict import Action
 from rstguard.kernel import chains, cookies, ipset, iptables
 from rstguard.kernel.chains import Plan

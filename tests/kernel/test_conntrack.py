@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import pytest
 
 from rstguard.engine.address import parse_address
 from rstguard.engine.flow import Flow, TcpState
+from rstguard.engine.listed import Listed
+from rstguard.engine.table import Table
 from rstguard.kernel import entry
 from rstguard.kernel.conntrack import GONE, Conntrack
 from rstguard.kernel.marks import Labels
@@ -93,6 +96,41 @@ def test_the_kernel_filters_by_family_and_mark(
     assert table.set_mark([flows[socket.AF_INET]], 0x08000000, 0x18000000) == [0]
     assert list(by_family(table.dump(0x08000000, 0x18000000))) == [socket.AF_INET]
     assert list(by_family(table.dump(0, 0x18000000))) == [socket.AF_INET6]
+
+
+@pytest.mark.parametrize("numpy", [True, False], ids=["numpy", "no-numpy"])
+def test_a_sweep_is_given_what_a_dump_shows(
+    lab: ThreeHosts,
+    pair: dict[str, socket.socket],
+    monkeypatch: pytest.MonkeyPatch,
+    numpy: bool,
+) -> None:
+    assert pair
+    if numpy:
+        columns: type[Table] = pytest.importorskip("rstguard.engine.columns").Columns
+    else:
+        monkeypatch.setitem(sys.modules, "rstguard.kernel.columns", None)
+        columns = Listed
+    with lab.inside("gateway"), Conntrack(columns=True) as table:
+        assert table.set_mark(list(table.dump()), 0x08001234, 0x0800FFFF) == [0, 0]
+        made = "-I -p tcp -s 10.9.0.1 -d 10.9.0.2 --sport {port} --dport 80 --state {state} -t 99"
+        lines = (
+            made.format(port=port, state=("ESTABLISHED", "TIME_WAIT")[port & 1]) + f" -m {port}\n"
+            for port in range(1, 4001)
+        )
+        (lab.directory / "entries").write_text("".join(lines))
+        lab.run("gateway", "conntrack", "-R", str(lab.directory / "entries"))
+        for mark, mask in ((0, 0), (0x08000000, 0x18000000), (1, 1), (1 << 31, 1 << 31)):
+            found = table.whole(mark, mask)
+            assert isinstance(found, columns)
+            shown = list(table.dump(mark, mask))
+            assert len(found) == len(shown)
+            # Time goes on between the two.
+            same = [f._replace(age=0, timeout=0) for f in found.flows()]
+            assert same == [f._replace(age=0, timeout=0) for f in shown]
+            for one, later in zip(found.flows(), shown, strict=True):
+                assert 0 <= one.age <= later.age < one.age + 60_000_000_000
+        assert len(table.whole(0, 0)) == 4002
 
 
 def test_what_never_was_established_can_be_left_out(

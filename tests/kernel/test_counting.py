@@ -26,9 +26,10 @@ def test_the_exact_rules(family: int, length: int) -> None:
     gate = "-m hashlimit --hashlimit-above 250000/sec --hashlimit-burst 250000"
     gate += f" --hashlimit-name rstguard{family}-count-250000 -j rstguard-queue"
     within = "-m hashlimit --hashlimit-upto 100/sec --hashlimit-burst 200"
-    within += f" --hashlimit-mode srcip --hashlimit-srcmask {length}"
-    within += f" --hashlimit-name rstguard{family}-100-1-200-{length} --hashlimit-htable-size 65536"
-    within += f" --hashlimit-htable-max {TABLE} --hashlimit-htable-expire 2000 -j RETURN"
+    mask = " --hashlimit-srcmask 64" if family == 6 else ""
+    within += f" --hashlimit-mode srcip --hashlimit-name rstguard{family}-100-1-200-{length}"
+    within += " --hashlimit-htable-size 65536"
+    within += f" --hashlimit-htable-max {TABLE} --hashlimit-htable-expire 2000{mask} -j RETURN"
     over = "-j MARK --set-xmark 0x4000000/0x4000000"
     assert syns(ruleset(), family) == (gate, within, over, "-j rstguard-queue")
 

@@ -47,7 +47,13 @@ def test_iptables(rule: str, bits: int) -> None:
     ],
 )
 @pytest.mark.parametrize(
-    ("table", "seen"), [("inet mole", True), ("ip mangle", False), ("inet rstguard", False)]
+    ("table", "seen"),
+    [
+        ("inet mole", True),
+        ("ip mangle", False),
+        ("inet rstguard", False),
+        ("inet rstguard-dnat", False),
+    ],
 )
 def test_nft(rule: str, bits: int, table: str, seen: bool) -> None:
     printed = f"table {table} {{\n\tchain a {{\n\t\t{rule}\n\t}}\n}}\n"

@@ -43,7 +43,8 @@ def test_the_valve_comes_before_what_is_counted_and_after_what_is_not_protected(
     out_of_scope, *_, new, counted = mangle()["rstguard-invalid"]
     assert out_of_scope.endswith("! --match-set rstguard-ports dst -j RETURN")
     assert new.endswith("-g rstguard-valve")
-    assert counted == "-j rstguard-lost"
+    assert counted == "-g rstguard-unfit"
+    assert mangle()["rstguard-valve-strays"][-2].endswith("-g rstguard-lost")
 
 
 def test_a_policy_that_observes_drops_nothing() -> None:

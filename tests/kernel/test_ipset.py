@@ -39,7 +39,7 @@ RULESET = RuleSet(
 CONFIG = ("ban4", "ban6", "shun4", "shun6", "proven4", "proven6", "trusted4", "trusted6")
 THIN = ("thin4-0", "thin6-0")
 PROTECTED = ("protected4", "protected6")
-SUSPECT = ("suspect4", "suspect6", "challenged4", "challenged6")
+SUSPECT = ("suspect4", "suspect6", "challenged4", "challenged6", "admitted4", "admitted6")
 INSIDE = (
     "inside4",
     "inside6",
@@ -47,6 +47,8 @@ INSIDE = (
     "translated6",
     "doubt4",
     "doubt6",
+    "replaced4",
+    "replaced6",
     "serving4",
     "serving6",
 )
@@ -400,6 +402,21 @@ def test_a_listing_is_that_of_the_command(sets: Sets) -> None:
     )
     times = {str(one.source): one.remaining for one in found}
     assert all(590 + i <= (times[one] or 0) <= 600 + i for i, one in enumerate(sources))
+
+
+@pytest.mark.netns
+@pytest.mark.parametrize("digit", [4, 6])
+def test_what_a_set_holds_is_counted_whatever_its_type(own_namespace: None, digit: int) -> None:
+    ipset.apply(LINUX, replace(RULESET, enforce=True))
+    name = f"rstguard-replaced{digit}"
+    address = "192.0.2.1" if digit == 4 else "2001:db8::1"
+    with Sets() as sets:
+        assert sets.entries(name) == 0
+        for port in (1, 2):
+            shell("ipset", "add", name, f"{address},{port},{address}", "timeout", "600")
+        assert (sets.entries(name), sets.entries("rstguard-ports")) == (2, 104)
+        with pytest.raises(NotThere):
+            sets.entries("rstguard-none")
 
 
 @pytest.mark.netns

@@ -107,7 +107,9 @@ def test_labels_have_numbers_of_their_own() -> None:
         labels.begun,
         labels.condemned,
         labels.mptcp,
+        labels.reused,
+        labels.anew,
     )
-    assert len(set(numbers)) == 6
+    assert len(set(numbers)) == 8
     assert all(DEFAULT_LABELS <= number <= 127 for number in numbers)
     assert Marks().mask == DEFAULT_MARKS

@@ -224,3 +224,10 @@ def test_the_packet_reader_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_lack_has_a_mend() -> None:
     found = preflight.checks(0)
     assert all(check.fix for check in found if check.outcome is Outcome.MISSING)
+
+
+def test_without_numpy_the_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    check = by_name(preflight.checks(0))["sweeps"]
+    assert check.outcome is Outcome.WARNING
+    assert "rstguard[fast]" in check.fix

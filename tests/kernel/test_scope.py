@@ -17,8 +17,9 @@ from typing import Final
 import pytest
 
 from rstguard.engine.address import Prefix, parse_address, prefix_of
-from rstguard.engine.offers import Offer, Service
+from rstguard.engine.offers import Offer
 from rstguard.engine.ruleset import RuleSet, SynBudget
+from rstguard.engine.service import Service
 from rstguard.engine.wire import ACK, FIN, PSH, RST, SYN, URG
 from rstguard.kernel.footprint import rules_text
 from rstguard.kernel.marks import Marks
@@ -38,10 +39,10 @@ QUEUES: Final = range(5640, 5642)
 def variants() -> Iterator[tuple[str, RuleSet]]:
     """Return the compiled samples, and with what they leave out."""
     for path in SAMPLES:
-        loaded = parse(path.read_bytes(), path.name, interfaces=["eth0", "wan0"])
+        loaded = parse(path.read_bytes(), path.name)
         ruleset = compile_policy(loaded.policy)
         yield path.stem, ruleset
-        budget = SynBudget(1000, frozenset({80, 443}))
+        budget = SynBudget(1000, frozenset({80, 443}), 128)
         yield (
             f"{path.stem}-all",
             replace(
@@ -135,7 +136,10 @@ class Place:
     def known(self) -> dict[Service, Offer]:
         """Return the services whose SYNs may be answered by cookies."""
         served = self.servers["served"]
-        return {Service(served, port): Offer(1460, 7, True, True) for port in (22, 80, 443)}
+        known = {Service(served, port): Offer(1460, 7, True, True) for port in (22, 80, 443)}
+        inside = Service(self.servers["other"], 8001)
+        known[Service(served, 443)] = Offer(1460, 7, True, True, (inside,))
+        return known
 
     def rules(self) -> Netfilter:
         text = rules_text(self.ruleset, QUEUES, self.known())
@@ -271,7 +275,7 @@ LIMITS: Final = (
     ("-A rstguard-in -i eth0 -p tcp -j rstguard-classify", "-i eth0"),
     ("-A rstguard-cookies -i eth0", "-i eth0"),
     ("-A rstguard-refuse -i eth0", "-i eth0"),
-    ("-A rstguard-shunned -i eth0", "-i eth0"),
+    ("-A rstguard-last -i eth0", "-i eth0"),
     ("-A rstguard-low-ttl -m set --match-set rstguard-trusted4 src -j RETURN", ""),
     ("-A rstguard-low-ttl -m set ! --match-set rstguard-dst4 dst -j RETURN", ""),
     ("-A rstguard-low-ttl -p tcp -m set ! --match-set rstguard-ports dst -j RETURN", ""),

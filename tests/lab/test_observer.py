@@ -11,6 +11,7 @@ from rstguard.engine.address import parse_address
 from rstguard.engine.flow import Tuple
 from rstguard.engine.segment import emit, rst
 from rstguard.engine.wire import SYN, Packet
+from rstguard.lab.crowd import addresses
 from rstguard.lab.forging import marked, raw_socket
 from rstguard.lab.observer import (
     Held,
@@ -20,7 +21,7 @@ from rstguard.lab.observer import (
     counter,
     read_count,
 )
-from rstguard.lab.topology import ATTACKER, CLIENTS, SERVER, Lab
+from rstguard.lab.topology import ATTACKER, ATTACKERS, CLIENTS, SERVER, Lab
 from rstguard.lab.waiting import wait_until
 
 HEAD = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid\n"
@@ -49,9 +50,11 @@ TCP6 = HEAD + "".join(
 
 @pytest.mark.skipif(sys.byteorder != "little", reason="the rows are a little-endian machine's")
 def test_only_the_attackers_live_connections_count() -> None:
-    assert count_connections([TCP, TCP6], "192.0.2.66") == (3, 2)
-    assert count_connections([TCP], "192.0.2.66") == (1, 0)
-    assert count_connections([HEAD], "192.0.2.66") == (0, 0)
+    assert count_connections([TCP, TCP6]) == (3, 2)
+    assert count_connections([TCP]) == (1, 0)
+    assert count_connections([HEAD]) == (0, 0)
+    assert count_connections([TCP.replace("0B6433C6", "01FF1FAC")]) == (2, 0)  # 172.31.255.1
+    assert count_connections([TCP.replace("0B6433C6", "010020AC")]) == (1, 0)  # 172.32.0.1
 
 
 def test_what_it_writes_is_read_back() -> None:
@@ -79,6 +82,7 @@ def count_until(packets: socket.socket, least: int) -> int:
 @pytest.mark.netns
 def test_the_attackers_packets_are_counted_and_those_he_forged() -> None:
     own, honest = rst(path_of(ATTACKER), 1), rst(path_of(CLIENTS[0]), 1)
+    of_many = rst(path_of(addresses(ATTACKERS, 4000, 256)[-1]), 1)
     syn = emit(Packet(*path_of(CLIENTS[0]), 1, 0, SYN, 512, 0))
     with Lab() as lab:
         with lab.inside("server"):
@@ -86,7 +90,7 @@ def test_the_attackers_packets_are_counted_and_those_he_forged() -> None:
         with lab.inside("attacker"):
             raw = raw_socket()
         with packets, syns, raw:
-            for segment in (honest, syn, marked(honest), marked(syn), own):
+            for segment in (honest, syn, marked(honest), marked(syn), own, of_many):
                 raw.sendto(segment, (SERVER, 0))
-            assert count_until(packets, 3) == 3
+            assert count_until(packets, 4) == 4
             assert read_count(syns) == 1

@@ -33,6 +33,7 @@ from rstguard.lab.scenarios import find
 SYN_FLOOD = find("syn-flood")  # at most 50 SYNs in a second
 HOARD = find("idle-hoard")  # at most 100 connections held
 POISON = find("poisoned-window")  # no connection lost
+SCAN = find("scan-fast")  # at most one open port found
 PROOF = find("forged-proof")  # at most 1 % of the legitimate requests failed
 NOBODY = Legitimate(0, 0, 0.0, None, None, {})
 
@@ -145,6 +146,14 @@ def test_lost_connections_of_innocents_are_not_contained(
     assert seen.seconds_to_contain == contained
 
 
+@pytest.mark.parametrize(("learned", "contained"), [(0, 0.0), (1, 0.0), (2, None), (None, None)])
+def test_a_scan_is_contained_by_the_open_ports_that_it_finds(
+    learned: int | None, contained: float | None
+) -> None:
+    seen = reached(Observation([], []), SCAN, 0.0, 1.0, NOBODY, None, learned)
+    assert (seen.learned, seen.seconds_to_contain) == (learned, contained)
+
+
 @pytest.mark.parametrize(("success", "contained"), [(99.0, 0.0), (98.9, None)])
 def test_failed_requests_are_not_contained(success: float, contained: float | None) -> None:
     honest = replace(NOBODY, success_percent=success)
@@ -180,6 +189,7 @@ BANS = [
         ("100.65.0.1", "shun"),
         ("100.66.0.1", "ban"),
         ("2001:db8:ba01:1::/64", "ban"),
+        ("172.16.1.1", "ban"),
         ("2001:db8:c1::/64", "ban"),
     )
 ]

@@ -39,10 +39,20 @@ SNAPSHOT: dict[str, Any] = {
     "sweeper": {"restarts": 4},
     "asker": {"restarts": 5},
     "blocked": {"ban": 2, "shun": 1},
-    "shun": {"answer": "challenge", "services": [], "why_not": "", "cookies": {}},
+    "shun": {
+        "answer": "challenge", "services": [], "why_not": "", "why_no_dnat": "", "cookies": {},
+    },
     "untracked": {"low_ttl": 7, "spoofed": 3, "spoofed_passed": 2},
     "forgotten": {"adopted": 4, "dropped": 9},
+    "limited": {"out_of_state": 6, "bad_flags": 2, "reset_rate": 0},
     "foreign_marks": {"problems": [], "cleared": 4, "spared": 5},
+    "large_sources": [
+        {"source": "203.0.113.9", "percent": 61, "connections": 1234, "bore": 1000,
+         "may_hold": 2000, "since_s": 1500},
+    ],
+    "pressure": [
+        {"service": "10.0.0.1:80", "pressed_s": 3.0, "connections": 700, "start": 384, "end": 729},
+    ],
     "syn_budget": {
         "cookies": {"sent": 30, "accepted": 20, "refused": 1, "late": 5},
         "services": [
@@ -53,6 +63,7 @@ SNAPSHOT: dict[str, Any] = {
     "counts": {
         "ban": {"rate": 6}, "start": {"start": 1}, "verdict.drop": 11, "rule.rate": 12,
         "flows": 100, "unconfirmed": 3, "block_failed": 2, "sweep_cpu_us": 1_500_000,
+        "sweep_period_ms": 4500,
     },
     "resets": [{"rule": "idle", "reason": "idle", "count": 8}],
 }  # fmt: skip
@@ -94,6 +105,8 @@ def samples(data: dict[str, Any]) -> dict[tuple[str, tuple[str, ...]], float]:
         ("blocked_sources", ("shun",), 1),
         ("connections", (), 100),
         ("sweep_cpu_seconds_total", (), 1.5),
+        ("sweep_period_seconds", (), 4.5),
+        ("pressed_connections", ("10.0.0.1:80",), 700),
         ("syn_budget_engaged", ("10.0.0.1:80",), 1),
         ("syn_budget_engaged", ("10.0.0.1:443",), 0),
         ("syn_cookies_total", ("late",), 5),

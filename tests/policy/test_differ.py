@@ -50,7 +50,11 @@ def test_the_head_is_compared() -> None:
 def test_a_budget_comes() -> None:
     head = HEAD + "syn_budget: {rate: 300/s}\n"
     (said,) = differences(compiled(RATE), compiled(RATE, head=head))[:1]
-    assert said.startswith("SYN budget: none -> 300/s")
+    assert said.startswith("SYN budget: 128 half-open for each service; ")
+    assert " -> 300/s and 128 half-open for each service; " in said
+    none = HEAD + "syn_budget: off\n"
+    (said,) = differences(compiled(RATE, head=none), compiled(RATE))[:1]
+    assert said.startswith("SYN budget: none -> 128 half-open")
 
 
 def test_rules_are_shown_as_a_diff() -> None:

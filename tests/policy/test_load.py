@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from rstguard.policy.document import LARGEST
+from rstguard.policy.explain import Finding
 from rstguard.policy.load import PolicyError, Problem, load, parse
 from rstguard.policy.problems import MOST_PROBLEMS
 
@@ -25,7 +26,7 @@ def problems(text: str | bytes) -> list[Problem]:
 
 def test_a_file_is_loaded(tmp_path: Path) -> None:
     path = tmp_path / "p.yaml"
-    text = MINIMAL % "{name: r, measure: idle, over: 1m, then: reset}"
+    text = MINIMAL % "{name: r, measure: idle, over: 1h, then: reset}"
     path.write_text(text)
     loaded = load(path)
     assert loaded == load(str(path))
@@ -224,28 +225,65 @@ def test_endless_file() -> None:
         load("/dev/zero")
 
 
-def test_interfaces_are_looked_at_only_if_they_are_known() -> None:
+def test_this_machine_is_looked_at_only_if_that_is_asked_for() -> None:
     text = (
-        MINIMAL.replace("eth0", 'eth0, "wan*"') % "{name: r, measure: age, over: 1m, then: reset}"
+        MINIMAL.replace("eth0", 'eth0, "wan*"') % "{name: r, measure: age, over: 24h, then: reset}"
     )
     assert parse(text, "p").warnings == ()
-    assert parse(text, "p", ["eth0", "wan7"]).warnings == ()
-    both = parse(text, "p", ["lo"]).warnings
-    assert [(w.column, w.where) for w in both] == [
-        (24, "protect.interfaces[0]"),
-        (30, "protect.interfaces[1]"),
+    assert parse(text, "p", lambda _: ()).warnings == ()
+    both = [Finding(("protect", "interfaces", index), f"no {index}") for index in range(2)]
+    told = parse(text, "p", lambda _: both).warnings
+    assert [(w.column, w.where, w.message) for w in told] == [
+        (24, "protect.interfaces[0]", "no 0"),
+        (30, "protect.interfaces[1]", "no 1"),
     ]
 
 
-def test_the_samples_load_without_a_warning_but_of_what_can_be_forged() -> None:
+def test_the_samples_load_without_a_warning() -> None:
     samples = sorted((Path(__file__).parent.parent.parent / "policies").glob("*.yaml"))
     assert [path.stem for path in samples] == [
         "observe-only", "ssh-bastion", "strict-gateway", "web-edge",
     ]  # fmt: skip
     for path in samples:
         loaded = load(path)
-        assert all("in another's name" in warning.message for warning in loaded.warnings)
+        assert loaded.warnings == ()
         assert loaded.policy.name == path.stem
+
+
+@pytest.mark.parametrize(
+    ("rule", "ports", "severity"),
+    [
+        ("measure: idle, over: 5m", "ports: [443]", "warning"),
+        ("measure: idle, over: 5m, ports: [443]", "ports: [22, 443]", "note"),
+        ("measure: idle, over: 5m", "ports: [22]", ""),
+        ("measure: idle, over: 15m", "ports: [80]", "note"),
+        ("measure: idle, over: 1m, when: pressed", "ports: [443]", ""),
+        ("measure: slow, after: 9s, under: 5 B/s, when: pressed", "ports: [443]", ""),
+        ("measure: idle, over: 2h", "ports: [80]", ""),
+        ("measure: slow, after: 20s, under: 50 B/s", 'ports: ["8000-8100"]', "warning"),
+        ("measure: slow, after: 20s, under: 50 B/s, ports: [8080]", "ports: [8080]", "note"),
+        ("measure: age, over: 5m", "ports: [443]", "warning"),
+        ("measure: age, over: 12h", "ports: [443]", "note"),
+        ("measure: age, over: 24h", "ports: [443]", ""),
+    ],
+)
+def test_a_rule_that_ends_what_is_normal_on_the_web_is_told(
+    rule: str, ports: str, severity: str
+) -> None:
+    text = (MINIMAL % f"{{name: r, {rule}, then: reset}}").replace("[eth0]", f"[eth0], {ports}")
+    found = [one for one in parse(text, "p").told if "WebSockets" in one.message]
+    assert [one.severity for one in found] == [severity] * bool(severity)
+    observing = parse(text.replace("then: reset", "then: observe"), "p").told
+    assert not [one for one in observing if "WebSockets" in one.message]
+
+
+def test_that_http3_is_not_guarded_is_told_once_where_tls_is() -> None:
+    for ports, told in (("", 1), (", ports: [443]", 1), (", ports: [22]", 0)):
+        text = (MINIMAL % "{name: r, measure: age, over: 7d, then: reset}").replace(
+            "[eth0]", f"[eth0]{ports}"
+        )
+        notes = [one for one in parse(text, "p").told if "HTTP/3" in one.message]
+        assert [one.severity for one in notes] == ["note"] * told
 
 
 @pytest.mark.parametrize(
@@ -263,7 +301,9 @@ def test_the_samples_load_without_a_warning_but_of_what_can_be_forged() -> None:
 )
 def test_a_ban_over_what_anybody_can_send_is_told(rule: str, says: str) -> None:
     text = MINIMAL % f"{{name: r, {rule}, then: ban, for: 1m}}"
-    found = [warning.message for warning in parse(text, "p").warnings]
+    found = [note.message for note in parse(text, "p").told if "another's name" in note.message]
+    assert all(note.severity == "note" for note in parse(text, "p").told)
     assert len(found) == bool(says)
     assert all(says in message for message in found)
-    assert not parse(text.replace("ban, for: 1m", "observe"), "p").warnings
+    observing = parse(text.replace("ban, for: 1m", "observe"), "p").told
+    assert not [note for note in observing if "another's name" in note.message]

@@ -32,7 +32,7 @@ def test_eight_adjacent_bits_anywhere(shift: int) -> None:
         ("marks: 0xff0000000", "is no mask of a mark"),
         ("marks: true", "is no mask of a mark"),
         ("marks: high", "is no mask of a mark"),
-        ("labels: 123", "write a number from 0 to 122"),
+        ("labels: 121", "write a number from 0 to 120"),
     ],
 )
 def test_what_is_refused(line: str, says: str) -> None:

@@ -24,24 +24,29 @@ LEAST: dict[Measure, dict[str, Any]] = {
     Measure.HALF_OPEN: {"over": 100},
     Measure.DISTINCT_PORTS: {"over": 15, "within": "10s"},
     Measure.DISTINCT_HOSTS: {"over": 15, "within": "10s"},
+    Measure.REFUSED_PORTS: {"over": 15, "within": "10s"},
     Measure.BAD_FLAGS: {"over": "5/s"},
     Measure.OUT_OF_STATE: {"over": "5/s"},
     Measure.RESET_RATE: {"over": "5/s"},
     Measure.SHORT_CONNECTIONS: {"over": "10/m", "shorter_than": "10s"},
     Measure.CONNECTIONS: {"over": 200},
     Measure.BYTE_RATE: {"over": "1 MB/s"},
+    Measure.PACKET_RATE: {"over": "200/s"},
     Measure.SLOW: {"after": "20s", "under": "50 B/s"},
     Measure.STALLED: {"over": "60s", "window": 0},
     Measure.IDLE: {"over": "15m"},
     Measure.AGE: {"over": "15m"},
+    Measure.UNANSWERED: {"over": "30s"},
 }
 NO_DROP = {
     Measure.CONNECTIONS,
     Measure.BYTE_RATE,
+    Measure.PACKET_RATE,
     Measure.SLOW,
     Measure.STALLED,
     Measure.IDLE,
     Measure.AGE,
+    Measure.UNANSWERED,
 }
 
 
@@ -66,7 +71,7 @@ def test_the_example_means_what_its_comments_say() -> None:
     assert scope.trusted == (parse_prefix("10.0.0.0/8"), parse_prefix("fd00::/8"))
     assert (ruleset.source_ipv4, ruleset.source_ipv6) == (32, 64)
     assert ruleset.inspect_packets == 8
-    assert ruleset.syn_budget == SynBudget(20000, frozenset({80, 443}))
+    assert ruleset.syn_budget == SynBudget(20000, frozenset({80, 443}), 128)
     assert (ruleset.blocking, ruleset.shun_duration, ruleset.sweep_every) == (
         "drop", 10 * SECOND, 2 * SECOND,
     )  # fmt: skip
@@ -151,7 +156,9 @@ def test_sources_are_as_wide_as_the_policy_says_unless_the_rule_does() -> None:
 
 def test_what_nobody_wrote() -> None:
     ruleset = compiled()
-    assert ruleset == RuleSet("policy", True, True, ruleset.scope, ())
+    assert ruleset == RuleSet(
+        "policy", True, True, ruleset.scope, (), syn_budget=SynBudget(None, None, 128)
+    )
     assert ruleset.scope.ports is None
     assert ruleset.scope.protects(parse_address("2001:db8::1"), 1)
     assert not ruleset.scope.trusts(parse_address("127.0.0.1"))

@@ -36,7 +36,8 @@ def test_tiers(rule: str, tier: str) -> None:
     ("rules", "extra", "reason"),
     [
         (RATE, "offload: never\nsyn_budget: {rate: 1000/s}", "`offload: never`"),
-        (RATE, "", "without a SYN budget"),
+        (RATE, "", "without a rate in the SYN budget"),
+        (RATE, "syn_budget: off", "without a rate"),
         (RATE, "mode: observe\nsyn_budget: {rate: 1000/s}", "only observes"),
         (RATE, "syn_budget: {rate: 100000/s}", "table could fill up"),
         (RATE.replace("drop", "ban, for: 1m"), None, "full burst"),

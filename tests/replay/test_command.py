@@ -18,7 +18,7 @@ protect: {interfaces: [nowhere0]}
 rules:
   - {name: brute, measure: short_connections, ports: [22], shorter_than: 10s, over: 5/m,
      then: ban, for: 10m}
-  - {name: idle, measure: idle, over: 10s, then: reset}
+  - {name: idle, measure: idle, ports: [80], over: 10s, then: reset}
 """
 BAD, GOOD = "198.51.100.7", "198.51.100.8"
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rstguard.engine.gauges import LEARNED
 from rstguard.engine.ruleset import SECOND, Measure
 from rstguard.engine.wire import ACK, FIN, RST, SYN
 from rstguard.policy.compile import compile_policy
@@ -17,7 +18,7 @@ from rstguard.policy.load import parse
 from rstguard.replay.learn import Lesson, Proposal, learn, limit_for, percentile, quantity
 from rstguard.replay.proposal import policy_text
 from tests.replay.captures import NEXT, Traffic, write
-from tests.replay.commands import BASE, RULES, run
+from tests.replay.commands import BASE, LITTLE, RULES, run
 
 HONEST, ATTACKER = "198.51.100.7", "192.0.2.9"
 
@@ -110,7 +111,7 @@ def test_a_short_capture_does_not_tell_of_times(tmp_path: Path) -> None:
 def test_the_proposal_is_a_policy_that_says_why(lesson: Lesson) -> None:
     text = policy_text(BASE, lesson)
     loaded = parse(text, "proposed.yaml")
-    assert all("in another's name" in warning.message for warning in loaded.warnings)
+    assert all("WebSockets" in warning.message for warning in loaded.warnings)
     rules = {rule.name: rule for rule in loaded.policy.rules}
     compiled = {rule.name: rule for rule in compile_policy(loaded.policy).rules}
     for proposal in lesson.proposals:
@@ -164,10 +165,8 @@ def test_percentiles_are_by_nearest_rank() -> None:
     assert percentile([7], 999) == 7
 
 
-@given(st.sampled_from(Measure), st.integers(0, 10**19), st.floats(1, 100))
+@given(st.sampled_from(sorted(LEARNED, key=str)), st.integers(0, 10**19), st.floats(1, 100))
 def test_any_limit_can_be_written_and_read(measure: Measure, amount: int, margin: float) -> None:
-    if measure is Measure.STALLED:
-        return
     limit = limit_for(measure, min(amount, 10**12), margin)
     text = next(text for text in RULES.values() if f"measure: {measure.value}," in text)
     key = "under" if measure is Measure.SLOW else "over"
@@ -182,29 +181,44 @@ def test_any_limit_can_be_written_and_read(measure: Measure, amount: int, margin
 
 def test_the_command_writes_a_good_policy_and_overwrites_nothing(tmp_path: Path) -> None:
     file, out = write(tmp_path, traffic()), tmp_path / "proposed.yaml"
-    done = run("learn", file, "--out", out)
+    done = run("learn", *LITTLE, file, "--out", out)
     assert done.returncode == 0, done.stderr
     assert b"limits from 1 productive source in" in done.stdout
     assert run("check", out).returncode == 0
     assert "destinations" not in out.read_text().replace("`destinations`", "")
     before = out.read_text()
-    done = run("learn", file, "--out", out)
+    done = run("learn", *LITTLE, file, "--out", out)
     assert done.returncode == 1
     assert b"exists: name another file, or overwrite it with --force" in done.stderr
     base = tmp_path / "base.yaml"
     base.write_text(BASE)
-    done = run("learn", file, "--out", out, "--force", "--base", base, "--json")
+    done = run("learn", *LITTLE, file, "--out", out, "--force", "--base", base, "--json")
     data: Any = json.loads(done.stdout)
     assert {rule["rule"]: rule["limit"] for rule in data["rules"]}["syn"] == "15/s"
     assert out.read_text() != before
     assert run("check", out).returncode == 0
 
 
+def test_from_too_little_nothing_is_proposed(tmp_path: Path) -> None:
+    file, out = write(tmp_path, traffic()), tmp_path / "proposed.yaml"
+    done = run("learn", file, "--out", out)
+    assert done.returncode == 1
+    assert not out.exists()
+    said = done.stderr.decode()
+    assert "there are 1 productive sources of 100 and " in said
+    assert " of 1h; take a longer capture" in said
+    assert said.count("\n") == 1
+    said = run("learn", file, "--out", out, "--least-sources", "1").stderr.decode()
+    assert "sources of" not in said
+    assert " of 1h; " in said
+    assert run("learn", file, "--out", out, "--least-time", "x").returncode == 2
+
+
 def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:
     file, out, bad = write(tmp_path, traffic()), tmp_path / "out.yaml", tmp_path / "bad.yaml"
     bad.write_text("version: 2\n")
-    assert run("learn", file, "--out", out, "--base", bad).returncode == 4
-    assert run("learn", bad, "--out", out).returncode == 1
-    assert run("learn", file, "--out", out, "--base", tmp_path / "none").returncode == 1
-    assert run("learn", file, "--out", tmp_path / "none" / "out.yaml").returncode == 1
+    assert run("learn", *LITTLE, file, "--out", out, "--base", bad).returncode == 4
+    assert run("learn", *LITTLE, bad, "--out", out).returncode == 1
+    assert run("learn", *LITTLE, file, "--out", out, "--base", tmp_path / "none").returncode == 1
+    assert run("learn", *LITTLE, file, "--out", tmp_path / "none" / "out.yaml").returncode == 1
     assert not out.exists()

@@ -18,6 +18,7 @@ from rstguard.lab.waiting import wait_until
 from rstguard.policy.compile import compile_policy
 from rstguard.policy.load import load
 from rstguard.replay.learn import learn, lesson_data
+from tests.replay.commands import LITTLE
 from tests.replay.tap import captured
 from tests.support.guard import Guard
 from tests.support.network import ThreeHosts
@@ -121,7 +122,7 @@ def test_limits_are_what_the_crowd_showed_and_what_a_capture_shows(
             wait_until(lambda: guard.status()["learning"]["productive"] == CROWD)
             swept(guard)
             service.connect(source(v6)).close()  # a replay sweeps up to the last packet
-            told = guard.json("policy", "learn", "--live", "--out", str(out))
+            told = guard.json("policy", "learn", "--live", *LITTLE, "--out", str(out))
         assert told["productive_sources"] == CROWD
         assert told["notes"] == []
         assert told["capture"] is None
@@ -156,7 +157,7 @@ def test_a_command_that_waits_is_as_good_as_one_that_comes_back(
     lab: ThreeHosts, tmp_path: Path, serve: Open
 ) -> None:
     out, service = tmp_path / "proposed.yaml", serve(PORT + 1)
-    words = ("policy", "learn", "--live", "--out", str(out))
+    words = ("policy", "learn", "--live", *LITTLE, "--out", str(out))
     with Guard(lab, POLICY, tmp_path / "guard") as guard:
         done = guard.cli(*words)
         assert done.returncode == 1
@@ -222,7 +223,7 @@ def test_what_came_in_between_is_said(lab: ThreeHosts, tmp_path: Path, serve: Op
         assert guard.status()["learning"]["measuring"]
         visit(service, late, 2)
         wait_until(lambda: guard.status()["learning"]["productive"] == 2)
-        told = guard.json("policy", "learn", "--live", "--out", str(out))
+        told = guard.json("policy", "learn", "--live", *LITTLE, "--out", str(out))
         assert [row["shown"] for row in rules_of(told)["syns"]["highest"]] == ["3/m", "2/m"]
         assert [row["shown"] for row in rules_of(told)["ports"]["highest"]] == ["1"]
         assert len(told["notes"]) == 2
@@ -235,9 +236,9 @@ def test_what_came_in_between_is_said(lab: ThreeHosts, tmp_path: Path, serve: Op
         wait_until(guard.filtering)
         visit(service, late, 4)
         swept(guard)
-        done = guard.cli("policy", "learn", "--live", "--out", str(out), "--force")
+        done = guard.cli("policy", "learn", "--live", *LITTLE, "--out", str(out), "--force")
         assert "a process of the guard died 2 times" in done.stderr
-        data = guard.json("policy", "learn", "--live", "--out", str(out), "--force")
+        data = guard.json("policy", "learn", "--live", *LITTLE, "--out", str(out), "--force")
         assert [row["shown"] for row in rules_of(data)["syns"]["highest"]] == ["4/m"]
         assert data["productive_sources"] == 2
 

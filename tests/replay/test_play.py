@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rstguard.engine.engine import Engine
-from rstguard.engine.ruleset import FORGEABLE, SECOND, Escalate, Measure, Per, Rule, Scope
+from rstguard.engine.ruleset import FORGEABLE, SECOND, Escalate, Measure, Per, Rule, Scope, Unless
 from rstguard.engine.verdict import Action, Ban, Shun
 from rstguard.engine.wire import ACK, FIN, KNOWN, PROVEN, PSH, RST, SYN, URG, Packet, parse
 from rstguard.replay.play import BASE, Replay
@@ -441,6 +441,27 @@ def test_a_replay_is_the_same_each_time() -> None:
         ]
 
     assert once() == once()
+
+
+@pytest.mark.parametrize("measure", [Measure.SYN_RATE, Measure.CONNECTIONS])
+@pytest.mark.parametrize("said", [500, 0])
+def test_a_productive_source_may_go_further(measure: Measure, said: int) -> None:
+    """What it is known by are connections that are over, as in the kernel's table."""
+    lenient = replace(rule(measure, Action.RESET, limit=10), unless=Unless(50, 4), burst=10)
+    traffic = Traffic()
+    for number in range(40):
+        more: dict[str, Any] = {"source_port": 2000 + number}
+        traffic.open(1 + number / 4, **more)
+        if said:
+            traffic.say(1.01 + number / 4, bytes(said), **more)
+            traffic.answer(1.015 + number / 4, bytes(said), **more)
+        traffic.close(1.02 + number / 4, said=said, **more)
+    for number in range(30):
+        traffic.open(20 + number / 100, source_port=3000 + number)
+    traffic.syn(30, OTHER)
+    kinds = {hit.kind for hit in played(traffic, lenient).hits}
+    hit = "refuse" if measure is Measure.SYN_RATE else "reset"
+    assert kinds == (set() if said else {hit})
 
 
 def test_a_replay_agrees_with_the_engine_that_is_fed_directly() -> None:

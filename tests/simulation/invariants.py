@@ -108,14 +108,18 @@ def rules_are_those_of_the_policy(world: World, one: Incarnation) -> None:
         holds(wanted.header == held_set.header, "a set has other options", name)
         if not any(
             part in name
-            for part in ("ban", "gate", "shun", "proven", "engaged", "challenged", "thin")
+            for part in (
+                *("ban", "gate", "shun", "proven", "engaged", "challenged", "thin"),
+                *("counting", "live"),
+            )
         ):
             holds(wanted.members.keys() == held_set.members.keys(), "a set holds others", name)
 
 
 def no_set_is_left_over(world: World, one: Incarnation) -> None:
     """Sets that the policy in force does not need are gone."""
-    needed = {spec.name for spec in ipset.plan(one.guard.ruleset, world.workers)}
+    known = one.parts.footprint.known
+    needed = {spec.name for spec in ipset.plan(one.guard.ruleset, world.workers, known)}
     over = [n for n in world.kernel.ipsets.names if n.startswith("rstguard") and n not in needed]
     holds(not over, "a set is left that no rule needs", over)
 

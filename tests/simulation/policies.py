@@ -12,6 +12,7 @@ _RULES = (
     "{name: shake, measure: connection_rate, over: 20/s, burst: 40, then: reset}",
     "{name: idle, measure: idle, over: 10m, then: reset}",
     "{name: bytes, measure: byte_rate, over: 100 MB/s, then: reset}",
+    "{name: packets, measure: packet_rate, over: 5000/s, then: ban, for: 1m}",
     "{name: service, measure: syn_rate, over: 500/s, burst: 1000, then: drop}",
     "{name: watch, measure: distinct_ports, over: 3, within: 10s, then: observe}",
 )

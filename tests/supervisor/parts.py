@@ -18,7 +18,7 @@ def policy(name: str = "first", more: str = "", rules: str = "[]") -> Loaded:
 
     For that a real loop would have to wait for what the fake kernel logs.
     """
-    head = f"version: 1\nname: {name}\nshun: drop\n{more}\n"
+    head = f"version: 1\nname: {name}\nshun: drop\nsyn_budget: off\n{more}\n"
     text = f"{head}protect: {{interfaces: [eth0]}}\nrules: {rules}\n"
     return parse(text, f"{name}.yaml")
 

@@ -201,12 +201,13 @@ async def test_counts_of_the_dead_are_kept() -> None:
     stage = Stage()
     async with living(stage) as (child, _):
         await child.wait_served()
-        stage.last.say(Counts({"packets": 7}))
+        stage.last.say(Counts({"packets": 7, "flows": 100}))
         await until(lambda: child.totals["packets"] == 7)
         stage.last.kill()
         await until(lambda: child.restarts == 1 and child.serves)
-        stage.last.say(Counts({"packets": 1}))
+        stage.last.say(Counts({"packets": 1, "flows": 90}))
         await until(lambda: child.totals["packets"] == 8)
+        assert child.totals["flows"] == 90  # as it is now, no sum
 
 
 async def test_a_policy_is_adopted() -> None:

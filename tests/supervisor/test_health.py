@@ -72,6 +72,7 @@ def both(*changes: Callable[[Guard], None]) -> Callable[[Guard], None]:
         (set_to("unplaced_at", 0.0), DEGRADED, "bans could not be placed in the last minute"),
         (set_to("unjudged_at", 0.0), DEGRADED, "packets passed unjudged in the last minute"),
         (set_to("overload", {7: Level.THINNED}), DEGRADED, "a worker is overrun and sheds load"),
+        (set_to("crowded", "the connection table is full"), DEGRADED, "the connection table is"),
         (set_to("memory", lambda: "the disk is full"), DEGRADED, "the disk is full"),
     ],
 )

@@ -6,10 +6,16 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from rstguard.engine.address import parse_address
+from rstguard.engine.offers import Offer
+from rstguard.engine.ruleset import SynBudget
+from rstguard.engine.service import Service
+from rstguard.kernel import KernelError, Undone
 from rstguard.kernel.footprint import Footprint
 from rstguard.state.record import Record
 from rstguard.supervisor.guard import Guard
@@ -103,6 +109,15 @@ async def test_it_does_not_fight(tmp_path: Path) -> None:
         assert here.present()
 
 
+async def test_who_takes_rules_away_before_they_are_looked_at_is_told_of(tmp_path: Path) -> None:
+    async with site(tmp_path) as here:
+        here.kernel.flush_all()
+        here.kernel.faults.fail("run", Undone("at once"), None, naming="iptables-restore")
+        await asyncio.sleep(30)
+        assert kinds(here.guard) == ["conflict"]
+        assert here.condition() is Condition.NOT_FILTERING
+
+
 async def test_panic_is_told_though_it_ends_a_second_later(tmp_path: Path) -> None:
     async with site(tmp_path) as here:
         here.panic_file.touch()
@@ -167,3 +182,28 @@ async def test_an_interface_that_is_not_there_is_named(tmp_path: Path) -> None:
         here.kernel.host.interfaces = ["lo", "eth0"]
         await asyncio.sleep(3)
         assert here.condition() is Condition.FILTERING
+
+
+async def test_rules_for_what_was_learned_are_not_missed_before_they_are_placed(
+    tmp_path: Path,
+) -> None:
+    """A look that is under way when a server's offer is learned knows nothing of it yet."""
+    async with site(tmp_path) as here:
+        budgeted = replace(here.guard.ruleset, syn_budget=SynBudget(300, None))
+        here.footprint.replace(here.guard.ruleset, budgeted)
+        here.guard.ruleset = budgeted
+        learned = {
+            Service(parse_address("203.0.113.10"), 80): Offer(1460, 7, sack=True, timestamps=True)
+        }
+        async with here.guard.changing:
+            rewriting = asyncio.create_task(here.upkeep.rewrite(learned))
+            await asyncio.sleep(0.1)
+            assert here.footprint.lost(here.guard.ruleset) == []
+        await rewriting
+        assert here.footprint.known == learned
+        assert here.present()
+        here.kernel.faults.fail("run", KernelError("no memory"), None, naming="restore")
+        with pytest.raises(KernelError):
+            await here.upkeep.rewrite({})
+        here.kernel.faults.clear()
+        assert here.footprint.known == learned

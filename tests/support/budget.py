@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import random
-import threading
 from collections.abc import Iterator
 from types import TracebackType
 
@@ -15,23 +14,37 @@ from rstguard.engine.wire import SYN, Packet
 from rstguard.kernel.inject import Injector
 from rstguard.kernel.marks import Marks
 from rstguard.lab.waiting import wait_until
+from tests.support.beside import beside
 from tests.support.guard import Guard
-from tests.support.network import ThreeHosts
+from tests.support.network import OUTSIDE4, OUTSIDE6, ThreeHosts
+from tests.support.sources import source
 from tests.support.traffic import Service
 
 
 class Flood:
-    """Forged SYNs of ever new sources, some thousands a second, while the context lasts."""
+    """Forged SYNs of ever new sources, some thousands a second, while the context lasts.
 
-    def __init__(self, lab: ThreeHosts, target: str, port: int) -> None:
-        self._frames = [_forged(target, port, number) for number in range(20_000)]
+    `each` are sent `every` so many seconds.  From nowhere nothing comes back; with `lit` they are
+    sent in the names of the client's own host, which refuses what it has not asked for.
+    """
+
+    def __init__(
+        self,
+        lab: ThreeHosts,
+        target: str,
+        port: int,
+        each: int = 50,
+        every: float = 0.01,
+        lit: bool = False,
+    ) -> None:
+        self._frames = itertools.cycle([_forged(target, port, n, lit) for n in range(20_000)])
         with lab.inside("client"):
             self._injector = Injector(Marks())
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run)
+        self._each = each
+        self._going = beside(self._send, every)
 
     def __enter__(self) -> Flood:
-        self._thread.start()
+        self._going.__enter__()
         return self
 
     def __exit__(
@@ -40,32 +53,44 @@ class Flood:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._over.set()
-        self._thread.join()
+        self._going.__exit__(kind, error, trace)
         self._injector.close()
 
     @property
     def sent(self) -> int:
         return self._injector.sent
 
-    def _run(self) -> None:
-        for start in itertools.count(0, 50):
-            if self._over.wait(0.01):
-                return
-            at = start % len(self._frames)
-            self._injector.send(self._frames[at : at + 50])
+    def _send(self) -> None:
+        self._injector.send(list(itertools.islice(self._frames, self._each)))
 
 
-def _forged(target: str, port: int, number: int) -> bytes:
-    forged = f"2001:db8:{number:x}::1" if ":" in target else f"198.18.{number >> 8}.{number & 255}"
+def _forged(target: str, port: int, number: int, lit: bool) -> bytes:
+    if ":" in target:
+        forged = f"fd73:0:{number | 0x8000:x}::1" if lit else f"2001:db8:{number:x}::1"
+    else:
+        forged = f"{'10.254' if lit else '198.18'}.{number >> 8}.{number & 255}"
     fields = (parse_address(forged), parse_address(target), 1024 + number, port)
     return emit(Packet(*fields, random.getrandbits(32), 0, SYN, 1000, 0))
 
 
+def learned(guard: Guard, service: Service, place: str = "server") -> Service:
+    """Wait until the guard knows what a service offers."""
+    if place == "gateway":
+        service.address = OUTSIDE6 if service.v6 else OUTSIDE4
+    service.connect(source(service.v6)).talk()
+    wait_until(lambda: name_of(service) in guard.status()["shun"]["services"])
+    return service
+
+
+def name_of(service: Service) -> str:
+    """Return what a service is called in status."""
+    address = f"[{service.address}]" if service.v6 else service.address
+    return f"{address}:{service.port}"
+
+
 def state_of(guard: Guard, service: Service) -> dict[str, object] | None:
-    name = f"[{service.address}]" if service.v6 else service.address
     rows = guard.status()["syn_budget"]["services"]
-    return next((row for row in rows if row["service"] == f"{name}:{service.port}"), None)
+    return next((row for row in rows if row["service"] == name_of(service)), None)
 
 
 def engaged(guard: Guard, service: Service) -> bool:

@@ -6,6 +6,7 @@ import json
 import socket
 import struct
 import time
+from contextlib import ExitStack
 from typing import Any
 
 from rstguard.engine.address import parse_address
@@ -80,16 +81,27 @@ def segment_of(
 
 def send_into(lab: ThreeHosts, place: str, *packets: bytes) -> None:
     """Send packets from a host's network to the gateway, past the host's own tracker."""
-    port = "out" if place == "client" else "in"
-    (link,) = json.loads(lab.run("gateway", "ip", "-j", "link", "show", port))
-    mac = bytes.fromhex(link["address"].replace(":", ""))
-    with lab.inside(place):
-        wire = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
-    with wire:
-        wire.bind(("eth0", 0))
-        for packet in packets:
+    send_at_once(lab, *((place, packet) for packet in packets))
+
+
+def send_at_once(lab: ThreeHosts, *packets: tuple[str, bytes]) -> None:
+    """Send packets from the networks of hosts, one right behind the other, in this order."""
+    with ExitStack() as stack:
+        wires = {place: wire_of(lab, place, stack) for place in {place for place, _ in packets}}
+        for place, packet in packets:
+            wire, mac = wires[place]
             kind = _ETHER_IPV6 if packet[0] >> 4 == 6 else _ETHER_IPV4
             wire.send(mac + bytes(6) + kind.to_bytes(2, "big") + packet)
+
+
+def wire_of(lab: ThreeHosts, place: str, stack: ExitStack) -> tuple[socket.socket, bytes]:
+    """Return a socket on a host's wire until the stack ends, and the gateway's address there."""
+    port = "out" if place == "client" else "in"
+    (link,) = json.loads(lab.run("gateway", "ip", "-j", "link", "show", port))
+    with lab.inside(place):
+        wire = stack.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_RAW))
+    wire.bind(("eth0", 0))
+    return wire, bytes.fromhex(link["address"].replace(":", ""))
 
 
 def forge_many(lab: ThreeHosts, link: Link, count: int, *, name: str = "client") -> None:
@@ -138,6 +150,11 @@ def blind_close(lab: ThreeHosts, link: Link) -> None:
     The server takes no SYN with a signature that it has no key for, but the tracker does; the RST
     that answers it may have any number (nf_conntrack_proto_tcp.c).
     """
+    send_into(lab, "client", *closing_blindly(link))
+
+
+def closing_blindly(link: Link) -> list[bytes]:
+    """Return the packets that `blind_close` sends."""
     from scapy.layers.inet import IP, TCP
     from scapy.layers.inet6 import IPv6
 
@@ -146,4 +163,4 @@ def blind_close(lab: ThreeHosts, link: Link) -> None:
     syn = TCP(sport=port, dport=service, flags="S", seq=1_000_000, options=[MD5])
     rst = TCP(sport=service, dport=port, flags="RA", seq=123_456, ack=1_000_001)
     packets = (ip(src=own, dst=there) / syn, ip(src=there, dst=own) / rst)
-    send_into(lab, "client", *map(bytes, packets))
+    return [bytes(packet) for packet in packets]

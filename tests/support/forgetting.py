@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from rstguard.engine.wire import ACK
 from rstguard.lab.bench.floods import trafgen_syn
 from rstguard.lab.waiting import wait_until
 from tests.support.network import CLIENT4, SERVER4, ThreeHosts
@@ -52,9 +53,9 @@ class Outward(Service):
 
 
 @contextlib.contextmanager
-def masquerading(lab: ThreeHosts, port: int) -> Iterator[None]:
-    """Have what goes to a port outside bear the gateway's address."""
-    rule = ("-o", "out", "-p", "tcp", "--dport", str(port), "-j", "MASQUERADE")
+def masquerading(lab: ThreeHosts, port: int, device: str = "out") -> Iterator[None]:
+    """Have what goes to a port out of one of the gateway's devices bear the gateway's address."""
+    rule = ("-o", device, "-p", "tcp", "--dport", str(port), "-j", "MASQUERADE")
     lab.run("gateway", "iptables", "-w", "-t", "nat", "-A", "POSTROUTING", *rule)
     try:
         yield
@@ -96,12 +97,18 @@ def kept(running: dict[str, Stream], seconds: float = 30) -> dict[str, list[str]
 
 
 @contextlib.contextmanager
-def strays(lab: ThreeHosts, directory: Path, port: int, source: str) -> Iterator[None]:
-    """Flood a port with ACKs of no connection from one core, and from ever new ports."""
+def strays(
+    lab: ThreeHosts, directory: Path, port: int, source: str, flags: tuple[int, ...] = (ACK,)
+) -> Iterator[None]:
+    """Flood a port with segments of no connection from one core, and from ever new ports.
+
+    `source` are the bytes of the address in trafgen's language; `flags` are sent in turn.
+    """
     shown = json.loads(lab.run("gateway", "ip", "-j", "link", "show", "out"))
     text = trafgen_syn(source, SERVER4, port, shown[0]["address"])
-    file = directory / "ack.trafgen"
-    file.write_text(text.replace("const16(0x5002)", "const16(0x5010)"))
+    file = directory / "strays.trafgen"
+    several = (text.replace("const16(0x5002)", f"const16(0x50{each:02x})") for each in flags)
+    file.write_text("".join(several))
     quiet = subprocess.DEVNULL
     with lab.inside("client"):
         sender = subprocess.Popen(

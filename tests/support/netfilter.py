@@ -55,6 +55,9 @@ class Seen:
     has_socket: bool = True
     local_destination: bool = False
     reverse_path: bool = True
+    asked: int = 0
+    """The address that its client asked for, if it was translated; 0: as `destination`."""
+    asked_port: int = 0
     small_window: bool = False
 
     @property
@@ -283,13 +286,13 @@ def _labelling(label: int) -> Test:
 
 
 _WITHOUT_MEANING: Final = (
-    *("--invert", "--set", "--hashlimit-rate-match"),
+    *("--invert", "--set", "--hashlimit-rate-match", "--update-counters"),
     *("--every", "--packet", "--connbytes-mode", "--connbytes-dir"),
     *(f"--hashlimit-{what}" for what in ("burst", "mode", "name", "srcmask", "dstmask")),
     *(f"--hashlimit-{what}" for what in ("htable-size", "htable-max", "htable-expire")),
     *(f"--hashlimit-{what}" for what in ("rate-interval", "htable-gcinterval")),
 )
-_FLAGS_ALONE: Final = ("--invert", "--set", "--hashlimit-rate-match")
+_FLAGS_ALONE: Final = ("--invert", "--set", "--hashlimit-rate-match", "--update-counters")
 
 
 def _test(module: str, option: str, rest: Iterator[str]) -> Test | None:
@@ -317,10 +320,13 @@ def _test(module: str, option: str, rest: Iterator[str]) -> Test | None:
         return lambda seen, _: seen.connmark & mask == wanted
     if option in _SIMPLE:
         return _SIMPLE[option](value)
-    if option in ("--hashlimit-upto", "--hashlimit-above", "--mode", "--limit"):
+    if option in _BY_CHANCE:
         asked = f"{option} {value}"
         return lambda _, world: world.chance(asked)
     raise ValueError(f"the model has no match {module} {option} {value}")
+
+
+_BY_CHANCE: Final = ("--hashlimit-upto", "--hashlimit-above", "--mode", "--limit", "--packets-gt")
 
 
 def _flags(mask: str, wanted: str) -> Test:
@@ -365,6 +371,12 @@ def _status(value: str) -> Test:
     return lambda seen, _: "ESTABLISHED" in seen.states or seen.packets > 1  # CONFIRMED
 
 
+def _ports(value: str) -> Test:
+    runs = [part.partition(":") for part in value.split(",")]
+    named = {p for first, _, last in runs for p in range(int(first), int(last or first) + 1)}
+    return lambda seen, _: seen.destination_port in named
+
+
 _SIMPLE: Final[Mapping[str, Callable[[str], Test]]] = {
     "-p": lambda _: lambda seen, _: seen.tcp,
     "-i": _device(lambda seen: seen.came_in),
@@ -373,11 +385,16 @@ _SIMPLE: Final[Mapping[str, Callable[[str], Test]]] = {
     "-d": lambda value: _address(value, lambda seen: seen.destination),
     "--sport": lambda value: lambda seen, _: seen.source_port == int(value),
     "--dport": lambda value: lambda seen, _: seen.destination_port == int(value),
+    "--dports": _ports,
     "--tcp-option": lambda value: lambda seen, _: int(value) in seen.options,
     "--ttl-lt": lambda value: lambda seen, _: seen.hops < int(value),
     "--hl-lt": lambda value: lambda seen, _: seen.hops < int(value),
     "--dst-type": lambda _: lambda seen, _: seen.local_destination,
     "--ctstate": _states,
+    "--ctorigdst": lambda value: _address(value, lambda seen: seen.asked or seen.destination),
+    "--ctorigdstport": lambda value: (
+        lambda seen, _: (seen.asked_port or seen.destination_port) == int(value)
+    ),
     "--ctdir": lambda value: lambda seen, _: seen.reply is (value == "REPLY"),
     "--ctstatus": _status,
     "--length": _length,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import os
 import socket
+from collections.abc import Mapping
 
 from rstguard.lab.network import Host, Network
 
@@ -45,11 +46,12 @@ class ThreeHosts(Network):
     """The network; a context manager that removes it, whatever happens meanwhile.
 
     `prefix` begins the names of its namespaces.  The gateway forwards, keeps connection accounting
-    and time stamps, and tracks connections from the start.
+    and time stamps, and tracks connections from the start.  `more` are hosts without any link yet.
     """
 
-    def __init__(self, prefix: str = "rgt") -> None:
-        super().__init__(f"{prefix}-{os.getpid()}-{next(_numbers)}", _HOSTS, _LINKS)
+    def __init__(self, prefix: str = "rgt", more: Mapping[str, Host] | None = None) -> None:
+        hosts = {**_HOSTS, **(more or {})}
+        super().__init__(f"{prefix}-{os.getpid()}-{next(_numbers)}", hosts, _LINKS)
 
     def build(self) -> None:
         """Make the hosts and links, and have connections tracked."""

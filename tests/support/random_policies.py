@@ -7,8 +7,9 @@ from random import Random
 from typing import Any
 
 from rstguard.engine.address import parse_address, parse_prefix
-from rstguard.engine.offers import Offer, Service
+from rstguard.engine.offers import Offer
 from rstguard.engine.ruleset import RuleSet
+from rstguard.engine.service import Service
 from rstguard.policy.compile import compile_policy
 from rstguard.policy.model import Policy
 
@@ -29,13 +30,25 @@ _RULES: tuple[dict[str, Any], ...] = (
     {"measure": "syn_rate", "per": {"ipv4": 24, "ipv6": 48}, "then": "drop"},
     {"measure": "syn_rate", "per": "service", "then": "drop"},
     {"measure": "syn_rate", "per": "service", "ports": [80, 443], "then": "drop"},
-    {"measure": "connection_rate", "then": "reset"},
+    {"measure": "syn_rate", "per": {"destination_ipv4": 24}, "then": "drop"},
+    {
+        "measure": "syn_rate",
+        "per": "service",
+        "then": "drop",
+        "except": ["10.0.0.0/8", "fd00::/8"],
+        "destinations": ["203.0.113.0/24", "192.0.2.1", "2001:db8::/32"],
+    },
+    {"measure": "connection_rate", "then": "reset", "except": ["198.51.100.7"]},
     {"measure": "bad_flags", "then": "drop"},
     {"measure": "out_of_state", "then": "ban", "for": "1h"},
     {"measure": "reset_rate", "then": "ban", "for": "1h"},
     {"measure": "reset_rate", "then": "ban", "for": "1h", "ports": [22]},
     {"measure": "connections", "over": 200, "then": "reset"},
     {"measure": "idle", "over": "15m", "then": "reset"},
+    {"measure": "packet_rate", "over": "200/s", "per": "connection", "then": "reset"},
+    {"measure": "idle", "over": "15m", "when": "pressed", "then": "ban", "for": "1h"},
+    {"measure": "unanswered", "over": "30s", "then": "reset"},
+    {"measure": "refused_ports", "over": 3, "within": "10m", "then": "ban", "for": "1h"},
     {"measure": "stalled", "over": "10s", "window": 100, "then": "reset"},
 )
 
@@ -75,6 +88,10 @@ def random_ruleset(random: Random) -> RuleSet:
         policy["syn_budget"] = {"rate": random.choice(("300/s", "20000/s")), "ports": [80]}
         if random.random() < 0.3:
             del policy["syn_budget"]["ports"]
+        if random.random() < 0.5:
+            policy["syn_budget"]["half_open"] = random.choice((16, 4096))
+    elif random.random() < 0.3:
+        policy["syn_budget"] = "off"
     ruleset = compile_policy(Policy.model_validate(policy))
     protected = tuple(map(parse_prefix, random.sample(_PROTECTED, random.randint(0, 2))))
     return replace(ruleset, scope=replace(ruleset.scope, protected=protected))
@@ -84,7 +101,11 @@ def random_offers(random: Random) -> dict[Service, Offer]:
     """Return what some services were seen to offer."""
     return {
         service: Offer(
-            random.choice((536, 1460)), random.choice((-1, 7)), random.random() < 0.5, True
+            random.choice((536, 1460)),
+            random.choice((-1, 7)),
+            random.random() < 0.5,
+            True,
+            random.choice(((), (), (service._replace(port=8001),))),
         )
         for service in SERVICES
         if random.random() < 0.5

@@ -14,10 +14,10 @@ _BLOCK: Final = struct.Struct(f">{_AT_ONCE}Q")
 
 
 class Stream:
-    """Numbers that a client sends all the while; each must arrive, in order."""
+    """Numbers that a client sends all the while, some each few seconds; they arrive in order."""
 
-    def __init__(self, link: Link) -> None:
-        self._link = link
+    def __init__(self, link: Link, every: float = 0.002) -> None:
+        self._link, self._every = link, every
         self._over = threading.Event()
         self.sent = self.received = 0
         self.problems: list[str] = []
@@ -35,7 +35,7 @@ class Stream:
 
     def _send(self) -> None:
         try:
-            while not self._over.wait(0.002):
+            while not self._over.wait(self._every):
                 block = _BLOCK.pack(*range(self.sent, self.sent + _AT_ONCE))
                 self._link.client.sendall(block)
                 self.sent += _AT_ONCE

@@ -85,6 +85,16 @@ class Service:
         self._links.append(Link(client, server))
         return self._links[-1]
 
+    def refuse(self, address: str, seconds: float = 5) -> None:
+        """See that a source is refused as it completes its handshake: its server hears nothing."""
+        try:
+            client = connect(self.lab, address, self.address, self.port)
+        except ConnectionResetError:
+            return
+        with client:
+            wait_until(lambda: is_dead(client), seconds)
+            assert fate(client) == "ECONNRESET"
+
     def accept(self) -> socket.socket:
         """Return the server's end of the oldest connection that waits; it is the caller's."""
         return self._listener.accept()[0]

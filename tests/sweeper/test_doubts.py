@@ -23,7 +23,20 @@ CAME = MARKS.proven.value | MARKS.closing.value
 class Listed(Table):
     """A table that can be listed."""
 
+    def __init__(self, *flows: Flow) -> None:
+        super().__init__(*flows)
+        self.walks = 0
+        self.replaced: set[str] = set()
+        """Sets that are not empty."""
+
+    def entries(self, name: str) -> int:
+        return int(name in self.replaced)
+
     def dump(self, mark: int, mask: int) -> Iterator[Flow]:
+        self.walks += 1
+        return self.marked(mark, mask)
+
+    def marked(self, mark: int, mask: int) -> Iterator[Flow]:
         return iter([flow for flow in self.flows.values() if flow.mark & mask == mark])
 
 
@@ -33,11 +46,17 @@ class Watched:
     def __init__(self, *flows: Flow, enforce: bool = True) -> None:
         self.table, self.told = Listed(*flows), list[Any]()
         self.counts: Counter[str] = Counter()
-        self.now = SECOND
+        self.now, self.takes = SECOND, 0
         channel: Any = self
         table: Any = self.table
-        self.doubts = Doubts(channel, table, table, MARKS, self.counts, lambda: self.now, lambda: 7)
+        self.doubts = Doubts(
+            channel, table, table, table, MARKS, self.counts, self.clock, lambda: 7
+        )
         self.doubts.follow(replace(ruleset(), enforce=enforce))
+
+    def clock(self) -> int:
+        """Show what time it is after a look."""
+        return self.now + self.takes
 
     def send(self, message: Any) -> None:
         self.told.append(message)
@@ -47,6 +66,14 @@ class Watched:
             self.doubts.work(self.now)
             self.now = self.doubts.next_at
 
+    def sweep(self, every: int, times: int = 1) -> None:
+        """Let sweeps find what is in doubt, each one followed by looks until the next."""
+        for _ in range(times):
+            self.doubts.swept(self.table.marked(*MARKS.doubted), self.now, every)
+            until = self.now + every
+            while self.now < until:
+                self.look()
+
 
 def closed(number: int = 1, mark: int = CAME) -> Flow:
     return a_flow(number)._replace(state=TcpState.CLOSE, mark=mark)
@@ -54,11 +81,25 @@ def closed(number: int = 1, mark: int = CAME) -> Flow:
 
 def test_a_server_that_went_on_is_reset_and_told_of() -> None:
     watched = Watched(closed())
+    watched.look()
+    assert not watched.table.probes  # its client may use the port again at once
     watched.look(2)
     (told,) = watched.told
     assert isinstance(told, Reset)
     assert (told.flow, told.reason) == (closed().original, Reason.OUTLIVED)
     assert watched.counts["outlived"] == 1
+
+
+def test_where_looks_are_far_apart_none_waits_for_a_second() -> None:
+    """In a very large table: a closed connection is forgotten after ten seconds."""
+    watched = Watched()
+    watched.takes = SECOND * 6 // 10
+    watched.look()
+    watched.table.flows[closed().original, 0] = closed()._replace(timeout=9)
+    while watched.table.walks < 2:
+        watched.look()
+    assert watched.now > 6 * SECOND
+    assert watched.table.probes
 
 
 def test_a_server_that_is_through_with_it_is_asked_twice_and_left_alone() -> None:
@@ -72,14 +113,14 @@ def test_a_server_that_is_through_with_it_is_asked_twice_and_left_alone() -> Non
 def test_the_answer_to_the_second_probe_counts_as_well() -> None:
     watched = Watched(closed())
     watched.table.deaf[server_of(closed())] = 1
-    watched.look(4)
+    watched.look(5)
     assert watched.counts["outlived"] == 1
 
 
 def test_a_clients_second_reset_proves_nothing() -> None:
     watched = Watched(closed())
     watched.table.deaf[server_of(closed())] = 99
-    watched.look()
+    watched.look(2)
     watched.table.set_mark([closed()], MARKS.rst_sent.value, MARKS.rst_sent.mask)
     watched.look(3)
     assert watched.counts["outlived"] == 0
@@ -163,7 +204,7 @@ def test_what_takes_the_place_of_a_half_closed_connection_is_looked_at() -> None
 def test_many_half_closed_ones_keep_nobody_waiting() -> None:
     many = [half_closed(number) for number in range(1, 5001)]
     watched = Watched(*many, closed(6000))
-    watched.look(2)
+    watched.look(3)
     assert watched.counts["outlived"] == 1
     watched.look(2)
     assert len({one.original for one in watched.table.liberal}) == 5001
@@ -178,7 +219,52 @@ def test_a_policy_that_observes_changes_nothing() -> None:
 def test_many_at_once_wait_for_their_turn() -> None:
     watched = Watched(*(closed(number) for number in range(1, 4501)))
     watched.table.deaf[server_of(closed())] = 10_000
-    watched.look()
+    watched.look(2)
     assert len(watched.table.probes) == 2000
     watched.look(9)
     assert len(watched.table.probes) == 9000
+
+
+def test_what_sweeps_find_costs_no_walk_through_the_table() -> None:
+    """While the kernel walks it handles no packet on that processor."""
+    open_, half = a_flow(5), half_closed(6, left=10)
+    watched = Watched(closed(), open_._replace(state=TcpState.ESTABLISHED, mark=CAME), half)
+    watched.sweep(2 * SECOND)
+    assert not watched.table.probes  # its client may use the port again at once
+    watched.sweep(2 * SECOND, times=2)
+    assert (watched.table.walks, watched.counts["outlived"]) == (0, 1)
+    assert watched.counts["window_cured"] == 1
+    assert watched.table.flows[half.original, 0].timeout == 432_000
+
+
+@pytest.mark.parametrize("every", [6 * SECOND, 30 * SECOND])
+def test_where_sweeps_are_far_apart_the_table_is_walked_through(every: int) -> None:
+    watched = Watched()
+    watched.sweep(every)
+    watched.table.flows[closed().original, 0] = closed()
+    watched.sweep(every)
+    assert watched.counts["outlived"] == 1
+
+
+def test_when_sweeps_end_the_table_is_walked_through_again() -> None:
+    watched = Watched()
+    watched.sweep(2 * SECOND)
+    watched.look(6)
+    watched.table.flows[closed().original, 0] = closed()
+    watched.look(4)
+    assert watched.counts["outlived"] == 1
+
+
+@pytest.mark.parametrize("name", ["rstguard-replaced4", "rstguard-replaced6"])
+def test_only_if_a_syn_took_the_place_of_a_connection_that_is_looked_for(name: str) -> None:
+    watched = Watched(begun(1, age=0))
+    watched.sweep(2 * SECOND, times=3)
+    assert watched.table.walks == 0
+    watched.table.replaced = {name}
+    watched.sweep(2 * SECOND)
+    assert watched.table.walks
+    assert not watched.table.probes  # it has just come
+    watched.table.flows[begun(1, 0).original, 0] = begun(1, age=2 * SECOND)
+    watched.sweep(2 * SECOND, times=2)
+    assert watched.counts["outlived"] == 1
+    assert watched.table.flows[begun(1, 0).original, 0].mark & MARKS.condemned_destination.value

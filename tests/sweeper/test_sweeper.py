@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
-from rstguard.engine.address import Prefix, parse_address, parse_prefix
+from rstguard.engine.address import Prefix, address_text, parse_address, parse_prefix
 from rstguard.engine.flow import Flow, TcpState
 from rstguard.engine.ruleset import SECOND, Measure, RuleSet
+from rstguard.engine.table import Table as Sweepable
 from rstguard.engine.verdict import Action, Ends, Reason
 from rstguard.ipc.channel import Closed, SupervisorEnd, child_end, pair, supervisor_end
 from rstguard.ipc.messages import (
@@ -26,12 +28,16 @@ from rstguard.ipc.messages import (
     Start,
     Stop,
 )
+from rstguard.ipc.said import UnderPressure
 from rstguard.kernel import KernelError
 from rstguard.kernel.elements import Element
 from rstguard.kernel.marks import Bits, Labels, Marks
+from rstguard.kernel.seam import Counted
 from rstguard.sweeper.sweeper import Sweeper
+from tests.support.fake_kernel.packets import FakeLog, Packets
 from tests.support.packets import rule, ruleset
 from tests.support.table import MARKS, Table, a_flow, client_of, server_of
+from tests.support.tables import best_table
 
 CONDEMNED = MARKS.condemned.mask
 GUARDED = MARKS.proven.value
@@ -45,17 +51,35 @@ class Kernel(Table):
         super().__init__(*flows)
         self.elements: list[Element] = []
         self.failing: dict[str, int] = {}
+        self.kind = best_table
+        self.packets = Packets()
+        self.counted: dict[str, list[tuple[str, int]]] = {}
+        """By set, what it was told to count for whom; and what was put into it."""
 
     def _may_fail(self, what: str) -> None:
         if self.failing.get(what, 0):
             self.failing[what] -= 1
             raise KernelError(f"the kernel refused to {what}")
 
-    def table(self) -> Kernel:
+    def table(self, columns: bool = False) -> Kernel:
         return self
+
+    def whole(self, mark: int, mask: int) -> Sweepable:
+        return self.kind(self.dump(mark, mask))
 
     def sets(self) -> Kernel:
         return self
+
+    def packet_log(self, group: int) -> FakeLog:
+        return FakeLog(self.packets, group)
+
+    def put(self, name: str, prefixes: Iterable[Prefix], _seconds: int) -> None:
+        self.counted.setdefault(name, []).extend((str(prefix), 0) for prefix in prefixes)
+
+    def count(self, name: str, elements: Iterable[Counted], _seconds: int) -> None:
+        self._may_fail("count")
+        told = ((address_text(one.address), one.packets) for one in elements)
+        self.counted.setdefault(name, []).extend(told)
 
     def read_sysctl(self, _name: str) -> str:
         return "432000"
@@ -69,6 +93,9 @@ class Kernel(Table):
     def dump(self, mark: int = 0, mask: int = 0, assured: bool = False) -> Iterator[Flow]:
         self._may_fail("dump")
         return iter([flow for flow in self.flows.values() if flow.mark & mask == mark])
+
+    def entries(self, _name: str) -> int:
+        return 0
 
     def add(self, elements: Iterable[Element]) -> None:
         self._may_fail("add")
@@ -89,7 +116,8 @@ class Driven:
         self.end: SupervisorEnd = supervisor_end(ours)
         self._theirs = theirs
         kernel: Any = self.kernel
-        clocks = (lambda: self.now, lambda: 0)
+        self.used = 0
+        clocks = (lambda: self.now, lambda: self.used)
         self.sweeper = Sweeper(
             child_end(theirs), Start(rules, 1), kernel, *clocks, draw=lambda: 4711
         )
@@ -277,7 +305,7 @@ def test_turns_say_how_long_to_wait(drive: Drive) -> None:
     driven = drive(ruleset())
     driven.sweeper.begin()
     assert driven.turn() == SECOND // 2
-    assert driven.heard() == [Ready(0)]
+    assert driven.heard() == [Ready(0), UnderPressure(())]
     driven.end.send(Productive({}))  # told to all, and no news to the sweeper
     driven.end.send(Stop())
     assert driven.turn() is None
@@ -307,3 +335,24 @@ def test_the_same_choices_make_the_same_run(drive: Drive) -> None:
         driven.until(Killed)
     assert several[0].kernel.probes == several[1].kernel.probes != []
     assert several[0].now == several[1].now
+
+
+def test_sweeps_that_are_dear_come_more_seldom(drive: Drive) -> None:
+    rules = ruleset(rule(Measure.IDLE, Action.RESET, 60 * SECOND))
+    driven = drive(rules, a_flow(1, mark=GUARDED))
+    table = driven.kernel.kind
+    took, sweeps = [SECOND // 10, SECOND // 10, SECOND, SECOND, SECOND // 10], list[int]()
+
+    def whole(flows: Iterable[Flow]) -> Sweepable:
+        sweeps.append(driven.now)
+        driven.used += took[len(sweeps) - 1]
+        return table(flows)
+
+    driven.kernel.kind = whole
+    while len(sweeps) < len(took):
+        driven.now += max(driven.turn() or 0, SECOND // 1000)
+    apart = [round((b - a) / SECOND) for a, b in pairwise(sweeps)]
+    assert apart == [2, 2, 5, 5]
+    counts = [m.totals for m in driven.end.receive() if isinstance(m, Counts)]
+    told = [count["sweep_period_ms"] for count in counts if "sweep_period_ms" in count]
+    assert (max(told), told[-1]) == (5000, 2000)

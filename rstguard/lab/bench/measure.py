@@ -17,7 +17,7 @@ from rstguard.lab.network import stop
 from rstguard.lab.report import Legitimate, legitimate
 from rstguard.lab.run import collect, start_program
 from rstguard.lab.server import start_server
-from rstguard.lab.topology import ATTACKERS_ROUTER, CLIENTS_ROUTER, NEW_CLIENTS, SERVER, Lab
+from rstguard.lab.topology import NEW_CLIENTS, SERVER, Lab
 
 CALM_SECONDS = 2.0
 """Honest traffic alone, before the flood: what a guard learns, it learns here."""
@@ -106,10 +106,7 @@ def measure(flood: Flood, peer: Peer, number: int, seconds: float) -> Run:
 
 
 def _prepare(lab: Lab, flood: Flood) -> None:
-    """Give the new clients a home, forged sources a way that ends nowhere, wrk a counter."""
-    lab.ip("client", f"route add local {NEW_CLIENTS} dev lo")
-    lab.ip("gateway", f"route add {NEW_CLIENTS} via {CLIENTS_ROUTER}")
-    lab.ip("gateway", f"route add default via {ATTACKERS_ROUTER}")
+    """Give the server cookies of its own, wrk a counter."""
     if flood.server_cookies:
         lab.set("server", {"net/ipv4/tcp_syncookies": "1"})
     if not flood.sources:

@@ -8,8 +8,11 @@ from typing import Any, Self
 
 from rstguard.engine.address import is_v6
 from rstguard.engine.flow import Flow, TcpState, Tuple
+from rstguard.engine.table import Table
 from rstguard.kernel.conntrack import GONE
+from rstguard.kernel.seam import Lost
 from tests.support.fake_kernel.elements import Around
+from tests.support.tables import best_table
 
 _OPENING = (TcpState.NONE, TcpState.SYN_SENT, TcpState.SYN_RECV, TcpState.SYN_SENT2)
 
@@ -26,11 +29,14 @@ class ConnectionTable:
     def __init__(self, wall: Callable[[], int]) -> None:
         self.wall = wall
         self.reopens = True
+        self.lost = Lost()
+        self.more = 0
+        """Entries that nobody asks about, but that take their room."""
         self._held: dict[tuple[Tuple, int], Flow] = {}
         self._born: dict[tuple[Tuple, int], int] = {}
 
     def __len__(self) -> int:
-        return len(self._held)
+        return len(self._held) + self.more
 
     def put(self, flow: Flow) -> None:
         """Add a connection, or say how it is now; `age` -1: the kernel does not stamp."""
@@ -96,10 +102,20 @@ class FakeConnections:
                 if flow.mark & mask == mark & mask and of_family and (established or not assured):
                     yield flow
 
+    def whole(self, mark: int, mask: int) -> Table:
+        """Return those connections for a sweep."""
+        return best_table(self.dump(mark, mask))
+
     def read(self, flows: Sequence[Flow], now_ns: int | None = None) -> list[Flow | None]:
         """Return each connection as it is now, or None; found by tuple and zone."""
         with self._around("table.read", ""):
             return [self._table.get(flow.original, flow.zone, now_ns) for flow in flows]
+
+    def find(self, path: Tuple) -> Flow | None:
+        """Return the connection that has this tuple in either direction, or None."""
+        with self._around("table.find", ""):
+            held = (flow for flow in self._table.all() if path in (flow.original, flow.reply))
+            return next(held, None)
 
     def set_mark(self, flows: Sequence[Flow], bits: int, mask: int) -> list[int]:
         """Mark connections (old & ~mask) | bits; return an errno for each, 0 for success."""
@@ -175,3 +191,8 @@ class FakeConnections:
         """Return how many entries there are."""
         with self._around("table.count", ""):
             return len(self._table)
+
+    def lost(self) -> Lost:
+        """Return what the test says."""
+        with self._around("table.lost", ""):
+            return self._table.lost

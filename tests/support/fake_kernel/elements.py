@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Self
 
-from rstguard.engine.address import Prefix, is_v6
+from rstguard.engine.address import Prefix, address_text, is_v6
 from rstguard.kernel.elements import MAX_SECONDS, Element
 from rstguard.kernel.names import BAN_SETS, BLOCK_SETS, GATE_SETS
+from rstguard.kernel.seam import Counted
 from rstguard.kernel.sets import refusal
 from tests.support.fake_kernel.ipsets import IpSets
 from tests.support.fake_kernel.members import KernelSet, Member, Refused
@@ -79,6 +80,18 @@ class FakeSets:
             for prefix in prefixes:
                 self._place(name, self._held(name, prefix), prefix, seconds, "")
 
+    def count(self, name: str, elements: Iterable[Counted], seconds: int) -> None:
+        """Put elements into a set with times and counters, or change what they count there."""
+        with self._around("sets.count", name):
+            held = self._get(name)
+            for address, port, packets in elements:
+                key = held.key(f"{address_text(address)},tcp:{port}".removesuffix(",tcp:-1"))
+                try:
+                    self._sets.place(held, key, seconds)
+                except Refused:
+                    raise refusal(name, _FULL) from None
+                held.members[key].packets = packets
+
     def take(self, name: str, prefixes: Iterable[Prefix]) -> None:
         """Take prefixes out of a set; those that are not there do not matter."""
         with self._around("sets.take", name):
@@ -102,6 +115,11 @@ class FakeSets:
         banned = kind == "ban"
         left = self._sets.left(member) or None
         return Element(prefix, "ban" if banned else "shun", rule, left, name in GATE_SETS)
+
+    def entries(self, name: str) -> int:
+        """Return how many elements a set holds."""
+        with self._around("sets.entries", name):
+            return len(self._get(name).members)
 
     def contains(self, address: int) -> bool:
         """Tell whether a tagged address is banned or shunned, itself or in a wider prefix."""

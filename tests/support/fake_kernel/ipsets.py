@@ -11,7 +11,7 @@ from tests.support.fake_kernel.words import words_of
 
 _VERSION = "ipset v7.17: "
 _NOT_THERE = "The set with the given name does not exist"
-_FLAGS = ("comment", "forceadd")
+_FLAGS = ("comment", "counters", "forceadd")
 
 
 class IpSets:

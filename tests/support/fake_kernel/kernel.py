@@ -10,8 +10,8 @@ from typing import Protocol
 
 from rstguard.engine.address import Prefix, address_text, is_v6, parse_address
 from rstguard.engine.nearest import Near
-from rstguard.engine.offers import Service
 from rstguard.engine.ruleset import RuleSet
+from rstguard.engine.service import Service
 from rstguard.kernel import NotThere, ipset, synproxy
 from rstguard.kernel.elements import Kind
 from rstguard.kernel.links import Link
@@ -184,8 +184,8 @@ class FakeKernel:
         with self._around("sets"):
             return FakeSets(self.ipsets, self._around)
 
-    def table(self) -> FakeConnections:
-        """Return the connection table."""
+    def table(self, columns: bool = False) -> FakeConnections:
+        """Return the connection table; it is read in columns wherever numpy is installed."""
         with self._around("table"):
             return FakeConnections(self.connections, self._around)
 

@@ -24,6 +24,8 @@ class Member:
 
     until: int | None = None
     comment: str = ""
+    packets: int = 0
+    """What a set with counters has counted for it."""
 
 
 @dataclass(slots=True)
@@ -43,7 +45,7 @@ class KernelSet:
     def header(self) -> str:
         """Type and options as ``ipset save`` prints them; forceadd it does not print."""
         words = [f"{name} {self.options[name]}" for name in _VALUED if name in self.options]
-        words += ["comment"] if "comment" in self.options else []
+        words += [word for word in ("counters", "comment") if word in self.options]
         words += ["bucketsize 12 initval 0x00000000"] if self.type != "bitmap:port" else []
         return " ".join(words)
 

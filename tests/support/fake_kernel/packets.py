@@ -11,6 +11,7 @@ from typing import Self
 from rstguard.engine.wire import Packet
 from rstguard.kernel import InUse
 from rstguard.kernel.nfqueue import LENGTH, Queued, QueueState, Verdict
+from rstguard.kernel.seam import Copies, Copy
 from tests.support.fake_kernel.elements import Around
 
 _FIRST_DESCRIPTOR = 1 << 20
@@ -76,10 +77,10 @@ class Packets:
         bound.waiting.append((bound.last, mark, packet))
         return bound.last
 
-    def log(self, group: int, packet: bytes) -> None:
+    def log(self, group: int, packet: bytes, prefix: str = "") -> None:
         """Send a copy of a packet to a group; without a reader it is lost."""
         if group in self.logs:
-            self.logs[group].waiting.append(packet)
+            self.logs[group].waiting.append(Copy(prefix, packet))
 
     def take_queue(self, number: int, program: str) -> None:
         """Let another program read a queue.
@@ -225,7 +226,9 @@ class FakeLog:
         self._packets = packets
         self._group = group
         self._descriptor = packets.descriptor()
-        self.waiting: list[bytes] = []
+        self.waiting: list[Copy] = []
+        self.overrun = False
+        """Whether copies were lost since the last reading."""
         packets.logs[group] = self
 
     def __enter__(self) -> Self:
@@ -240,7 +243,12 @@ class FakeLog:
 
     def receive(self) -> list[bytes]:
         """Return the packets that have arrived."""
-        found, self.waiting = self.waiting, []
+        return [copy.packet for copy in self.read().copies]
+
+    def read(self) -> Copies:
+        """Return the packets that have arrived, with the prefixes of the rules."""
+        found = Copies(self.waiting, self.overrun)
+        self.waiting, self.overrun = [], False
         return found
 
     def close(self) -> None:
