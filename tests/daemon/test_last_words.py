@@ -49,7 +49,10 @@ def channels(pid: int) -> Iterator[list[socket.socket]]:
                 if str(entry.readlink()).startswith("socket:"):
                     numbers.append(int(entry.name))
         for number in numbers:
-            end = socket.socket(fileno=ctypes.CDLL(None).syscall(PIDFD_GETFD, process, number, 0))
+            copy = ctypes.CDLL(None).syscall(PIDFD_GETFD, process, number, 0)
+            if copy < 0:  # closed since it was listed
+                continue
+            end = socket.socket(fileno=copy)
             if end.family == socket.AF_UNIX and end.type == socket.SOCK_SEQPACKET:
                 found.append(end)
             else:
