@@ -137,7 +137,7 @@ def _before_queue(mangle: dict[str, tuple[str, ...]]) -> tuple[tuple[str, ...], 
 
 
 def _count(mangle: dict[str, tuple[str, ...]], services: Services) -> None:
-    """Lead SYNs and first ACKs to the count of open handshakes."""
+    """Lead what begins and ends a handshake to the count of those that are open."""
     marks = services.marks
     before, to_queue = _before_queue(mangle)
     answered = (f"-m connmark --mark {m} -j RETURN" for m in (marks.bearer, marks.awaiting))
@@ -157,6 +157,8 @@ def _count(mangle: dict[str, tuple[str, ...]], services: Services) -> None:
     mangle[f"{PREFIX}-classify"] = (syn, gone, *others)
     no_answer, *others = mangle[f"{PREFIX}-sample"]
     mangle[f"{PREFIX}-sample"] = (no_answer, f"{begins} -j {half_open.HELD}", *others)
+    mangle[f"{PREFIX}-anew"] += (half_open.lying(services.family),)
+    mangle[f"{PREFIX}-confirm"] += (f"-j {half_open.BEGUN}",)
 
 
 def _behind_others(services: Services) -> tuple[Jump, ...]:

@@ -17,10 +17,14 @@ keeps the place for `OPEN_SECONDS` more.  A host that is asked for a connection 
 begun answers with a RST.  Whether the server believes one the gateway cannot know: the tracker
 takes any that is in the window (tcp_packet in nf_conntrack_proto_tcp.c, TCP_CONNTRACK_CLOSE), the
 server only the exact one (tcp_check_req).  So it only shortens the place to `BRIEF_SECONDS`, in
-which a server that still waits repeats its SYN-ACK.  The tracker also takes a first ACK that is too
-low, which no server does.  Then the repeated SYN-ACK takes a place anew, which another ACK only
-shortens, too: that the connection was taken for begun before, its label REUSED tells
-(`rstguard.kernel.ingress`).
+which a server that still waits repeats its SYN-ACK.
+
+The tracker also takes a first ACK that is too low, which no server does; then the SYN-ACK is
+repeated, a second later, on a connection that was taken for begun (`rstguard.kernel.ingress`), and
+takes a place anew.  More than `LIES` of these a second have the first ACKs of all who come from
+that part of the address space only shorten their places, for `LIED_SECONDS`, as further ACKs of
+such a connection always do.  What an honest client completes then becomes free with the first data
+of its server, which a handshake that is still open cannot send.
 
 A cookie costs a client without time stamps its window scale, so who was proven lately passes
 beside, `half_open_dnat.BESIDE` SYNs a second, into a list of the same size: a service meets at most
@@ -43,6 +47,7 @@ Each service has lists of its own, up to `MOST_OWN` of one address family; the r
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from typing import Final, NamedTuple
 
 from rstguard.engine.ruleset import RuleSet
@@ -70,6 +75,14 @@ first two repetitions of a SYN-ACK come."""
 REPEATED_SECONDS: Final = 10
 """How long a SYN-ACK is remembered: the first two are repeated after one and two more seconds."""
 MOST_REPEATED: Final = 65_536
+LIES: Final = 8, 16
+"""SYN-ACKs a second, and at once, that are repeated on connections that were taken for begun: so
+many are ACKs that were lost behind the gateway."""
+LIED_SECONDS: Final = 600
+"""How long such ACKs are remembered: nobody gains by a second of them in ten minutes."""
+_LIED_FROM: Final = {4: 8, 6: 16}
+"""By so many bits of the client's address, as one host may have a large network of them.  No bits
+would be simpler, but a set takes no address that is nothing but zeroes (ip_set_hash_ip.c)."""
 MOST_OWN: Final = 64
 """Services of one address family with lists of their own."""
 SYNS: Final = f"{PREFIX}-half"
@@ -84,6 +97,8 @@ BRIEFLY: Final = f"{PREFIX}-half-brief"
 """The chain that what may end one comes to."""
 HELD: Final = f"{PREFIX}-half-held"
 """The chain that servers' SYN-ACKs come to as they leave the host."""
+BEGUN: Final = f"{PREFIX}-half-begun"
+"""The chain that the first data of servers comes to."""
 _FREE: Final = f"{PREFIX}-half-free"
 _OVER: Final = f"{PREFIX}-half-over"
 _OVER_DNAT: Final = f"{_OVER}-dnat"
@@ -107,6 +122,7 @@ def sets(ruleset: RuleSet, family: int, known: Known) -> list[SetSpec]:
     return [
         SetSpec(full_set(family), "hash:ip,port", full, "hashsize 1024"),
         SetSpec(half_open_dnat.passed_set(family), "hash:ip", passed, sizing),
+        _lied(family, of),
         *(
             SetSpec(name, "hash:ip,port,ip", again, f"hashsize {MOST_REPEATED // 4} forceadd")
             for name in _repeated(family)
@@ -117,6 +133,22 @@ def sets(ruleset: RuleSet, family: int, known: Known) -> list[SetSpec]:
             for name in (each.name, each.beside)
         ),
     ]
+
+
+def _lied(family: int, of: str) -> SetSpec:
+    bits = _LIED_FROM[family]
+    options = f"family {of} maxelem 65536 netmask {bits} timeout {LIED_SECONDS}"
+    return SetSpec(set_name("lied", family), "hash:ip", options, "hashsize 256 forceadd")
+
+
+def lying(family: int) -> str:
+    """Return the rule for SYN-ACKs that are repeated though the tracker has taken an ACK."""
+    rate, burst = LIES
+    return (
+        f"-m hashlimit --hashlimit-above {rate}/sec --hashlimit-burst {burst}"
+        f" --hashlimit-name {PREFIX}{family}-lies"
+        f" -j SET --add-set {set_name('lied', family)} dst --exist"
+    )
 
 
 def chains(services: Services) -> dict[str, tuple[str, ...]]:
@@ -136,11 +168,8 @@ def chains(services: Services) -> dict[str, tuple[str, ...]]:
             ),
             *(f"{goes_to(service)} -g {each.chain}" for service, each in lists.items()),
         ),
-        DONE: tuple(
-            f"{goes_to(service)} -j SET --del-set {name} src,src"
-            for service, each in lists.items()
-            for name in (each.name, each.beside)
-        ),
+        DONE: (f"{services.in_set('lied')} -g {BRIEFLY}", *_forgetting(lists, "src")),
+        BEGUN: (f"{negated(services.in_set('lied', 'dst'))} -j RETURN", *_forgetting(lists, "dst")),
         BRIEFLY: tuple(
             f"{goes_to(service)} {_listed(name, 'src')} {_keep(name, 'src', BRIEF_SECONDS)}"
             for service, each in lists.items()
@@ -155,6 +184,16 @@ def chains(services: Services) -> dict[str, tuple[str, ...]]:
         ),
         _OVER_DNAT: half_open_dnat.over(services),
     }
+
+
+def _forgetting(lists: Mapping[Service, _Lists], end: str) -> tuple[str, ...]:
+    """Take a client off the lists whose handshake is over; `end` as for `_listed`."""
+    match = goes_to if end == "src" else began_to
+    return tuple(
+        f"{match(service)} -j SET --del-set {name} {end},{end}"
+        for service, each in lists.items()
+        for name in (each.name, each.beside)
+    )
 
 
 def _held(service: Service, lists: _Lists) -> tuple[str, ...]:
