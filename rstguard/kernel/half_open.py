@@ -41,13 +41,16 @@ server behind this gateway or of this host.  It must be the second repetition, t
 the SYN: a client far away may answer later than the first.  One whose SYN-ACK was lost repeats its
 SYN, which begins the count anew, and none of a source proven lately is ended so.
 
-Each service has lists of its own, up to `MOST_OWN` of one address family; the rest share two.
+Each service has lists of its own, up to `MOST_OWN` of one address family; the rest share two.  A
+listener for both families has one backlog, and who answers at the same port in the other may be the
+same: then each has half of the places.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Final, NamedTuple
 
 from rstguard.engine.ruleset import RuleSet
@@ -111,9 +114,6 @@ def sets(ruleset: RuleSet, family: int, known: Known) -> list[SetSpec]:
     if not has_count(ruleset):
         return []
     of, services = "inet" if family == 4 else "inet6", Services(ruleset, family, known)
-    most = _most(ruleset)
-    buckets = min(_MOST_BUCKETS, 1 << (most - 1).bit_length())
-    options = f"family {of} maxelem {most} timeout {OPEN_SECONDS}"
     full = f"family {of} maxelem 65536 timeout {FULL_SECONDS}"
     again = f"family {of} maxelem {MOST_REPEATED} timeout {REPEATED_SECONDS}"
     lists = dict.fromkeys(_lists(services).values())
@@ -128,7 +128,12 @@ def sets(ruleset: RuleSet, family: int, known: Known) -> list[SetSpec]:
             for name in _repeated(family)
         ),
         *(
-            SetSpec(name, "hash:ip,port", options, f"hashsize {buckets}")
+            SetSpec(
+                name,
+                "hash:ip,port",
+                f"family {of} maxelem {each.most} timeout {OPEN_SECONDS}",
+                f"hashsize {min(_MOST_BUCKETS, 1 << (each.most - 1).bit_length())}",
+            )
             for each in lists
             for name in (each.name, each.beside)
         ),
@@ -250,28 +255,36 @@ def _repeated(family: int) -> tuple[str, str]:
 
 
 class _Lists(NamedTuple):
-    """The two lists of one or more services, the chain that fills them, and where more go."""
+    """The two lists of one or more services, the chain that fills them, where more go, how many."""
 
     name: str
     beside: str
     chain: str
     over: str
+    most: int
 
 
 def _lists(services: Services) -> dict[Service, _Lists]:
     budget, family = services.ruleset.syn_budget, services.family
-    ports = budget.ports if budget else None
+    if budget is None or budget.half_open is None:
+        return {}
+    ports, most = budget.ports, budget.half_open
+    both = {service.port for service in replace(services, family=10 - family).here}
     here = [s for s in services.untranslated.here if ports is None or s.port in ports]
     behind = half_open_dnat.counted(services).here
     found = {}
     for at, service in enumerate([*here, *behind]):
         rest = "rest-dnat" if service in behind else "rest"
-        one = short_id(str(service)) if at < MOST_OWN else rest
+        own = at < MOST_OWN
+        shared = own and service.port in both
+        # By another name, as a set keeps the size it was made with.
+        one = short_id(f"{service} shared" if shared else str(service)) if own else rest
         found[service] = _Lists(
             f"{set_name('half', family)}-{one}",
             f"{set_name('beside', family)}-{one}",
             f"{SYNS}-{one}",
             _OVER_DNAT if service in behind else _OVER,
+            most // 2 if shared else most,
         )
     return found
 
@@ -291,10 +304,3 @@ def _counting(services: Services, lists: _Lists) -> tuple[str, ...]:
         note(services),
         f"-g {lists.over}",
     )
-
-
-def _most(ruleset: RuleSet) -> int:
-    budget = ruleset.syn_budget
-    assert budget is not None
-    assert budget.half_open is not None
-    return budget.half_open

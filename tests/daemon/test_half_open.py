@@ -95,11 +95,23 @@ def test_a_forged_flood_fills_no_backlog(
     wait_until(lambda: half_open(lab, place, service.port) <= MOST, 15)  # itself in a minute
 
 
+def test_both_families_of_one_port_fill_no_more_than_one(
+    lab: ThreeHosts, guard: Guard, serve: Open
+) -> None:
+    service4, service6 = (learned(guard, serve(8385, v6), "server") for v6 in (False, True))
+    with flooded(lab, service4, 10), flooded(lab, service6, 10):
+        wait_until(lambda: engaged(guard, service4) and engaged(guard, service6), 15)
+        for _ in range(15):
+            service4.connect(source(False)).talk()
+            service6.connect(source(True)).talk()
+            assert half_open(lab, "server", 8385) <= MOST
+
+
 @BOTH_FAMILIES
 def test_sources_that_refuse_what_they_have_not_asked_for_take_a_place_for_seconds_only(
     lab: ThreeHosts, guard: Guard, serve: Open, v6: bool
 ) -> None:
-    service = learned(guard, serve(8360, v6), "server")
+    service = learned(guard, serve(8359 + v6, v6), "server")  # no port of both families
     with flooded(lab, service, 2, 0.01, lit=True):
         wait_until(lambda: engaged(guard, service), 30)
         service.connect(source(v6)).talk()

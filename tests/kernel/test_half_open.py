@@ -15,6 +15,7 @@ from rstguard.engine.verdict import Action
 from rstguard.kernel import chains, cookies, half_open, ipset, iptables
 from rstguard.kernel.chains import Plan
 from rstguard.kernel.linux import Linux
+from rstguard.kernel.names import short_id
 from rstguard.kernel.services import Known
 
 RATE = Rule("rate", Measure.SYN_RATE, Action.DROP, 100, SECOND, 200)
@@ -102,6 +103,22 @@ def test_there_are_so_many_lists_and_the_rest_share_one() -> None:
     assert len(lists(known=many)) == half_open.MOST_OWN + 1
     rules = planned(known=many).chains["mangle"][half_open.SYNS]
     assert sum("rstguard-half-rest" in rule for rule in rules) == 499 - half_open.MOST_OWN
+
+
+def test_who_may_be_one_listener_for_both_families_has_one_limit() -> None:
+    other = Service(WEB4.address, 81)
+    most = {
+        spec.name: int(spec.options.split()[3])
+        for family in (4, 6)
+        for spec in half_open.sets(RULESET, family, {WEB4: FULL, other: FULL, WEB6: FULL})
+        if spec.name.startswith(f"rstguard-half{family}-")
+    }
+    shared4, shared6 = (short_id(f"{s} shared") for s in (WEB4, WEB6))
+    assert most == {
+        f"rstguard-half4-{shared4}": 50,
+        f"rstguard-half4-{short_id(str(other))}": 100,
+        f"rstguard-half6-{shared6}": 50,
+    }
 
 
 @pytest.mark.netns
