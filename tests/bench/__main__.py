@@ -21,6 +21,7 @@ from tests.bench.evasion import evasion
 from tests.bench.figures import Benchmark, Figure, as_data, table
 from tests.bench.forged import forged
 from tests.bench.forgetful import forgetful, forgetful_dropped, forgetful_flooded
+from tests.bench.hardship import lossy, neighbours
 from tests.bench.held import held
 from tests.bench.honest import honest
 from tests.bench.kills import kills
@@ -59,6 +60,8 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     connections,
     sources,
     forged,
+    neighbours,
+    lossy,
     forgetful,
     forgetful_dropped,
     forgetful_flooded,

@@ -27,7 +27,7 @@ PORT = 443
 SCANNED = "8000-8100"
 """Ports that both samples protect, and where nothing listens."""
 FLOODS, SCANS = (1_000, 20_000, 100_000), (2, 20, 1_000)
-_SAMPLES = ("web-edge", "strict-gateway")
+SAMPLES = ("web-edge", "strict-gateway")
 
 
 class _Limits(NamedTuple):
@@ -53,10 +53,10 @@ _OBSERVER = "198.51.100.250"
 
 def forged() -> Iterator[Figure]:
     """Requests served of a visitor, and of a newcomer, while SYNs are forged in his name."""
-    for sample in _SAMPLES:
+    for sample in SAMPLES:
         # Each victim is alone in a /28, which is one source of strict-gateway.
         victims = (f"198.51.100.{16 * number + 1}" for number in range(1, 15))
-        with Site() as site, _answering(site), _guarded(site, sample) as guard:
+        with Site() as site, answering(site), guarded(site, sample) as guard:
             for what, ports, rates in (("flood", str(PORT), FLOODS), ("scan", SCANNED, SCANS)):
                 for rate in rates:
                     for who in ("visitor", "newcomer"):
@@ -67,17 +67,17 @@ def forged() -> Iterator[Figure]:
 
 
 @contextmanager
-def _guarded(site: Site, sample: str) -> Iterator[GuardProcess]:
+def guarded(site: Site, sample: str) -> Iterator[GuardProcess]:
     """Run the sample, but for interface and addresses, until it knows what the server offers."""
     text = (ROOT / f"policies/{sample}.yaml").read_text()
     for key, value in (("interfaces", "out"), ("destinations", SERVER)):
         text, count = re.subn(rf"{key}: \[[^]]*\]", f"{key}: [{value}]", text)
         assert count == 1
     # Where something is connected already the tracker is known to have seen all there is.
-    with _request(site, _OBSERVER):
+    with request(site, _OBSERVER):
         guard = site.guard(text)
     try:
-        _request(site, _OBSERVER).close()
+        request(site, _OBSERVER).close()
         wait_until(lambda: bool(guard.status()["shun"]["services"]))
         yield guard
     finally:
@@ -85,7 +85,7 @@ def _guarded(site: Site, sample: str) -> Iterator[GuardProcess]:
 
 
 @contextmanager
-def _answering(site: Site) -> Iterator[None]:
+def answering(site: Site) -> Iterator[None]:
     """Have the server send back what it is sent, until the client closes."""
 
     def serve(one: socket.socket) -> None:
@@ -105,7 +105,7 @@ def _answering(site: Site) -> Iterator[None]:
         listener.shutdown(socket.SHUT_RDWR)
 
 
-def _request(site: Site, source: str) -> socket.socket:
+def request(site: Site, source: str) -> socket.socket:
     """Return a connection of a source on which the server has answered.
 
     Raises:
@@ -140,8 +140,8 @@ class _Run:
 
     def figures(self, name: str, guard: GuardProcess, ports: str, rate: int) -> Iterator[Figure]:
         """Yield what was measured."""
-        banned = _banned(guard)
-        old = [_request(self.site, self.victim) for _ in range(5 if self.known else 0)]
+        before = banned(guard)
+        old = [request(self.site, self.victim) for _ in range(5 if self.known else 0)]
         with _syns_at_server(self.site, self.victim) as arrived:
             sent, broken = self._go(ports, rate, old)
             reached = arrived() - len(self.times) - self.failed
@@ -155,7 +155,7 @@ class _Run:
         yield seen(f"{name}: request p99", [times[int(0.99 * (len(times) - 1))]], "ms")
         if self.known:
             yield at_most(0, f"{name}: old connections broken", [broken], "")
-        yield at_most(0, f"{name}: bans", [_banned(guard) - banned], "")
+        yield at_most(0, f"{name}: bans", [banned(guard) - before], "")
         yield seen(f"{name}: SYNs forged", [sent / _SECONDS], "/s")
         yield seen(f"{name}: of them at the server", [100 * max(0, reached) / sent], "%")
 
@@ -180,7 +180,7 @@ class _Run:
     def _one(self) -> None:
         began = time.monotonic_ns()
         try:
-            _request(self.site, self.victim).close()
+            request(self.site, self.victim).close()
             self.times.append(milliseconds_since(began))
         except OSError:
             self.failed += 1
@@ -194,7 +194,7 @@ def _is_broken(one: socket.socket) -> bool:
     return False
 
 
-def _banned(guard: GuardProcess) -> int:
+def banned(guard: GuardProcess) -> int:
     return sum(guard.status()["counts"].get("ban", {}).values())
 
 
