@@ -7,7 +7,7 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 from rstguard.cli.events import line as event_line
-from rstguard.cli.status import fullest
+from rstguard.cli.status import fullest, waiting
 from rstguard.observe.text import plain
 
 Status = dict[str, Any]
@@ -154,11 +154,15 @@ def _budget(now: Status, before: Status, seconds: float) -> Iterator[Line]:
     yield Line(f"SYN budget {budget['limit']} a service: {sent} cookies, {back} came back")
     over = [row for row in budget["services"] if row["engaged_s"] is not None]
     for row in over[:_MOST_SERVICES]:
-        yield Line(f"  {row['service']}: SYN cookies for {_lasting(row['engaged_s'])}", Style.TITLE)
+        text = f"  {row['service']}: SYN cookies for {_lasting(row['engaged_s'])}"
+        yield Line(text + waiting(row, budget), Style.TITLE)
     if rest := over[_MOST_SERVICES:]:
         yield Line(f"  and {len(rest)} more over it")
     elif not over:
-        yield Line(f"  services known: {len(budget['services'])}, none over it")
+        known = f"  services known: {len(budget['services'])}, none over it"
+        counted = [row for row in budget["services"] if row["half_open"]]
+        most = max(counted, key=lambda row: row["half_open"]["open"], default=None)
+        yield Line(f"{known}; {most['service']}{waiting(most, budget)}" if most else known)
 
 
 def _pressure(now: Status) -> Iterator[Line]:

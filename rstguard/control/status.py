@@ -7,7 +7,9 @@ import os
 from typing import Final
 
 from rstguard import __version__
-from rstguard.control import sources
+from rstguard.control import open_handshakes, sources
+from rstguard.control.open_handshakes import Open
+from rstguard.engine.service import Service
 from rstguard.engine.shedding import SHED, Level
 from rstguard.ipc.requests import Request
 from rstguard.kernel import challenge, syn_budget
@@ -68,6 +70,7 @@ class Status:
         self._ingress = ingress
         self._foreign = foreign
         self._blocked: dict[str, int] = {"ban": 0, "shun": 0}
+        self._open: dict[Service, Open] = {}
         self._counting: asyncio.Task[None] | None = None
         self._current: asyncio.Task[object] | None = None
         self._next: asyncio.Task[object] | None = None
@@ -183,15 +186,19 @@ class Status:
         return list(zip(self._footprint.queues, self._guard.workers, strict=True))
 
     async def _count(self, seconds: float) -> None:
-        """Count the blocked anew; what takes longer than `seconds` is told the next time."""
+        """Count anew what sets hold; what takes longer than `seconds` is told the next time."""
         if self._counting is None or self._counting.done():
-            self._counting = asyncio.ensure_future(self._count_blocked())
+            self._counting = asyncio.ensure_future(self._count_sets())
         await asyncio.wait({self._counting}, timeout=seconds)
         if self._counting.done():
             self._counting.result()
 
-    async def _count_blocked(self) -> None:
-        kinds = await asyncio.to_thread(self._kernel.blocked_by_kind)
+    async def _count_sets(self) -> None:
+        known = {} if self._footprint.no_cookies else self._footprint.answered
+        kinds, self._open = await asyncio.gather(
+            asyncio.to_thread(self._kernel.blocked_by_kind),
+            asyncio.to_thread(open_handshakes.read, self._kernel, self._guard.ruleset, known),
+        )
         self._blocked = {"ban": kinds["ban"], "shun": kinds["shun"]}
 
     def _shun(self) -> dict[str, object]:
@@ -264,6 +271,7 @@ class Status:
                     "service": str(service),
                     "offers": {**offer._asdict(), "to": [str(target) for target in offer.to]},
                     "engaged_s": round(now - since[service], 1) if service in since else None,
+                    "half_open": held._asdict() if (held := self._open.get(service)) else None,
                 }
                 for service, offer in self._footprint.answered.items()
                 if budget.ports is None or service.port in budget.ports

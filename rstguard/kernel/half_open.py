@@ -156,6 +156,16 @@ def lying(family: int) -> str:
     )
 
 
+def names(services: Services) -> dict[Service, tuple[str, str]]:
+    """Return the names of the two lists of each service that is counted; some services share them.
+
+    The first is the one that fills, the second that of sources proven lately, which pass beside.
+    """
+    if not has_count(services.ruleset):
+        return {}
+    return {service: (each.name, each.beside) for service, each in _lists(services).items()}
+
+
 def chains(services: Services) -> dict[str, tuple[str, ...]]:
     """Return the chains of the table mangle, none if there is no service to count for.
 

@@ -119,6 +119,18 @@ def _services(data: Snapshot) -> Iterator[Sample]:
             yield (service["service"],), float(service["engaged_s"] is not None)
 
 
+def _half_open(data: Snapshot) -> Iterator[Sample]:
+    for service in (data["syn_budget"] or {"services": []})["services"]:
+        if held := service["half_open"]:
+            for kind in ("open", "beside"):
+                yield (service["service"], kind), float(held[kind])
+
+
+def _half_open_limit(data: Snapshot) -> Iterator[Sample]:
+    if (budget := data["syn_budget"]) and budget["half_open"] is not None:
+        yield (), float(budget["half_open"])
+
+
 def _build(data: Snapshot) -> Iterator[Sample]:
     policy = data["policy"]
     yield (data["version"], policy["name"], policy["mode"]), 1.0
@@ -233,6 +245,13 @@ TABLE: tuple[Row, ...] = (
         ]),
     Row("rstguard_syn_budget_engaged", "gauge", ("service",),
         "1 while the kernel answers a service's SYNs with SYN cookies, else 0.", _services),
+    Row("rstguard_half_open_handshakes", "gauge", ("service", "kind"),
+        "Handshakes of a service that wait for their client: open (counted for `half_open`), beside"
+        " (of sources proven lately). Services beyond the first 64 of an address family are counted"
+        " together, and each shows what all of them have.", _half_open),
+    Row("rstguard_half_open_limit", "gauge", (),
+        "How many open handshakes of a service have the kernel answer its SYNs with SYN cookies.",
+        _half_open_limit),
     Row("rstguard_syn_cookies_total", "counter", ("outcome",),
         "SYN cookies by outcome: sent, accepted, refused, or late (too late to go on).", _cookies),
 )  # fmt: skip

@@ -59,10 +59,11 @@ def near(source: str, percent: float, rule: str = "syn-rate") -> dict[str, Any]:
 
 def budget(sent: int, accepted: int, *engaged: float | None) -> dict[str, Any]:
     return {
-        "limit": "20000/s",
+        "limit": "20000/s, 128 half-open",
+        "half_open": 128,
         "cookies": {"sent": sent, "accepted": accepted},
         "services": [
-            {"service": f"203.0.113.10:{port}", "engaged_s": seconds}
+            {"service": f"203.0.113.10:{port}", "engaged_s": seconds, "half_open": None}
             for port, seconds in enumerate(engaged, 80)
         ],
     }
@@ -125,7 +126,7 @@ def test_workers_that_are_hard_pressed_come_first() -> None:
 def test_the_syn_budget() -> None:
     now = status(syn_budget=budget(2005, 25, None, 65.0, 2.0, 3.0))
     lines = shown(now, status(syn_budget=budget(5, 5, None)))
-    at = lines.index("SYN budget 20000/s a service: 1,000/s cookies, 10/s came back")
+    at = lines.index("SYN budget 20000/s, 128 half-open a service: 1,000/s cookies, 10/s came back")
     assert lines[at + 1 : at + 4] == [
         "  203.0.113.10:81: SYN cookies for 1 min 5 s",
         "  203.0.113.10:82: SYN cookies for 2 s",
@@ -133,6 +134,17 @@ def test_the_syn_budget() -> None:
     ]
     calm = shown(status(syn_budget=budget(5, 5, None)))
     assert "  services known: 1, none over it" in calm
+
+
+def test_open_handshakes() -> None:
+    one = budget(5, 5, 65.0, None, None)
+    for row, count in zip(one["services"], (128, 7, 9), strict=True):
+        row["half_open"] = {"open": count, "beside": 0, "shared": False}
+    over = "  203.0.113.10:80: SYN cookies for 1 min 5 s, 128 of 128 handshakes open"
+    assert over in shown(status(syn_budget=one))
+    del one["services"][0]
+    most = "  services known: 2, none over it; 203.0.113.10:82, 9 of 128 handshakes open"
+    assert most in shown(status(syn_budget=one))
 
 
 def test_services_in_distress_stand_out() -> None:

@@ -28,7 +28,7 @@ version: 1
 name: watched
 sweep_every: 500ms
 protect: {{interfaces: [out]}}
-syn_budget: {{rate: 200/s, ports: [{WEB}]}}
+syn_budget: {{rate: 200/s, half_open: 128, ports: [{WEB}]}}
 rules:
   - {{name: holds, measure: connections, ports: [{OTHER}], over: 2, then: reset}}
   - {{name: fast, measure: connection_rate, ports: [{OTHER}], over: 1/m, burst: 6, then: ban,

@@ -20,7 +20,7 @@ from rstguard.kernel.marks import Marks
 from rstguard.kernel.names import short_id
 from rstguard.kernel.syn_budget import full_set
 from rstguard.lab.waiting import wait_until
-from tests.support.budget import Flood, engaged, learned, name_of
+from tests.support.budget import Flood, engaged, learned, name_of, state_of
 from tests.support.guard import Guard
 from tests.support.network import ThreeHosts
 from tests.support.sources import BOTH_FAMILIES, ROUTER4, ROUTER6, give_sources, source
@@ -118,6 +118,49 @@ def test_sources_that_refuse_what_they_have_not_asked_for_take_a_place_for_secon
     held = f"rstguard-half{6 if v6 else 4}-{short_id(name_of(service))}"
     wait_until(lambda: "entries: 0" in lab.run("gateway", "ipset", "list", "-t", held), 6)
     wait_until(lambda: not engaged(guard, service), 10)
+
+
+@BOTH_FAMILIES
+def test_how_many_are_open_is_told(lab: ThreeHosts, guard: Guard, serve: Open, v6: bool) -> None:
+    service = learned(guard, serve(8361, v6), "server")
+    service_at, count = parse_address(service.address), MOST // 2
+
+    def send(flags: int, ahead: int) -> None:
+        with lab.inside("client"), contextlib.closing(Injector(Marks())) as injector:
+            for number in range(count):
+                fields = (parse_address(dark(number, v6)), service_at, 2000 + number, service.port)
+                segment = Packet(*fields, 5000 + ahead, 0, flags, 1000, 0)
+                assert injector.send([emit(segment)]) == 1
+
+    wait_until(lambda: open_at(guard, service) == (0, 0))
+    send(SYN, 0)
+    wait_until(lambda: open_at(guard, service) == (count, 0))
+    told = guard.cli("status").stdout
+    assert f"{name_of(service)}: within budget, {count} of {MOST} handshakes open (mss" in told
+    send(RST, 1)
+    wait_until(lambda: open_at(guard, service) == (0, 0), 15)
+
+
+@BOTH_FAMILIES
+def test_those_of_sources_proven_lately_are_told_apart(
+    lab: ThreeHosts, guard: Guard, serve: Open, v6: bool
+) -> None:
+    service, client = serve(8362, v6), source(v6)
+    learned(guard, service, "server")
+    service.connect(client).talk()
+    fields = (parse_address(client), parse_address(service.address), 999, service.port)
+    with lab.inside("client"), contextlib.closing(Injector(Marks())) as injector:
+        injector.send([emit(Packet(*fields, 5000, 0, SYN, 1000, 0))])
+    wait_until(lambda: open_at(guard, service) == (0, 1))
+    assert f" of {MOST} handshakes open, 1 beside (mss" in guard.cli("status").stdout
+
+
+def open_at(guard: Guard, service: Service) -> tuple[int, int] | None:
+    """Return how many handshakes of a service are open, and how many beside; as status tells."""
+    row = state_of(guard, service)
+    held = row and row["half_open"]
+    assert held is None or isinstance(held, dict)
+    return (held["open"], held["beside"]) if held and not held["shared"] else None
 
 
 @BOTH_FAMILIES

@@ -8,6 +8,7 @@ import pytest
 
 from rstguard.lab.waiting import wait_until
 from tests.support.browser import Browser
+from tests.support.budget import learned, name_of
 from tests.support.guard import Guard
 from tests.support.network import SERVER4, ThreeHosts
 from tests.support.sources import source
@@ -28,6 +29,7 @@ rules:
   - {{name: ports, measure: distinct_ports, over: 1000, within: 10s, then: drop}}
 """
 HOLDER, FLOODER = source(False), source(False)
+NOWHERE = "198.18.0.7"
 LOW_CONTRAST = """
 (() => {  // WCAG 2.1, 1.4.3: the texts that are too faint on what is behind them
   const parts = (colour) => colour.match(/[\\d.]+/g).map(Number);
@@ -90,6 +92,23 @@ def test_a_flood_is_seen(lab: ThreeHosts, serve: Open, tmp_path: Path) -> None:
             shot = tmp_path / f"page-{width}-{scheme}.png"
             browser.screenshot(shot)
             assert shot.stat().st_size > 10_000
+        assert browser.errors == []
+
+
+def test_open_handshakes_are_seen(lab: ThreeHosts, serve: Open, tmp_path: Path) -> None:
+    service = serve(8301)
+    policy = POLICY.replace("syn_budget: off", "syn_budget: {half_open: 32}")
+    with (
+        Guard(lab, policy, tmp_path, "--http", HOST) as guard,
+        Browser(lab, "gateway", f"http://{HOST}/", tmp_path) as browser,
+    ):
+        learned(guard, service)
+        segments(lab, NOWHERE, SERVER4, service.port, "S", 8)
+        row = [name_of(service), "8 of 32", "within 32 half-open"]
+        wait_until(lambda: row in browser.rows("budget"), 20)
+        for width in (1280, 320):
+            browser.look(width, 900, "light")
+            assert browser.value("document.documentElement.scrollWidth") == width
         assert browser.errors == []
 
 

@@ -41,6 +41,8 @@ def test_metrics(lab: ThreeHosts, guard: Guard) -> None:
     assert values["rstguard_filtering"] == 1
     rest = {
         "capped_rules",
+        "half_open_handshakes",
+        "half_open_limit",
         "large_source_connections",
         "pressed_connections",
         "syn_budget_engaged",

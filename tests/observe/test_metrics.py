@@ -54,10 +54,12 @@ SNAPSHOT: dict[str, Any] = {
         {"service": "10.0.0.1:80", "pressed_s": 3.0, "connections": 700, "start": 384, "end": 729},
     ],
     "syn_budget": {
+        "half_open": 128,
         "cookies": {"sent": 30, "accepted": 20, "refused": 1, "late": 5},
         "services": [
-            {"service": "10.0.0.1:80", "engaged_s": 3.5},
-            {"service": "10.0.0.1:443", "engaged_s": None},
+            {"service": "10.0.0.1:80", "engaged_s": 3.5,
+             "half_open": {"open": 127, "beside": 3, "shared": False}},
+            {"service": "10.0.0.1:443", "engaged_s": None, "half_open": None},
         ],
     },
     "counts": {
@@ -109,6 +111,9 @@ def samples(data: dict[str, Any]) -> dict[tuple[str, tuple[str, ...]], float]:
         ("pressed_connections", ("10.0.0.1:80",), 700),
         ("syn_budget_engaged", ("10.0.0.1:80",), 1),
         ("syn_budget_engaged", ("10.0.0.1:443",), 0),
+        ("half_open_handshakes", ("open", "10.0.0.1:80"), 127),
+        ("half_open_handshakes", ("beside", "10.0.0.1:80"), 3),
+        ("half_open_limit", (), 128),
         ("syn_cookies_total", ("late",), 5),
     ],
 )
@@ -119,7 +124,8 @@ def test_a_snapshot_comes_out_whole(name: str, labels: tuple[str, ...], value: f
 def test_what_is_not_known_is_left_out() -> None:
     found = samples(SNAPSHOT | {"syn_budget": None})
     assert ("rstguard_queue_waiting_packets", ("5640",)) not in found
-    assert not any(name.startswith("rstguard_syn_") for name, _ in found)
+    assert not any(name.startswith(("rstguard_syn_", "rstguard_half_")) for name, _ in found)
+    assert ("rstguard_half_open_handshakes", ("open", "10.0.0.1:443")) not in samples(SNAPSHOT)
 
 
 def test_names_follow_the_conventions() -> None:
