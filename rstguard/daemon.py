@@ -94,7 +94,7 @@ def build(options: Options) -> tuple[Supervisor, Commands, Service]:
     bans = Bans(kernel, state, record, capped := Capped(state, change))
     ingress = Ingress(kernel, state, change, footprint.hits)
     foreign = ForeignMarks(kernel, state)
-    hearing = Hearing(state, bans, learning)
+    hearing = Hearing(state, bans, learning, record)
     processes = Processes(state, record, learning, hearing.hear, options)
 
     async def rules(old: RuleSet, new: RuleSet) -> None:

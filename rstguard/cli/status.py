@@ -12,6 +12,8 @@ Status = dict[str, Any]
 _MOST_PROBLEMS = 8
 _MOST_PRESSED = 10
 _MOST_EVENTS = 10
+_QUIET_SECONDS = 60
+"""A large source is told of every ten seconds; one that is silent for longer than this is away."""
 
 
 def lines(data: Status) -> Iterator[str]:
@@ -115,9 +117,11 @@ def _pressure(services: list[Status]) -> Iterator[str]:
 def _large(sources: list[Status]) -> Iterator[str]:
     """Name the sources that carry a large share of all connections, and say what to do."""
     for row in sources:
+        quiet = row["quiet_s"]
+        before = f"; its large share was {quiet} s ago" if quiet > _QUIET_SECONDS else ""
         yield (
             f"  LARGE for {row['since_s']} s: {row['source']}, {row['percent']}% of all proven "
-            f"connections ({row['connections']}); {_spared(row)}"
+            f"connections ({row['connections']}); {_spared(row)}{before}"
         )
     if sources:
         yield (

@@ -18,7 +18,8 @@ def large_sources(guard: Guard, now: float) -> list[dict[str, object]]:
     """Return the sources that carry a large share of all proven connections.
 
     `may_hold` is how many of them rules leave it at least while no service is in distress (then it
-    is what it `bore`), 0 if it has no more than others.  `now` is the time of the loop.
+    is what it `bore`), 0 if it has no more than others; `quiet_s` for how long it has not carried
+    such a share.  `now` is the time of the loop.
     """
     return [
         {
@@ -28,6 +29,7 @@ def large_sources(guard: Guard, now: float) -> list[dict[str, object]]:
             "bore": one.bore,
             "may_hold": one.bore * TIMES,
             "since_s": one.age // SECOND,
+            "quiet_s": one.quiet // SECOND,
         }
         for one in guard.large_now(now).sources
     ]

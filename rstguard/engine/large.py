@@ -59,7 +59,8 @@ REASONS_OF_NUMBERS: Final = frozenset(Reason[measure.name] for measure in OF_NUM
 class LargeSource(NamedTuple):
     """A large source; it carries `share` percent of all, so many `connections`, now.
 
-    `bore` is 0 if nothing is spared it.  `age` tells for how many nanoseconds it has been watched.
+    `bore` is 0 if nothing is spared it.  `age` tells for how many nanoseconds it has been watched,
+    `quiet` for how many it has not carried a large share.
     """
 
     source: Prefix
@@ -67,6 +68,7 @@ class LargeSource(NamedTuple):
     connections: int
     bore: int
     age: int
+    quiet: int
 
 
 def spared(sources: Iterable[LargeSource]) -> tuple[Prefix, ...]:
@@ -141,9 +143,9 @@ class LargeSources:
         self._hit: set[Prefix] = set()
 
     def restore(self, sources: Iterable[LargeSource], now: int) -> None:
-        """Remember what an earlier sweeper knew."""
-        for source, share, connections, bore, age in sources:
-            watch = _Watch(now - age, now, connections, share, bore=bore, named=True)
+        """Remember what an earlier sweeper knew, also one of a guard before this."""
+        for source, share, connections, bore, age, quiet in sources:
+            watch = _Watch(now - age, now - quiet, connections, share, bore=bore, named=True)
             self._watches[source] = watch
 
     def look(
@@ -212,7 +214,14 @@ class LargeSources:
     def found(self, now: int) -> tuple[LargeSource, ...]:
         """Return those that are large at `now`, the ones with the most connections first."""
         large = (
-            LargeSource(source, watch.share, watch.connections, watch.bore, now - watch.since)
+            LargeSource(
+                source,
+                watch.share,
+                watch.connections,
+                watch.bore,
+                age=now - watch.since,
+                quiet=now - watch.seen,
+            )
             for source, watch in self._watches.items()
             if watch.named
         )

@@ -81,4 +81,9 @@ class Large(Said, frozen=True):
 
     def later(self, elapsed: int) -> Large:
         """Return the same, so many nanoseconds later."""
-        return Large(tuple(one._replace(age=one.age + elapsed) for one in self.sources))
+        return Large(
+            tuple(
+                one._replace(age=one.age + elapsed, quiet=one.quiet + elapsed)
+                for one in self.sources
+            )
+        )

@@ -5,6 +5,6 @@
 - `database`: the SQLite file, opened, checked, set aside if damaged
 - `rows`: what a row may hold; what it cannot is dropped and told
 - `writing`: changes written in the order in which they were noted
-- `store`: bans, offences and policies in it; waits for the disk
+- `store`: bans, offences, large sources and policies in it; waits for the disk
 - `record`: the guard's use of all this from its event loop
 """

@@ -23,12 +23,16 @@ CREATE TABLE IF NOT EXISTS policies (
   number INTEGER PRIMARY KEY AUTOINCREMENT, time REAL NOT NULL, who TEXT NOT NULL,
   action TEXT NOT NULL, name TEXT NOT NULL, file TEXT NOT NULL, text TEXT NOT NULL,
   state TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS large_sources (
+  source TEXT PRIMARY KEY, share INTEGER NOT NULL, connections INTEGER NOT NULL,
+  bore INTEGER NOT NULL, since REAL NOT NULL, seen REAL NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS written (id INTEGER PRIMARY KEY CHECK (id = 1), time REAL NOT NULL);
 """
 _TABLES: Final = {
     "blocks": ["source", "kind", "rule", "expires", "keep_existing"],
     "offences": ["rule", "source", "count", "last"],
     "policies": ["number", "time", "who", "action", "name", "file", "text", "state"],
+    "large_sources": ["source", "share", "connections", "bore", "since", "seen"],
     "written": ["id", "time"],
 }
 

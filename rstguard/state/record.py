@@ -14,6 +14,7 @@ from pathlib import Path
 from rstguard.engine.address import Prefix
 from rstguard.engine.sources import Offence
 from rstguard.ipc.messages import Blocked, Offences
+from rstguard.ipc.said import Large
 from rstguard.kernel import KernelError
 from rstguard.kernel.elements import Element
 from rstguard.kernel.seam import ElementSets
@@ -26,6 +27,8 @@ _FLUSH_SECONDS = 0.5
 _TIDY_SECONDS = 600.0
 _OPEN_AGAIN_SECONDS = 10.0
 _SURE_SECONDS = 30.0
+_LARGE_SECONDS = 60.0
+"""How often it is written how the large sources are, while they are the same."""
 _CLOCK_SET = 2.0
 """Seconds by which the clock jumps when somebody sets it; less is its steering."""
 _AT_ONCE = 1000
@@ -54,6 +57,11 @@ class Record:
         self.problem = ""
         """Why nothing is kept at present, or ""."""
         self.store: Store | None = None
+        self.large_before = Large(())
+        """The sources that were large when a guard before this ended."""
+        self._large: dict[Prefix, int] | None = None
+        """What those bore that were noted last, and when that was, on the loop's clock."""
+        self._large_at = 0.0
         self.opened_late: Callable[[], None] = lambda: None
         """Called when the store, which could not be used at the start, is open."""
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -87,6 +95,7 @@ class Record:
         self.store, self.problem = store, ""
         try:
             self._remember(await asyncio.to_thread(store.offences))
+            self.large_before = Large(await asyncio.to_thread(store.large))
         except StoreError as error:
             self._fails(error)
 
@@ -166,6 +175,13 @@ class Record:
     def blocked_element(self, element: Element, replaces: bool = False) -> None:
         """Note an element that was put into its set; see `Waiting.blocked` for `replaces`."""
         self._waiting.blocked(element, replaces)
+
+    def large(self, message: Large) -> None:
+        """Note which sources are large; if they are those of before, once a minute."""
+        found = {one.source: one.bore for one in message.sources}
+        if found != self._large or (found and self._now() >= self._large_at + _LARGE_SECONDS):
+            self._large, self._large_at = found, self._now()
+            self._waiting.large(message.sources)
 
     def unblocked(self, source: str) -> None:
         """Note that a source is blocked no longer; `changing` is held since it was lifted."""

@@ -6,9 +6,11 @@ from collections.abc import Iterable
 from typing import Final
 
 from rstguard.engine.address import parse_prefix
+from rstguard.engine.large import LASTS, LargeSource
 from rstguard.engine.sources import Offence
+from rstguard.ipc.said import Large
 from rstguard.kernel.elements import MAX_SECONDS, Element, Kind
-from rstguard.state.waiting import Block, Changes, Offended
+from rstguard.state.waiting import Block, Changes, LargeRow, Offended
 
 KINDS: Final[tuple[Kind, ...]] = ("ban", "shun")
 
@@ -46,3 +48,12 @@ def offence_of(row: Offended, now: float) -> Offence:
     """Return the offence of a row."""
     age = max(0, int((now - row.last) * 1e9))
     return Offence(str(row.rule), parse_prefix(row.source), int(row.times), age)
+
+
+def large_of(row: LargeRow, now: float) -> LargeSource | None:
+    """Return the large source of a row, or None if it would have been forgotten by now."""
+    age, quiet = (max(0, int((now - then) * 1e9)) for then in (row.since, row.seen))
+    counts = int(row.share), int(row.connections), int(row.bore)
+    one = LargeSource(parse_prefix(row.source), *counts, age=age, quiet=quiet)
+    Large((one,))  # refuses what no sweeper tells
+    return one if quiet <= LASTS else None

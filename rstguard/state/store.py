@@ -1,4 +1,4 @@
-"""What outlives the guard: bans, offences and the policies that were in force, in SQLite.
+"""What outlives the guard: bans, offences, large sources and the policies in force, in SQLite.
 
 Changes are noted in `rstguard.state.waiting` and written together, by `flush`, in one transaction
 of the write-ahead log: a process that is killed loses what came after the last one, and never the
@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final, TypeVar
 
+from rstguard.engine.large import MOST, LargeSource
 from rstguard.engine.sources import Offence
 from rstguard.kernel.elements import Element
 from rstguard.state.database import last_number, open_or_set_aside
@@ -31,8 +32,8 @@ from rstguard.state.history import (
     after,
     entry_of,
 )
-from rstguard.state.rows import KINDS, element_of, lasts_longer, offence_of
-from rstguard.state.waiting import Block, Changes, Offended, Waiting
+from rstguard.state.rows import KINDS, element_of, large_of, lasts_longer, offence_of
+from rstguard.state.waiting import Block, Changes, LargeRow, Offended, Waiting
 from rstguard.state.writing import tidy_up, write
 
 FILE_NAME: Final = "state.db"
@@ -209,6 +210,23 @@ class Store:
             rows = [(row, now - further) for row in read if row[:2] not in changes.offences]
             rows += [(row, now - shift) for row in changes.offences.values()]
             return tuple(self._made(rows, offence_of))
+
+    def large(self) -> tuple[LargeSource, ...]:
+        """Return the sources that were large, `MOST` at most, as old as they are now.
+
+        Raises:
+            StoreError: the file could not be read.
+        """
+        with self._lock:
+            changes = self._collected()
+            back, rows = changes.shift, changes.large
+            if rows is None:
+                back -= self._shifted
+                columns = "source, share, connections, bore, since, seen"
+                statement = f"SELECT {columns} FROM large_sources ORDER BY bore DESC LIMIT {MOST}"  # noqa: S608
+                rows = tuple(self._rows(statement, LargeRow))
+            now = self._clock() - back
+            return tuple(self._made(((row, now) for row in rows), large_of))
 
     def add_policy(
         self, who: str, action: str, name: str, file: str, text: str, state: str = KEPT

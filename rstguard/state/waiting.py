@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, TypeVar
 
+from rstguard.engine.large import LargeSource
+from rstguard.engine.ruleset import SECOND
 from rstguard.kernel.elements import Element
 from rstguard.state.history import MOST_POLICIES, Step
 
@@ -46,6 +48,17 @@ class Offended(NamedTuple):
     last: float
 
 
+class LargeRow(NamedTuple):
+    """One row of the large sources; `since` and `seen` in seconds since 1970, before any shift."""
+
+    source: str
+    share: int
+    connections: int
+    bore: int
+    since: float
+    seen: float
+
+
 @dataclass(slots=True)
 class Changes:
     """Changes that belong into the file together."""
@@ -53,6 +66,8 @@ class Changes:
     blocks: OrderedDict[tuple[str, str], Block | None] = field(default_factory=OrderedDict)
     """By source and kind; None: there is none any more."""
     offences: OrderedDict[tuple[str, str], Offended] = field(default_factory=OrderedDict)
+    large: tuple[LargeRow, ...] | None = None
+    """All that are large, where that is new."""
     history: list[Step] = field(default_factory=list)
     shift: float = 0.0
     """Seconds by which the clock was set forward since the guard began, all taken together."""
@@ -94,13 +109,16 @@ class Changes:
             self.block(key, row)
         for offence in later.offences.values():
             self.offence(offence)
+        if later.large is not None:
+            self.large = later.large
         for step in later.history:
             self.step(step)
         self.shift = later.shift
         self.dropped += later.dropped
 
     def __len__(self) -> int:
-        return len(self.blocks) + len(self.offences) + len(self.history)
+        large = self.large is not None
+        return len(self.blocks) + len(self.offences) + large + len(self.history)
 
 
 class Waiting:
@@ -137,6 +155,22 @@ class Waiting:
         """Note how often a source was banned by a rule that escalates."""
         with self._lock:
             self._changes.offence(Offended(rule, source, count, self._now()))
+
+    def large(self, sources: Iterable[LargeSource]) -> None:
+        """Note which sources are large, all of them."""
+        with self._lock:
+            now = self._now()
+            self._changes.large = tuple(
+                LargeRow(
+                    str(one.source),
+                    one.share,
+                    one.connections,
+                    one.bore,
+                    now - one.age / SECOND,
+                    now - one.quiet / SECOND,
+                )
+                for one in sources
+            )
 
     def shift(self, seconds: float) -> None:
         """Note that the clock was set forward by so much, or back: all times move along with it."""

@@ -37,6 +37,8 @@ def write(database: sqlite3.Connection, changes: Changes, shifted: float, now: f
     if further:
         database.execute("UPDATE blocks SET expires = expires + ?", (further,))
         database.execute("UPDATE offences SET last = last + ?", (further,))
+        moved = "UPDATE large_sources SET since = since + ?, seen = seen + ?"
+        database.execute(moved, (further, further))
     gone = (key for key, row in changes.blocks.items() if row is None)
     database.executemany("DELETE FROM blocks WHERE source = ? AND kind = ?", gone)
     for row in there(changes):
@@ -44,6 +46,10 @@ def write(database: sqlite3.Connection, changes: Changes, shifted: float, now: f
         database.execute(_REPLACE if row.replaces else _PROLONG, values)
     offences = (row._replace(last=row.last + shift) for row in changes.offences.values())
     database.executemany("INSERT OR REPLACE INTO offences VALUES (?, ?, ?, ?)", offences)
+    if changes.large is not None:
+        large = (r._replace(since=r.since + shift, seen=r.seen + shift) for r in changes.large)
+        database.execute("DELETE FROM large_sources")
+        database.executemany("INSERT INTO large_sources VALUES (?, ?, ?, ?, ?, ?)", large)
     for step in changes.history:
         _write_step(database, step)
     database.execute("INSERT OR REPLACE INTO written VALUES (1, ?)", (now,))

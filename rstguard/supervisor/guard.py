@@ -115,6 +115,10 @@ class Guard:
         """What all processes counted since the guard started."""
         return sum((child.totals for child in self.children), Counter())
 
+    def note_large(self, large: Large, now: float) -> None:
+        """Take note of the large sources, as they are at a time of the loop."""
+        self.large, self.large_at = large, now
+
     def large_now(self, now: float) -> Large:
         """Return the large sources, as old as they are at a time of the loop."""
         return self.large.later(max(0, int((now - self.large_at) * SECOND)))

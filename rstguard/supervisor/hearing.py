@@ -27,6 +27,7 @@ from rstguard.ipc.messages import (
 )
 from rstguard.ipc.said import Large, UnderPressure, Weighed
 from rstguard.observe.events import Event
+from rstguard.state.record import Record
 from rstguard.supervisor.bans import Bans
 from rstguard.supervisor.guard import Guard, Pressed
 from rstguard.supervisor.inquiry import Inquiry
@@ -36,8 +37,9 @@ from rstguard.supervisor.learning import Learning
 class Hearing:
     """Takes the messages of all processes."""
 
-    def __init__(self, guard: Guard, bans: Bans, learning: Learning) -> None:
+    def __init__(self, guard: Guard, bans: Bans, learning: Learning, record: Record) -> None:
         self._guard = guard
+        self._record = record
         self._bans = bans
         self._learning = learning
         self.explained: Inquiry[Explained] = Inquiry()
@@ -136,7 +138,8 @@ class Hearing:
         """Tell which sources are large that were not."""
         guard = self._guard
         before = {one.source for one in guard.large.sources}
-        guard.large, guard.large_at = message, asyncio.get_running_loop().time()
+        guard.note_large(message, asyncio.get_running_loop().time())
+        self._record.large(message)
         for one in message.sources:
             if one.source not in before:
                 spared = "spared" if one.bore else "not spared, as it has borne nothing in calm"

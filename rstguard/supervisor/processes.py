@@ -63,9 +63,9 @@ class Processes:
         guard, record, learning = self._guard, self._record, self._learning
         return lambda: (
             Start(guard.ruleset, queue, index),
-            *record.offences(),
             guard.productive,
             guard.large_now(asyncio.get_running_loop().time()),
+            *record.offences(),
             *learning.first(),
         )
 

@@ -143,6 +143,7 @@ class Supervisor:
         await asyncio.to_thread(parts.footprint.prepare, guard.ruleset)
         parts.settings.tell_start()
         await parts.record.bring_back()
+        guard.note_large(parts.record.large_before, asyncio.get_running_loop().time())
         for child in guard.children:
             processes.create_task(child.live(), name=child.name)
         parts.processes.asking.begin(processes)

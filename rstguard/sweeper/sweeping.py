@@ -70,8 +70,8 @@ class Sweeping:
         """How long after a sweep the next one begins at the soonest, in nanoseconds."""
         self._told: frozenset[int] | None = None
         self._tell_at = 0
-        self._told_large: dict[Prefix, bool] = {}
-        """Which sources were told of as large, and whether as spared."""
+        self._told_large: dict[Prefix, bool] | None = None
+        """Which sources were told of as large, and whether as spared; None before the first."""
         self._tell_large_at = 0
         self._ruleset = ruleset
         self._marks = Marks(ruleset.marks)
@@ -162,7 +162,10 @@ class Sweeping:
         self._channel.send(UnderPressure(tuple(told)))
 
     def _tell_large(self, now: int) -> None:
-        """Tell which sources are large, if that has changed, and how they are now and then."""
+        """Tell which sources are large, if that has changed, and how they are now and then.
+
+        The first time also if none is: an earlier sweeper may have told of some.
+        """
         sources = self.sweep.found_large(now)
         spared = {one.source: bool(one.bore) for one in sources}
         if self._told_large == spared and (not spared or now < self._tell_large_at):

@@ -129,9 +129,9 @@ STATUS = {
     "pressure": [],
     "large_sources": [
         {"source": "203.0.113.9", "percent": 61, "connections": 1234, "bore": 1000,
-         "may_hold": 2000, "since_s": 1500},
+         "may_hold": 2000, "since_s": 1500, "quiet_s": 5},
         {"source": "203.0.113.8", "percent": 26, "connections": 500, "bore": 0,
-         "may_hold": 0, "since_s": 700},
+         "may_hold": 0, "since_s": 700, "quiet_s": 3700},
     ],
     "forgotten": {"adopted": 0, "dropped": 0},
     "limited": {"out_of_state": 0, "bad_flags": 0, "reset_rate": 0},

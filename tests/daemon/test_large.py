@@ -114,6 +114,15 @@ def test_a_cdn_is_named_and_goes_on_until_somebody_says_what_it_is(
     wait_until(lambda: guard.status()["sweeper"]["ready"], 20)
     assert after_sweeps(guard, links) == 3 * LIMIT  # its successor knows it
 
+    known = named(guard, cdn)
+    guard.stop()
+    guard.file.write_text(policy("enforce"))
+    guard.start()
+    assert after_sweeps(guard, links) == 3 * LIMIT  # and so does the next guard, at once
+    assert named(guard, cdn)["may_hold"] == known["may_hold"]
+    assert named(guard, cdn)["since_s"] >= known["since_s"]
+    assert guard.events("large_source", "large_source") == 0
+
     guard.apply(policy("enforce", network_of(cdn)))
     wait_until(lambda: not named(guard, cdn), 20)
     wait_until(lambda: sum(not is_dead(link.client) for link in links) == LIMIT, 20)

@@ -244,6 +244,20 @@ def test_what_was_told_to_another_sweeper_is_taken_up() -> None:
     assert successor.large.keys() == {SOURCE}
 
 
+def test_another_sweeper_keeps_it_no_longer_than_the_first() -> None:
+    gateway = Gateway(policy())
+    gateway.see([*held(BELOW), *others(LIMIT)], CALM)
+    gateway.now += LASTS // 2
+    gateway.see(others(LIMIT))
+    (told,) = gateway.sweep.found_large(gateway.now)
+    assert LASTS / 2 < told.quiet < told.age
+    for quiet, kept in ((LASTS - 2 * EVERY, True), (LASTS + 1, False)):
+        successor = Gateway(policy())
+        successor.sweep.large.restore([told._replace(quiet=quiet)], START)
+        successor.see(others(LIMIT))
+        assert (SOURCE in successor.large) is kept
+
+
 def test_its_prefix_may_hold_its_connections_and_those_of_its_neighbours() -> None:
     wide = replace(LIMITED, per=Per.PREFIX, ipv4_length=24, ipv6_length=48)
     gateway = Gateway(policy(wide))

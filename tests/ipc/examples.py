@@ -57,7 +57,12 @@ EXAMPLES: tuple[FromChild, ...] = (
     UnderPressure(()),
     UnderPressure((PressedService(FLOW6.destination, 443, 700, 384, 729),)),
     Large(()),
-    Large((LargeSource(BAN.source, 61, 1234, 0, 0), LargeSource(BAN6.source, 30, 600, 500, 9))),
+    Large(
+        (
+            LargeSource(BAN.source, 61, 1234, 0, 0, 0),
+            LargeSource(BAN6.source, 30, 600, 500, 9, 7),
+        )
+    ),
     Counts({"packets": 1 << 62, "rule.syn-rate": 3, "verdict.drop": 3}),
     Productive({}),
     Productive({KEY6 >> 64: 100, 0xC6336407: 0}),

@@ -48,7 +48,7 @@ SNAPSHOT: dict[str, Any] = {
     "foreign_marks": {"problems": [], "cleared": 4, "spared": 5},
     "large_sources": [
         {"source": "203.0.113.9", "percent": 61, "connections": 1234, "bore": 1000,
-         "may_hold": 2000, "since_s": 1500},
+         "may_hold": 2000, "since_s": 1500, "quiet_s": 5},
     ],
     "pressure": [
         {"service": "10.0.0.1:80", "pressed_s": 3.0, "connections": 700, "start": 384, "end": 729},

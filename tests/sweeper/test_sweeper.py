@@ -28,7 +28,7 @@ from rstguard.ipc.messages import (
     Start,
     Stop,
 )
-from rstguard.ipc.said import UnderPressure
+from rstguard.ipc.said import Large, UnderPressure
 from rstguard.kernel import KernelError
 from rstguard.kernel.elements import Element
 from rstguard.kernel.marks import Bits, Labels, Marks
@@ -305,7 +305,7 @@ def test_turns_say_how_long_to_wait(drive: Drive) -> None:
     driven = drive(ruleset())
     driven.sweeper.begin()
     assert driven.turn() == SECOND // 2
-    assert driven.heard() == [Ready(0), UnderPressure(())]
+    assert driven.heard() == [Ready(0), UnderPressure(()), Large(())]
     driven.end.send(Productive({}))  # told to all, and no news to the sweeper
     driven.end.send(Stop())
     assert driven.turn() is None
