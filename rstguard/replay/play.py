@@ -116,7 +116,9 @@ class Replay:
         self.hits = self._effects.hits
         self._table = Table(most, self._way.guards, self._effects.let_go)
         self._judge: Judge = judge or Engine(ruleset)
-        self._sweeping: Sweeping = sweeping or Sweep(ruleset)
+        sweep = Sweep(ruleset)
+        self._sweeping: Sweeping = sweeping or sweep
+        self._looks = sweeping is not None or sweep.looks
         self._sweep_at = 0
         self._want_scale = any(rule.measure is Measure.STALLED for rule in ruleset.rules)
 
@@ -368,11 +370,9 @@ class Replay:
 
     def _sweep_until(self, now: int) -> None:
         """Sweep as often as the guard would have since the packet before."""
-        every = self.ruleset.sweep_every
-        step = max(every, (now - self._sweep_at) // _MOST_SWEEPS)
-        looks = self.ruleset.sweeps or self.ruleset.lenient
+        step = max(self.ruleset.sweep_every, (now - self._sweep_at) // _MOST_SWEEPS)
         while self._sweep_at <= now:
-            if looks and self._effects.shows_any:
+            if self._looks and self._effects.shows_any:
                 self._sweep(self._sweep_at)
             self._sweep_at += step
 

@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 
+from rstguard.engine.address import parse_prefix
 from rstguard.engine.engine import Engine
+from rstguard.engine.large import LEAST
 from rstguard.engine.ruleset import FORGEABLE, SECOND, Escalate, Measure, Per, Rule, Scope, Unless
+from rstguard.engine.shares import Shares
 from rstguard.engine.verdict import Action, Ban, Shun
 from rstguard.engine.wire import ACK, FIN, KNOWN, PROVEN, PSH, RST, SYN, URG, Packet, parse
 from rstguard.replay.play import BASE, Replay
@@ -510,3 +513,29 @@ def test_a_replay_agrees_with_the_engine_that_is_fed_directly() -> None:
     assert {kind for kind, *_ in told} == {"ban", "shun"}
     assert len(told) >= 4
     assert [one for one in found if one[0] in ("ban", "shun")] == told
+
+
+def busy(traffic: Traffic, source: str, at: float, first: int, count: int) -> None:
+    """Open connections that both ends talk on, and that stay."""
+    for number in range(count):
+        begins, port = at + number, first + number
+        traffic.open(begins, source, source_port=port)
+        traffic.say(begins + 0.1, b"hello", source, source_port=port)
+        traffic.answer(begins + 0.2, b"hello", source, source_port=port)
+
+
+@pytest.mark.parametrize("ordinary", [False, True])
+def test_a_large_source_has_the_same_room_where_only_packets_are_counted(ordinary: bool) -> None:
+    """The guard sweeps for its sake, though no rule is judged by sweeps."""
+    traffic = Traffic()
+    busy(traffic, CLIENT, 0, 1000, LEAST)
+    busy(traffic, OTHER, 100, 1000, LEAST)
+    for number in range(30):
+        traffic.syn(200 + number / 1000, CLIENT, source_port=5000 + number)
+        traffic.syn(200 + number / 1000, "192.0.2.77", source_port=5000 + number)
+    many = rule(Measure.SYN_RATE, Action.DROP, 10, burst=10, period=SECOND)
+    said = (parse_prefix(CLIENT),) if ordinary else ()
+    replay = played(traffic, policy=policy(many, shares=Shares(25, 20 * SECOND, said)))
+    dropped = {str(hit.subject): hit.times for hit in replay.hits}
+    assert dropped.pop("192.0.2.77") == 20
+    assert dropped == ({CLIENT: 20} if ordinary else {})
