@@ -102,8 +102,10 @@ def policy_learn(
     the running guard learn for one (--live): it measures by its own policy's
     rules while that observes, and goes on if this command ends, until --for
     is over. Of fewer than 100 sources, or less than an hour, nothing is proposed:
-    such limits would be chance. Read which sources showed most, and try the limits with
-    `rstguard policy replay`, or in a policy that observes.
+    such limits would be chance. A source that carries a large share of all
+    connections, as a CDN does, is named, with what to say of it. Read which
+    sources showed most, and try the limits with `rstguard policy replay`, or
+    in a policy that observes.
     """
     if wrong := _wrong(capture, out, duration, base, live=live, start=start, stop=stop):
         raise typer.BadParameter(wrong)
@@ -311,7 +313,7 @@ def _report(lesson: Lesson, out: Path, as_json: bool) -> None:
     for one in data["rules"]:
         kept = f"kept: {one['kept_because']}"
         say(f"  {one['rule']}: {one['limit'] or kept}")
-    for note in lesson.notes:
+    for note in lesson.remarks:
         say(f"note: {note}", err=True)
 
 

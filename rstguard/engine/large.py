@@ -71,6 +71,15 @@ class LargeSource(NamedTuple):
     quiet: int
 
 
+def advice(source: str, share: int) -> str:
+    """Return what an administrator can say of a source that carries so many percent of all."""
+    return (
+        f"{source} carries {share}% of all proven connections: if it is a proxy, a load balancer "
+        "or a health checker, put it under `trusted`, or under `except` of rules; if it is a "
+        "source like any other, under `large_sources: {ordinary: [...]}`"
+    )
+
+
 def spared(sources: Iterable[LargeSource]) -> tuple[Prefix, ...]:
     """Return those of them that rules for numbers spare."""
     return tuple(one.source for one in sources if one.bore)

@@ -13,13 +13,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil, floor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rstguard.engine.gauges import LARGEST_COUNT, Gauges, is_learned
+from rstguard.engine.large import advice
 from rstguard.engine.ruleset import RATE_MEASURES, SECOND, Measure, Rule, RuleSet
 from rstguard.engine.shown import Shown, sum_up
 from rstguard.policy.quantities import DAY, HOUR, MINUTE, duration_text
 from rstguard.replay.capture import open_capture
+from rstguard.replay.carrying import Carrying
 from rstguard.replay.play import BASE, Replay
 from rstguard.replay.run import Progress, play
 
@@ -76,12 +78,27 @@ class Proposal:
         return percentile(self.values, thousandths)
 
 
+class Carrier(NamedTuple):
+    """A source that carries `percent` of all proven connections, so many of them, at a sweep."""
+
+    source: str
+    percent: int
+    connections: int
+
+    @property
+    def advice(self) -> str:
+        """What an administrator can say of it."""
+        return advice(self.source, self.percent)
+
+
 @dataclass(frozen=True, slots=True)
 class Lesson:
     """All proposals, and what they were learned from; `length` is in nanoseconds.
 
     `capture` is its name, or "" if the running guard was asked.  `packets` are those of the
-    capture, or those that came to the guard.  `notes` are what a reader of the limits should know.
+    capture, or those that came to the guard.  `carriers` are the sources that carry a large share
+    of all connections (`rstguard.engine.large`), the largest first; `notes` are what else a reader
+    of the limits should know.
     """
 
     capture: str
@@ -90,7 +107,13 @@ class Lesson:
     productive: int
     margin: float
     proposals: tuple[Proposal, ...]
+    carriers: tuple[Carrier, ...]
     notes: tuple[str, ...]
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """All that a reader of the limits should know."""
+        return (*self.notes, *(one.advice for one in self.carriers))
 
 
 def learn(ruleset: RuleSet, file: Path, margin: float, progress: Progress | None = None) -> Lesson:
@@ -100,7 +123,8 @@ def learn(ruleset: RuleSet, file: Path, margin: float, progress: Progress | None
         CaptureError: the file is no capture, or cannot be read.
     """
     gauges = Gauges(ruleset)
-    replay = Replay(ruleset, judge=gauges, sweeping=gauges)
+    carrying = Carrying(gauges, ruleset)
+    replay = Replay(ruleset, judge=gauges, sweeping=carrying)
     with open_capture(file) as capture:
         play(capture, [replay], progress)
     length = max(0, replay.now - BASE)
@@ -108,6 +132,7 @@ def learn(ruleset: RuleSet, file: Path, margin: float, progress: Progress | None
     shown = {
         gauge.rule.name: sum_up(gauge.rule, gauge.shown, productive) for gauge in gauges.gauges
     }
+    large = sorted(carrying.found.values(), key=lambda one: (-one.share, one.source))
     notes = [capture.damage, left_out_text(gauges.left_out)]
     return Lesson(
         capture.name,
@@ -116,6 +141,7 @@ def learn(ruleset: RuleSet, file: Path, margin: float, progress: Progress | None
         len({*map(replay.source_key, productive)}),
         margin,
         tuple(propose(rule, shown.get(rule.name), length, margin) for rule in ruleset.rules),
+        tuple(Carrier(str(one.source), one.share, one.connections) for one in large),
         tuple(filter(None, notes)),
     )
 
@@ -132,6 +158,10 @@ def lesson_of_guard(ruleset: RuleSet, told: Mapping[str, Any], margin: float) ->
         told["productive"],
         margin,
         tuple(propose(rule, shown.get(rule.name), length, margin) for rule in ruleset.rules),
+        tuple(
+            Carrier(row["source"], row["percent"], row["connections"])
+            for row in told["large_sources"]
+        ),
         tuple(filter(None, notes)),
     )
 
@@ -240,6 +270,7 @@ def lesson_data(lesson: Lesson) -> dict[str, Any]:
         "productive_sources": lesson.productive,
         "margin": lesson.margin,
         "notes": list(lesson.notes),
+        "large_sources": [{**one._asdict(), "advice": one.advice} for one in lesson.carriers],
         "rules": [
             {
                 "rule": one.rule.name,

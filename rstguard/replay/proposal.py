@@ -85,7 +85,7 @@ def _head(lesson: Lesson) -> Iterator[str]:
     yield "is what it is at most: bursts are left out of account. Read who showed most of all:"
     yield "whoever guesses passwords looks productive, too. A limit far below the base's wants a"
     yield "longer capture." if lesson.capture else "longer time."
-    yield from (f"Note: {note}." for note in lesson.notes)
+    yield from (f"Note: {note}." for note in lesson.remarks)
 
 
 def _why(proposal: Proposal, margin: float) -> Iterator[str]:

@@ -145,11 +145,6 @@ class Learning:
             times = "once" if self._deaths == 1 else f"{self._deaths} times"
             yield f"a process of the guard died {times}: what it had measured is missing"
         yield from self._notes
-        for one in self._guard.large.sources:
-            yield (
-                f"{one.source} carries {one.share}% of all proven connections: if it is a proxy or "
-                "a load balancer, put it under `trusted`, or under `except` of rules"
-            )
 
     def _now(self) -> tuple[float, int]:
         return asyncio.get_running_loop().time(), sum(
@@ -234,6 +229,10 @@ class Learning:
             "productive": len({*map(one.of, gathered.productive)}),
             "left_out": gathered.left_out,
             "rules": rows,
+            "large_sources": [
+                {"source": str(one.source), "percent": one.share, "connections": one.connections}
+                for one in guard.large.sources
+            ],
         }
 
     async def _gather(self) -> _Gathered:

@@ -222,3 +222,41 @@ def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:
     assert run("learn", *LITTLE, file, "--out", out, "--base", tmp_path / "none").returncode == 1
     assert run("learn", *LITTLE, file, "--out", tmp_path / "none" / "out.yaml").returncode == 1
     assert not out.exists()
+
+
+CDN, CDN6 = "192.0.2.200", "2001:db8:7::1"
+
+
+def behind_a_cdn(address: str, seconds: int = 40) -> Traffic:
+    """Many connections of one source that go on, beside two each of others."""
+    made = Traffic()
+    for number in range(60):
+        for own, port in ((address, 2000 + number), (f"198.51.100.{number // 2}", 3000 + number)):
+            made.open(number / 10, own, source_port=port)
+            made.say(number / 10 + 0.01, b"hello", own, source_port=port)
+            made.answer(number / 10 + 0.02, b"hello", own, source_port=port)
+    made.visit(seconds, HONEST, source_port=9)
+    return made
+
+
+@pytest.mark.parametrize("address", [CDN, CDN6])
+def test_a_source_that_carries_a_large_share_is_named(tmp_path: Path, address: str) -> None:
+    base, out = tmp_path / "base.yaml", tmp_path / "proposed.yaml"
+    base.write_text(BASE + "large_sources: {after: 10s}\n")
+    file = write(tmp_path, behind_a_cdn(address))
+    done = run("learn", *LITTLE, file, "--out", out, "--base", base)
+    named = "2001:db8:7::/64" if ":" in address else address
+    said = f"{named} carries 50% of all proven connections: if it is a proxy, "
+    assert f"note: {said}" in done.stderr.decode()
+    assert f"# Note: {said}" in out.read_text()
+    assert run("check", out).returncode == 0
+    done = run("learn", *LITTLE, file, "--out", out, "--base", base, "--json", "--force")
+    (row,) = json.loads(done.stdout)["large_sources"]
+    assert (row["source"], row["percent"], row["connections"]) == (named, 50, 60)
+    assert "`large_sources: {ordinary: [...]}`" in row["advice"]
+
+    settled = BASE + f'large_sources: {{after: 10s, ordinary: ["{named}"]}}\n'
+    for text in (BASE, settled):  # by default it takes ten minutes
+        base.write_text(text)
+        done = run("learn", *LITTLE, file, "--out", out, "--base", base, "--json", "--force")
+        assert json.loads(done.stdout)["large_sources"] == []
