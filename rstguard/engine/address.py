@@ -1,8 +1,9 @@
 """Addresses and prefixes as plain integers, so that one code path serves IPv4 and IPv6.
 
 An IPv4 address is its 32-bit value.  An IPv6 address is its 128-bit value plus the tag bit
-``V6`` (2**128).  The tag survives a right shift, so a key made by ``address >> shift`` can never
-be the same for an IPv4 and an IPv6 source, whatever an attacker puts into the header.
+``V6`` (2**128).  The tag survives a right shift, so a key made by ``address >> shift`` of at least
+`LEAST_IPV6` bits of an IPv6 address, as every policy's, can never be that of an IPv4 source,
+whatever an attacker puts into the header.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 V6 = 1 << 128
+LEAST_IPV6 = 32
+"""Bits of an IPv6 address that a key holds at least: with fewer, the tag would come to stand where
+IPv4 keys have a bit."""
 
 
 def is_v6(address: int) -> bool:
@@ -45,7 +49,8 @@ def source_key(address: int, ipv4_length: int, ipv6_length: int) -> int:
     """Return the key that a source is counted by, when so many bits of its address make a source.
 
     The rule: the host bits are cut off, 32 less the length of an IPv4 address and 128 less that of
-    an IPv6 address.  As the tag bit stays, no two families share a key.
+    an IPv6 address.  As the tag bit stays, no two families share a key; `ipv6_length` must be
+    `LEAST_IPV6` or more.
     Three places spell it themselves, for what a call costs with every SYN:
     `rstguard.engine.rules`, `rstguard.engine.newcomers`, and `Engine.at` under load.
     """

@@ -6,7 +6,7 @@ from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator
 
-from rstguard.engine.address import Prefix
+from rstguard.engine.address import LEAST_IPV6, Prefix
 from rstguard.engine.ruleset import RULE_NAME
 from rstguard.policy.quantities import PortRange, count, network, show
 from rstguard.policy.quantities import ports as port_range
@@ -50,16 +50,18 @@ class Model(BaseModel):
 class Widths(Model):
     """How wide one counted source is, in bits of the address.
 
-    Wider than /8 or /24 one offence would count against a continent; a worker is also chosen by
-    the bits that all addresses of a counted prefix share, so there must be some.
+    Wider than /8 or /32 one offence would count against a continent, or against a provider; a
+    worker is also chosen by the bits that all addresses of a counted prefix share, so there must be
+    some; and keys of 32 bits or more of IPv6 are never those of IPv4
+    (`rstguard.engine.address.source_key`).
     """
 
     ipv4: Annotated[int, PlainValidator(count(8, 32))] = 32
-    ipv6: Annotated[int, PlainValidator(count(24, 128))] = 64
+    ipv6: Annotated[int, PlainValidator(count(LEAST_IPV6, 128))] = 64
 
 
 class DestinationWidths(Model):
     """How wide one counted destination is, in bits of the address."""
 
     destination_ipv4: Annotated[int, PlainValidator(count(8, 32))] = 24
-    destination_ipv6: Annotated[int, PlainValidator(count(24, 128))] = 48
+    destination_ipv6: Annotated[int, PlainValidator(count(LEAST_IPV6, 128))] = 48

@@ -70,7 +70,7 @@ MEANINGS = MappingProxyType(
         "except": "networks of sources that the rule does not concern, those of a load balancer, "
         "say",
         "destination_ipv4": "bits of an IPv4 address, 8 to 32, by default 24",
-        "destination_ipv6": "bits of an IPv6 address, 24 to 128, by default 48",
+        "destination_ipv6": "bits of an IPv6 address, 32 to 128, by default 48",
         "ports": "numbers and ranges; omitted: any (in a rule: all that are protected)",
         "packets": "inbound packets of a connection before it is trusted, by default 8",
         "rate": "SYNs a second to one service, by default any number; what is above it is "
@@ -103,7 +103,7 @@ MEANINGS = MappingProxyType(
         "omitted: the whole life of the connection",
         "window": "bytes of advertised window, 0 to 65535",
         "ipv4": "bits of an IPv4 address, 8 to 32",
-        "ipv6": "bits of an IPv6 address, 24 to 128",
+        "ipv6": "bits of an IPv6 address, 32 to 128",
     }
 )
 """What each key means, with its default."""

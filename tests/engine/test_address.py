@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rstguard.engine.address import (
+    LEAST_IPV6,
     V6,
     Networks,
     Prefix,
@@ -18,7 +20,10 @@ from rstguard.engine.address import (
     parse_address,
     parse_prefix,
     prefix_of,
+    source_key,
+    source_of_key,
 )
+from rstguard.policy.base import DestinationWidths, Widths
 
 addresses = st.ip_addresses().map(str)
 
@@ -44,6 +49,28 @@ def test_a_prefix_is_what_ipaddress_says(text: str, ipv4: int, ipv6: int) -> Non
 def test_no_prefix_covers_the_other_family(number: int, ipv4: int, ipv6: int) -> None:
     assert not prefix_of(number, ipv4, ipv6).covers(number | V6)
     assert not prefix_of(number | V6, ipv4, ipv6).covers(number)
+
+
+@given(st.integers(0, 0xFFFFFFFF), st.integers(8, 32), st.integers(LEAST_IPV6, 128))
+def test_no_key_is_that_of_the_other_family(number: int, ipv4: int, ipv6: int) -> None:
+    """The IPv6 address is the one whose key comes nearest."""
+    key = source_key(number, ipv4, ipv6)
+    address = V6 | key << 128 - ipv6 & V6 - 1
+    assert source_key(address, ipv4, ipv6) != key
+    assert source_of_key(key, ipv4, ipv6) == prefix_of(number, ipv4, ipv6)
+    of_v6 = source_of_key(source_key(address, ipv4, ipv6), ipv4, ipv6)
+    assert of_v6 == prefix_of(address, ipv4, ipv6)
+
+
+@pytest.mark.parametrize(
+    "widths", [lambda n: Widths(ipv6=n), lambda n: DestinationWidths(destination_ipv6=n)]
+)
+def test_no_policy_counts_by_keys_that_would_be(widths: Callable[[int], object]) -> None:
+    ours, theirs = V6 | 1 << 104, parse_address("1.0.0.1")
+    assert source_key(ours, 32, 24) == source_key(theirs, 32, 24)
+    assert widths(LEAST_IPV6)
+    with pytest.raises(ValueError, match="write a number from 32 to 128"):
+        widths(LEAST_IPV6 - 1)
 
 
 def test_everything_is_covered_by_a_prefix_of_length_0() -> None:
