@@ -234,6 +234,16 @@ TABLE: tuple[Row, ...] = (
         "Time from one sweep to the next: `sweep_every`, or five times what the last one took of a"
         " core, if that is longer.",
         _one(lambda data: data["counts"].get("sweep_period_ms", 0) / 1e3)),
+    Row("rstguard_counting_cpu_seconds_total", "counter", (),
+        "Processor time that it took to count connections as they begin and end, between sweeps.",
+        _one(lambda data: data["counts"].get("counting_cpu_us", 0) / 1e6)),
+    Row("rstguard_counted_keys", "gauge", (),
+        "Sources, prefixes and services so near a limit of `connections` that theirs are counted "
+        "as they begin and end.", _count("watched")),
+    Row("rstguard_counting_incomplete", "gauge", ("why",),
+        "1 while limits of `connections` hold by the kernel's own count or by sweeps alone: "
+        "uncounted (more began in the last minute than could be heard of), cannot_count (nothing "
+        "can be heard of at all).", _named("uncounted", "cannot_count")),
     Row("rstguard_pressed_connections", "gauge", ("service",),
         "Live connections of each service that is in distress now.",
         lambda data: [((row["service"],), float(row["connections"])) for row in data["pressure"]]),

@@ -65,7 +65,7 @@ SNAPSHOT: dict[str, Any] = {
     "counts": {
         "ban": {"rate": 6}, "start": {"start": 1}, "verdict.drop": 11, "rule.rate": 12,
         "flows": 100, "unconfirmed": 3, "block_failed": 2, "sweep_cpu_us": 1_500_000,
-        "sweep_period_ms": 4500,
+        "sweep_period_ms": 4500, "counting_cpu_us": 250_000, "watched": 7, "uncounted": 1,
     },
     "resets": [{"rule": "idle", "reason": "idle", "count": 8}],
 }  # fmt: skip
@@ -108,6 +108,10 @@ def samples(data: dict[str, Any]) -> dict[tuple[str, tuple[str, ...]], float]:
         ("connections", (), 100),
         ("sweep_cpu_seconds_total", (), 1.5),
         ("sweep_period_seconds", (), 4.5),
+        ("counting_cpu_seconds_total", (), 0.25),
+        ("counted_keys", (), 7),
+        ("counting_incomplete", ("uncounted",), 1),
+        ("counting_incomplete", ("cannot_count",), 0),
         ("pressed_connections", ("10.0.0.1:80",), 700),
         ("syn_budget_engaged", ("10.0.0.1:80",), 1),
         ("syn_budget_engaged", ("10.0.0.1:443",), 0),
