@@ -134,6 +134,7 @@ def policy_text(place: Place, wanted: Wanted) -> str:
         for line in (
             _HEAD.format(file=wanted.file, name="-".join(wanted.purposes) or "first"),
             *_protect(found, names, wanted),
+            *_large(found, names),
             _TRUSTED,
             *_rules(found, wanted),
         )
@@ -285,6 +286,26 @@ def _ports(found: _Found, wanted: Wanted) -> Iterator[str]:
             yield from _comment(f"Nothing was found that serves {purpose}: its usual ports.", "  ")
         ports |= there or PURPOSES[purpose].ports
     yield f"  ports: [{ports_text(frozenset(ports))}]"
+
+
+def _large(found: _Found, names: Sequence[str]) -> Iterator[str]:
+    """Name who holds so many connections that it may stand for many clients."""
+    told = set()
+    for one in found.place.holders:
+        if one.interface in ("", *names) and one.source not in told:
+            told.add(one.source)
+            of = (
+                f"of those that come by {one.interface} now"
+                if one.interface
+                else "of all proven ones, as the running guard has found"
+            )
+            source = _quoted(str(one.source))
+            yield from _comment(
+                f"{one.source} holds {one.connections} connections, {one.percent}% {of}. If it is "
+                "a proxy, a load balancer or a health checker, name it under `trusted`, or under "
+                f"`except` of rules; if it is a source like any other, say "
+                f"`large_sources: {{ordinary: [{source}]}}`."
+            )
 
 
 def _rules(found: _Found, wanted: Wanted) -> Iterator[str]:

@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rstguard.cli.common import (
+    DEFAULT_DIR,
     FAILED,
     Json,
+    RuntimeDir,
+    ask,
     errors_in_one_sentence,
     fail,
     print_json,
@@ -21,6 +24,7 @@ from rstguard.cli.common import (
     say,
 )
 from rstguard.cli.files import replace
+from rstguard.ipc.requests import ControlError
 
 if TYPE_CHECKING:
     from rstguard.cli.fresh import Wanted
@@ -62,12 +66,14 @@ def policy_new(
         Path | None, typer.Option(metavar="FILE", help="Where to write it; else it is printed.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite FILE.")] = False,
+    runtime_dir: RuntimeDir = DEFAULT_DIR,
     as_json: Json = False,
 ) -> None:
     """Look at this machine and write a policy that fits, with the reasons in comments.
 
-    Looked at are interfaces, addresses and routes, ports that listen, and what is translated
-    (DNAT). Nothing is changed. The policy observes: it counts, and does nothing.
+    Looked at are interfaces, addresses and routes, ports that listen, what is translated
+    (DNAT), and who holds a large share of the connections, as a CDN does; a running guard
+    is asked, too. Nothing is changed. The policy observes: it counts, and does nothing.
     """
     if out is not None and out.exists() and not force:
         fail(f"{out} exists: name another file, or overwrite it with --force", FAILED)
@@ -77,7 +83,7 @@ def policy_new(
     file = str(out.absolute()) if out is not None else "FILE"
     wanted = Wanted(tuple(interface or ()), named, file)
     with errors_in_one_sentence():
-        place = look()
+        place = with_guard(look(), runtime_dir)
     text = text_for(place, wanted)
     if out is not None:
         try:
@@ -125,6 +131,22 @@ def look() -> Place:
 
     with _telling("looking at routes and rules, which are many here …"):
         return look_around(Linux())
+
+
+def with_guard(place: Place, directory: Path) -> Place:
+    """Add the large sources that a running guard has found, if there is one."""
+    from rstguard.engine.address import parse_prefix
+    from rstguard.kernel.holders import Holder
+
+    try:
+        rows = ask(directory, {"command": "status"})["large_sources"]
+        found = tuple(
+            Holder(parse_prefix(row["source"]), int(row["percent"]), int(row["connections"]))
+            for row in rows
+        )
+    except (ControlError, ValueError):
+        return place
+    return place._replace(holders=(*found, *place.holders))
 
 
 @contextmanager

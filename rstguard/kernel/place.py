@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple
 
 from rstguard.engine.address import Prefix, address_text, is_v6, parse_address, parse_prefix
 from rstguard.kernel import KernelError, NotThere, translations
+from rstguard.kernel.holders import Holder, holders
 from rstguard.kernel.links import Link
 from rstguard.kernel.seam import Kernel
 from rstguard.kernel.translations import Translation
@@ -64,6 +65,7 @@ class Place(NamedTuple):
     networks: tuple[Network, ...] = ()
     listeners: tuple[Listener, ...] = ()
     forwards: frozenset[int] = frozenset()
+    holders: tuple[Holder, ...] = ()
 
 
 class _Reader:
@@ -128,12 +130,18 @@ def look_around(kernel: Kernel) -> Place:
     for version, name in _FORWARDS.items():
         with contextlib.suppress(KernelError):
             forwards |= {version} if kernel.read_sysctl(name) != "0" else set()
+    held: tuple[Holder, ...] = ()
+    try:
+        held = holders(kernel)
+    except KernelError:
+        reader.unknown.append("who holds how many connections (needs root)")
     return place._replace(
         unknown=tuple(dict.fromkeys((*place.unknown, *reader.unknown))),
         defaults=tuple(name for name in defaults if name != "lo"),
         networks=tuple(networks),
         listeners=tuple(_listeners(reader)),
         forwards=frozenset(forwards),
+        holders=held,
     )
 
 

@@ -21,6 +21,7 @@ from rstguard.cli.files import replace
 from rstguard.cli.fresh import Wanted, policy_text
 from rstguard.engine.address import parse_address, parse_prefix
 from rstguard.engine.verdict import Action
+from rstguard.kernel.holders import Holder
 from rstguard.kernel.links import Link
 from rstguard.kernel.place import Address, Listener, Network, Place
 from rstguard.kernel.standing import amiss
@@ -111,6 +112,17 @@ PLACES = {
     "docker": (DOCKER, Wanted()),
     "uplinks": (UPLINKS, Wanted()),
     "not-root": (ROUTER._replace(unknown=("what is translated (needs root)",)), Wanted()),
+    "proxied": (
+        HOST._replace(
+            holders=(
+                Holder(parse_prefix("2001:db8:7::/64"), 61, 1234),
+                Holder(parse_prefix("198.51.100.9"), 40, 400, "eth0"),
+                Holder(parse_prefix("2001:db8:7::/64"), 30, 300, "eth0"),
+                Holder(parse_prefix("10.0.0.9"), 99, 99, "lan"),
+            )
+        ),
+        Wanted(),
+    ),
     "named": (Place(), Wanted(interfaces=("wan0", "wan1"))),
 }
 
