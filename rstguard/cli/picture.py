@@ -155,14 +155,14 @@ def _budget(now: Status, before: Status, seconds: float) -> Iterator[Line]:
     over = [row for row in budget["services"] if row["engaged_s"] is not None]
     for row in over[:_MOST_SERVICES]:
         text = f"  {row['service']}: SYN cookies for {_lasting(row['engaged_s'])}"
-        yield Line(text + waiting(row, budget), Style.TITLE)
+        yield Line(text + waiting(row), Style.TITLE)
     if rest := over[_MOST_SERVICES:]:
         yield Line(f"  and {len(rest)} more over it")
     elif not over:
         known = f"  services known: {len(budget['services'])}, none over it"
         counted = [row for row in budget["services"] if row["half_open"]]
         most = max(counted, key=lambda row: row["half_open"]["open"], default=None)
-        yield Line(f"{known}; {most['service']}{waiting(most, budget)}" if most else known)
+        yield Line(f"{known}; {most['service']}{waiting(most)}" if most else known)
 
 
 def _pressure(now: Status) -> Iterator[Line]:

@@ -194,15 +194,15 @@ def _budget(budget: Status | None) -> Iterator[str]:
         state = "within budget" if over is None else f"SYN cookies for {over:.0f} s"
         scale = f", wscale {offers['scale']}" if offers["scale"] >= 0 else ""
         to = f", translated to {' or '.join(offers['to'])}" if offers["to"] else ""
-        state += waiting(service, budget)
+        state += waiting(service)
         yield f"    {service['service']}: {state} (mss {offers['mss']}{scale}{to})"
 
 
-def waiting(service: Status, budget: Status) -> str:
+def waiting(service: Status) -> str:
     """Return what to say of the handshakes of a service that are open, "" if nobody counts them."""
     row = service["half_open"]
     if row is None:
         return ""
     beside = f", {row['beside']} beside" if row["beside"] else ""
     shared = ", with other services" if row["shared"] else ""
-    return f", {row['open']} of {budget['half_open']} handshakes open{beside}{shared}"
+    return f", {row['open']} of {row['most']} handshakes open{beside}{shared}"

@@ -15,13 +15,14 @@ from rstguard.kernel.services import Known, Services
 class Open(NamedTuple):
     """Handshakes of a service that its clients have not completed, as the kernel counts them.
 
-    `open` of them count for `half_open`, `beside` are of sources proven lately, which pass until
-    there are as many again.  If `shared`, they are those of all services without lists of their
-    own.
+    `open` of them count for `half_open`, up to `most`; `beside` are of sources proven lately, which
+    pass until there are as many again.  If `shared`, they are those of all services without lists
+    of their own.
     """
 
     open: int
     beside: int
+    most: int
     shared: bool
 
 
@@ -43,13 +44,13 @@ def read(kernel: Kernel, ruleset: RuleSet, known: Known) -> dict[Service, Open]:
     with kernel.sets() as sets:
         held = {names: _entries(sets, names) for names in users}
     return {
-        service: Open(*counts, shared=users[names] > 1)
+        service: Open(*counts, names[2], shared=users[names] > 1)
         for service, names in lists.items()
         if (counts := held[names]) is not None
     }
 
 
-def _entries(sets: ElementSets, names: tuple[str, str]) -> tuple[int, int] | None:
+def _entries(sets: ElementSets, names: tuple[str, str, int]) -> tuple[int, int] | None:
     """Return how much the lists hold, None while they are not there, as the rules change."""
     try:
         return sets.entries(names[0]), sets.entries(names[1])

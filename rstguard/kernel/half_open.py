@@ -156,14 +156,16 @@ def lying(family: int) -> str:
     )
 
 
-def names(services: Services) -> dict[Service, tuple[str, str]]:
+def names(services: Services) -> dict[Service, tuple[str, str, int]]:
     """Return the names of the two lists of each service that is counted; some services share them.
 
-    The first is the one that fills, the second that of sources proven lately, which pass beside.
+    The first is the one that fills, the second that of sources proven lately, which pass beside;
+    the number is how many either holds.
     """
     if not has_count(services.ruleset):
         return {}
-    return {service: (each.name, each.beside) for service, each in _lists(services).items()}
+    lists = _lists(services)
+    return {service: (each.name, each.beside, each.most) for service, each in lists.items()}
 
 
 def chains(services: Services) -> dict[str, tuple[str, ...]]:

@@ -127,8 +127,9 @@ def _half_open(data: Snapshot) -> Iterator[Sample]:
 
 
 def _half_open_limit(data: Snapshot) -> Iterator[Sample]:
-    if (budget := data["syn_budget"]) and budget["half_open"] is not None:
-        yield (), float(budget["half_open"])
+    for service in (data["syn_budget"] or {"services": []})["services"]:
+        if held := service["half_open"]:
+            yield (service["service"],), float(held["most"])
 
 
 def _build(data: Snapshot) -> Iterator[Sample]:
@@ -259,8 +260,9 @@ TABLE: tuple[Row, ...] = (
         "Handshakes of a service that wait for their client: open (counted for `half_open`), beside"
         " (of sources proven lately). Services beyond the first 64 of an address family are counted"
         " together, and each shows what all of them have.", _half_open),
-    Row("rstguard_half_open_limit", "gauge", (),
-        "How many open handshakes of a service have the kernel answer its SYNs with SYN cookies.",
+    Row("rstguard_half_open_limit", "gauge", ("service",),
+        "How many open handshakes of a service have the kernel answer its SYNs with SYN cookies:"
+        " `half_open`, or half of it if it answers at the same port in both address families.",
         _half_open_limit),
     Row("rstguard_syn_cookies_total", "counter", ("outcome",),
         "SYN cookies by outcome: sent, accepted, refused, or late (too late to go on).", _cookies),

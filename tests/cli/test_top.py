@@ -139,7 +139,7 @@ def test_the_syn_budget() -> None:
 def test_open_handshakes() -> None:
     one = budget(5, 5, 65.0, None, None)
     for row, count in zip(one["services"], (128, 7, 9), strict=True):
-        row["half_open"] = {"open": count, "beside": 0, "shared": False}
+        row["half_open"] = {"open": count, "beside": 0, "most": 128, "shared": False}
     over = "  203.0.113.10:80: SYN cookies for 1 min 5 s, 128 of 128 handshakes open"
     assert over in shown(status(syn_budget=one))
     del one["services"][0]

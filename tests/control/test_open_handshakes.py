@@ -59,7 +59,8 @@ def kernel(clock: Clock, tmp_path: Path) -> FakeKernel:
 def hold(kernel: FakeKernel, service: Service, clients: int, beside: bool = False) -> None:
     """Have so many handshakes open, for the usual time."""
     known, family = {WEB6: OFFER, **MANY}, 6 if service == WEB6 else 4
-    name = half_open.names(Services(RULESET, family, known))[service][beside]
+    usual, other, _ = half_open.names(Services(RULESET, family, known))[service]
+    name = other if beside else usual
     address = "2001:db8::7" if service == WEB6 else "198.51.100.7"
     for port in range(clients):
         kernel.run(["ipset", "add", name, f"{address},tcp:{2000 + port}"])
@@ -72,17 +73,17 @@ def test_each_service_has_its_own_count(kernel: FakeKernel, clock: Clock) -> Non
     hold(kernel, WEB6, 3)
     found = read(kernel, RULESET, known)
     assert found.keys() == known.keys()
-    assert found[FIRST] == Open(5, 2, shared=False)
-    assert found[WEB6] == Open(3, 0, shared=False)
+    assert found[FIRST] == Open(5, 2, 100, shared=False)
+    assert found[WEB6] == Open(3, 0, 100, shared=False)
     clock.now += (half_open.OPEN_SECONDS + 1) * SECOND
-    assert read(kernel, RULESET, known)[FIRST] == Open(0, 0, shared=False)
+    assert read(kernel, RULESET, known)[FIRST] == Open(0, 0, 100, shared=False)
 
 
 def test_those_without_lists_of_their_own_are_counted_together(kernel: FakeKernel) -> None:
     hold(kernel, LAST, 4)
     found = read(kernel, RULESET, MANY)
-    assert found[LAST] == found[BEFORE_LAST] == Open(4, 0, shared=True)
-    assert found[FIRST] == Open(0, 0, shared=False)
+    assert found[LAST] == found[BEFORE_LAST] == Open(4, 0, 100, shared=True)
+    assert found[FIRST] == Open(0, 0, 100, shared=False)
 
 
 @pytest.mark.parametrize(

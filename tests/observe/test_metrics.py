@@ -58,7 +58,7 @@ SNAPSHOT: dict[str, Any] = {
         "cookies": {"sent": 30, "accepted": 20, "refused": 1, "late": 5},
         "services": [
             {"service": "10.0.0.1:80", "engaged_s": 3.5,
-             "half_open": {"open": 127, "beside": 3, "shared": False}},
+             "half_open": {"open": 127, "beside": 3, "most": 128, "shared": False}},
             {"service": "10.0.0.1:443", "engaged_s": None, "half_open": None},
         ],
     },
@@ -117,7 +117,7 @@ def samples(data: dict[str, Any]) -> dict[tuple[str, tuple[str, ...]], float]:
         ("syn_budget_engaged", ("10.0.0.1:443",), 0),
         ("half_open_handshakes", ("open", "10.0.0.1:80"), 127),
         ("half_open_handshakes", ("beside", "10.0.0.1:80"), 3),
-        ("half_open_limit", (), 128),
+        ("half_open_limit", ("10.0.0.1:80",), 128),
         ("syn_cookies_total", ("late",), 5),
     ],
 )
