@@ -96,6 +96,8 @@ def _hidden(scope: Scope, place: Place, destination: Prefix) -> str:
     for one in _of_protected(scope, place):
         if one.to is None or not destination.covers(one.to) or not is_private(one.to):
             continue
+        if not _concerns(scope, one):
+            continue  # at the ports that are protected clients may reach it as it is
         known = one.destination.network if one.destination else None
         if known is not None and is_private(known) and known not in own:
             continue  # an address inside a cluster, which nobody outside knows
@@ -109,6 +111,14 @@ def _hidden(scope: Scope, place: Place, destination: Prefix) -> str:
                 f"{named} instead, or leave destinations out"
             )
     return ""
+
+
+def _concerns(scope: Scope, one: Translation) -> bool:
+    """Tell whether it is about a port that is protected, by either number."""
+    if scope.ports is None or one.ports is None:
+        return True
+    first, last = one.ports
+    return one.to_port in scope.ports or bool(scope.ports.intersection(range(first, last + 1)))
 
 
 def _nowhere(scope: Scope, place: Place, destination: Prefix) -> str:

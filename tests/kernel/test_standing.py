@@ -293,6 +293,9 @@ def test_an_inside_address_that_is_known_by_another() -> None:
     assert "as 203.0.113.2" in told(any_address, "10.0.0.5")[0][1]
     elsewhere = place._replace(translations=(HIDDEN._replace(interface="lan"),))
     assert told(elsewhere, "10.0.0.5") == []
+    for port in (80, 8080):
+        assert "as 203.0.113.2" in told(place, "10.0.0.5", ports=frozenset({port}))[0][1]
+    assert told(place, "10.0.0.5", ports=frozenset({443})) == []
     cluster = HIDDEN._replace(destination=parse_prefix("10.96.0.10"))
     assert told(place._replace(translations=(cluster,)), "10.0.0.5") == []
 
