@@ -29,6 +29,8 @@ services than places, the rules must not be rewritten without end."""
 FORGET_SAMPLES = 8
 """Poor answers it takes, besides, to forget a better one."""
 
+JUMBO_MSS = 8940
+"""The largest segment size that an IPv6 SYN cookie can mean (msstab in net/ipv6/syncookies.c)."""
 _MSS, _SCALE, _SACK, _TIMESTAMPS = 2, 3, 4, 8
 _LARGEST_SCALE = 14  # RFC 7323, 2.3
 _LEAST_MSS = {False: 88, True: 1220}  # below these no cookie can encode it usefully
@@ -68,6 +70,11 @@ def read_offer(data: bytes) -> tuple[Service, Offer] | None:
     if isinstance(packet, Malformed) or packet.flags & (SYN | ACK | FIN | RST) != SYN | ACK:
         return None
     return Service(packet.source, packet.source_port), _offer(packet, options(data))
+
+
+def has_jumbo_frames(data: bytes) -> bool:
+    """Tell whether an IP packet offers a largest segment that no usual frame holds."""
+    return int.from_bytes(options(data).get(_MSS, b""), "big") >= JUMBO_MSS
 
 
 def _offer(packet: Packet, found: dict[int, bytes]) -> Offer:

@@ -139,6 +139,23 @@ def cookie_rst(opening: Packet) -> bytes:
     return rst(Tuple(*back[:4]), (opening.acknowledgement + 1) % _MODULUS)
 
 
+def cookie_reminder(asking: Packet) -> bytes:
+    """Return what has a client send the ACK of its SYN cookie once more, which was lost.
+
+    The window of a cookie is zero until its ACK has come, so that whoever has data to send asks
+    whether that has changed, again and again (RFC 9293, 3.8.6.1).  `asking` is such a segment: it
+    bears the number before the first, so that SYNPROXY does not know it for the ACK of a cookie
+    (tcp_xmit_probe_skb in net/ipv4/tcp_output.c).  To a bare ACK whose number was acknowledged
+    already the client answers with what it would send next (RFC 9293, 3.10.7.4, first step).  If
+    SYNPROXY took it for the ACK all the same, `asking` is the SYN that it sends to the server.
+    """
+    back, opening = asking.turned(), bool(asking.flags & SYN)
+    before = asking.acknowledgement - (not opening)
+    expects = asking.sequence + 1 + opening
+    path = Tuple(*back[:4])
+    return emit(_packet(path, before % _MODULUS, expects % _MODULUS, ACK, 0))
+
+
 def _packet(path: Tuple, sequence: int, acknowledgement: int, flags: int, window: int) -> Packet:
     return Packet(
         path.source,

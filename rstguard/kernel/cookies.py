@@ -23,16 +23,28 @@ Three things the kernel does not do by itself, each found by trial on 6.18:
 - The ACK that brings a cookie back is the first that the tracker sees of its connection: INVALID
   with tcp_loose=0, and NEW where it takes up connections that it has not seen begin.
 
-In the latter case a segment of an older connection, whose entry was lost, looks the same, and
-SYNPROXY would drop it.  A cookie comes in a bare ACK; so segments with data pass beside it, a few a
-second of each source that was proven lately.  The data of a new connection that arrives while its
-server is still asked fits no state of the entry there is: it is INVALID, and SYNPROXY's.
+The window of a cookie is zero, so that no data comes before the server is asked.  If the ACK that
+brings it back is lost, a client that has something to say asks again and again whether the window
+is open, with segments that bear no cookie any more (`rstguard.engine.segment.cookie_reminder`), and
+SYNPROXY drops them: at the second one the client is reminded to send the ACK once more.  It takes
+such a segment for the ACK if the cookie then means a larger segment size, and numbers are off by
+one for good.  Of IPv6 that shows where it is most likely: a client of 1440 bytes seems to be one of
+jumbo frames, whose first SYN to the server is dropped therefore, and he is reminded.  (An IPv4
+client of less than 1460, or an IPv6 one of less than 1440, waits in vain as he would behind
+SYNPROXY alone.)
+
+Where the tracker takes up connections, a segment of an older one, whose entry was lost, looks like
+the ACK of a cookie, and SYNPROXY would drop it.  A cookie comes in a bare ACK; so segments with
+data pass beside it, a few a second of each source that was proven lately.  The data of a new
+connection that arrives while its server is still asked fits no state of the entry there is: it is
+INVALID, and SYNPROXY's.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from rstguard.engine.offers import JUMBO_MSS
 from rstguard.engine.ruleset import Divert, RuleSet
 from rstguard.kernel import challenge, dnat, forgotten, half_open, half_open_dnat, syn_budget
 from rstguard.kernel.chains import Plan
@@ -45,9 +57,14 @@ from rstguard.kernel.proof import has_payload, label
 from rstguard.kernel.services import SYN, Known, Services
 
 LOG_GROUP = 5640
-"""NFLOG group of the sampled SYN-ACKs, and of the SYNs that came too late for their cookie."""
+"""NFLOG group of the sampled SYN-ACKs, of the SYNs that came too late for their cookie, and of ACKs
+that ask whether a cookie's window is still zero."""
+MOST_REMINDED = 200
+"""Of those so many a second, so that nobody has the guard answer a flood of them."""
 _LOG_BYTES = 160  # IPv6 header, one extension header, TCP header with all options
-_PLAIN_ACK = "-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK ACK"
+_ACK_ALONE = "--tcp-flags FIN,SYN,RST,ACK ACK"
+_PLAIN_ACK = f"-p tcp -m tcp {_ACK_ALONE}"
+_JUMBO = f"-p tcp -m tcpmss --mss {JUMBO_MSS}:65535"
 _TIMESTAMP = 8  # TCPOPT_TIMESTAMP
 _NO_SOCKET = "-m owner ! --socket-exists"
 
@@ -68,6 +85,7 @@ def with_cookies(plan: Plan, ruleset: RuleSet, family: int, known: Known) -> Pla
     raw[f"{PREFIX}-answer"] = build.answer()
     raw[f"{PREFIX}-opening"] = build.opening()
     mangle[f"{PREFIX}-proved"] = build.proved(admits=f"{PREFIX}-admit" in mangle)
+    mangle |= build.remind()
     if ruleset.kernel_rule:
         mangle[f"{PREFIX}-returned"] = syns(ruleset, family, returned=True)
     mangle[f"{PREFIX}-joined"] = build.joined()
@@ -78,6 +96,7 @@ def with_cookies(plan: Plan, ruleset: RuleSet, family: int, known: Known) -> Pla
     mangle[f"{PREFIX}-answers-dnat"] = dnat.sample(build.log)
     filters[f"{PREFIX}-cookies"] = on_interfaces(f"-i {{}} -j {PREFIX}-proxy")
     filters[f"{PREFIX}-proxy"] = build.proxy()
+    filters |= build.acked()
     if behind:
         mangle[f"{PREFIX}-bearer"] = dnat.bearer(services)
     if syn_budget.in_force(ruleset):
@@ -258,6 +277,7 @@ class _Build:
         rules = [
             f"{begun} -j NFLOG --nflog-group {LOG_GROUP} --nflog-size {_LOG_BYTES}",
             f"{begun} -j DROP",
+            *self.mistaken(),
             f"-m connmark --mark {marks.unguarded} -j CONNMARK --set-xmark {marks.proven}",
         ]
         if admits:  # here it is counted; who is refused is told by who hears of it
@@ -272,6 +292,24 @@ class _Build:
         else:
             rules.append(f"-j MARK --set-xmark {marks.none}")
         return tuple(rules)
+
+    def mistaken(self) -> tuple[str, ...]:
+        """Lead SYNPROXY's SYN of a client that seems to have jumbo frames aside, once."""
+        if self.family == 4:
+            return ()
+        known = f"-m set --match-set {set_name('reminded', self.family)} src,src"
+        return (f"{_JUMBO} {negated(known)} -g {PREFIX}-mistaken",)
+
+    def remind(self) -> dict[str, tuple[str, ...]]:
+        """What is led aside there."""
+        if self.family == 4:
+            return {}
+        rules = (
+            f"-j SET --add-set {set_name('reminded', self.family)} src,src --exist",
+            f"-j NFLOG --nflog-group {LOG_GROUP} --nflog-size {_LOG_BYTES}",
+            "-j DROP",
+        )
+        return {f"{PREFIX}-mistaken": rules}
 
     def joined(self) -> tuple[str, ...]:
         """SYNPROXY's ACK to the server, which must not wait in the queue.
@@ -332,4 +370,22 @@ class _Build:
         trusted = self.services.unless_trusted()  # they are given none
         if challenge.in_force(self.ruleset):
             rules = [*dnat.proxy(self.services), *rules]
-        return (*trusted, *rules, older, *self.services.for_each_offer("-j SYNPROXY"))
+        acked = self.services.for_each(f"{_ACK_ALONE} -j {PREFIX}-acked")
+        proxied = self.services.for_each_offer("-j SYNPROXY")
+        return (*trusted, *rules, older, *(acked if self.family == 4 else ()), *proxied)
+
+    def acked(self) -> dict[str, tuple[str, ...]]:
+        """The second ACK that comes without a connection: the first was none of a cookie."""
+        if self.family == 6:
+            return {}
+        acked = f"{set_name('acked', self.family)} src,src"
+        few = (
+            f"-m hashlimit --hashlimit-upto {MOST_REMINDED}/sec --hashlimit-burst {MOST_REMINDED}"
+            f" --hashlimit-name {PREFIX}{self.family}-reminded"
+        )
+        told = f"-j NFLOG --nflog-group {LOG_GROUP} --nflog-size {_LOG_BYTES}"
+        rules = (
+            f"-m set --match-set {acked} {few} {told}",
+            f"-j SET --add-set {acked} --exist",
+        )
+        return {f"{PREFIX}-acked": rules}

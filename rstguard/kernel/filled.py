@@ -16,6 +16,10 @@ MOST: Final = 1_048_576
 # (mtype_add in ip_set_hash_gen.h; tried on 6.18: hashsize 64 stopped at 64 x 12 elements).  One
 # MiB of empty buckets holds a million sources with 12 places each.
 FIXED: Final = "hashsize 131072"
+_ACKED_SECONDS: Final = 10
+_MOST_ACKED: Final = 65_536
+"""How long it is remembered who sent an ACK that may bear a cookie, or was reminded to, and of how
+many (`rstguard.kernel.cookies`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,11 @@ def learned(digit: int, family: str, ruleset: RuleSet) -> list[SetSpec]:
     specs += _counting(digit, family, ruleset)
     if challenge.in_force(ruleset) or syn_budget.has_count(ruleset):
         specs.append(_admitted(digit, family))
+    if challenge.in_force(ruleset) or syn_budget.in_force(ruleset):
+        options = f"family {family} maxelem {_MOST_ACKED} timeout {_ACKED_SECONDS}"
+        sizing = f"hashsize {_MOST_ACKED // 4} forceadd"
+        name = set_name("acked" if digit == 4 else "reminded", digit)
+        specs.append(SetSpec(name, "hash:ip,port", options, sizing))
     return [*specs, *_inside(digit, family)] if ruleset.enforce else specs
 
 

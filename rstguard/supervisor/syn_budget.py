@@ -13,9 +13,9 @@ import time
 from collections.abc import Awaitable, Callable
 
 from rstguard.engine.flow import Tuple
-from rstguard.engine.offers import Offer, Offers, read_offer
+from rstguard.engine.offers import Offer, Offers, has_jumbo_frames, read_offer
 from rstguard.engine.ruleset import SECOND, RuleSet
-from rstguard.engine.segment import cookie_rst
+from rstguard.engine.segment import cookie_reminder, cookie_rst
 from rstguard.engine.service import Service
 from rstguard.engine.wire import ACK, SYN, Packet, parse
 from rstguard.kernel import KernelError, cookies, dnat, syn_budget
@@ -122,7 +122,10 @@ class Budget:
         return self._counted
 
     def _receive(self) -> None:
-        """Take in SYN-ACKs of servers, and SYNs of SYNPROXY that could begin no connection."""
+        """Take in SYN-ACKs of servers, SYNs of SYNPROXY that could begin no connection, and ACKs.
+
+        Those ask whether the window of a cookie is still zero, whose ACK was lost.
+        """
         assert self._log is not None
         assert self._injector is not None
         now = time.monotonic_ns()
@@ -131,8 +134,13 @@ class Budget:
             if read is not None and self._offers.learn(*read, now):
                 self._changed.set()
             packet = parse(data)
-            if isinstance(packet, Packet) and packet.flags & (SYN | ACK) == SYN:
+            if not isinstance(packet, Packet):
+                continue
+            opening = packet.flags & (SYN | ACK) == SYN
+            if opening and not has_jumbo_frames(data):
                 self.late += self._injector.send([cookie_rst(packet)])
+            elif opening or (packet.flags & (SYN | ACK) == ACK and not packet.payload_length):
+                self._injector.send([cookie_reminder(packet)])
 
     def _receive_translated(self) -> None:
         """Take in SYN-ACKs as servers behind DNAT send them; the tracker knows who was asked."""

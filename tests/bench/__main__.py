@@ -21,7 +21,7 @@ from tests.bench.evasion import evasion
 from tests.bench.figures import Benchmark, Figure, as_data, table
 from tests.bench.forged import forged
 from tests.bench.forgetful import forgetful, forgetful_dropped, forgetful_flooded
-from tests.bench.hardship import lossy, neighbours
+from tests.bench.hardship import kinds, lossy, neighbours
 from tests.bench.held import held
 from tests.bench.honest import honest
 from tests.bench.kills import kills
@@ -62,6 +62,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     forged,
     neighbours,
     lossy,
+    kinds,
     forgetful,
     forgetful_dropped,
     forgetful_flooded,

@@ -122,7 +122,7 @@ def test_sources_that_refuse_what_they_have_not_asked_for_take_a_place_for_secon
 
 @BOTH_FAMILIES
 def test_how_many_are_open_is_told(lab: ThreeHosts, guard: Guard, serve: Open, v6: bool) -> None:
-    service = learned(guard, serve(8361, v6), "server")
+    service = learned(guard, serve(8386 + v6, v6), "server")  # no port of both families
     service_at, count = parse_address(service.address), MOST // 2
 
     def send(flags: int, ahead: int) -> None:
@@ -145,7 +145,7 @@ def test_how_many_are_open_is_told(lab: ThreeHosts, guard: Guard, serve: Open, v
 def test_those_of_sources_proven_lately_are_told_apart(
     lab: ThreeHosts, guard: Guard, serve: Open, v6: bool
 ) -> None:
-    service, client = serve(8362, v6), source(v6)
+    service, client = serve(8388 + v6, v6), source(v6)
     learned(guard, service, "server")
     service.connect(client).talk()
     fields = (parse_address(client), parse_address(service.address), 999, service.port)
@@ -330,6 +330,29 @@ def test_who_waits_for_an_answer_when_the_service_fills_up_is_served(
     finally:
         lab.run(lost_at, "sh", "-c", f"{tables} -D {' '.join(rule)} 2>/dev/null || :")
     one.close()
+
+
+@BOTH_FAMILIES
+def test_the_ack_of_a_cookie_that_is_lost_is_sent_once_more(
+    lab: ThreeHosts, guard: Guard, serve: Open, v6: bool
+) -> None:
+    """SYNPROXY forgets whom it gave one: without it nobody would speak again."""
+    service, unlucky = learned(guard, serve(8384, v6), "server"), source(v6)
+    lost = ("-s", unlucky, "-p", "tcp", "--tcp-flags", "SYN,RST,ACK,FIN", "ACK")
+    first = ("-m", "statistic", "--mode", "nth", "--every", "100", "--packet", "0", "-j", "DROP")
+    tables = "ip6tables" if v6 else "iptables"
+    with flooded(lab, service):
+        wait_until(lambda: engaged(guard, service))
+        lab.run("client", tables, "-A", "OUTPUT", *lost, *first)
+        try:
+            with connect(lab, unlucky, service.address, service.port) as one:
+                one.sendall(b"here")
+                server = service.accept()
+                while server.getpeername()[0] != unlucky:
+                    server = service.accept()
+                assert server.recv(4) == b"here"
+        finally:
+            lab.run("client", tables, "-D", "OUTPUT", *lost, *first)
 
 
 def test_who_completes_his_handshakes_is_never_given_a_cookie(

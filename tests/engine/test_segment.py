@@ -10,7 +10,7 @@ from scapy.layers.inet6 import IPv6
 
 from rstguard.engine.address import V6, parse_address
 from rstguard.engine.flow import Tuple
-from rstguard.engine.segment import answer, emit, probe, rst
+from rstguard.engine.segment import answer, cookie_reminder, emit, probe, rst
 from rstguard.engine.wire import ACK, FIN, PSH, RST, SYN, Packet, parse
 from tests.support.packets import CLIENT, CLIENT6, SERVER, SERVER6, packet
 
@@ -118,3 +118,18 @@ def test_answer(text: str, segment: tuple[int, ...], wanted: tuple[int, int, int
 @pytest.mark.parametrize("flags", [RST, RST | ACK, RST | SYN])
 def test_a_rst_is_never_answered(flags: int) -> None:
     assert answer(packet(flags)) is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "sequence", "acknowledgement"), [(ACK, 99, 501), (SYN, 98, 500)], ids=["ACK", "SYN"]
+)
+def test_a_client_is_reminded_by_what_it_has_acknowledged_already(
+    flags: int, sequence: int, acknowledgement: int
+) -> None:
+    """Its first number is 99, and the cookie 500; a SYN of SYNPROXY's bears one less of either."""
+    asking = packet(flags, acknowledgement=acknowledgement)._replace(sequence=sequence)
+    seen = parse(cookie_reminder(asking))
+    assert isinstance(seen, Packet)
+    assert seen[:4] == asking.turned()[:4]
+    assert (seen.flags, seen.sequence, seen.acknowledgement) == (ACK, 500, 100)
+    assert not seen.payload_length

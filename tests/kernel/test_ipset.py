@@ -54,7 +54,8 @@ INSIDE = (
 )
 ONEWAY = ("asked4", "asked6", "answers4", "answers6", "oneway4", "oneway6")
 MORE = ("gate4", "gate6", "dst4", "dst6", *PROTECTED, *THIN)
-ALWAYS = {f"rstguard-{name}" for name in (*CONFIG, *SUSPECT, *INSIDE, *ONEWAY, *MORE)}
+COOKIES = ("acked4", "reminded6")
+ALWAYS = {f"rstguard-{name}" for name in (*CONFIG, *SUSPECT, *INSIDE, *ONEWAY, *MORE, *COOKIES)}
 
 
 def with_scope(**changes: object) -> RuleSet:

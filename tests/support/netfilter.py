@@ -326,7 +326,14 @@ def _test(module: str, option: str, rest: Iterator[str]) -> Test | None:
     raise ValueError(f"the model has no match {module} {option} {value}")
 
 
-_BY_CHANCE: Final = ("--hashlimit-upto", "--hashlimit-above", "--mode", "--limit", "--packets-gt")
+_BY_CHANCE: Final = (
+    "--hashlimit-upto",
+    "--hashlimit-above",
+    "--mode",
+    "--limit",
+    "--packets-gt",
+    "--mss",
+)
 
 
 def _flags(mask: str, wanted: str) -> Test:
