@@ -50,7 +50,7 @@ IMPURE = {
 
 OF_NUMPY = {
     "rstguard.engine.columned", "rstguard.engine.columns", "rstguard.engine.grouping",
-    "rstguard.engine.remembered", "rstguard.kernel.columns",
+    "rstguard.engine.paths", "rstguard.engine.remembered", "rstguard.kernel.columns",
 }  # fmt: skip
 """What needs numpy, and is found by its name where numpy is there: nothing else imports it."""
 

@@ -14,13 +14,13 @@ then nothing is set until a sweep has read the table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from heapq import nlargest
 from operator import itemgetter
 from typing import Final, NamedTuple, Protocol
 
 from rstguard.engine.address import source_key
-from rstguard.engine.flow import Flow, Tuple
+from rstguard.engine.flow import Name, Tuple
 from rstguard.engine.limits import Lenience, limit_of
 from rstguard.engine.ruleset import Measure, Per, Rule, RuleSet
 
@@ -42,14 +42,22 @@ class Count(NamedTuple):
     held: int
 
 
+class Paths(Protocol):
+    """Names of connections, each once; it may be that they are made only for who iterates."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Tuple]: ...
+
+
 class Held(Protocol):
     """The part of `rstguard.engine.table.Known` that is needed here."""
 
     def counted(self, rule: Rule) -> dict[int, int]:
         """Return how many connections each key holds."""
 
-    def of_keys(self, rule: Rule, keys: Collection[int]) -> dict[int, list[Flow]]:
-        """Return the connections of some keys."""
+    def paths(self, rule: Rule, keys: Collection[int], but: Collection[Name]) -> dict[int, Paths]:
+        """Return the names of the connections of some keys, but these and doubtful ones."""
 
 
 def admitting(ruleset: RuleSet) -> tuple[Rule, ...]:
@@ -88,10 +96,10 @@ def place_of(rule: Rule, key: int) -> tuple[int, int]:
 class _Watch:
     """What is known of one key."""
 
-    __slots__ = ("_just_set", "base", "kernel", "live", "loose", "unsure")
+    __slots__ = ("_just_set", "_paths", "base", "kernel", "loose", "unsure")
 
-    def __init__(self, base: int, kernel: int) -> None:
-        self.live: set[Tuple] = set()
+    def __init__(self, base: int, kernel: int, paths: Paths) -> None:
+        self._paths = paths
         self.base = base
         """Connections that it may hold besides: what it held before nobody has told one by one."""
         self.kernel = kernel
@@ -103,8 +111,20 @@ class _Watch:
         self._just_set = False
 
     @property
+    def live(self) -> set[Tuple]:
+        """The connections of which it is known that they are live: few keys are ever asked for."""
+        if not isinstance(self._paths, set):
+            self._paths = set(self._paths)
+        return self._paths
+
+    @property
+    def known(self) -> int:
+        """How many these are."""
+        return len(self._paths)
+
+    @property
     def count(self) -> int:
-        return self.base + len(self.live)
+        return self.base + self.known
 
     def began(self, path: Tuple) -> bool:
         """Take in a connection; tell whether it was not known."""
@@ -114,6 +134,10 @@ class _Watch:
             return False
         self.live.add(path)
         return True
+
+    def forget(self, held: int) -> None:
+        """Let go of its connections: it holds so many, and nobody has told one by one."""
+        self.base, self._paths = held, set()
 
     def is_due(self, wanted: int, limit: int) -> bool:
         """Tell whether the kernel's count is to be set anew.
@@ -154,7 +178,7 @@ class Admissions:
             if previous and number < len(previous.rules) and previous.rules[number] == rule:
                 self._watches[number] = previous._watches[number]
                 self._held[number] = previous._held[number]
-        self._total = sum(len(w.live) for watches in self._watches for w in watches.values())
+        self._total = sum(w.known for watches in self._watches for w in watches.values())
 
     @property
     def watched(self) -> int:
@@ -180,7 +204,7 @@ class Admissions:
         if self.watched >= MOST_KEYS or self._total >= MOST_HELD:
             return None
         untold = told_from(rule)
-        watch = _Watch(self._held[number].get(key, 0) + untold, untold)
+        watch = _Watch(self._held[number].get(key, 0) + untold, untold, set())
         self._watches[number][key] = watch
         return watch
 
@@ -210,13 +234,8 @@ class Admissions:
             if not rule.is_partial or rule.concerns(path.source, path.destination):
                 yield number, rule
 
-    def look(
-        self,
-        known: Held,
-        lenience: Lenience,
-        counts: Callable[[Flow], bool] = lambda _: True,
-    ) -> None:
-        """Take what a sweep has found, as far as it `counts`, in place of all that was known."""
+    def look(self, known: Held, lenience: Lenience, but: Collection[Name] = ()) -> None:
+        """Take what a sweep has found, `but` these, in place of all that was known."""
         self._lenience, self.lost, self.wants_sweep = lenience, False, False
         self._held = [dict(known.counted(rule)) for rule in self.rules]
         near: list[tuple[int, int, int]] = []
@@ -233,20 +252,19 @@ class Admissions:
             if room >= 0:
                 chosen[number].append(key)
         for number, rule in enumerate(self.rules):
-            found = known.of_keys(rule, chosen[number])
-            self._renew(number, {key: set(map(_name, filter(counts, found[key]))) for key in found})
-        self._total = sum(len(w.live) for watches in self._watches for w in watches.values())
+            self._renew(number, known.paths(rule, chosen[number], but))
+        self._total = sum(w.known for watches in self._watches for w in watches.values())
 
-    def _renew(self, number: int, live: Mapping[int, set[Tuple]]) -> None:
+    def _renew(self, number: int, live: Mapping[int, Paths]) -> None:
         before = self._watches[number]
         fresh: dict[int, _Watch] = {}
         for key, of_key in live.items():
-            watch = fresh[key] = _Watch(0, before[key].kernel if key in before else 0)
-            watch.live = of_key
+            fresh[key] = _Watch(0, before[key].kernel if key in before else 0, of_key)
             self._held[number][key] = len(of_key)
         for key in before.keys() - fresh.keys():
-            watch = fresh[key] = before[key]  # it holds nothing, or there is no room: told so once
-            watch.base, watch.live = self._held[number].get(key, 0), set()
+            # It holds nothing, or there is no room: told so once.
+            watch = fresh[key] = before[key]
+            watch.forget(self._held[number].get(key, 0))
         self._watches[number] = fresh
 
     def counts(self) -> list[Count]:
@@ -277,7 +295,7 @@ class Admissions:
             limit = self.rules[number].limit
             for key, watch in list(watches.items()):
                 if watch.count <= told_from(self.rules[number]):
-                    self._total -= len(watch.live)
+                    self._total -= watch.known
                     del watches[key]
                     found.append(Count(number, key, watch.count))
                     continue
@@ -295,7 +313,3 @@ class Admissions:
         rule = self.rules[number]
         spare = limit_of(rule, key, self._lenience) - rule.limit
         return max(watch.count - spare, told_from(rule))
-
-
-def _name(flow: Flow) -> Tuple:
-    return flow.original

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Final, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rstguard.engine.admission import Paths
 from rstguard.engine.flow import Flow, Name, TcpState, name_of
 from rstguard.engine.grades import LONGEST4, LONGEST6, TAKEN, Grades
 from rstguard.engine.grouping import (
@@ -21,6 +22,7 @@ from rstguard.engine.grouping import (
     sources,
 )
 from rstguard.engine.limits import Lenience, limit_of
+from rstguard.engine.paths import Named
 from rstguard.engine.pressure import (
     BORNE_AFTER,
     FEWEST_FAILING,
@@ -36,6 +38,7 @@ from rstguard.engine.verdict import Action
 
 Column = NDArray[Any]
 
+_ENDS: Final[tuple[Literal["left", "right"], ...]] = ("left", "right")
 _ROUNDING = 1e-12
 """Far more than the four roundings of a comparison of products lose, 2**-53 each."""
 
@@ -114,13 +117,18 @@ class ColumnKnown(Known):
 
     def present(self, names: Collection[Name]) -> set[Name]:
         """Return which of these connections are there."""
+        return set(map(name_of, self._flows(self._named(names))))
+
+    def _named(self, names: Collection[Name]) -> Column:
+        """Return the places of these connections."""
         if not names:
-            return set()
+            return self._rows[:0]
         low = np.array([name[0] & (1 << 64) - 1 for name in names], "u8")
         ports = np.array([name[2] << 16 | name[3] for name in names], "u8")
         mixed = self._column("source") ^ _ports(self._there, self._rows) << np.uint64(32)
         likely = among(mixed, low ^ ports << np.uint64(32))
-        return {name_of(flow) for flow in self._flows(likely)} & set(names)
+        wanted = set(names)
+        return likely[[name_of(flow) in wanted for flow in self._flows(likely)]]
 
     def beyond(self, rule: Rule, lenience: Lenience) -> list[Flow]:
         """Return the newest of each source beyond its limit."""
@@ -148,13 +156,17 @@ class ColumnKnown(Known):
 
     def _suspect(self, rule: Rule, places: Column) -> Column:
         """Tell what `Grades.suspect` tells of a connection."""
-        table, grades, rows = self._there, self._grades, self._rows[places]
-        confirmed = self._confirmed(rows)
-        if rule.action is Action.BAN:
-            unreal: Column = ~(confirmed | table.labelled(grades.likely)[rows])
-            return unreal
-        doubtful: Column = table.labelled(grades.adopted)[rows] & ~confirmed
-        return doubtful
+        rows = self._rows[places]
+        if rule.action is not Action.BAN:
+            return self._doubtful(rows)
+        likely = self._there.labelled(self._grades.likely)[rows]
+        unreal: Column = ~(self._confirmed(rows) | likely)
+        return unreal
+
+    def _doubtful(self, rows: Column) -> Column:
+        """Tell of rows of the table what `Grades.is_doubtful` tells of a connection."""
+        found: Column = self._there.labelled(self._grades.adopted)[rows]
+        return found & ~self._confirmed(rows) if found.any() else found
 
     def counted(self, rule: Rule) -> dict[int, int]:
         """Return how many connections each source holds."""
@@ -164,17 +176,22 @@ class ColumnKnown(Known):
         pairs = zip(codes.tolist(), counts.tolist(), strict=True)
         return {keys.key(code): count for code, count in pairs}
 
-    def of_keys(self, rule: Rule, keys: Collection[int]) -> dict[int, list[Flow]]:
-        """Return the connections of some keys."""
-        held: dict[int, list[Flow]] = {}
+    def paths(self, rule: Rule, keys: Collection[int], but: Collection[Name]) -> dict[int, Paths]:
+        """Return the names of the connections of some keys."""
         if not keys:
-            return held
+            return {}
         at = self._of(rule)
         of = of_rule(self._there, self._rows[at], rule)
         found = among(of.codes, of.codes_of(keys))
-        for code, flow in zip(of.codes[found].tolist(), self._flows(at[found]), strict=True):
-            held.setdefault(of.key(code), []).append(flow)
-        return held
+        order = np.argsort(of.codes[found], kind="stable")
+        codes, places = of.codes[found][order], at[found][order]
+        different, _ = numbers_in(codes)
+        counting = ~self._doubtful(self._rows[places]) & ~np.isin(places, self._named(but))
+        codes, named = codes[counting], Named(self._there, self._rows[places[counting]])
+        ends = [np.searchsorted(codes, different, side).tolist() for side in _ENDS]
+        of_keys = zip(map(of.key, different.tolist()), *ends, strict=True)
+        made = {key: named.between(begin, end) for key, begin, end in of_keys}
+        return {key: set(one) for key, one in made.items()} if named.repeat() else dict(made)
 
     def _amounts(self, rule: Rule) -> Column:
         """Return how much a rule counts of each since the sweep before."""
@@ -273,8 +290,7 @@ class ColumnKnown(Known):
 
     def _sure(self) -> Column:
         """Return the places of those of which `Grades.is_doubtful` is not true."""
-        adopted = self._there.labelled(self._grades.adopted)[self._rows]
-        return np.flatnonzero(~adopted | self._confirmed(self._rows))
+        return np.flatnonzero(~self._doubtful(self._rows))
 
     def _sums(self, rows: Column, noted: Column, least: int) -> dict[int, tuple[int, int]]:
         """Return how many rows each service with `least` has, and how many of these are noted."""

@@ -8,6 +8,7 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from rstguard.engine.address import is_v6, source_key
+from rstguard.engine.admission import Paths
 from rstguard.engine.flow import LIVE, Flow, Name, TcpState, Tuple, as_held, name_of
 from rstguard.engine.grades import Grades
 from rstguard.engine.keys import flow_key_function, service_key
@@ -247,12 +248,16 @@ class ListedKnown(Known):
         """Return how many connections each source holds."""
         return self._counted.get(rule, {})
 
-    def of_keys(self, rule: Rule, keys: Collection[int]) -> dict[int, list[Flow]]:
-        """Return the connections of some keys."""
+    def paths(self, rule: Rule, keys: Collection[int], but: Collection[Name]) -> dict[int, Paths]:
+        """Return the names of the connections of some keys."""
         key, wanted = flow_key_function(rule), frozenset(keys)
-        pairs = self._of(rule) if wanted else []
-        held = _grouped([one for one in pairs if key(one[0]) in wanted], key)
-        return {of: [flow for flow, _ in of_key] for of, of_key in held.items()}
+        found: dict[int, set[Tuple]] = {}
+        for flow, _ in self._of(rule) if wanted else ():
+            if (of := key(flow)) in wanted:
+                of_key = found.setdefault(of, set())
+                if not self._grades.is_doubtful(flow) and name_of(flow) not in but:
+                    of_key.add(flow.original)
+        return dict(found)
 
     def moved(self, rule: Rule) -> dict[int, int]:
         """Return how much each source has moved."""

@@ -235,12 +235,7 @@ class Sweep:
     def _admit(self, known: Known, judgement: Judgement) -> None:
         """Tell the admissions which connections hold places: those that go on, of real sources."""
         ending = {name_of(one.flow) for one in judgement.condemned}
-        doubtful = self._grades.is_doubtful  # in whose name anybody may have made it
-
-        def counts(flow: Flow) -> bool:
-            return not doubtful(flow) and name_of(flow) not in ending
-
-        self.admissions.look(known, self._lenience, counts)
+        self.admissions.look(known, self._lenience, ending)
 
     def _crossed(
         self, rule: Rule, known: Known, now: int, pressed: dict[Rule, list[Flow]]

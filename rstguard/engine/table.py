@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
+from rstguard.engine.admission import Paths
 from rstguard.engine.flow import Flow, Name
 from rstguard.engine.grades import Grades
 from rstguard.engine.limits import Lenience
@@ -56,8 +57,11 @@ class Known(ABC):
         """Return how many connections each source holds, after `beyond` was asked."""
 
     @abstractmethod
-    def of_keys(self, rule: Rule, keys: Collection[int]) -> dict[int, list[Flow]]:
-        """Return the connections of each of some keys of a rule that has any."""
+    def paths(self, rule: Rule, keys: Collection[int], but: Collection[Name]) -> dict[int, Paths]:
+        """Return the names of the connections of each of some keys of a rule that has any.
+
+        `but` these, and those that anybody may have made (`Grades.is_doubtful`).
+        """
 
     @abstractmethod
     def moved(self, rule: Rule) -> dict[int, int]:

@@ -15,12 +15,13 @@ from rstguard.engine.admission import (
     MOST_KEYS,
     Admissions,
     Count,
+    Paths,
     admitting,
     key_of_path,
     place_of,
     told_from,
 )
-from rstguard.engine.flow import Flow, TcpState, Tuple
+from rstguard.engine.flow import Name, Tuple
 from rstguard.engine.limits import Lenience
 from rstguard.engine.ruleset import Measure, Per, Rule, RuleSet, Unless
 from rstguard.engine.verdict import Action
@@ -40,10 +41,6 @@ def path(client: int, port: int, to: int = 80) -> Tuple:
     return Tuple(parse_address("198.51.100.0") + client, SERVER, 1024 + port, to)
 
 
-def flow(of: Tuple) -> Flow:
-    return Flow(1, of, of.turned, TcpState.ESTABLISHED, 0, True, 0, 0, 0, 0, -1, 60, 0)
-
-
 @dataclass
 class Table:
     """What a sweep finds: all that is live."""
@@ -53,12 +50,12 @@ class Table:
     def counted(self, rule: Rule) -> dict[int, int]:
         return dict(Counter(key_of_path(rule, one) for one in self.live))
 
-    def of_keys(self, rule: Rule, keys: Collection[int]) -> dict[int, list[Flow]]:
-        found: dict[int, list[Flow]] = {}
+    def paths(self, rule: Rule, keys: Collection[int], but: Collection[Name]) -> dict[int, Paths]:
+        found: dict[int, list[Tuple]] = {}
         for one in sorted(self.live):
             if (key := key_of_path(rule, one)) in keys:
-                found.setdefault(key, []).append(flow(one))
-        return found
+                found.setdefault(key, []).extend({one} - set(but))
+        return dict(found)
 
 
 @dataclass
@@ -301,7 +298,7 @@ def test_what_does_not_count_takes_nobodys_place() -> None:
     gateway = Gateway(OF_SOURCE)
     forged = {path(1, number) for number in range(100, 100 + LIMIT)}
     gateway.table.live |= forged
-    gateway.admissions.look(gateway.table, NO_LENIENCE, lambda one: one.original not in forged)
+    gateway.admissions.look(gateway.table, NO_LENIENCE, forged)
     gateway.kernel.set(gateway.admissions.renewed())
     gateway.hear()
     for number in range(LIMIT):

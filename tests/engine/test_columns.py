@@ -161,8 +161,10 @@ def random_policy(random: Random) -> RuleSet:
 def state_of(sweep: Sweep, sources: set[int]) -> tuple[object, ...]:
     """Return all that is told of a sweep, by order where there is one."""
     used = {rule.name: sweep._used(rule) for rule in sweep._rules}
+    watches = sweep.admissions._watches
     return (
         used,
+        [{key: (one.known, one.live, one.base) for key, one in of.items()} for of in watches],
         list(sweep.standings.percents().items()),
         sweep._reported,
         sweep.pressure.pressed,
@@ -170,6 +172,7 @@ def state_of(sweep: Sweep, sources: set[int]) -> tuple[object, ...]:
         sweep.found_large(START),
         {source: sweep.explain(source) for source in sources},
         sorted(sweep.nearest(1000)),
+        sorted(sweep.admissions.renewed()),
     )
 
 
@@ -234,3 +237,13 @@ def test_a_connection_of_ipv4_is_not_taken_for_one_of_ipv6() -> None:
     six = flow(1, source="::1", destination="::2", age=-1)
     assert silent_after([four], [six]) == silent_after([six], [four]) == []
     assert silent_after([four, six], [six, four]) == [six, four]
+
+
+def test_a_name_that_is_there_twice_holds_one_place() -> None:
+    policy = ruleset(rule(Measure.CONNECTIONS, Action.RESET, 4))
+    twice = [flow(1)._replace(zone=zone) for zone in (0, 1)]
+    for as_table in (Listed, as_columns):
+        sweep = Sweep(policy)
+        sweep.judge(as_table([*twice, flow(2)]), START)
+        (watch,) = sweep.admissions._watches[0].values()
+        assert (watch.known, len(watch.live)) == (2, 2)
