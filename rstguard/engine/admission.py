@@ -251,9 +251,11 @@ class Admissions:
             room -= count
             if room >= 0:
                 chosen[number].append(key)
+        self._total = 0
         for number, rule in enumerate(self.rules):
-            self._renew(number, known.paths(rule, chosen[number], but))
-        self._total = sum(w.known for watches in self._watches for w in watches.values())
+            found = known.paths(rule, chosen[number], but)
+            self._total += sum(map(len, found.values()))
+            self._renew(number, found)
 
     def _renew(self, number: int, live: Mapping[int, Paths]) -> None:
         before = self._watches[number]

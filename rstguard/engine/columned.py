@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, Final, Literal, NamedTuple, Protocol
+from itertools import pairwise
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from rstguard.engine.grouping import (
     Rows,
     among,
     covered,
+    gathered,
     numbers_in,
     of_rule,
     services,
@@ -38,7 +40,6 @@ from rstguard.engine.verdict import Action
 
 Column = NDArray[Any]
 
-_ENDS: Final[tuple[Literal["left", "right"], ...]] = ("left", "right")
 _ROUNDING = 1e-12
 """Far more than the four roundings of a comparison of products lose, 2**-53 each."""
 
@@ -182,15 +183,13 @@ class ColumnKnown(Known):
             return {}
         at = self._of(rule)
         of = of_rule(self._there, self._rows[at], rule)
-        found = among(of.codes, of.codes_of(keys))
-        order = np.argsort(of.codes[found], kind="stable")
-        codes, places = of.codes[found][order], at[found][order]
-        different, _ = numbers_in(codes)
+        found, codes, counts = gathered(of.codes, of.codes_of(keys))
+        places = at[found]
         counting = ~self._doubtful(self._rows[places]) & ~np.isin(places, self._named(but))
-        codes, named = codes[counting], Named(self._there, self._rows[places[counting]])
-        ends = [np.searchsorted(codes, different, side).tolist() for side in _ENDS]
-        of_keys = zip(map(of.key, different.tolist()), *ends, strict=True)
-        made = {key: named.between(begin, end) for key, begin, end in of_keys}
+        named = Named(self._there, self._rows[places[counting]])
+        ends = np.append(0, np.cumsum(counting))[np.append(0, np.cumsum(counts))].tolist()
+        of_keys = zip(map(of.key, codes.tolist()), pairwise(ends), strict=True)
+        made = {key: named.between(*place) for key, place in of_keys}
         return {key: set(one) for key, one in made.items()} if named.repeat() else dict(made)
 
     def _amounts(self, rule: Rule) -> Column:

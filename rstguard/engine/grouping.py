@@ -150,9 +150,28 @@ def numbers_in(codes: Column) -> tuple[Column, Column]:
 
 def among(codes: Column, wanted: Column) -> Column:
     """Return where codes are that are wanted."""
+    return _found(codes, np.sort(wanted))[0]
+
+
+def gathered(codes: Column, wanted: Column) -> tuple[Column, Column, Column]:
+    """Return where codes are that are wanted, alike ones side by side in the order of `codes`.
+
+    Also returns the different ones, ascending, and how many there are of each.
+    """
     ordered = np.sort(wanted)
+    found, which = _found(codes, ordered)
+    # What fits into 16 bits is sorted by its digits, which is many times as fast.
+    order = np.argsort(which.astype(np.min_scalar_type(len(ordered))), kind="stable")
+    counts = np.bincount(which, minlength=len(ordered))
+    there = counts > 0
+    return found[order], ordered[there], counts[there]
+
+
+def _found(codes: Column, ordered: Column) -> tuple[Column, Column]:
+    """Return where codes are that are among some, and which of them each is."""
     if not len(ordered):
-        return np.empty(0, "i8")
+        return np.empty(0, "i8"), np.empty(0, "i8")
     place = np.searchsorted(ordered, codes)
     place[place == len(ordered)] = 0
-    return np.flatnonzero(ordered[place] == codes)
+    found = np.flatnonzero(ordered[place] == codes)
+    return found, place[found]

@@ -25,5 +25,7 @@ def limit_of(rule: Rule, key: int, lenience: Lenience) -> int:
     limit = rule.limit
     if rule.unless is not None and lenience.percents.get(key, 0) >= rule.unless.productive:
         limit *= rule.unless.up_to
+    if not lenience.large:  # as nearly always: it takes longer to find a rule than all else
+        return limit
     large = lenience.large.get(rule)
     return max(limit, large.get(key, 0)) if large else limit

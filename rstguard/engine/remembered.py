@@ -30,6 +30,9 @@ class Remembered:
     for the same if addresses and zone are.
     """
 
+    _order: Column
+    _number: Column
+
     def __init__(
         self,
         table: Rows,
@@ -43,7 +46,7 @@ class Remembered:
         ages = table["age"][rows]
         self._name = {name: table[name][rows] for name in _NAMES}
         self._name |= {name: table[name][rows] for name in _OF_V6 if table.any_v6}
-        self._sort(table["ident"][rows])
+        self._sort(table["ident"][rows], before)
         self.packets = table["client_packets"][rows] + table["server_packets"][rows]
         self._bytes = table["client_bytes"][rows] + table["server_bytes"][rows]
         self._sent = [table[f"client_{name}"][rows] for name in ("packets", "bytes")]
@@ -71,9 +74,13 @@ class Remembered:
             past[5, due] = table["server_bytes"][rows][due]
         self._count_once()
 
-    def _sort(self, idents: Column) -> None:
+    def _sort(self, idents: Column, before: Remembered | None) -> None:
         ports = self._name["source_port"].astype("u8") << np.uint64(16)
         number = idents.astype("u8") << np.uint64(32) | ports | self._name["destination_port"]
+        self._listed = number
+        if before is not None and np.array_equal(number, before._listed):
+            self._order, self._number = before._order, before._number
+            return
         self._order = np.argsort(number)
         self._number = number[self._order]
 
@@ -102,17 +109,21 @@ class Remembered:
                 past[0, here] = past[3, here] = last_began
         self.changed[here] = np.where(spoke, now, before.changed[there])
         self.news[here] = np.where(spoke, moved, 0)
+        silent, then = here[~spoke], there[~spoke]
         for news, own, last in zip(self._sent_news, self._sent, before._sent, strict=True):
             news[here] = np.where(spoke, own[here] - last[there], 0)
-            own[here[~spoke]] = last[there[~spoke]]
-        here, there = here[~spoke], there[~spoke]
-        self._bytes[here] = before._bytes[there]
-        self._expires[here] = before._expires[there]
+            own[silent] = last[then]
+        self._bytes[silent] = before._bytes[then]
+        self._expires[silent] = before._expires[then]
 
     def _again(self, before: Remembered) -> tuple[Column, Column]:
         """Return which were there before, here and there."""
         if not len(before._number):
             return self._order[:0], before._order
+        if self._order is before._order:  # as at rest: the same in the same order
+            here: Column = np.arange(len(self._order))
+            if self._same(here, before, here).all():
+                return here, here
         place = np.searchsorted(before._number, self._number)
         place[place == len(before._number)] = 0
         found = before._number[place] == self._number

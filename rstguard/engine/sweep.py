@@ -156,7 +156,7 @@ class Sweep:
     def _lenient(self) -> Lenience:
         """Return whose limits are wider now."""
         counting = [rule for rule in self._rules if rule.measure is Measure.CONNECTIONS]
-        large = {rule: self.large.limits(rule) for rule in counting}
+        large = {rule: limits for rule in counting if (limits := self.large.limits(rule))}
         return Lenience(self.standings.percents(), large)
 
     def judge(self, flows: Iterable[Flow] | Table, now: int) -> Judgement:
