@@ -174,8 +174,7 @@ class ColumnKnown(Known):
         if rule not in self._counted:
             return {}
         keys, codes, counts = self._counted[rule]
-        pairs = zip(codes.tolist(), counts.tolist(), strict=True)
-        return {keys.key(code): count for code, count in pairs}
+        return keys.numbered(codes, counts)
 
     def paths(self, rule: Rule, keys: Collection[int], but: Collection[Name]) -> dict[int, Paths]:
         """Return the names of the connections of some keys."""
@@ -204,8 +203,7 @@ class ColumnKnown(Known):
         codes, place = np.unique(keys.codes, return_inverse=True)
         sums = np.zeros(len(codes), "i8")
         np.add.at(sums, place, self._amounts(rule)[at])
-        pairs = zip(codes.tolist(), sums.tolist(), strict=True)
-        return {keys.key(code): total for code, total in pairs}
+        return keys.numbered(codes, sums)
 
     def _moving(self, rule: Rule) -> Column:
         at = self._of(rule)
@@ -338,8 +336,7 @@ class ColumnKnown(Known):
         keys = sources(self._there, rows, widths)
         found = keys.codes[among(keys.codes, keys.codes_of(of))]
         codes, counts = numbers_in(found)
-        pairs = zip(codes.tolist(), counts.tolist(), strict=True)
-        return {keys.key(code): count for code, count in pairs}
+        return keys.numbered(codes, counts)
 
     def answered(self, widths: tuple[int, int], least: int) -> tuple[int, dict[int, int]]:
         """Return how many connections servers have answered, and how many of whom."""
@@ -347,8 +344,7 @@ class ColumnKnown(Known):
         keys = sources(self._there, rows, widths)
         codes, counts = numbers_in(keys.codes)
         many = counts >= least
-        pairs = zip(codes[many].tolist(), counts[many].tolist(), strict=True)
-        return len(rows), {keys.key(code): count for code, count in pairs}
+        return len(rows), keys.numbered(codes[many], counts[many])
 
 
 def _ports(table: Rows, rows: Column) -> Column:

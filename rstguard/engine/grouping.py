@@ -48,6 +48,13 @@ class Keys(NamedTuple):
             return address << 16 | int(self.ports[number])
         return source_key(address, *self.widths)
 
+    def numbered(self, codes: Column, numbers: Column) -> dict[int, int]:
+        """Return numbers by the keys for which these ascending codes stand."""
+        counts = numbers.tolist()
+        four = int(np.searchsorted(codes, np.uint64(_OF_V6)))
+        keys = [*codes[:four].tolist(), *map(self.key, codes[four:].tolist())]
+        return dict(zip(keys, counts, strict=True))
+
     def codes_of(self, keys: Iterable[int]) -> Column:
         """Return the codes of those of some keys that have one."""
         found = [key for key in keys if key < _OF_V6]

@@ -68,11 +68,6 @@ def live_set(rule: Rule, family: int) -> str:
     return f"{set_name('live', family)}-{short_id(told)}"
 
 
-def live_set_of(rule: Rule, address: int) -> str:
-    """Return the name of the set that counts a tagged address for a rule."""
-    return live_set(rule, 6 if is_v6(address) else 4)
-
-
 def counting_set(family: int) -> str:
     """Return the name of the set that holds everything while somebody listens."""
     return set_name("counting", family)

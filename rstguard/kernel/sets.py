@@ -144,10 +144,13 @@ class Sets:
     def count(self, name: str, elements: Iterable[Counted], seconds: int) -> None:
         """Put elements into a set with times and counters, or change what they count there."""
         timeout = attribute(_ATTR_TIMEOUT | _NETWORK_ORDER, seconds.to_bytes(4, "big"))
+        parts = []
         for address, port, packets in elements:
             element = _whole(address) + (_port(port) if port >= 0 else b"")
             counter = attribute(_ATTR_PACKETS | _NETWORK_ORDER, packets.to_bytes(8, "big"))
-            error = self._ask(_ADD, name, nest(_ATTR_DATA, element + timeout + counter))
+            parts.append(nest(_ATTR_DATA, element + timeout + counter))
+        for start in range(0, len(parts), _BATCH):
+            error = self._ask(_ADD, name, nest(_ATTR_ADT, *parts[start : start + _BATCH]))
             if error:
                 raise refusal(name, error)
 

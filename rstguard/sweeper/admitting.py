@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final
 
+from rstguard.engine.address import is_v6
 from rstguard.engine.admission import Admissions, Count, place_of
 from rstguard.engine.flow import Flow, TcpState, Tuple, as_held
 from rstguard.engine.rules import REASONS
@@ -189,13 +190,14 @@ class Admitting:
 
         Which set it is in says the number of the rule, and the address the family.
         """
-        by_set: dict[str, list[Counted]] = {}
+        rules = self._admissions.rules
+        by_set: dict[tuple[int, int], list[Counted]] = {}
         for number, key, held in found:
-            rule = self._admissions.rules[number]
-            address, port = place_of(rule, key)
-            name = admission.live_set_of(rule, address)
-            by_set.setdefault(name, []).append(Counted(address, port, held + 1))
-        for name, elements in by_set.items():
+            address, port = place_of(rules[number], key)
+            family = 6 if is_v6(address) else 4
+            by_set.setdefault((number, family), []).append(Counted(address, port, held + 1))
+        for (number, family), elements in by_set.items():
+            name = admission.live_set(rules[number], family)
             self._tell(partial(self._sets.count, name, elements, self._seconds))
 
     def _tell(self, what: Callable[[], object]) -> None:

@@ -167,3 +167,14 @@ def test_the_kernel_counts_from_what_it_is_told(own_namespace: None, address: st
     prefix = "198.51.100.0" if family == 4 else "2001:db8:1::"
     assert [words[0] for words in shown] == [own, prefix, f"{address},tcp:443"]
     assert all(words[words.index("packets") + 1] == "23" for words in shown)
+
+
+def test_very_many_keys_are_counted_at_once(own_namespace: None) -> None:
+    kernel, first = Linux(), parse_address("198.18.0.0")
+    ipset.apply(kernel, policy(HOARD))
+    name = admission.live_set(HOARD, 4)
+    with Sets() as sets:
+        sets.count(name, [Counted(first + n, -1, 5) for n in range(1201)], 20)
+    lines = kernel.run(["ipset", "save", name]).splitlines()[1:]
+    assert len(lines) == 1201
+    assert all(" packets 5 " in f"{line} " for line in lines)
