@@ -83,22 +83,27 @@ def beside() -> Iterator[Figure]:
         wait_until(lambda: _counts(guard)["flows"] > 0, 120)
         sweeper = int(guard.status()["sweeper"]["pid"])
         clients = [stack.enter_context(_Connecting(site)) for site in (ours, theirs)]
-        mine, other = list[list[float]](), list[list[float]]()
+        mine, unswept, other = (list[list[float]]() for _ in range(3))
         for _ in range(_ROUNDS):
             mine.append(clients[0].for_a_while())
             os.kill(sweeper, signal.SIGSTOP)  # it would take the control's processor time, too
             try:
                 other.append(clients[1].for_a_while())
+                unswept.append(clients[0].for_a_while())
             finally:
                 os.kill(sweeper, signal.SIGCONT)
         guard.stop()
     note = f"rounds of {_ROUND_SECONDS} s in turns; example policy without limits on SYNs"
     for goal, percent in ((GOAL_MEDIAN, 50), (GOAL_SLOWEST, 99)):
-        times = tuple([_percentile(one, percent) for one in all_] for all_ in (mine, other))
+        ours_, still, theirs_ = (
+            [_percentile(one, percent) for one in all_] for all_ in (mine, unswept, other)
+        )
         name = f"connecting beside {CONNECTIONS:,} connections, p{percent}"
-        yield at_most(goal, f"{name}: guard / tracking only", ratios(times[0], times[1]), "", note)
-        yield seen(f"{name}: guard", times[0], "ms")
-        yield seen(f"{name}: tracking only", times[1], "ms")
+        yield at_most(goal, f"{name}: guard / tracking only", ratios(ours_, theirs_), "", note)
+        yield seen(f"{name}: guard / its sweeper stopped", ratios(ours_, still), "")
+        yield seen(f"{name}: guard", ours_, "ms")
+        yield seen(f"{name}: its sweeper stopped", still, "ms")
+        yield seen(f"{name}: tracking only", theirs_, "ms")
 
 
 @contextmanager
