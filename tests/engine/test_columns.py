@@ -91,8 +91,8 @@ def random_flow(random: Random) -> Flow:
     )
 
 
-def later(random: Random, was: Flow, elapsed: int) -> Flow:
-    """Return a connection as it may be at the next sweep."""
+def later(random: Random, was: Flow, elapsed: int, stays: bool) -> Flow:
+    """Return a connection as it may be at the next sweep; the same one if it `stays`."""
     now = was._replace(
         age=was.age + elapsed if was.age >= 0 else -1,
         timeout=max(was.timeout - elapsed // SECOND + random.randrange(5), 0),
@@ -105,7 +105,9 @@ def later(random: Random, was: Flow, elapsed: int) -> Flow:
             client_bytes=now.client_bytes + random.choice((0, 40, 52, 60, 75, 90, 1400)) * more,
             server_bytes=now.server_bytes + random.choice((0, 60 * more, 5000)),
         )
-    elif chance < 0.5:  # a new one of the same name, or one that the accounting has lost
+    elif (
+        chance < 0.5 and not stays
+    ):  # a new one of the same name, or one that the accounting has lost
         again = random_flow(random)._replace(original=was.original, reply=was.reply)
         now = again._replace(ident=was.ident) if random.random() < 0.5 else again
     return now
@@ -186,10 +188,13 @@ def test_columns_are_judged_as_objects_are(seed: int) -> None:
     for _ in range(random.randrange(2, 6)):
         elapsed = random.choice((SECOND // 4, 2 * SECOND, 20 * SECOND))
         now += elapsed
-        kept = [later(random, one, elapsed) for one in flows if random.random() < 0.8]
-        new = [random_flow(random) for _ in range(random.randrange(120))]
+        stays = bool(flows) and random.random() < 0.3  # the same connections, in the same order
+        kept = [
+            later(random, one, elapsed, stays) for one in flows if stays or random.random() < 0.8
+        ]
+        new = [random_flow(random) for _ in range(0 if stays else random.randrange(120))]
         flows = list({one.original: one for one in kept + new}.values())
-        if random.random() < 0.5:
+        if not stays and random.random() < 0.5:
             random.shuffle(flows)
         tables = Listed(flows), as_columns(flows)
         marked = [table.marked(1 << 26, 3 << 26) for table in tables]
