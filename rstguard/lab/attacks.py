@@ -10,6 +10,7 @@ from typing import NamedTuple
 from rstguard.kernel.command import own_program
 from rstguard.lab import LabError
 from rstguard.lab.forging import FORGED
+from rstguard.lab.strike import HOSTS
 from rstguard.lab.topology import ATTACKER, ATTACKERS, SERVER
 
 FIRST_SCANNED, OPEN = 8_000, 10
@@ -31,8 +32,8 @@ class Attack(NamedTuple):
     `onlooker` are the options of a `rstguard.lab.onlooker` on the wire, `rules` iptables rules that
     the gateway has of its own, `idle` and `busy` how many innocents hold a connection each.
     With `newcomers` every other legitimate request comes from an address that nobody has seen yet,
-    with `slow` every third takes a second and a half to be sent.  `ports` are those that the server
-    has open beside 22 and 80.
+    with `slow` every third takes a second and a half to be sent.  The server `listens`
+    there beside ports 22 and 80, in the words of its configuration.
     """
 
     commands: tuple[tuple[str, ...], ...] = ()
@@ -43,7 +44,7 @@ class Attack(NamedTuple):
     busy: int = 0
     newcomers: bool = False
     slow: bool = False
-    ports: tuple[int, ...] = ()
+    listens: tuple[str, ...] = ()
 
     def require_tools(self) -> None:
         """Check that all tools are installed.
@@ -136,6 +137,16 @@ def scan_slow(seconds: float) -> Attack:
     return _scan(seconds, 120, 10)
 
 
+def scan_services(seconds: float) -> Attack:
+    """The ports that are usually open, at a web server, one for mail and one of an application.
+
+    Of all three ports 22 and 80 are open as well.
+    """
+    web, mail, application = HOSTS
+    listens = (f"{web}:443", f"{mail}:25", f"{mail}:143", f"{application}:8080")
+    return Attack((_strike("services", seconds, "--rate", "10"),), listens=listens)
+
+
 def idle_hoard(seconds: float) -> Attack:
     """Many connections with half a request each, and then silence."""
     return Attack((_strike("hoard", seconds, "--rate", "150", "--count", "800"),))
@@ -211,9 +222,9 @@ def _crowd(seconds: float, rate: int, network: str, *options: str) -> tuple[str,
 
 def _scan(seconds: float, count: int, rate: int) -> Attack:
     """A scan of so many ports, of which ten are open, at even distances."""
-    ports = tuple(range(FIRST_SCANNED, FIRST_SCANNED + count, count // OPEN))
+    ports = range(FIRST_SCANNED, FIRST_SCANNED + count, count // OPEN)
     scan = _strike("scan", seconds, "--rate", str(rate), "--count", str(count))
-    return Attack((scan,), ports=ports)
+    return Attack((scan,), listens=tuple(f"[::]:{port} ipv6only=off" for port in ports))
 
 
 def _strike(kind: str, seconds: float, *options: str) -> tuple[str, ...]:

@@ -55,7 +55,7 @@ def run_half(scenario: Scenario, seconds: float, progress: Progress, *, guarded:
     with Lab() as lab:
         for rule in attack.rules:
             lab.run("gateway", "iptables", "-w", *rule)
-        start_server(lab, connections=scenario.connections or CAPACITY, ports=attack.ports)
+        start_server(lab, connections=scenario.connections or CAPACITY, listens=attack.listens)
         observer = start_program(lab, "server", "observer")
         kinds = ["--new"] * attack.newcomers + ["--slow"] * attack.slow
         client = start_program(lab, "client", "client", *kinds)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rstguard.lab import LabError, attacks
 from rstguard.lab.server import bearable
-from rstguard.lab.topology import SERVER, SERVER6
+from rstguard.lab.topology import HOSTED, SERVER, SERVER6
 
 PACKETS = "packets"
 SYNS = "SYNs"
@@ -69,7 +69,7 @@ def _adapted(policy: str, connections: int | None) -> str:
     """Return a sample with the lab's interface and addresses, and what its server can hold."""
     changes = {
         r"^  interfaces: \[.*?\]": "  interfaces: [eth0]",
-        r"^  destinations: \[.*?\]": f'  destinations: [{SERVER}, "{SERVER6}"]',
+        r"^  destinations: \[.*?\]": f'  destinations: [{SERVER}, {HOSTED}, "{SERVER6}"]',
     }
     if connections is not None:
         capacity = bearable(connections)
@@ -172,6 +172,16 @@ SCENARIOS = (
         limit=1,
         seconds=12,
         least_seconds=12,
+        sample="strict-gateway",
+    ),
+    Scenario(
+        name="scan-services",
+        summary="a scan of 20 usual ports of 3 addresses, of which 10 are open, at 10 a second",
+        plan=attacks.scan_services,
+        measure=LEARNED,
+        limit=4,
+        seconds=8,
+        least_seconds=7,
         sample="strict-gateway",
     ),
     Scenario(

@@ -34,12 +34,13 @@ _MODULES = (
 
 
 def start_server(
-    lab: Lab, access_log: str = "off", connections: int = CAPACITY, ports: Sequence[int] = ()
+    lab: Lab, access_log: str = "off", connections: int = CAPACITY, listens: Sequence[str] = ()
 ) -> None:
     """Start nginx in the server's namespace; the first answered request tells that it is up.
 
     `access_log` is the name of a log file in the lab's directory, "off" for none; `connections` are
-    its worker_connections, and `ports` are open beside 22 and 80.
+    its worker_connections, and it `listens` where these values of the directive say, beside ports
+    22 and 80 of all addresses.
 
     Raises:
         LabError: nginx is not installed.
@@ -48,7 +49,7 @@ def start_server(
         raise LabError("nginx is missing: apt-get install nginx-light libnginx-mod-stream.")
     stream = _stream_module()
     path = lab.directory / "nginx.conf"
-    text = configuration(lab.directory, stream, access_log, connections, ports)
+    text = configuration(lab.directory, stream, access_log, connections, listens)
     path.write_text(text, encoding="utf-8")
     lab.start("server", "nginx", "-c", str(path), "-p", str(lab.directory), log="nginx.log")
     if stream is None:
@@ -60,7 +61,7 @@ def configuration(
     stream: str | None,
     access_log: str = "off",
     connections: int = CAPACITY,
-    ports: Sequence[int] = (),
+    listens: Sequence[str] = (),
 ) -> str:
     """Return nginx's configuration.
 
@@ -73,7 +74,7 @@ def configuration(
         f"{name}_temp_path {directory / name};"
         for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
-    more = " ".join(f"listen [::]:{port} ipv6only=off;" for port in ports)
+    more = " ".join(f"listen {at};" for at in listens)
     page = BODY.replace("\n", "\\n")
     return f"""{stream or ""}
 user root;

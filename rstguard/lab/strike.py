@@ -4,7 +4,8 @@
 and is silent for ever; ``… hide`` does so and hides each from the gateway's tracker; ``… brute``
 knocks at port 22 again and again as a password guesser does; ``… spread`` does so from one IPv6
 network after the other; ``… scan`` connects to each of ``--count`` ports once, in no order, and
-writes a line for each that is open.  All end by themselves after ``--seconds``.
+writes a line for each that is open; ``… services`` does so with the usual ports of three hosts.
+All end by themselves after ``--seconds``.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import asyncio
 import socket
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from ipaddress import ip_network
@@ -23,7 +24,7 @@ from struct import pack
 from rstguard.engine.wire import ACK, FIN, PSH, RST
 from rstguard.lab.crowd import BEGUN, allow_all_files
 from rstguard.lab.forging import raw_socket, segment
-from rstguard.lab.topology import ATTACKERS6, SERVER, SERVER6
+from rstguard.lab.topology import ATTACKERS6, HOSTED, SERVER, SERVER6
 
 _GUESS = b"SSH-2.0-libssh_0.9\r\n"
 
@@ -35,6 +36,11 @@ _CLOCK = 24
 _FIRST_SCANNED, _STRIDE = 8_000, 787
 """A scan's first port, and from each to the next that it tries, round the ports there are: a
 prime number, so that it tries each once."""
+HOSTS = tuple(str(ip_network(HOSTED)[number]) for number in (1, 2, 3))
+"""Whom `services` asks."""
+_MOST_USUAL = (80, 23, 443, 21, 22, 25, 3389, 110, 445, 139)
+_USUAL = (*_MOST_USUAL, 143, 53, 135, 3306, 8080, 1723, 111, 995, 993, 5900)
+"""The ports that are open most often, by nmap's list of services; the likeliest first."""
 _CONNECTIONS_OF_EACH, _OF_ONE_48 = 5, 24
 """Of those that spread out: how often a /64 connects, and how many of them are of the same /48."""
 
@@ -118,18 +124,26 @@ async def _guess(server: str, own: tuple[str, int] | None) -> None:
         pass  # Refused or silent: try the next one.
 
 
-async def _scan(number: int, end: float, count: int) -> None:
-    port = _FIRST_SCANNED + number * _STRIDE % count
+def _in_no_order(count: int) -> list[tuple[str, int]]:
+    return [(SERVER, _FIRST_SCANNED + number * _STRIDE % count) for number in range(count)]
+
+
+def _usual(_count: int) -> list[tuple[str, int]]:
+    return [(host, port) for port in _USUAL for host in HOSTS]
+
+
+async def _scan(number: int, end: float, targets: Sequence[tuple[str, int]]) -> None:
+    host, port = targets[number]
     with suppress(TimeoutError, OSError):
         async with asyncio.timeout(end - time.monotonic()):
-            _, writer = await asyncio.open_connection(SERVER, port)
-            sys.stdout.write(f"{port}\n")
+            _, writer = await asyncio.open_connection(host, port)
+            sys.stdout.write(f"{host} {port}\n")
             sys.stdout.flush()
             writer.close()
 
 
 _KINDS = {"hoard": _hoard, "hide": _hide, "brute": _brute, "spread": _spread}
-_SCAN = "scan"
+_SCANS = {"scan": _in_no_order, "services": _usual}
 
 
 async def _strike(
@@ -149,15 +163,17 @@ async def _strike(
 def main() -> None:
     """Strike as the command line says."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("kind", choices=(*_KINDS, _SCAN))
+    parser.add_argument("kind", choices=(*_KINDS, *_SCANS))
     parser.add_argument("--rate", type=int, required=True, help="connections a second")
     parser.add_argument("--count", type=int, default=100_000, help="connections at most")
     parser.add_argument("--seconds", type=float, required=True)
     options = parser.parse_args()
     allow_all_files()
-    scan = partial(_scan, count=options.count)
-    attempt = scan if options.kind == _SCAN else _KINDS[options.kind]
-    asyncio.run(_strike(attempt, rate=options.rate, count=options.count, seconds=options.seconds))
+    attempt, count = _KINDS.get(options.kind), options.count
+    if attempt is None:
+        targets = _SCANS[options.kind](count)
+        attempt, count = partial(_scan, targets=targets), len(targets)
+    asyncio.run(_strike(attempt, rate=options.rate, count=count, seconds=options.seconds))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ from rstguard.lab.network import Host, Network, remove_namespace
 ATTACKER = "192.0.2.66"
 SERVER = "203.0.113.10"
 SERVER6 = "2001:db8:5::10"
+HOSTED = "198.18.10.0/24"
+"""A network all of whose addresses are the server's as well, as a load balancer has them."""
 CLIENTS = ("198.51.100.11", "198.51.100.27", "198.51.100.43", "198.51.100.59")
 """Each in a /28 of its own, which some policy may take for one party."""
 NEW_CLIENTS = "100.64.0.0/16"
@@ -109,10 +111,12 @@ class Lab(Network):
         """Make the hosts, links and ways; what crosses the wire meets no rules there."""
         super().build()
         self.ip("client", *(f"route add local {own} dev lo" for own in (INNOCENTS, NEW_CLIENTS)))
+        self.ip("server", f"route add local {HOSTED} dev lo")
         self.ip("attacker", *(f"route add local {own} dev lo" for own in (ATTACKERS, ATTACKERS6)))
         self.ip(
             "gateway",
             *(f"route add {network} via {CLIENTS_ROUTER}" for network in _BEHIND_CLIENTS),
+            f"route add {HOSTED} via {SERVER}",
             f"route add {ATTACKERS6} via {_ATTACKERS_ROUTER6}",
             # Its host answers as `ATTACKERS`, and takes and answers nothing of all the others.
             f"route add default via {ATTACKERS_ROUTER}",

@@ -33,6 +33,7 @@ def test_all_are_there() -> None:
         "port-scan",
         "scan-fast",
         "scan-slow",
+        "scan-services",
         "idle-hoard",
         "botnet",
         "ssh-brute",

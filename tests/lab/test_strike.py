@@ -10,6 +10,7 @@ from rstguard.engine.address import parse_address
 from rstguard.engine.flow import TcpState
 from rstguard.kernel.command import own_program
 from rstguard.kernel.conntrack import Conntrack
+from rstguard.lab.attacks import OPEN, Plan, scan_fast, scan_services, scan_slow
 from rstguard.lab.server import start_server
 from rstguard.lab.topology import ATTACKER, Lab
 from rstguard.lab.waiting import wait_until
@@ -36,3 +37,14 @@ def test_each_way_to_hide_deceives_the_gateway_and_not_the_server() -> None:
         )
         held = lab.run("server", "ss", "-tnH", "state", "established")
         assert held.count(ATTACKER) == 5, held
+
+
+@pytest.mark.netns
+@pytest.mark.parametrize("plan", [scan_fast, scan_slow, scan_services])
+def test_a_scan_finds_ten_open_ports_where_nothing_guards_them(plan: Plan) -> None:
+    scan = plan(30)
+    with Lab() as lab:
+        start_server(lab, listens=scan.listens)
+        wait_until(lambda: ":80 " in lab.run("server", "ss", "-ltnH"))
+        found = lab.run("attacker", *scan.commands[0], "--rate", "300").splitlines()
+    assert len(set(found)) == len(found) == OPEN, found
