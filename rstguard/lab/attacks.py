@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable
+from ipaddress import ip_network
 from typing import NamedTuple
 
 from rstguard.kernel.command import own_program
 from rstguard.lab import LabError
 from rstguard.lab.forging import FORGED
 from rstguard.lab.strike import HOSTS
-from rstguard.lab.topology import ATTACKER, ATTACKERS, SERVER
+from rstguard.lab.topology import ATTACKER, ATTACKERS, HOSTED, SERVER
 
 FIRST_SCANNED, OPEN = 8_000, 10
 """Where scans begin, and how many of the ports they try are open."""
@@ -31,9 +32,8 @@ class Attack(NamedTuple):
 
     `onlooker` are the options of a `rstguard.lab.onlooker` on the wire, `rules` iptables rules that
     the gateway has of its own, `idle` and `busy` how many innocents hold a connection each.
-    With `newcomers` every other legitimate request comes from an address that nobody has seen yet,
-    with `slow` every third takes a second and a half to be sent.  The server `listens`
-    there beside ports 22 and 80, in the words of its configuration.
+    `clients` are the options of the legitimate `rstguard.lab.client`.  The server `listens` there
+    beside ports 22 and 80, in the words of its configuration.
     """
 
     commands: tuple[tuple[str, ...], ...] = ()
@@ -42,9 +42,13 @@ class Attack(NamedTuple):
     rules: tuple[tuple[str, ...], ...] = ()
     idle: int = 0
     busy: int = 0
-    newcomers: bool = False
-    slow: bool = False
+    clients: tuple[str, ...] = ()
     listens: tuple[str, ...] = ()
+
+    @property
+    def asked(self) -> int:
+        """How many services the legitimate clients ask, that of IPv6 among them."""
+        return 1 + (len(self.listens) if "--hosted" in self.clients else 1)
 
     def require_tools(self) -> None:
         """Check that all tools are installed.
@@ -69,12 +73,23 @@ def syn_flood(seconds: float) -> Attack:
 
 def half_open(seconds: float) -> Attack:
     """SYNs from ever new forged sources, no more than a busy site has, that nobody completes."""
-    return Attack((_forged_syns(seconds, 500),), newcomers=True)
+    return Attack((_forged_syns(seconds, 500),), clients=("--new",))
 
 
 def forged_flood(seconds: float) -> Attack:
     """The same, as many as two senders can."""
-    return Attack((_forged_syns(seconds, 25_000),) * 2, newcomers=True)
+    return Attack((_forged_syns(seconds, 25_000),) * 2, clients=("--new",))
+
+
+def carpet(seconds: float) -> Attack:
+    """As many, spread over all addresses of a network: each is a service with a backlog of 256."""
+    everywhere = f"{HOSTED.rpartition('.')[0]}.x"
+    listens = tuple(f"{address}:443 backlog=256" for address in ip_network(HOSTED).hosts())
+    return Attack(
+        (_forged_syns(seconds, 50_000, 443, "--rand-dest", target=everywhere),) * 2,
+        clients=("--new", "--hosted"),
+        listens=listens,
+    )
 
 
 def bad_flags(seconds: float) -> Attack:
@@ -155,7 +170,7 @@ def idle_hoard(seconds: float) -> Attack:
 def botnet(seconds: float) -> Attack:
     """Half a request of each of 4,000 sources, one connection and one network each."""
     spread = ("--sources", "4000", "--apart", "256")
-    return Attack((_crowd(seconds, 500, ATTACKERS, *spread),), slow=True)
+    return Attack((_crowd(seconds, 500, ATTACKERS, *spread),), clients=("--slow",))
 
 
 def evasion(seconds: float) -> Attack:
@@ -201,13 +216,15 @@ def _url(path: str) -> str:
 _FORGED = ("--rand-source", "-o", f"{FORGED:x}")
 
 
-def _forged_syns(seconds: float, rate: int) -> tuple[str, ...]:
-    return _hping(seconds, rate, "-S", *_FORGED, "-p", "80")
+def _forged_syns(
+    seconds: float, rate: int, port: int = 80, *options: str, target: str = SERVER
+) -> tuple[str, ...]:
+    return _hping(seconds, rate, "-S", *_FORGED, "-p", str(port), *options, target=target)
 
 
-def _hping(seconds: float, rate: int, *options: str) -> tuple[str, ...]:
+def _hping(seconds: float, rate: int, *options: str, target: str = SERVER) -> tuple[str, ...]:
     amount = ("-i", f"u{1_000_000 // rate}", "-c", str(math.ceil(rate * seconds)))
-    return ("hping3", "-q", "-I", "eth0", "-a", ATTACKER, *amount, *options, SERVER)
+    return ("hping3", "-q", "-I", "eth0", "-a", ATTACKER, *amount, *options, target)
 
 
 def _slow_requests(seconds: float, mode: str, url: str) -> Attack:

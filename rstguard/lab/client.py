@@ -1,8 +1,9 @@
 """Legitimate clients: one new connection and one GET per request, at a steady modest pace.
 
 A program of its own, to be run inside the clients' namespace as ``python -m rstguard.lab.client``,
-with ``--new`` to let every other request come from an address that nobody has seen before, and
-``--slow`` to let every third take `SLOW` seconds to be sent.
+with ``--new`` to let every other request come from an address that nobody has seen before, with
+``--slow`` to let every third take `SLOW` seconds to be sent, and with ``--hosted`` to ask port 443
+(not encrypted) of each of the addresses of `HOSTED` in turn, over IPv4.
 It writes the line ``ready`` after the first good answer, then works until its standard input is
 closed, and ends with one line of JSON: a list of `Request`.
 """
@@ -21,7 +22,7 @@ from ipaddress import ip_network
 from typing import NamedTuple
 
 from rstguard.lab.server import BODY
-from rstguard.lab.topology import CLIENTS, CLIENTS6, NEW_CLIENTS, SERVER, SERVER6
+from rstguard.lab.topology import CLIENTS, CLIENTS6, HOSTED, NEW_CLIENTS, SERVER, SERVER6
 
 PER_SECOND = 40
 """Requests a second, all sources together."""
@@ -46,15 +47,22 @@ class Request(NamedTuple):
     failure: str
 
 
-async def fetch(source: str, *, timeout: float = TIMEOUT, sending: float = 0) -> Request:
+async def fetch(
+    source: str,
+    *,
+    timeout: float = TIMEOUT,
+    sending: float = 0,
+    service: tuple[str, int] | None = None,
+) -> Request:
     """Make one request from a source address and tell how it went.
 
+    `service` is asked over IPv4, by default port 80 of `SERVER`; over IPv6 port 80 of `SERVER6`.
     `sending` are the seconds it takes to be sent, line by line; its time-out begins after them.
     """
     start = time.monotonic()
     try:
         async with asyncio.timeout(timeout + sending):
-            failure = await _exchange(source, sending)
+            failure = await _exchange(source, service, sending)
     except TimeoutError:
         failure = "timed out"
     except ConnectionRefusedError:
@@ -66,9 +74,9 @@ async def fetch(source: str, *, timeout: float = TIMEOUT, sending: float = 0) ->
     return Request(start, time.monotonic() - start, source, failure)
 
 
-async def _exchange(source: str, sending: float) -> str:
-    server = SERVER6 if ":" in source else SERVER
-    reader, writer = await asyncio.open_connection(server, 80, local_addr=(source, 0))
+async def _exchange(source: str, service: tuple[str, int] | None, sending: float) -> str:
+    host, port = (SERVER6, 80) if ":" in source else service or (SERVER, 80)
+    reader, writer = await asyncio.open_connection(host, port, local_addr=(source, 0))
     try:
         lines = _REQUEST.splitlines(keepends=True) if sending else [_REQUEST]
         writer.write(lines[0])
@@ -99,8 +107,10 @@ def _sources(new: bool) -> Iterator[str]:
     return itertools.chain.from_iterable(zip(known, strangers, strict=False))
 
 
-async def _work(new: bool, slow: bool) -> list[Request]:
+async def _work(new: bool, slow: bool, hosted: bool) -> list[Request]:
     sources = _sources(new)
+    sites = [(str(address), 443) for address in ip_network(HOSTED).hosts()]
+    services = itertools.cycle(sites if hosted else [None])
     await _first_answer((*CLIENTS, *CLIENTS6))
     rate = PER_SECOND_WITH_NEW if new else PER_SECOND
     sys.stdout.write("ready\n")
@@ -112,7 +122,8 @@ async def _work(new: bool, slow: bool) -> list[Request]:
     for number in itertools.count():
         # A third of each source's requests, whatever the count of sources.
         sending = SLOW if slow and number // _SOURCES % 3 == 0 else 0
-        running.append(asyncio.create_task(fetch(next(sources), sending=sending)))
+        request = fetch(next(sources), sending=sending, service=next(services))
+        running.append(asyncio.create_task(request))
         wait = begin + (number + 1) / rate - time.monotonic()
         with suppress(TimeoutError):
             await asyncio.wait_for(ended.wait(), max(wait, 0.001))
@@ -123,7 +134,7 @@ async def _work(new: bool, slow: bool) -> list[Request]:
 
 def main() -> None:
     """Run until standard input ends, then write the requests as JSON."""
-    requests = asyncio.run(_work("--new" in sys.argv, "--slow" in sys.argv))
+    requests = asyncio.run(_work("--new" in sys.argv, "--slow" in sys.argv, "--hosted" in sys.argv))
     json.dump(requests, sys.stdout)
     sys.stdout.write("\n")
 

@@ -21,7 +21,7 @@ from rstguard.lab.observer import Observation
 from rstguard.lab.report import Guard, Half, Innocents, Result, legitimate, reached, sum_up
 from rstguard.lab.scenarios import LEARNED, Scenario
 from rstguard.lab.server import CAPACITY, start_server
-from rstguard.lab.topology import SERVER, SERVER6, Lab
+from rstguard.lab.topology import Lab
 from rstguard.lab.usage import cpu_seconds
 from rstguard.lab.waiting import wait_until
 
@@ -29,6 +29,7 @@ Progress = Callable[[str, float], None]
 """Called with what goes on and how much of this half is done (0 to 1)."""
 
 _READY_SECONDS = 20.0
+_SETTLE_SECONDS = 30.0
 _STEP = 0.1
 
 
@@ -57,12 +58,11 @@ def run_half(scenario: Scenario, seconds: float, progress: Progress, *, guarded:
             lab.run("gateway", "iptables", "-w", *rule)
         start_server(lab, connections=scenario.connections or CAPACITY, listens=attack.listens)
         observer = start_program(lab, "server", "observer")
-        kinds = ["--new"] * attack.newcomers + ["--slow"] * attack.slow
-        client = start_program(lab, "client", "client", *kinds)
+        client = start_program(lab, "client", "client", *attack.clients)
         guard = GuardProcess(lab, scenario.policy, lab.directory / "runtime") if guarded else None
         if guard:
             guard.start(whole=True)
-            _settle(guard)
+            _settle(guard, attack.asked)
         for command in attack.prepare:
             lab.run("attacker", *command)
         others = _Others(lab, attack)
@@ -96,10 +96,10 @@ def run_half(scenario: Scenario, seconds: float, progress: Progress, *, guarded:
         return Half(round(end - begin, 1), honest, arrived, did, innocents)
 
 
-def _settle(guard: GuardProcess) -> None:
-    """Wait until it knows what the server offers, as one does that has run for a while."""
+def _settle(guard: GuardProcess, services: int) -> None:
+    """Wait until it knows what so many services offer, as one does that has run for a while."""
     with suppress(TimeoutError):
-        wait_until(lambda: len(guard.status()["shun"]["services"]) >= len((SERVER, SERVER6)))
+        wait_until(lambda: len(guard.status()["shun"]["services"]) >= services, _SETTLE_SECONDS)
 
 
 class _Others:

@@ -110,6 +110,16 @@ SCENARIOS = (
         least_seconds=8,
     ),
     Scenario(
+        name="carpet",
+        summary="hping3: such a flood spread over the 254 addresses of a network, a service each",
+        plan=attacks.carpet,
+        measure=FAILED,
+        limit=1,
+        seconds=12,
+        least_seconds=10,
+        sample="web-edge",
+    ),
+    Scenario(
         name="conn-flood",
         summary="wrk: 600 clients at once, a new connection for each request",
         plan=attacks.connection_flood,

@@ -22,7 +22,7 @@ def lab(*words: str) -> subprocess.CompletedProcess[str]:
 def test_list_shows_every_scenario() -> None:
     done = lab("list", "--json")
     assert done.returncode == 0, done.stderr
-    assert len(json.loads(done.stdout)) == 21
+    assert len(json.loads(done.stdout)) == 22
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ def test_all_are_there() -> None:
         "syn-flood",
         "half-open",
         "forged-flood",
+        "carpet",
         "conn-flood",
         "keepalive-flood",
         "slowloris",
