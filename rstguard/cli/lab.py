@@ -36,11 +36,15 @@ def run_scenarios(
     names: Annotated[list[str], typer.Argument(metavar="SCENARIO...", help="Names, or 'all'.")],
     as_json: Json = False,
     seconds: Seconds = None,
+    beside: Annotated[
+        bool,
+        typer.Option("--beside", help="Let each attack meet hand-written iptables rules, too."),
+    ] = False,
 ) -> None:
     """Run scenarios, each without and with the guard; exit 1 if the guard fell short."""
     from rstguard.lab import terminal
 
-    terminal.run_scenarios(names, as_json=as_json, seconds=seconds)
+    terminal.run_scenarios(names, as_json=as_json, seconds=seconds, beside=beside)
 
 
 @app.command(epilog="Example: sudo rstguard lab demo")

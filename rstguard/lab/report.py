@@ -27,6 +27,8 @@ _TOLD = (
     ("window_cured", "connections freed from a window that was moved"),
 )
 """Counts of ``rstguard status`` that are shown as one number."""
+WITHOUT, WRITTEN, GUARDED = "without", "hand-written rules", "with rstguard"
+"""What an attack can meet."""
 _MOST_BANS = 10
 """Bans and shuns that are shown one by one."""
 
@@ -96,12 +98,16 @@ class Half:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A scenario's two halves, or the sentence that says why it could not run."""
+    """A scenario's two halves, or the sentence that says why it could not run.
+
+    `written` is how hand-written rules fared beside them, if that was asked for.
+    """
 
     scenario: Scenario
     without: Half | None = None
     guarded: Half | None = None
     error: str = ""
+    written: Half | None = None
     problems: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -188,6 +194,7 @@ def document(results: Sequence[Result]) -> dict[str, Any]:
                 "contained_when": contained_when(result.scenario),
                 "without": asdict(result.without) if result.without else None,
                 "with": asdict(result.guarded) if result.guarded else None,
+                **({"hand_written": asdict(result.written)} if result.written else {}),
                 "problems": result.problems,
             }
             for result in results
@@ -196,13 +203,15 @@ def document(results: Sequence[Result]) -> dict[str, Any]:
 
 
 def table(result: Result) -> Table:
-    """Return a scenario's figures as a table of two columns: without and with the guard."""
+    """Return a scenario's figures as a table, with a column for each half."""
     shown = Table(title=f"{result.scenario.name}: {result.scenario.summary}", title_justify="left")
     shown.add_column("")
-    halves = [half for half in (result.without, result.guarded) if half]
-    for half in halves:
-        shown.add_column("with rstguard" if half.guard else "without", justify="right")
-    columns = [_column(half) for half in halves]
+    columns = []
+    halves = (result.without, result.written, result.guarded)
+    for met, half in zip((WITHOUT, WRITTEN, GUARDED), halves, strict=True):
+        if half:
+            shown.add_column(met, justify="right")
+            columns.append(_column(half))
     for label in columns[0] if columns else ():
         shown.add_row(label, *(column[label] for column in columns))
     return shown

@@ -36,8 +36,13 @@ def run_demo(*, as_json: bool) -> None:
     run_scenarios(list(DEMO), as_json=as_json, seconds=None)
 
 
-def run_scenarios(names: list[str], *, as_json: bool, seconds: int | None) -> None:
-    """Run scenarios and show what came of them; leaves with 1 if the guard fell short."""
+def run_scenarios(
+    names: list[str], *, as_json: bool, seconds: int | None, beside: bool = False
+) -> None:
+    """Run scenarios and show what came of them; leaves with 1 if the guard fell short.
+
+    `beside` the guard they meet hand-written rules, which need ipset.
+    """
     try:
         chosen = list(SCENARIOS) if names == ["all"] else [find(name) for name in names]
         for scenario in chosen:
@@ -47,7 +52,8 @@ def run_scenarios(names: list[str], *, as_json: bool, seconds: int | None) -> No
         with ended_by_signals(), _progress() as tell:
             results = []
             for scenario in chosen:
-                results.append(run.run_scenario(scenario, seconds or scenario.seconds, tell))
+                length = seconds or scenario.seconds
+                results.append(run.run_scenario(scenario, length, tell, beside))
                 if not as_json:
                     _show(results[-1])
     except LabError as error:

@@ -13,7 +13,7 @@ import pytest
 from rstguard.lab.bench.counting import Arrivals, contained
 from rstguard.lab.bench.floods import FLOODS, trafgen_packet
 from rstguard.lab.bench.measure import Run
-from rstguard.lab.bench.peers import PEERS, configuration
+from rstguard.lab.bench.peers import GATEWAY, PEERS, configuration
 from rstguard.lab.bench.report import chart, document, goals, markdown, spread
 from rstguard.lab.report import Legitimate
 from rstguard.policy.load import parse
@@ -72,6 +72,7 @@ def test_every_peer_shows_its_configuration() -> None:
     for peer in PEERS:
         for name in peer.files:
             assert configuration(name) in shown.stdout
+    assert configuration(GATEWAY) in shown.stdout
     assert parse(configuration("rstguard.yaml"), "bench").policy.name == "bench"
     assert "drnd(3)" in trafgen_packet(FLOODS[0], "02:00:00:00:00:01")
 

@@ -41,12 +41,13 @@ def test_a_wrong_request_is_answered_in_a_sentence(words: list[str], sentence: s
 
 @pytest.mark.netns
 def test_a_port_scan_is_contained_and_the_clients_do_not_notice() -> None:
-    done = lab("run", "port-scan", "--json", "--seconds", "3")
+    done = lab("run", "port-scan", "--json", "--seconds", "3", "--beside")
     assert done.returncode == 0, done.stdout + done.stderr
     (scenario,) = json.loads(done.stdout)["scenarios"]
     without, guarded = scenario["without"], scenario["with"]
     assert guarded["legitimate"]["success_percent"] >= 99
     assert guarded["reached"]["syns"] < without["reached"]["syns"] / 10
+    assert scenario["hand_written"]["reached"]["syns"] < without["reached"]["syns"]
     assert guarded["reached"]["seconds_to_contain"] is not None
     assert [ban["source"] for ban in guarded["guard"]["bans"]] == ["192.0.2.66"]
     assert guarded["guard"]["leftovers"] == []

@@ -288,3 +288,16 @@ def test_of_very_many_bans_some_are_shown() -> None:
         "shun: 192.0.2.66 by syn-rate, 9 s to go",
         "and 2 more",
     ]
+
+
+def test_hand_written_rules_have_a_column_of_their_own_and_no_say() -> None:
+    without, guarded = half(success=1.0, contained=None), half(success=100.0, contained=0.1)
+    result = Result(SYN_FLOOD, without, replace(guarded, guard=GUARD), written=without)
+    console = Console(width=120, file=StringIO())
+    assert isinstance(console.file, StringIO)
+    console.print(table(result))
+    (head,) = (row for row in console.file.getvalue().splitlines() if "hand-written rules" in row)
+    assert head.index("without") < head.index("hand-written rules") < head.index("with rstguard")
+    (scenario,) = document([result])["scenarios"]
+    assert scenario["hand_written"]["legitimate"]["success_percent"] == 1.0
+    assert result.problems == []

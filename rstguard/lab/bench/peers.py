@@ -17,6 +17,9 @@ from rstguard.lab.topology import Lab
 from rstguard.lab.usage import cpu_seconds
 from rstguard.lab.waiting import wait_until
 
+GATEWAY = "gateway.sh"
+"""Hand-written rules for several services, which scenarios can meet."""
+
 _READY_SECONDS = 40.0
 _FAIL2BAN = Path("/etc/fail2ban")
 
@@ -85,6 +88,11 @@ def _rstguard(lab: Lab, flood: Flood) -> GuardProcess:
 
 def _iptables(lab: Lab, _flood: Flood) -> None:
     lab.run("gateway", "sh", str(_write(lab, "iptables.sh")))
+
+
+def write_rules(lab: Lab) -> None:
+    """Put the hand-written rules for several services into the gateway of a lab."""
+    lab.run("gateway", "sh", str(_write(lab, GATEWAY)))
 
 
 def _synproxy(lab: Lab, _flood: Flood) -> None:

@@ -130,3 +130,4 @@ def show_configs() -> None:
     for guard in PEERS:
         for name in guard.files:
             typer.echo(f"# {guard.name}: {name}\n{peers.configuration(name)}")
+    typer.echo(f"# lab run --beside: {peers.GATEWAY}\n{peers.configuration(peers.GATEWAY)}")
