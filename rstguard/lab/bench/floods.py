@@ -50,7 +50,7 @@ FLOODS = (
     ),
     Flood(
         "outside",
-        "forged SYNs, flat out, no SYN budget for the service; the server has cookies",
+        "forged SYNs, flat out, a policy without a word of SYN budgets; the server has cookies",
         _RANDOM,
         0,
         True,
